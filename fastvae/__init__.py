@@ -1,0 +1,54 @@
+"""fastvae: diffusers' AutoencoderKL, fast, with the same latents.
+
+Every name here is loaded when it is first used, so that ``import fastvae`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AutoencoderKL": "fastvae.models",
+    "AutoencoderKLFlux2": "fastvae.models",
+    "AutoencoderKLOutput": "fastvae.models",
+    "DecoderOutput": "fastvae.models",
+    "DiagonalGaussianDistribution": "fastvae.models",
+    "LatentDataset": "fastvae.data.dataset",
+    "decode_latents": "fastvae.latents",
+    "encode": "fastvae.data.encode",
+    "encode_latents": "fastvae.latents",
+    "sample_posterior": "fastvae.latents",
+    "scale_latents": "fastvae.latents",
+    "unscale_latents": "fastvae.latents",
+}
+
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from fastvae.data.dataset import LatentDataset as LatentDataset
+    from fastvae.data.encode import encode as encode
+    from fastvae.latents import decode_latents as decode_latents
+    from fastvae.latents import encode_latents as encode_latents
+    from fastvae.latents import sample_posterior as sample_posterior
+    from fastvae.latents import scale_latents as scale_latents
+    from fastvae.latents import unscale_latents as unscale_latents
+    from fastvae.models import AutoencoderKL as AutoencoderKL
+    from fastvae.models import AutoencoderKLFlux2 as AutoencoderKLFlux2
+    from fastvae.models import AutoencoderKLOutput as AutoencoderKLOutput
+    from fastvae.models import DecoderOutput as DecoderOutput
+    from fastvae.models import DiagonalGaussianDistribution as DiagonalGaussianDistribution
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fastvae' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,346 @@
+"""Images to latents that are ready to train on, and back, for any autoencoder of this shape, ours or diffusers'.
+
+A latent is "raw" as the encoder gives it and "scaled" as a diffusion model sees it; scale_latents and unscale_latents
+are the one place where the two meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvae_kernels import philox
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Images = "Tensor | np.ndarray | PIL.Image.Image | Sequence[PIL.Image.Image]"
+# Floats beyond this are not images in [-1, 1]; resampling overshoots by less.
+LARGEST_PIXEL = 1.5
+
+
+class Autoencoder(Protocol):
+    """What these functions ask of a VAE: diffusers' AutoencoderKL and ours have it."""
+
+    config: Any
+
+    def encode(self, x: Tensor) -> Any: ...
+    def decode(self, z: Tensor) -> Any: ...
+
+
+@torch.no_grad()
+def encode_latents(
+    vae: Autoencoder,
+    images: Any,
+    *,
+    posterior: Literal["sample", "mode"] = "sample",
+    seeds: Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    pad: Literal["error", "crop", "reflect"] = "error",
+    layout: Literal["auto", "NCHW", "NHWC"] = "auto",
+) -> Tensor:
+    """Images to scaled latents, [B, L, H / f, W / f] in the model's dtype and on its device.
+
+    images: uint8 0..255 or floats in [-1, 1], a tensor or array [B, C, H, W] or [B, H, W, C], or PIL images of one size.
+    posterior: a draw, or the mode (the mean). seeds: one unsigned 64-bit integer an image, so that an image's latents
+    depend on its own seed alone; generator: torch generators instead, as diffusers uses them. pad: what to do with
+    sides that are no multiple of f: refuse, crop the right and bottom, or reflect there up to the next multiple.
+    Raises ValueError for any other shape, dtype, range or non-finite pixel, and for latents that are not finite.
+    """
+    pixels = pixels_from_images(vae, images, layout=layout)
+    pixels = _fit(pixels, pixel_multiple(vae), pad)
+    if pixels.shape[0] == 0:
+        f = downsample_factor(vae)
+        shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
+        return scale_latents(vae, _like_weights(vae, torch.empty(shape)))
+    distribution = vae.encode(_like_weights(vae, pixels)).latent_dist
+    if posterior == "mode":
+        z = distribution.mode()
+    elif posterior == "sample":
+        z = sample_posterior(distribution.parameters, seeds=seeds, generator=generator)
+    else:
+        raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
+    z = scale_latents(vae, z)
+    _check_finite("the latents", z, f"computed in {z.dtype}")
+    return z
+
+
+@torch.no_grad()
+def decode_latents(
+    vae: Autoencoder,
+    z: Tensor,
+    *,
+    output: Literal["uint8", "float", "pil"] = "uint8",
+    size: tuple[int, int] | None = None,
+) -> Tensor | list[Image.Image]:
+    """Scaled latents to images: uint8 or float [B, C, H, W] (0..255, or about [-1, 1]), or a list of PIL images.
+
+    size: (height, width) of the images before ``pad="reflect"``; what was added is cut off again. Raises ValueError for
+    another shape, dtype or output, for latents that are not finite, and for a size larger than the images.
+    """
+    if output not in ("uint8", "float", "pil"):
+        raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
+    patch = _patch(vae)
+    channels = vae.config.latent_channels * patch * patch
+    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels:
+        raise ValueError(f"z must be [B, {channels}, h, w], got {_described(z)}")
+    if not z.is_floating_point():
+        raise ValueError(f"z must be floating point, got {z.dtype}")
+    _check_finite("z", z, "as given")
+    height, width = (side * pixel_multiple(vae) for side in z.shape[2:])
+    if size is not None and not (0 < size[0] <= height and 0 < size[1] <= width):
+        raise ValueError(f"size must be within the decoded {height} x {width}, got {tuple(size)}")
+    if z.shape[0]:
+        images = vae.decode(unscale_latents(vae, _like_weights(vae, z))).sample
+    else:
+        images = _like_weights(vae, torch.empty(0, vae.config.out_channels, height, width))
+    if size is not None:
+        images = images[:, :, : size[0], : size[1]]
+    if output == "float":
+        return images.contiguous()
+    _check_finite("the decoded images", images, f"computed in {images.dtype}")
+    # As diffusers' VaeImageProcessor: to [0, 1], clamped, times 255, rounded.
+    images = (images.float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).contiguous()
+    return images if output == "uint8" else _to_pil(images)
+
+
+def scale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
+    """Raw latents to those that a diffusion model is trained on, in z's dtype.
+
+    (z - shift_factor) * scaling_factor; or by latents_mean and latents_std where the config has them; or, for FLUX.2,
+    gathered in 2x2 patches ([B, L, h, w] -> [B, 4L, h / 2, w / 2]) and normalised by its batch norm.
+    Source: the pipelines of Stable Diffusion, SD3, FLUX, SDXL (Playground v2.5) and FLUX.2 in diffusers.
+    """
+    if _batch_norm(vae) is not None:
+        mean, std = _batch_norm_statistics(vae, z)
+        return (_patchify(z, _patch(vae)) - mean) / std
+    statistics = _channel_statistics(vae, z)
+    if statistics is not None:
+        mean, std = statistics
+        return (z - mean) * vae.config.scaling_factor / std
+    return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def unscale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
+    """The inverse of scale_latents: scaled latents to those that decode takes, in z's dtype."""
+    if _batch_norm(vae) is not None:
+        mean, std = _batch_norm_statistics(vae, z)
+        return _unpatchify(z * std + mean, _patch(vae))
+    statistics = _channel_statistics(vae, z)
+    if statistics is not None:
+        mean, std = statistics
+        return z * std / vae.config.scaling_factor + mean
+    return z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+
+def sample_posterior(
+    moments: Tensor,
+    *,
+    seeds: Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """mean + std * noise from moments [B, 2L, h, w]: raw latents [B, L, h, w], differentiable.
+
+    seeds, generator and errors as in DiagonalGaussianDistribution.sample.
+    """
+    if moments.ndim != 4 or moments.shape[1] % 2:
+        raise ValueError(f"moments must be [B, 2L, h, w], got shape {tuple(moments.shape)}")
+    mean, logvar = (part.contiguous() for part in moments.chunk(2, dim=1))
+    noise = posterior_noise(mean.shape, mean.dtype, mean.device, generator=generator, seeds=seeds)
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+
+
+def posterior_noise(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Standard normals of ``shape`` [B, ...]: by seed and row, or what diffusers' randn_tensor draws.
+
+    Raises ValueError for a number of seeds or generators other than B, both at once, or a generator that lives on a GPU
+    when the noise shall not. Source: diffusers.utils.torch_utils.randn_tensor.
+    """
+    rows = shape[0]
+    if seeds is not None:
+        if generator is not None:
+            raise ValueError("seeds and generator exclude each other: give one of them")
+        if len(seeds) != rows:
+            raise ValueError(f"seeds must hold one integer for each of the {rows} rows, got {len(seeds)}")
+        count = torch.Size(shape[1:]).numel()
+        return philox.normals(seeds, count).view(*shape).to(dtype).to(device)
+    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else list(generator)
+    for one in generators:
+        if one is not None and one.device.type not in ("cpu", device.type):
+            raise ValueError(f"a generator on {one.device} cannot draw noise for {device}: take one on the CPU")
+    if len(generators) == 1:
+        # diffusers takes a list of one as that one, for the whole batch.
+        return _randn(tuple(shape), generators[0], dtype, device)
+    if len(generators) != rows:
+        raise ValueError(f"generator must be one, or one for each of the {rows} rows, got {len(generators)}")
+    return torch.cat([_randn((1, *shape[1:]), one, dtype, device) for one in generators])
+
+
+def _randn(
+    shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    drawn_on = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
+
+
+def downsample_factor(vae: Autoencoder) -> int:
+    """How many pixels one raw latent spans in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def pixel_multiple(vae: Autoencoder) -> int:
+    """What an image's sides must be a multiple of: the downsample factor, times the patch for FLUX.2."""
+    return downsample_factor(vae) * _patch(vae)
+
+
+def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto") -> Tensor:
+    """Any accepted images as floats [B, C, H, W] in [-1, 1], checked where they lie; errors as in encode_latents."""
+    images = _as_tensor(images)
+    channels = vae.config.in_channels
+    images = _to_nchw(images, channels, layout)
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1.0
+    if not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    _check_finite("images", images, "as given")
+    if images.numel() and (largest := images.abs().max().item()) > LARGEST_PIXEL:
+        raise ValueError(
+            f"images given as floats must lie in [-1, 1], got values up to {largest:g}: "
+            "give 0..255 as uint8, or divide by 127.5 and subtract 1"
+        )
+    return images
+
+
+def _as_tensor(images: Any) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    if hasattr(images, "__array_interface__") and not hasattr(images, "convert"):
+        return torch.from_numpy(images if images.flags.writeable else images.copy())
+    pictures = [images] if hasattr(images, "convert") else list(images)
+    if not pictures:
+        raise ValueError("images must be a batch, got an empty list: give an empty tensor [0, C, H, W] for no images")
+    if not all(hasattr(picture, "convert") for picture in pictures):
+        raise ValueError(f"images must be a tensor, an array or PIL images, got {_described(pictures[0])} in a list")
+    return _from_pil(pictures)
+
+
+def _from_pil(pictures: list[Image.Image]) -> Tensor:
+    import numpy as np  # here, because PIL images alone need it
+
+    sizes = {picture.size for picture in pictures}
+    modes = {picture.mode for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"images in a list must have one size, got {sorted(sizes)} as (width, height)")
+    if not modes <= {"RGB", "L"} or len(modes) > 1:
+        raise ValueError(f"PIL images must all be RGB or all be L (8 bits), got {sorted(modes)}: convert them first")
+    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
+
+
+def _to_nchw(images: Tensor, channels: int, layout: str) -> Tensor:
+    if layout not in ("auto", "NCHW", "NHWC"):
+        raise ValueError(f"layout must be 'auto', 'NCHW' or 'NHWC', got {layout!r}")
+    if images.ndim != 4:
+        raise ValueError(f"images must have 4 dimensions, [B, C, H, W] or [B, H, W, C], got {_described(images)}")
+    first, last = images.shape[1] == channels, images.shape[3] == channels
+    if layout == "auto" and first and last:
+        raise ValueError(f"images of shape {tuple(images.shape)} can be read both ways: say layout='NCHW' or 'NHWC'")
+    if layout == "NHWC" or (layout == "auto" and last):
+        images = images.permute(0, 3, 1, 2)
+    if images.shape[1] != channels:
+        raise ValueError(f"images must have {channels} channels, got {_described(images)}")
+    if 0 in images.shape[2:]:
+        raise ValueError(f"images must have at least one pixel, got {_described(images)}")
+    return images
+
+
+def _fit(pixels: Tensor, multiple: int, pad: str) -> Tensor:
+    height, width = pixels.shape[2:]
+    more = (-height % multiple, -width % multiple)
+    if pad not in ("error", "crop", "reflect"):
+        raise ValueError(f"pad must be 'error', 'crop' or 'reflect', got {pad!r}")
+    if more == (0, 0):
+        return pixels
+    if pad == "error":
+        raise ValueError(
+            f"height and width must be multiples of {multiple}, got {height} x {width}: say pad='crop' or pad='reflect'"
+        )
+    if pad == "crop":
+        if min(height, width) < multiple:
+            raise ValueError(f"an image of {height} x {width} cannot be cropped to multiples of {multiple}")
+        return pixels[:, :, : height - height % multiple, : width - width % multiple]
+    if pixels.shape[0] == 0:
+        return pixels.new_empty(0, pixels.shape[1], height + more[0], width + more[1])
+    if more[0] >= height or more[1] >= width:
+        raise ValueError(f"an image of {height} x {width} is too small to be reflected up to multiples of {multiple}")
+    return F.pad(pixels, (0, more[1], 0, more[0]), mode="reflect")
+
+
+def _check_finite(name: str, values: Tensor, how: str) -> None:
+    rows = values.flatten(1).isfinite().all(dim=1) if values.numel() else values.new_ones(0, dtype=torch.bool)
+    if not rows.all():
+        bad = (~rows).nonzero().flatten().tolist()
+        raise ValueError(f"{name} must be finite, got NaN or infinity in rows {bad[:8]} of {len(rows)}, {how}")
+
+
+def _weight(vae: Autoencoder) -> Tensor:
+    return next(parameter for parameter in vae.parameters() if parameter.is_floating_point())  # type: ignore[attr-defined]
+
+
+def _like_weights(vae: Autoencoder, values: Tensor) -> Tensor:
+    weight = _weight(vae)
+    return values.to(device=weight.device).to(dtype=weight.dtype)
+
+
+def _batch_norm(vae: Autoencoder) -> torch.nn.BatchNorm2d | None:
+    return getattr(vae, "bn", None)
+
+
+def _patch(vae: Autoencoder) -> int:
+    return vae.config.patch_size[0] if _batch_norm(vae) is not None else 1
+
+
+def _batch_norm_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor]:
+    bn = vae.bn  # type: ignore[attr-defined]
+    mean = bn.running_mean.view(1, -1, 1, 1).to(z)
+    std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(z)
+    return mean, std
+
+
+def _channel_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor] | None:
+    mean, std = (getattr(vae.config, key, None) for key in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return None
+    return torch.tensor(mean).view(1, -1, 1, 1).to(z), torch.tensor(std).view(1, -1, 1, 1).to(z)
+
+
+def _patchify(z: Tensor, patch: int) -> Tensor:
+    return F.pixel_unshuffle(z, patch)
+
+
+def _unpatchify(z: Tensor, patch: int) -> Tensor:
+    return F.pixel_shuffle(z, patch)
+
+
+def _to_pil(images: Tensor) -> list[Image.Image]:
+    from PIL import Image
+
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    if arrays.shape[3] not in (1, 3, 4):
+        raise ValueError(f"output='pil' needs 1, 3 or 4 channels, got {arrays.shape[3]}: take output='uint8'")
+    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
+
+
+def _described(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__

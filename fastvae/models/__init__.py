@@ -1,0 +1,44 @@
+"""The network, under diffusers' class and file names."""
+
+from fastvae.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
+from fastvae.models.autoencoders.autoencoder_kl import AutoencoderKL
+from fastvae.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from fastvae.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
+from fastvae.models.downsampling import Downsample2D
+from fastvae.models.modeling_outputs import AutoencoderKLOutput
+from fastvae.models.resnet import ResnetBlock2D
+from fastvae.models.unets.unet_2d_blocks import (
+    AttnDownEncoderBlock2D,
+    AttnUpDecoderBlock2D,
+    DownEncoderBlock2D,
+    UNetMidBlock2D,
+    UpDecoderBlock2D,
+)
+from fastvae.models.upsampling import Upsample2D
+
+__all__ = [
+    "Attention",
+    "AttnDownEncoderBlock2D",
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnUpDecoderBlock2D",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLOutput",
+    "Decoder",
+    "DecoderOutput",
+    "DiagonalGaussianDistribution",
+    "DownEncoderBlock2D",
+    "Downsample2D",
+    "Encoder",
+    "FusedAttnProcessor2_0",
+    "ResnetBlock2D",
+    "UNetMidBlock2D",
+    "UpDecoderBlock2D",
+    "Upsample2D",
+]

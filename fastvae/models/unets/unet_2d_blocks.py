@@ -1,0 +1,229 @@
+"""The blocks of encoder and decoder: residual blocks, attention between them, one change of size at the end.
+
+Source: diffusers.models.unets.unet_2d_blocks, without time embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.models.attention_processor import Attention
+from fastvae.models.downsampling import Downsample2D
+from fastvae.models.resnet import ResnetBlock2D
+from fastvae.models.upsampling import Upsample2D
+
+
+def _resnets(
+    in_channels: int, out_channels: int, num_layers: int, *, dropout: float, eps: float, act_fn: str, groups: int
+) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock2D(
+            in_channels=in_channels if i == 0 else out_channels,
+            out_channels=out_channels,
+            dropout=dropout,
+            eps=eps,
+            non_linearity=act_fn,
+            groups=groups,
+        )
+        for i in range(num_layers)
+    )
+
+
+def _attentions(channels: int, num_layers: int, *, head_dim: int, eps: float, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        Attention(channels, heads=channels // head_dim, dim_head=head_dim, bias=True, eps=eps, norm_num_groups=groups)
+        for _ in range(num_layers)
+    )
+
+
+class DownEncoderBlock2D(nn.Module):
+    """``num_layers`` residual blocks, then a stride-2 convolution: [B, in, H, W] -> [B, out, H // 2, W // 2].
+
+    Source: diffusers' class of this name.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        resnet_eps: float = 1e-6,
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        add_downsample: bool = True,
+        downsample_padding: int = 1,
+    ):
+        super().__init__()
+        self.resnets = _resnets(
+            in_channels,
+            out_channels,
+            num_layers,
+            dropout=dropout,
+            eps=resnet_eps,
+            act_fn=resnet_act_fn,
+            groups=resnet_groups,
+        )
+        self.downsamplers = (
+            nn.ModuleList([Downsample2D(out_channels, padding=downsample_padding)]) if add_downsample else None
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states)
+        for downsampler in self.downsamplers or ():
+            hidden_states = downsampler(hidden_states)
+        return hidden_states
+
+
+class AttnDownEncoderBlock2D(DownEncoderBlock2D):
+    """A DownEncoderBlock2D with attention after every residual block (diffusers' class of this name)."""
+
+    def __init__(self, in_channels: int, out_channels: int, attention_head_dim: int = 1, **kwargs):
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.attentions = _attentions(
+            out_channels,
+            len(self.resnets),
+            head_dim=attention_head_dim,
+            eps=kwargs.get("resnet_eps", 1e-6),
+            groups=kwargs.get("resnet_groups", 32),
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            hidden_states = attention(resnet(hidden_states))
+        for downsampler in self.downsamplers or ():
+            hidden_states = downsampler(hidden_states)
+        return hidden_states
+
+
+class UpDecoderBlock2D(nn.Module):
+    """``num_layers`` residual blocks, then a doubling: [B, in, H, W] -> [B, out, 2H, 2W].
+
+    Source: diffusers' class of this name.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        resnet_eps: float = 1e-6,
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        add_upsample: bool = True,
+    ):
+        super().__init__()
+        self.resnets = _resnets(
+            in_channels,
+            out_channels,
+            num_layers,
+            dropout=dropout,
+            eps=resnet_eps,
+            act_fn=resnet_act_fn,
+            groups=resnet_groups,
+        )
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if add_upsample else None
+
+    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states)
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states)
+        return hidden_states
+
+
+class AttnUpDecoderBlock2D(UpDecoderBlock2D):
+    """An UpDecoderBlock2D with attention after every residual block (diffusers' class of this name)."""
+
+    def __init__(self, in_channels: int, out_channels: int, attention_head_dim: int = 1, **kwargs):
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.attentions = _attentions(
+            out_channels,
+            len(self.resnets),
+            head_dim=attention_head_dim,
+            eps=kwargs.get("resnet_eps", 1e-6),
+            groups=kwargs.get("resnet_groups", 32),
+        )
+
+    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            hidden_states = attention(resnet(hidden_states))
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states)
+        return hidden_states
+
+
+class UNetMidBlock2D(nn.Module):
+    """A residual block, then ``num_layers`` times attention (or none) and a residual block; the shape stays.
+
+    Source: diffusers' class of this name.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        resnet_eps: float = 1e-6,
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        add_attention: bool = True,
+        attention_head_dim: int = 1,
+    ):
+        super().__init__()
+        self.add_attention = add_attention
+        if add_attention:
+            self.attentions = _attentions(
+                in_channels, num_layers, head_dim=attention_head_dim, eps=resnet_eps, groups=resnet_groups
+            )
+        else:
+            self.attentions = nn.ModuleList([None] * num_layers)  # type: ignore[list-item]
+        self.resnets = _resnets(
+            in_channels,
+            in_channels,
+            num_layers + 1,
+            dropout=dropout,
+            eps=resnet_eps,
+            act_fn=resnet_act_fn,
+            groups=resnet_groups,
+        )
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+        first, *others = self.resnets
+        hidden_states = first(hidden_states)
+        for attention, resnet in zip(self.attentions, others, strict=True):
+            if attention is not None:
+                hidden_states = attention(hidden_states)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(resnet, hidden_states)
+            else:
+                hidden_states = resnet(hidden_states)
+        return hidden_states
+
+
+DOWN_BLOCKS = {"DownEncoderBlock2D": DownEncoderBlock2D, "AttnDownEncoderBlock2D": AttnDownEncoderBlock2D}
+UP_BLOCKS = {"UpDecoderBlock2D": UpDecoderBlock2D, "AttnUpDecoderBlock2D": AttnUpDecoderBlock2D}
+
+
+def get_down_block(down_block_type: str, *, attention_head_dim: int, **kwargs) -> DownEncoderBlock2D:
+    """The encoder block that a config names; raises ValueError for a name that no AutoencoderKL has."""
+    return _get_block(DOWN_BLOCKS, "down_block_types", down_block_type, attention_head_dim, kwargs)
+
+
+def get_up_block(up_block_type: str, *, attention_head_dim: int, **kwargs) -> UpDecoderBlock2D:
+    """The decoder block that a config names; raises ValueError for a name that no AutoencoderKL has."""
+    return _get_block(UP_BLOCKS, "up_block_types", up_block_type, attention_head_dim, kwargs)
+
+
+def _get_block(blocks: dict, argument: str, name: str, attention_head_dim: int, kwargs: dict):
+    # Files of 2022 carry the prefix that diffusers still strips.
+    block = blocks.get(name.removeprefix("UNetRes"))
+    if block is None:
+        raise ValueError(f"{argument} must name {' or '.join(blocks)}, got {name!r}")
+    if name.startswith("Attn"):
+        kwargs["attention_head_dim"] = attention_head_dim
+    return block(**kwargs)

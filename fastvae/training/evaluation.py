@@ -1,0 +1,59 @@
+"""How well an autoencoder gives pictures back, beside what a thumbnail and a linear map would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def psnr(image: Tensor, reconstruction: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB between two uint8 pictures of one shape; infinite where they are equal."""
+    error = (image.double() - reconstruction.double()).square().mean()
+    return float(10 * torch.log10(255.0**2 / error))
+
+
+def square(picture: np.ndarray, side: int) -> Tensor:
+    """The centred square of a picture [H, W, 3], scaled to ``side`` pixels: uint8 [3, side, side]."""
+    short = min(picture.shape[:2])
+    top, left = (picture.shape[0] - short) // 2, (picture.shape[1] - short) // 2
+    cropped = Image.fromarray(picture[top : top + short, left : left + short])
+    scaled = np.asarray(cropped.resize((side, side), Image.Resampling.LANCZOS))
+    return torch.from_numpy(scaled.copy()).permute(2, 0, 1)
+
+
+def thumbnail_baseline(image: Tensor, factor: int = 8) -> Tensor:
+    """``image``, uint8 [3, H, W], made ``factor`` times smaller and enlarged again, both bicubic."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    small = picture.resize((picture.width // factor, picture.height // factor), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(small.resize(picture.size, Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
+
+
+class LinearBaseline:
+    """The best linear map of 8x8 blocks to ``numbers`` numbers and back: a principal component analysis of blocks.
+
+    images: uint8 [B, 3, H, W] batches to learn from.
+    """
+
+    def __init__(self, images: Iterable[Tensor], numbers: int = 4, block: int = 8):
+        self.block = block
+        blocks = torch.cat([self._blocks(batch) for batch in images])
+        self.mean = blocks.mean(dim=0)
+        covariance = torch.cov((blocks - self.mean).T)
+        self.basis = torch.linalg.eigh(covariance).eigenvectors[:, -numbers:]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The reconstruction of ``image``, uint8 [3, H, W], whose sides are multiples of the block."""
+        blocks = self._blocks(image[None]) - self.mean
+        restored = blocks @ self.basis @ self.basis.T + self.mean
+        columns = restored.view(1, -1, restored.shape[1]).transpose(1, 2)
+        folded = F.fold(columns, image.shape[1:], self.block, stride=self.block)
+        return folded[0].round().clamp(0, 255).to(torch.uint8)
+
+    def _blocks(self, images: Tensor) -> Tensor:
+        columns = F.unfold(images.double(), self.block, stride=self.block)
+        return columns.transpose(1, 2).flatten(0, 1)

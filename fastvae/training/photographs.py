@@ -1,0 +1,49 @@
+"""Training crops from a folder of photographs, each decided by (seed, step) alone, so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class CropSource:
+    """Random crops of the pictures under a folder, at several scales.
+
+    short_sides: each picture is kept once scaled to each of these (those it is large enough for), so that crops show
+    fine and coarse detail alike. Raises ValueError where no picture is large enough.
+    """
+
+    def __init__(self, folder: str | Path, short_sides: tuple[int, ...] = (256, 384, 512, 768)):
+        self.pictures: list[np.ndarray] = []
+        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES):
+            with Image.open(path) as picture:
+                self.pictures += _scaled(picture.convert("RGB"), short_sides)
+        if not self.pictures:
+            raise ValueError(f"{folder} holds no picture of {min(short_sides)} pixels or more a side")
+
+    def batch(self, step: int, *, batch_size: int, crop: int, seed: int) -> Tensor:
+        """Crop ``batch_size`` squares of ``crop`` pixels, half of them mirrored: uint8 [B, 3, crop, crop]."""
+        random = np.random.default_rng((seed, step))
+        squares = []
+        while len(squares) < batch_size:
+            picture = self.pictures[random.integers(len(self.pictures))]
+            top, left = (int(random.integers(side - crop + 1)) for side in picture.shape[:2])
+            square = picture[top : top + crop, left : left + crop]
+            squares.append(square[:, ::-1] if random.random() < 0.5 else square)
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+
+
+def _scaled(picture: Image.Image, short_sides: tuple[int, ...]) -> list[np.ndarray]:
+    scaled = []
+    for short_side in short_sides:
+        ratio = short_side / min(picture.size)
+        if ratio <= 1:
+            size = tuple(max(short_side, round(side * ratio)) for side in picture.size)
+            scaled.append(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+    return scaled

@@ -1,0 +1,1 @@
+"""Triton kernels for the autoencoder of latent diffusion; stands on torch and triton alone."""
