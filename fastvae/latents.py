@@ -149,7 +149,8 @@ def sample_posterior(
     """
     if moments.ndim != 4 or moments.shape[1] % 2:
         raise ValueError(f"moments must be [B, 2L, h, w], got shape {tuple(moments.shape)}")
-    mean, logvar = (part.contiguous() for part in moments.chunk(2, dim=1))
+    # Views of the moments, as in diffusers, so that the result has the same strides as there.
+    mean, logvar = moments.chunk(2, dim=1)
     noise = posterior_noise(mean.shape, mean.dtype, mean.device, generator=generator, seeds=seeds)
     return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
 

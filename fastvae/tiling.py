@@ -32,7 +32,7 @@ class TilePlan:
         """
         stride = int(tile * (1 - overlap_factor))
         blend = int(output_tile * overlap_factor)
-        if stride < 1 or not 0 <= blend < output_tile:
+        if stride < 1 or output_tile < 1 or not 0 <= overlap_factor < 1:
             raise ValueError(
                 f"tiles of {tile} (giving {output_tile}) with tile_overlap_factor={overlap_factor} do not advance: "
                 "take a factor of at least 0 and under 1, and a larger tile size"

@@ -1,6 +1,7 @@
 """The house holds: who imports whom, what is light, and that every public name explains itself."""
 
 import ast
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -140,3 +141,13 @@ def test_the_repository_speaks_of_the_product_alone():
         text = path.read_text()
         for word in ("/work/", "/root/", "/tmp/", "TODO", "FIXME"):
             assert word not in text, f"{name} says {word}"
+
+
+def test_the_tables_say_what_was_measured():
+    """A number in the README's tables comes from a result in the repository."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "bench" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = (ROOT / "README.md").read_text()
+    assert tables.SECTION.search(text)
+    assert tables.with_results(text) == text, "run: python bench/tables.py"

@@ -1,16 +1,25 @@
-"""What every model here shares: a frozen config, dtype and device, gradient checkpointing (diffusers: ModelMixin)."""
+"""What every model here shares: a frozen config, loading and saving, dtype and device, gradient checkpointing.
+
+Source: diffusers.models.modeling_utils.ModelMixin and diffusers.configuration_utils.ConfigMixin.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvae.checkpoints.config import FrozenConfig
+from fastvae.checkpoints import loading, presets, reading, saving
+from fastvae.checkpoints.config import CONFIG_DEFAULTS, FrozenConfig, validate_config
+from fastvae.checkpoints.report import LoadReport
+
+BOTH_PARTS = ("encoder", "decoder")
 
 
 def register_to_config(init):
@@ -40,6 +49,177 @@ class ModelMixin(nn.Module):
 
     _supports_gradient_checkpointing = True
     _config: FrozenConfig
+    load_report: LoadReport | None = None
+    """What the last load read, renamed and left out; None for a model that was not loaded."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        parts: Iterable[str] = BOTH_PARTS,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        allow_pickle: bool = False,
+    ) -> Self:
+        """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
+
+        ``torch_dtype`` (or ``dtype``) None means float32, "auto" the file's own. ``parts=("encoder",)`` reads no tensor
+        of the decoder and leaves it None. A pickle is refused unless ``allow_pickle``. ``load_report`` says what was
+        done. Raises FileNotFoundError, ConnectionError or ValueError naming the file, key or tensor.
+        Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
+        """
+        parts = reading.check_parts(parts)
+        target = reading.convertible_dtype(torch_dtype if dtype is None else dtype)
+        repository = loading.locate(
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config, opened, unused = loading.open_pretrained(repository, cls._class_name(), variant, allow_pickle)
+        report = loading.new_report(source, cls._class_name(), parts, target, device)
+        report.unused_config = unused
+        return cls._from_checkpoint(config, opened, report, target, device)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        preset: str | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        parts: Iterable[str] = BOTH_PARTS,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        allow_pickle: bool = False,
+    ) -> Self:
+        """Load the VAE out of one file, given as a path or a Hub address, under original (LDM) or diffusers' names.
+
+        Scaling is not in the file, so ``preset`` (see ``fastvae.checkpoints.PRESETS``) or ``config`` (values, a file,
+        a directory or Hub id with ``subfolder``) names it, unless what the file holds leaves one known model. The rest
+        is as in from_pretrained. Raises ValueError that lists the presets that fit.
+        Source: diffusers.loaders.single_file_model.FromOriginalModelMixin.from_single_file.
+        """
+        parts = reading.check_parts(parts)
+        target = reading.convertible_dtype(torch_dtype if dtype is None else dtype)
+        repository = loading.Repository(str(source), subfolder, revision, token, cache_dir, local_files_only)
+        values, opened, notes = loading.open_single_file(
+            source, repository, cls._class_name(), preset, config, allow_pickle
+        )
+        report = loading.new_report(source, cls._class_name(), parts, target, device)
+        report.notes = notes
+        return cls._from_checkpoint(values, opened, report, target, device, strict=False)
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        seed: int | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        parts: Iterable[str] = BOTH_PARTS,
+    ) -> Self:
+        """A known model's architecture and scaling with random weights, in eval mode.
+
+        The same ``seed`` gives the same weights on every device and leaves torch's generators where they were; None
+        draws from the global one. Raises ValueError listing the presets for an unknown ``name``.
+        """
+        parts = reading.check_parts(parts)
+        target = reading.convertible_dtype(torch_dtype) or torch.float32
+        config = presets.find_preset(name, cls._class_name()).config
+        model = cls._seeded(validate_config(config, cls._class_name(), f"preset {name!r}"), seed)
+        model._drop_other_parts(parts)
+        return model.to(device=device, dtype=target).eval()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | Path) -> Self:
+        """A model with random weights from a config: values (``vae.config`` too), a directory, or a Hub id.
+
+        Raises ValueError naming the key for values that are not legal, before anything is allocated.
+        """
+        source = "config" if isinstance(config, Mapping) else str(config)
+        values = config if isinstance(config, Mapping) else cls.load_config(config)
+        return cls(**validate_config(values, cls._class_name(), source))
+
+    @classmethod
+    def load_config(cls, source: str | Path, **options: Any) -> dict[str, Any]:
+        """The config.json of a directory, a Hub id or "tiny", as it stands there.
+
+        ``options``: subfolder, revision, token, cache_dir, local_files_only. Raises as from_pretrained does.
+        """
+        return loading.read_config(loading.locate(source, **options))[0]
+
+    def save_pretrained(
+        self, directory: str | Path, variant: str | None = None, max_shard_size: int | str = "10GB"
+    ) -> None:
+        """Write config.json and safetensors that from_pretrained and stock diffusers load.
+
+        Files appear whole or not at all. Raises ValueError for half a model, and as checkpoints.save_model does.
+        Source: diffusers.models.modeling_utils.ModelMixin.save_pretrained.
+        """
+        halves = [part for part in BOTH_PARTS if getattr(self, part, None) is None]
+        if halves:
+            raise ValueError(
+                f"this model has no {halves[0]}, and half a model is no checkpoint; load it with both parts"
+            )
+        saving.save_model(self.state_dict(), self.config, self._class_name(), directory, variant, max_shard_size)
+
+    @classmethod
+    def _class_name(cls) -> str:
+        # A user's subclass is saved and loaded as the class it extends, so that diffusers knows it.
+        return next(base.__name__ for base in cls.__mro__ if base.__name__ in CONFIG_DEFAULTS)
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        config: Mapping[str, Any],
+        opened: reading.Checkpoint,
+        report: LoadReport,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+        strict: bool = True,
+    ) -> Self:
+        with torch.device("meta"):
+            model = cls(**config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tensors = reading.read_tensors(opened, shapes, report, dtype, torch.device(device), strict)
+        model._drop_other_parts(report.parts)
+        model.load_state_dict(tensors, assign=True)
+        model.register_to_config(_name_or_path=report.source)
+        model.load_report = report
+        return model.eval()
+
+    @classmethod
+    def _seeded(cls, config: Mapping[str, Any], seed: int | None) -> Self:
+        if seed is None:
+            return cls(**config)
+        # The CPU's generator alone: torch.manual_seed would reseed every GPU as well, and fork_rng put none back.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return cls(**config)
+
+    def _drop_other_parts(self, parts: tuple[str, ...]) -> None:
+        if "encoder" not in parts:
+            self.encoder, self.quant_conv = None, None
+        if "decoder" not in parts:
+            self.decoder, self.post_quant_conv = None, None
 
     @property
     def config(self) -> FrozenConfig:

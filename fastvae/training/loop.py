@@ -30,7 +30,7 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a training run with one crop size: ``steps`` batches of ``batch_size`` squares of ``crop`` pixels."""
+    """A stretch of a run with one crop size: ``steps`` batches of ``batch_size`` squares of ``crop`` pixels."""
 
     steps: int
     batch_size: int
@@ -78,7 +78,7 @@ def training_step(
     The forward pass runs under bf16 autocast, the latents are drawn from the posterior with a generator seeded by
     (plan.seed, step). Raises FloatingPointError where the loss is not finite.
     """
-    generator = torch.Generator(images.device).manual_seed(hash((plan.seed, step)) & 2**63 - 1)
+    generator = torch.Generator(images.device).manual_seed(plan.seed << 32 | step)
     for group in optimizer.param_groups:
         group["lr"] = plan.learning_rate_at(step)
     with torch.autocast(images.device.type, torch.bfloat16):

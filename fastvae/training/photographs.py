@@ -1,4 +1,4 @@
-"""Training crops from a folder of photographs, each decided by (seed, step) alone, so that a resumed run sees the same."""
+"""Training crops of photographs, decided by (seed, step) alone, so that a resumed run sees the same ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ class CropSource:
     """Random crops of the pictures under a folder, at several scales.
 
     short_sides: each picture is kept once scaled to each of these (those it is large enough for), so that crops show
-    fine and coarse detail alike. Raises ValueError where no picture is large enough.
+    fine and coarse detail alike. ``count``: how many pictures serve. Raises ValueError where no picture is large enough.
     """
 
     def __init__(self, folder: str | Path, short_sides: tuple[int, ...] = (256, 384, 512, 768)):
         self.pictures: list[np.ndarray] = []
+        self.count = 0
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES):
             with Image.open(path) as picture:
-                self.pictures += _scaled(picture.convert("RGB"), short_sides)
+                scaled = _scaled(picture.convert("RGB"), short_sides)
+            self.pictures += scaled
+            self.count += bool(scaled)
         if not self.pictures:
             raise ValueError(f"{folder} holds no picture of {min(short_sides)} pixels or more a side")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvae.latents import posterior_noise
+from fastvae.latents import sample_posterior
 from fastvae.models.modeling_outputs import BaseOutput
 from fastvae.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
 
@@ -103,6 +103,8 @@ class Decoder(nn.Module):
         self.layers_per_block = layers_per_block
         channels = block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        # Before the mid block, as in diffusers: optimisers number parameters in this order.
+        self.up_blocks = nn.ModuleList()
         self.mid_block = UNetMidBlock2D(
             in_channels=channels,
             resnet_act_fn=act_fn,
@@ -111,7 +113,6 @@ class Decoder(nn.Module):
             add_attention=mid_block_add_attention,
         )
 
-        self.up_blocks = nn.ModuleList()
         for i, up_block_type in enumerate(up_block_types):
             block_channels = block_out_channels[-1 - i]
             block = get_up_block(
@@ -151,9 +152,9 @@ class DiagonalGaussianDistribution:
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False):
-        if parameters.ndim < 2 or parameters.shape[1] % 2:
+        if parameters.ndim != 4 or parameters.shape[1] % 2:
             raise ValueError(
-                f"parameters must hold mean and log-variance, [B, 2L, ...], got shape {tuple(parameters.shape)}"
+                f"parameters must hold mean and log-variance, [B, 2L, h, w], got shape {tuple(parameters.shape)}"
             )
         self.parameters = parameters
         self.deterministic = deterministic
@@ -194,9 +195,9 @@ class DiagonalGaussianDistribution:
         64-bit integer for each row instead, and row i depends on seeds[i] alone. Raises ValueError for a number of
         generators or seeds other than B, for both at once, and for a CUDA generator on CPU parameters.
         """
-        mean = self.mean
-        noise = posterior_noise(mean.shape, mean.dtype, mean.device, generator=generator, seeds=seeds)
-        return mean + self.std * noise
+        drawn = sample_posterior(self.parameters, seeds=seeds, generator=generator)
+        # Drawn even where it is not used: a generator then stands where diffusers leaves it.
+        return self.mean if self.deterministic else drawn
 
     def mode(self) -> Tensor:
         """The most likely latents: the mean."""

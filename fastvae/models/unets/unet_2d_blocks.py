@@ -37,7 +37,49 @@ def _attentions(channels: int, num_layers: int, *, head_dim: int, eps: float, gr
     )
 
 
-class DownEncoderBlock2D(nn.Module):
+class _Block(nn.Module):
+    """What blocks share: residual blocks, each followed by attention where there is some."""
+
+    attentions: nn.ModuleList | None
+    resnets: nn.ModuleList
+
+    def _stack(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dropout: float,
+        num_layers: int,
+        resnet_eps: float,
+        resnet_act_fn: str,
+        resnet_groups: int,
+        attention_head_dim: int | None,
+    ) -> None:
+        # Attention first, as in diffusers: optimisers number parameters in this order.
+        self.attentions = None
+        if attention_head_dim is not None:
+            self.attentions = _attentions(
+                out_channels, num_layers, head_dim=attention_head_dim, eps=resnet_eps, groups=resnet_groups
+            )
+        self.resnets = _resnets(
+            in_channels,
+            out_channels,
+            num_layers,
+            dropout=dropout,
+            eps=resnet_eps,
+            act_fn=resnet_act_fn,
+            groups=resnet_groups,
+        )
+
+    def _through_the_stack(self, hidden_states: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states)
+            if self.attentions is not None:
+                hidden_states = self.attentions[i](hidden_states)
+        return hidden_states
+
+
+class DownEncoderBlock2D(_Block):
     """``num_layers`` residual blocks, then a stride-2 convolution: [B, in, H, W] -> [B, out, H // 2, W // 2].
 
     Source: diffusers' class of this name.
@@ -54,24 +96,25 @@ class DownEncoderBlock2D(nn.Module):
         resnet_groups: int = 32,
         add_downsample: bool = True,
         downsample_padding: int = 1,
+        attention_head_dim: int | None = None,
     ):
         super().__init__()
-        self.resnets = _resnets(
+        self._stack(
             in_channels,
             out_channels,
-            num_layers,
             dropout=dropout,
-            eps=resnet_eps,
-            act_fn=resnet_act_fn,
-            groups=resnet_groups,
+            num_layers=num_layers,
+            resnet_eps=resnet_eps,
+            resnet_act_fn=resnet_act_fn,
+            resnet_groups=resnet_groups,
+            attention_head_dim=attention_head_dim,
         )
         self.downsamplers = (
             nn.ModuleList([Downsample2D(out_channels, padding=downsample_padding)]) if add_downsample else None
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            hidden_states = resnet(hidden_states)
+        hidden_states = self._through_the_stack(hidden_states)
         for downsampler in self.downsamplers or ():
             hidden_states = downsampler(hidden_states)
         return hidden_states
@@ -81,24 +124,10 @@ class AttnDownEncoderBlock2D(DownEncoderBlock2D):
     """A DownEncoderBlock2D with attention after every residual block (diffusers' class of this name)."""
 
     def __init__(self, in_channels: int, out_channels: int, attention_head_dim: int = 1, **kwargs):
-        super().__init__(in_channels, out_channels, **kwargs)
-        self.attentions = _attentions(
-            out_channels,
-            len(self.resnets),
-            head_dim=attention_head_dim,
-            eps=kwargs.get("resnet_eps", 1e-6),
-            groups=kwargs.get("resnet_groups", 32),
-        )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            hidden_states = attention(resnet(hidden_states))
-        for downsampler in self.downsamplers or ():
-            hidden_states = downsampler(hidden_states)
-        return hidden_states
+        super().__init__(in_channels, out_channels, attention_head_dim=attention_head_dim, **kwargs)
 
 
-class UpDecoderBlock2D(nn.Module):
+class UpDecoderBlock2D(_Block):
     """``num_layers`` residual blocks, then a doubling: [B, in, H, W] -> [B, out, 2H, 2W].
 
     Source: diffusers' class of this name.
@@ -114,22 +143,23 @@ class UpDecoderBlock2D(nn.Module):
         resnet_act_fn: str = "swish",
         resnet_groups: int = 32,
         add_upsample: bool = True,
+        attention_head_dim: int | None = None,
     ):
         super().__init__()
-        self.resnets = _resnets(
+        self._stack(
             in_channels,
             out_channels,
-            num_layers,
             dropout=dropout,
-            eps=resnet_eps,
-            act_fn=resnet_act_fn,
-            groups=resnet_groups,
+            num_layers=num_layers,
+            resnet_eps=resnet_eps,
+            resnet_act_fn=resnet_act_fn,
+            resnet_groups=resnet_groups,
+            attention_head_dim=attention_head_dim,
         )
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if add_upsample else None
 
     def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
-        for resnet in self.resnets:
-            hidden_states = resnet(hidden_states)
+        hidden_states = self._through_the_stack(hidden_states)
         for upsampler in self.upsamplers or ():
             hidden_states = upsampler(hidden_states)
         return hidden_states
@@ -139,21 +169,7 @@ class AttnUpDecoderBlock2D(UpDecoderBlock2D):
     """An UpDecoderBlock2D with attention after every residual block (diffusers' class of this name)."""
 
     def __init__(self, in_channels: int, out_channels: int, attention_head_dim: int = 1, **kwargs):
-        super().__init__(in_channels, out_channels, **kwargs)
-        self.attentions = _attentions(
-            out_channels,
-            len(self.resnets),
-            head_dim=attention_head_dim,
-            eps=kwargs.get("resnet_eps", 1e-6),
-            groups=kwargs.get("resnet_groups", 32),
-        )
-
-    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            hidden_states = attention(resnet(hidden_states))
-        for upsampler in self.upsamplers or ():
-            hidden_states = upsampler(hidden_states)
-        return hidden_states
+        super().__init__(in_channels, out_channels, attention_head_dim=attention_head_dim, **kwargs)
 
 
 class UNetMidBlock2D(nn.Module):
