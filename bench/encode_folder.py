@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from skimage import data
 
@@ -49,7 +50,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 def plain_loop(photographs: Path, model: Path, out: Path, side: int, dtype: torch.dtype = torch.float32) -> None:
     """What a training script does before it trains: open, cut, encode, save, one image after another."""
-    vae = diffusers.AutoencoderKL.from_pretrained(model, torch_dtype=dtype)
+    vae = AutoencoderKL.from_pretrained(model, torch_dtype=dtype)
     out.mkdir(parents=True)
     for path in sorted(photographs.iterdir()):
         with Image.open(path) as opened:
@@ -60,7 +61,7 @@ def plain_loop(photographs: Path, model: Path, out: Path, side: int, dtype: torc
         array = np.asarray(picture.crop((left, top, left + side, top + side)))
         x = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
-            posterior = vae.encode(x.to(dtype)).latent_dist
+            posterior = vae.encode(x.to(dtype), return_dict=False)[0]
         torch.save(posterior.parameters.clone(), out / f"{path.stem}.pt")
 
 

@@ -133,7 +133,8 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
     )
     source = CropSource(arguments.photographs)
-    vae = AutoencoderKL(**ARCHITECTURE).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(**ARCHITECTURE)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = train(vae, source, plan, arguments.state)
     figures = write_model(trained, source, plan, source.count, arguments.out)
     print(f"mean PSNR {figures.model:.2f} dB (thumbnail {figures.thumbnail:.2f}, linear {figures.linear:.2f})")

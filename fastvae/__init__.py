@@ -25,7 +25,20 @@ _WHERE = {
     "unscale_latents": "fastvae.latents",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLOutput",
+    "DecoderOutput",
+    "DiagonalGaussianDistribution",
+    "LatentDataset",
+    "decode_latents",
+    "encode",
+    "encode_latents",
+    "sample_posterior",
+    "scale_latents",
+    "unscale_latents",
+]
 
 if TYPE_CHECKING:
     from fastvae.data.dataset import LatentDataset as LatentDataset

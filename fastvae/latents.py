@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fastvae_kernels import philox
+from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Images = "Tensor | np.ndarray | PIL.Image.Image | Sequence[PIL.Image.Image]"
 # Floats beyond this are not images in [-1, 1]; resampling overshoots by less.
 LARGEST_PIXEL = 1.5
 
@@ -45,7 +43,7 @@ def encode_latents(
 ) -> Tensor:
     """Images to scaled latents, [B, L, H / f, W / f] in the model's dtype and on its device.
 
-    images: uint8 0..255 or floats in [-1, 1], a tensor or array [B, C, H, W] or [B, H, W, C], or PIL images of one size.
+    images: uint8 0..255 or floats in [-1, 1], tensor or array, [B, C, H, W] or [B, H, W, C], or PIL images of one size.
     posterior: a draw, or the mode (the mean). seeds: one unsigned 64-bit integer an image, so that an image's latents
     depend on its own seed alone; generator: torch generators instead, as diffusers uses them. pad: what to do with
     sides that are no multiple of f: refuse, crop the right and bottom, or reflect there up to the next multiple.

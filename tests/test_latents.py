@@ -211,7 +211,7 @@ def test_latents_that_overflow_are_not_handed_out():
     vae = model().half()
     with torch.no_grad():
         vae.encoder.conv_in.weight.fill_(60000)
-    with pytest.raises(ValueError, match="the latents must be finite.*computed in torch.float16"):
+    with pytest.raises(ValueError, match=r"the latents must be finite.*computed in torch.float16"):
         vae.encode_latents(photograph(), posterior="mode")
 
 

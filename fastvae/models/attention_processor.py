@@ -1,4 +1,4 @@
-"""Self-attention over the pixels of a feature map, and its exchangeable processors (diffusers.models.attention_processor)."""
+"""Self-attention over pixels, and its exchangeable processors (diffusers.models.attention_processor)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvae.latents import DiagonalGaussianDistribution
+    from fastvae.models.autoencoders.vae import DiagonalGaussianDistribution
 
 
 class BaseOutput:

@@ -23,7 +23,7 @@ BOTH_PARTS = ("encoder", "decoder")
 
 
 def register_to_config(init):
-    """Keep a constructor's arguments, defaults included, as the frozen ``config`` of the instance.
+    """Keep a constructor's arguments, checked and with defaults, as the frozen ``config`` of the instance.
 
     Source: diffusers.configuration_utils.register_to_config.
     """
@@ -33,8 +33,8 @@ def register_to_config(init):
     def wrapper(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs)
         arguments.apply_defaults()
-        config = {name: value for name, value in arguments.arguments.items() if name != "self"}
-        config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+        given = {name: value for name, value in arguments.arguments.items() if name != "self"}
+        config = validate_config(given, self._class_name(), type(self).__name__)
         object.__setattr__(self, "_config", FrozenConfig(config))
         init(self, **config)
 

@@ -1,7 +1,7 @@
 """Training: losses, one step, a loop that resumes exactly, and crops of photographs."""
 
-from fastvae.training.losses import edge_loss, vae_loss
 from fastvae.training.loop import Phase, TrainingPlan, train, training_step
+from fastvae.training.losses import edge_loss, vae_loss
 from fastvae.training.photographs import CropSource
 
 __all__ = ["CropSource", "Phase", "TrainingPlan", "edge_loss", "train", "training_step", "vae_loss"]

@@ -131,8 +131,8 @@ def train(
 
 @torch.no_grad()
 def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    averaged, current = list(average.parameters()), list(model.parameters())
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
+        averaged.lerp_(current, 1 - decay)
 
 
 def _save(path: Path, plan: TrainingPlan, step: int, vae: Any, average: Any, optimizer: Any) -> None:

@@ -15,8 +15,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 class CropSource:
     """Random crops of the pictures under a folder, at several scales.
 
-    short_sides: each picture is kept once scaled to each of these (those it is large enough for), so that crops show
-    fine and coarse detail alike. ``count``: how many pictures serve. Raises ValueError where no picture is large enough.
+    short_sides: each picture is kept scaled to each of these (that it is large enough for), so that crops show fine
+    and coarse detail alike. ``count``: how many pictures serve. Raises ValueError where no picture is large enough.
     """
 
     def __init__(self, folder: str | Path, short_sides: tuple[int, ...] = (256, 384, 512, 768)):
@@ -47,6 +47,6 @@ def _scaled(picture: Image.Image, short_sides: tuple[int, ...]) -> list[np.ndarr
     for short_side in short_sides:
         ratio = short_side / min(picture.size)
         if ratio <= 1:
-            size = tuple(max(short_side, round(side * ratio)) for side in picture.size)
-            scaled.append(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+            width, height = (max(short_side, round(side * ratio)) for side in picture.size)
+            scaled.append(np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)))
     return scaled

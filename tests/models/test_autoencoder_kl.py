@@ -196,7 +196,7 @@ def gradients_of(vae, x):
 
 
 def test_gradients_equal_diffusers():
-    """In eval mode: in training mode diffusers copies the input of each shortcut to another layout, which moves bits."""
+    """In eval mode: in training mode diffusers copies each shortcut's input to another layout, which moves bits."""
     ours, theirs = twins()
     x = images(2, 3, 16, 24)
     mine, expected = gradients_of(ours, x), gradients_of(theirs, x)
@@ -318,7 +318,7 @@ def test_bad_input_is_named(x, words):
 
 
 def test_a_block_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match="down_block_types must name"):
+    with pytest.raises(ValueError, match=r"down_block_types must be .* got \('DownBlock2D'"):
         fastvae.AutoencoderKL(**{**SMALL, "down_block_types": ("DownBlock2D", "DownEncoderBlock2D")})
-    with pytest.raises(ValueError, match="act_fn must be one of"):
+    with pytest.raises(ValueError, match="act_fn must be"):
         fastvae.AutoencoderKL(**{**SMALL, "act_fn": "tanh"})

@@ -75,17 +75,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
     """One run in a piece, one killed at once after its checkpoint at step 6, and resumed: the same weights."""
     plan = TrainingPlan([Phase(8, 2, 16), Phase(4, 1, 32)], warmup=3)
     whole = train(new_model(), Gradients(), plan, tmp_path / "whole", progress=False).state_dict()
-    script = (
-        "import os, sys; sys.path[:0] = [%r, %r, %r]\n"
-        "from test_training import *\n"
-        "class Stopping(Gradients):\n"
-        "    def batch(self, step, **options):\n"
-        "        if step == 8: os._exit(9)\n"
-        "        return super().batch(step, **options)\n"
-        "torch.use_deterministic_algorithms(True, warn_only=True); torch.set_num_threads(1)\n"
-        "plan = TrainingPlan([Phase(8, 2, 16), Phase(4, 1, 32)], warmup=3)\n"
-        "train(new_model(), Stopping(), plan, %r, progress=False, checkpoint_every=6)\n"
-    ) % (str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent), str(tmp_path / "parts"))
+    script = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}, {str(Path(__file__).parent)!r}]
+from test_training import *
+class Stopping(Gradients):
+    def batch(self, step, **options):
+        if step == 8: os._exit(9)
+        return super().batch(step, **options)
+torch.use_deterministic_algorithms(True, warn_only=True); torch.set_num_threads(1)
+plan = TrainingPlan([Phase(8, 2, 16), Phase(4, 1, 32)], warmup=3)
+train(new_model(), Stopping(), plan, {str(tmp_path / "parts")!r}, progress=False, checkpoint_every=6)
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 9, done.stderr
     resumed = train(new_model(), Gradients(), plan, tmp_path / "parts", progress=False).state_dict()
@@ -134,7 +135,7 @@ def test_crops_are_decided_by_seed_and_step(tmp_path):
 
 
 def test_the_baselines():
-    """A picture of flat blocks is given back by a linear map of few numbers; noise is not, and a thumbnail blurs both."""
+    """A linear map of few numbers gives a picture of flat blocks back, noise not; and a thumbnail blurs both."""
     random = np.random.default_rng(1)
     blocks = torch.from_numpy(random.integers(0, 255, (4, 3, 4, 4), dtype=np.uint8))
     flat = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)

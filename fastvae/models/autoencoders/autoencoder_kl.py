@@ -143,7 +143,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
             raise ValueError(f"{name} must be [B, {channels}, H, W], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}: encode_latents takes uint8 images")
-        weight = part.conv_in.weight.dtype  # type: ignore[union-attr]
+        weight: torch.dtype = part.conv_in.weight.dtype  # type: ignore
         if x.dtype != weight and weight.itemsize > 1 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must have the model's dtype {weight}, got {x.dtype}")
 

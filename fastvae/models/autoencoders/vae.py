@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 2 * out_channels if double_z else out_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def forward(self, sample: Tensor) -> Tensor:
         sample = self.conv_in(sample)
         for block in (*self.down_blocks, self.mid_block):
@@ -132,6 +134,8 @@ class Decoder(nn.Module):
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.gradient_checkpointing = False
+
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
         sample = self.conv_in(sample)

@@ -5,6 +5,8 @@ Source: diffusers.models.unets.unet_2d_blocks, without time embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -208,6 +210,8 @@ class UNetMidBlock2D(nn.Module):
         )
         self.gradient_checkpointing = False
 
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
         first, *others = self.resnets
         hidden_states = first(hidden_states)
@@ -236,8 +240,7 @@ def get_up_block(up_block_type: str, *, attention_head_dim: int, **kwargs) -> Up
 
 
 def _get_block(blocks: dict, argument: str, name: str, attention_head_dim: int, kwargs: dict):
-    # Files of 2022 carry the prefix that diffusers still strips.
-    block = blocks.get(name.removeprefix("UNetRes"))
+    block = blocks.get(name)
     if block is None:
         raise ValueError(f"{argument} must name {' or '.join(blocks)}, got {name!r}")
     if name.startswith("Attn"):

@@ -1,0 +1,232 @@
+"""Tensors out of checkpoint files: only those that are wanted, each checked, converted and placed as it is read."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from fastvae.checkpoints import names
+from fastvae.checkpoints.files import PICKLE_SUFFIXES, WeightFiles, check_pickle, commit_of
+from fastvae.checkpoints.report import LoadReport, first_few
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Checkpoint:
+    """The tensors of one checkpoint by the names its files use; a shard is fetched when a tensor of it is wanted."""
+
+    def __init__(self, weights: WeightFiles, allow_pickle: bool = False) -> None:
+        self._weights = weights
+        self._pickled: dict[str, Tensor] | None = None
+        self.opened: list[Path] = []
+        if weights.single is None:
+            self.names = tuple(weights.weight_map or ())
+        elif weights.single.suffix in PICKLE_SUFFIXES:
+            check_pickle(weights.single, allow_pickle)
+            self._pickled = _read_pickle(weights.single)
+            self.opened.append(weights.single)
+            self.names = tuple(self._pickled)
+        else:
+            with _opened(weights.single) as file:
+                self.names = tuple(file.keys())
+
+    @property
+    def source(self) -> str:
+        """The file (or index) to name in messages."""
+        return str(self._weights.single or self._weights.index)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the headers alone."""
+        if self._pickled is not None:
+            return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+        found = {}
+        for path, wanted in self._by_file(self.names):
+            with _opened(path) as file:
+                found.update((name, tuple(_slice(file, name, path).get_shape())) for name in wanted)
+        return found
+
+    def read(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) file by file; the tensor may be a view of the mapped file, so copy what is kept."""
+        if self._pickled is not None:
+            for name in wanted:
+                yield name, self._pickled[name]
+            return
+        for path, inside in self._by_file(wanted):
+            self.opened.append(path)
+            with _opened(path) as file:
+                for name in inside:
+                    _slice(file, name, path)
+                    yield name, file.get_tensor(name)
+
+    def _by_file(self, wanted: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
+        if self._weights.single is not None:
+            yield self._weights.single, list(wanted)
+            return
+        groups: dict[str, list[str]] = {}
+        for name in wanted:
+            groups.setdefault((self._weights.weight_map or {})[name], []).append(name)
+        for shard, inside in groups.items():
+            yield self._weights.shard(shard), inside
+
+
+def read_tensors(
+    checkpoint: Checkpoint,
+    expected: Shapes,
+    report: LoadReport,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    strict: bool = True,
+) -> dict[str, Tensor]:
+    """Read the tensors ``expected`` (diffusers' name -> shape) on ``device``; fills in ``report``.
+
+    Only the parts that ``report`` names are looked for, and no tensor of the other half is read. ``dtype`` None keeps
+    each tensor's own; integers are never converted. Every tensor is a copy, so that a file replaced later changes
+    nothing. Raises ValueError for missing tensors, tensors of a wrong shape, and tensors inside the VAE that the model
+    does not have; outside the VAE too if ``strict``.
+    """
+    table = names.rename_table(checkpoint.names)
+    wanted = {name: shape for name, shape in expected.items() if names.part_of(name, report.parts)}
+    old_names = {new: old for old, new in table.items()}
+    _sort_out(checkpoint, table, expected, wanted, report, strict)
+    absent = [name for name in wanted if name not in old_names]
+    # A counter of training steps, which converted FLUX.2 files leave out; nothing that is computed depends on it.
+    counters = [name for name in absent if name.endswith(".num_batches_tracked")]
+    missing = [name for name in absent if name not in counters]
+    if missing:
+        raise ValueError(
+            f"{checkpoint.source}: {len(missing)} of {len(wanted)} tensors are missing: {first_few(missing)}"
+        )
+    tensors = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counters}
+    found_dtypes: Counter[str] = Counter()
+    reshaped = []
+    for old, tensor in checkpoint.read([old_names[name] for name in wanted if name in old_names]):
+        new = table[old]
+        shaped = _shaped(tensor, new, wanted[new])
+        if shaped is None:
+            got, taken = list(tensor.shape), list(wanted[new])
+            raise ValueError(f"{checkpoint.source}: {old} has shape {got}, expected {taken} for {new}")
+        reshaped += [new] if shaped.shape != tensor.shape else []
+        found_dtypes[_short(tensor.dtype)] += 1
+        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensors[new] = shaped.to(device=device, dtype=target, copy=True).contiguous()
+    report.files = tuple(str(path) for path in dict.fromkeys(checkpoint.opened))
+    report.commit = next(filter(None, map(commit_of, checkpoint.opened)), None)
+    report.loaded = tuple(sorted(set(tensors) - set(counters)))
+    report.renamed = {old_names[name]: name for name in report.loaded if old_names[name] != name}
+    report.reshaped = tuple(reshaped)
+    report.dtypes = dict(found_dtypes)
+    return tensors
+
+
+def convertible_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype to convert to: None means float32, as in diffusers, and "auto" (returned as None) the file's own.
+
+    Raises ValueError for anything else that is not a floating-point torch.dtype.
+    """
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f'torch_dtype must be a floating-point torch.dtype, "auto" or None, got {dtype!r}')
+    return dtype
+
+
+def check_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """``parts`` as a tuple in one order; raises ValueError unless it names "encoder", "decoder" or both."""
+    given = (parts,) if isinstance(parts, str) else tuple(parts)
+    if not given or not set(given) <= set(names.PART_ROOTS):
+        raise ValueError(f'parts must name "encoder", "decoder" or both, got {parts!r}')
+    return tuple(part for part in names.PART_ROOTS if part in given)
+
+
+def _sort_out(
+    checkpoint: Checkpoint,
+    table: Mapping[str, str],
+    expected: Shapes,
+    wanted: Shapes,
+    report: LoadReport,
+    strict: bool,
+) -> None:
+    """Note what will not be read, and refuse what the model should hold and does not."""
+    unknown, dropped, not_read = [], [], []
+    for old in checkpoint.names:
+        new = table.get(old)
+        if new in wanted:
+            continue
+        if new in expected:
+            not_read.append(old)
+        elif new is not None and _is_fused_copy(new, table):
+            dropped.append(old)
+        elif strict or new is not None:
+            unknown.append(old)
+        else:
+            dropped.append(old)
+    if not table:
+        raise ValueError(f"{checkpoint.source}: holds no VAE: {first_few(checkpoint.names) or 'it has no tensors'}")
+    if unknown:
+        raise ValueError(f"{checkpoint.source}: {len(unknown)} tensors are unknown to the model: {first_few(unknown)}")
+    report.dropped, report.not_read = tuple(dropped), tuple(not_read)
+
+
+def _is_fused_copy(name: str, table: Mapping[str, str]) -> bool:
+    # diffusers leaves to_qkv beside to_q, to_k, to_v after fuse_qkv_projections, and ignores it on load.
+    return ".to_qkv." in name and name.replace(".to_qkv.", ".to_q.") in table.values()
+
+
+def _shaped(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    if tuple(tensor.shape) == shape:
+        return tensor
+    ones = tuple(tensor.shape[2:])
+    is_convolution = names.is_attention_weight(name) and set(ones) == {1} and tuple(tensor.shape[:2]) == shape
+    return tensor.reshape(shape) if is_convolution else None
+
+
+def _slice(file, name: str, path: Path):
+    try:
+        return file.get_slice(name)
+    except safetensors.SafetensorError:
+        raise ValueError(f"{path}: the index says that {name} lies here, and it does not") from None
+
+
+@contextmanager
+def _opened(path: Path):
+    try:
+        file = safetensors.safe_open(path, framework="pt", device="cpu")
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({path.stat().st_size} bytes; {error})") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None
+    with file as handle:
+        yield handle
+
+
+# What torch's weights-only unpickler raises on bytes that are no pickle at all.
+_GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, struct.error)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds something other than weights, and none of it was run") from None
+    except _GARBAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable pickle of weights ({reason})") from None
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a dictionary of tensors is taken, got {type(content).__name__}")
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

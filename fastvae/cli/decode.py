@@ -1,0 +1,33 @@
+"""fastvae decode STORE OUT"""
+
+from __future__ import annotations
+
+import click
+
+from fastvae.cli.output import echo_json, foreseen, printable
+
+
+@click.command()
+@click.argument("store", type=click.Path(exists=True, file_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--rows", default="0:16", show_default=True, help="Which rows, as in 0:16.")
+@click.option("--vae", help="A directory, a Hub id, or tiny. Default: what the store was made with.")
+@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
+@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@click.option("--json", "as_json", is_flag=True, help="The list of files as one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
+@foreseen
+def decode(
+    store: str, out: str, rows: str, vae: str | None, subfolder: str | None, revision: str | None, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Decode rows of the latent store STORE into PNG files in OUT."""
+    from fastvae.data.decode import decode as run
+    from fastvae.data.decode import parse_rows
+
+    written = run(store, out, rows=parse_rows(rows), vae=vae, subfolder=subfolder, revision=revision)
+    if as_json:
+        echo_json({"files": [{"key": key, "file": str(path)} for key, path in written]})
+    elif not quiet:
+        for key, path in written:
+            click.echo(printable(f"{path}  {key}"))

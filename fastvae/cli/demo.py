@@ -1,0 +1,33 @@
+"""fastvae demo [OUT]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastvae.cli.output import echo_json, foreseen, printable
+
+
+@click.command()
+@click.argument("out", type=click.Path(file_okay=False), default="fastvae-demo")
+@click.option("--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", which is built in.')
+@click.option("--json", "as_json", is_flag=True, help="The figures as one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No plan, no progress bar.")
+@foreseen
+def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
+    """Real photographs to latents and back, in the folder OUT."""
+    from fastvae.data.demonstration import demonstrate
+
+    result = demonstrate(Path(out), vae=vae, progress=not quiet)
+    if as_json:
+        echo_json(result.facts())
+        return
+    for key, decibels in sorted(result.psnr.items()):
+        click.echo(printable(f"{key:24s} PSNR {decibels:5.2f} dB"))
+    click.echo(f"{'mean':24s} PSNR {result.mean_psnr:5.2f} dB")
+    if result.encode.ok:
+        click.echo(f"encoded at {result.encode.images_per_second:.2f} images/s ({result.encode.dtype}, 256x256)")
+    else:
+        click.echo(f"nothing to encode: {result.encode.resumed} rows were there from an earlier run")
+    click.echo(printable(f"latents  {result.store}\npictures {result.sheet}"))

@@ -1,0 +1,31 @@
+"""fastvae demo | encode | decode | info."""
+
+from __future__ import annotations
+
+import click
+
+from fastvae import __version__
+from fastvae.cli.decode import decode
+from fastvae.cli.demo import demo
+from fastvae.cli.encode import encode
+from fastvae.cli.info import info
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="fastvae")
+def cli() -> None:
+    """Images to Stable-Diffusion latents, and back.
+
+    \b
+    Exit codes: 0 done, 1 something else went wrong, 2 wrong usage, 3 done but more failures than allowed,
+    4 the store was made by another model or other settings, 6 no space left, 75 interrupted: run it again.
+    """
+
+
+for command in (demo, encode, decode, info):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The console script's entry point."""
+    cli(prog_name="fastvae")

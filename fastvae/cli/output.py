@@ -1,0 +1,92 @@
+"""What every verb shares: errors in one sentence with their exit codes, and names that cannot drive a terminal."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+USAGE, FAILURES, IDENTITY, NO_SPACE, INTERRUPTED = 2, 3, 4, 6, 75
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Problem(click.ClickException):
+    """An error that was foreseen: a sentence on stderr, an exit code, no traceback."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(printable(message))
+        self.exit_code = exit_code  # type: ignore[misc] # click declares it for the class and reads it here
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"fastvae: {self.message}", err=True)
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters, direction marks and bytes that are no text; newlines stay."""
+    return CONTROL.sub("?", text)
+
+
+def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Turn the errors that a verb can meet into a Problem; anything else keeps its traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
+        except (ValueError, ImportError, OSError) as error:
+            raise _problem(error) from error
+
+    return wrapper
+
+
+def _problem(error: ValueError | ImportError | OSError) -> Problem:
+    from fastvae.data.reasons import ImageError
+    from fastvae.data.store import IdentityMismatch
+
+    if isinstance(error, IdentityMismatch):
+        return Problem(str(error), IDENTITY)
+    if isinstance(error, ImageError):
+        return Problem(str(error), FAILURES)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Problem(f"no space left: {error}; what was committed stays, free space and run again", NO_SPACE)
+    if isinstance(error, ValueError):
+        return Problem(str(error), USAGE)
+    return Problem(str(error), 1)
+
+
+def echo_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value))
+
+
+def parse_count(text: str) -> int:
+    """A count with an optional K, M or G, as in 178M; raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip(), re.ASCII)
+    if not match:
+        raise ValueError(f"expected a count such as 178M, got {text!r}")
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()])
+
+
+class Count(click.ParamType):
+    """A click type for parse_count."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The count; fails with click's usage error."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_count(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

@@ -1,0 +1,129 @@
+"""Any of Pillow's modes to 8-bit sRGB: 16-bit scaling, embedded profiles, CMYK, palettes and transparency."""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastvae.data.reasons import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageCms
+
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
+PHOTOMETRIC = 262  # TIFF tag; 0 says that zero is white
+
+
+def to_srgb(image: Image.Image, image_format: str, alpha: str, flags: list[str], name: str) -> Image.Image:
+    """``image``, loaded, as RGB; what was mended is added to ``flags``.
+
+    Raises ImageError("unsupported") for samples without an agreed white level (floats, 32-bit integers).
+    """
+    profile = image.info.get("icc_profile")
+    colours, mask = _split(_eight_bit(image, name), alpha)
+    if colours.mode == "CMYK" and image_format == "JPEG" and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for Adobe's inverted kind; libjpeg's rule is that Adobe's marker says so.
+        from PIL import ImageChops
+
+        colours = ImageChops.invert(colours)
+    rgb = _through_profile(colours, profile, flags) if profile else colours.convert("RGB")
+    if mask is None:
+        return rgb
+    from PIL import Image
+
+    white = Image.new("RGB", rgb.size, (255, 255, 255))
+    white.paste(rgb, mask=mask)
+    return white
+
+
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ImageError("unsupported", f"{name} has floating-point samples, whose white level no one states")
+    if image.mode not in (*SIXTEEN_BIT, "I"):
+        return image
+    samples = np.asarray(image).astype(np.int64)
+    if image.mode == "I" and (samples.min() < 0 or samples.max() > 65535):
+        raise ImageError("unsupported", f"{name} has integer samples outside 0..65535")
+    if image.mode != "I" and _tags(image).get(PHOTOMETRIC) == 0:
+        samples = 65535 - samples
+    # 65535 = 257 * 255, so this is the nearest of the 256 levels: white stays white, a full ramp keeps its mean.
+    grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey = Image.merge("LA", (grey, Image.fromarray(np.where(samples == transparent, 0, 255).astype(np.uint8))))
+    return grey
+
+
+def _tags(image: Image.Image) -> dict:
+    return getattr(image, "tag_v2", {})
+
+
+def _split(image: Image.Image, alpha: str) -> tuple[Image.Image, Image.Image | None]:
+    """Colours without transparency, and the mask to lay them over white with (None: nothing to do)."""
+    if image.mode in TRANSPARENT or "transparency" in image.info:
+        if image.mode == "RGBa":
+            image = image.convert("RGBA")
+        elif image.mode == "La":
+            image = image.convert("LA")
+        if image.mode == "LA":
+            return image.getchannel("L"), image.getchannel("A") if alpha == "white" else None
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A") if alpha == "white" else None
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
+
+
+def _through_profile(image: Image.Image, profile: bytes, flags: list[str]) -> Image.Image:
+    """``image`` (L, RGB or CMYK) from its embedded profile to sRGB: relative colorimetric, black points matched."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()  # type: ignore[union-attr, attr-defined]
+        if space == "RGB" and image.mode == "L":
+            image = image.convert("RGB")
+        if space != {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]:
+            flags.append("broken_profile")
+            return image.convert("RGB")
+        if space == "RGB" and _changes_nothing(profile):
+            return image
+        return _to_standard(image, source)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        flags.append("broken_profile")
+        return image.convert("RGB")
+
+
+def _to_standard(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+    from PIL import ImageCms
+
+    converted = ImageCms.profileToProfile(
+        image,
+        source,
+        ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    assert converted is not None  # None only when converting in place
+    return converted
+
+
+@functools.lru_cache(maxsize=64)
+def _changes_nothing(profile: bytes) -> bool:
+    """Whether an RGB profile is sRGB by what it does, to one level on a 9x9x9 lattice.
+
+    Most photographs carry that one, and converting costs about as much as decoding.
+    """
+    from PIL import Image, ImageCms
+
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    lattice = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
+    converted = _to_standard(Image.fromarray(lattice), ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+    return bool(np.abs(np.asarray(converted).astype(int) - lattice.astype(int)).max() <= 1)

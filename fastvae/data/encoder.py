@@ -1,0 +1,105 @@
+"""Pixels to stored moments with one model: the dtype, what is done where it fails, and how far it is from fp32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvae.data.shards import HALF_MAXIMUM, LOGVAR_RANGE
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MomentEncoder:
+    """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, keeping an fp32 copy for rows that come out wrong.
+
+    The caller's model is copied, not changed.
+    """
+
+    def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, posterior: str, store_dtype: str):
+        self.device = device
+        self.widest = int(vae.config.block_out_channels[0])  # channels at full size  # type: ignore
+        self.dtype = DTYPES[dtype]
+        self.with_logvar = posterior == "dist"
+        self.store_dtype = np.float32 if store_dtype == "fp32" else np.float16
+        self.reference = _placed(vae, torch.float32, device)
+        self.model = self.reference if self.dtype == torch.float32 else _placed(vae, self.dtype, device)
+
+    def moments(self, pixels: np.ndarray) -> tuple[np.ndarray, int]:
+        """fp32 [B, 2L, h, w] of uint8 ``pixels`` [B, H, W, 3], and how many rows had to be done again in fp32.
+
+        Only rows whose first result is not finite are; those that still are not stay so, for the caller to see.
+        """
+        with torch.inference_mode():
+            result = _run(self.model, self._upload(pixels), self.dtype)
+            bad = (~torch.isfinite(result).flatten(1).all(1)).nonzero().flatten().tolist()
+            if bad and self.model is not self.reference:
+                result[bad] = _run(self.reference, self._upload(pixels[bad]), torch.float32)
+                return result.numpy(), len(bad)
+        return result.numpy(), 0
+
+    def split(self, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, str | None]:
+        """One row's mean and log-variance as stored, and the reason for which it cannot be ("non_finite", "overflow").
+
+        The log-variance is clamped to [-30, 20], as the posterior does before any use of it, so it fits half precision;
+        a mean beyond half precision is refused rather than stored as infinity.
+        """
+        mean, logvar = np.split(moments, 2, axis=0)
+        if not np.isfinite(moments).all():
+            return mean, None, "non_finite"
+        if self.store_dtype is np.float16 and np.abs(mean).max() > HALF_MAXIMUM:
+            return mean, None, "overflow"
+        clamped = np.clip(logvar, *LOGVAR_RANGE).astype(np.float16) if self.with_logvar else None
+        return mean.astype(self.store_dtype), clamped, None
+
+    def error_against_fp32(self, pixels: np.ndarray) -> float | None:
+        """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself."""
+        if self.model is self.reference:
+            return None
+        with torch.inference_mode():
+            x = self._upload(pixels)
+            ours = _run(self.model, x, self.dtype).chunk(2, dim=1)[0]
+            exact = _run(self.reference, x, torch.float32).chunk(2, dim=1)[0]
+        return float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+    def _upload(self, pixels: np.ndarray) -> Tensor:
+        # [B, H, W, 3] seen as [B, 3, H, W] is channels_last without a copy.
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2)
+        return x.float() / 127.5 - 1.0
+
+
+def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    # The memo makes the copy without its decoder: half the weights, and none of them needed.
+    model = copy.deepcopy(vae, {id(vae.decoder): None} if vae.decoder is not None else None)
+    return model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _run(model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype=dtype, memory_format=torch.channels_last)
+    if hasattr(model, "encode_moments"):
+        result = model.encode_moments(x)
+    else:  # diffusers' class
+        result = model.encoder(x)
+        result = result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)
+    return result.float().cpu().contiguous()
+
+
+def default_dtype(device: torch.device) -> str:
+    """fp16 on a GPU; on a CPU bf16 where it computes in bf16 itself, else fp32."""
+    if device.type != "cpu":
+        return "fp16"
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:  # torch before 2.12
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,102 @@
+"""What an encode run did, in figures: the end-of-run block and its JSON twin."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class EncodeReport:
+    """Rows are images: ``ok`` newly encoded, ``failed`` newly quarantined, ``resumed`` found committed before.
+
+    Seconds are wall time for ``seconds``, and summed over threads for ``decode_seconds`` and ``encode_seconds``.
+    ``exceeded`` says whether failures (earlier ones included) are above the limit.
+    """
+
+    store: str
+    identity: str
+    dtype: str
+    dtype_error: float | None
+    ok: int = 0
+    failed: int = 0
+    resumed: int = 0
+    failed_before: int = 0
+    redone_fp32: int = 0
+    ignored_files: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    workers: int = 1
+    batch: int = 1
+    threads_per_worker: int = 1
+    reasons: dict[str, int] = field(default_factory=dict)
+    flags: dict[str, int] = field(default_factory=dict)
+    exceeded: bool = False
+    bottleneck: str = "nothing to do"
+    suggestion: str = ""
+
+    @property
+    def images_per_second(self) -> float:
+        """Images encoded for each second of wall time, decoding and writing included."""
+        return self.ok / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> str:
+        """The report as one JSON document."""
+        return json.dumps({**asdict(self), "images_per_second": round(self.images_per_second, 3)})
+
+    def lines(self) -> list[str]:
+        """The report for people, a line each."""
+        total = max(1, self.ok + self.failed + self.resumed + self.failed_before)
+        failed = self.failed + self.failed_before
+        lines = [
+            f"done    {self.ok} ok, {self.resumed} resumed, {failed} quarantined ({100 * failed / total:.2f} %), "
+            f"{self.redone_fp32} redone in fp32",
+            f"speed   {self.images_per_second:.2f} images/s in {self.seconds:.1f} s; decode {self.decode_seconds:.1f}, "
+            f"encode {self.encode_seconds:.1f}, write {self.write_seconds:.1f} s; {self.bytes_written / 1e6:.1f} MB",
+            f"limit   bottleneck: {self.bottleneck}" + (f" ({self.suggestion})" if self.suggestion else ""),
+        ]
+        if failed:
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
+            lines.append(f"failed  {counts}: see {self.store}/failures.jsonl")
+        if self.flags:
+            lines.append("mended  " + ", ".join(f"{flag} {count}" for flag, count in sorted(self.flags.items())))
+        return lines
+
+    def judge(self, on_cpu: bool) -> None:
+        """Fill ``bottleneck`` and ``suggestion`` from the seconds spent."""
+        if not self.ok:
+            return
+        # On a CPU every worker decodes and encodes, so shares of thread time compare; a GPU encodes from one thread.
+        encode = self.encode_seconds / (self.workers if on_cpu else 1)
+        shares = {"decode": self.decode_seconds / self.workers, "encode": encode, "write": self.write_seconds}
+        self.bottleneck = max(shares, key=lambda name: shares[name])
+        self.suggestion = {
+            "decode": "smaller source images, or JPEG instead of PNG" if on_cpu else "try more --workers",
+            "encode": "the model is the work; a GPU, or --dtype bf16 where the CPU has it"
+            if on_cpu
+            else "as it should be",
+            "write": "a faster disk for the output",
+        }[self.bottleneck]
+
+
+def parse_limit(limit: str | float | int, total: int) -> int:
+    """How many of ``total`` rows may fail: "0.1%", a fraction below 1 as a float, or a count. Raises ValueError."""
+    try:
+        if isinstance(limit, str) and limit.strip().endswith("%"):
+            share = float(limit.strip()[:-1]) / 100
+        elif isinstance(limit, float) and limit < 1:
+            share = limit
+        else:
+            count = int(limit)
+            if count < 0:
+                raise ValueError
+            return count
+        if not (math.isfinite(share) and 0 <= share <= 1):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"max_failures must be a count such as 5 or a share such as '0.1%', got {limit!r}") from None
+    return math.floor(share * total)

@@ -1,0 +1,110 @@
+"""The bytes of one shard: a safetensors file whose rows are latents of one size, readable without this package.
+
+Tensors, for N rows: mean [N, L, h, w] F16 or F32 and logvar [N, L, h, w] F16 (left out for posterior "mean"), raw as
+the model gives them, log-variance clamped to [-30, 20] as every sampler does; sample_id [N] U64, the first 8 bytes,
+little-endian, of the key's sha256; original_hw [N, 2] I32, after rotation; crop_tlhw [N, 4] I32; variant [N] U16;
+row_crc32 [N] U32 over the row's mean and logvar bytes; key_utf8 U8 with key_offset [N + 1] I64.
+The header is written here and not by the safetensors package, which orders metadata at random: equal rows give equal
+bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+DTYPE_NAMES = {
+    "<f2": "F16", "<f4": "F32", "<u8": "U64", "<i8": "I64", "<i4": "I32", "<u4": "U32", "<u2": "U16", "|u1": "U8"
+}  # fmt: skip
+HALF_MAXIMUM = 65504.0
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoded image: ``mean`` and ``logvar`` [L, h, w] as stored; ``key`` names the source file."""
+
+    key: str
+    mean: np.ndarray
+    logvar: np.ndarray | None
+    original_hw: tuple[int, int]
+    crop_tlhw: tuple[int, int, int, int]
+    variant: int = 0
+
+
+def sample_id(key: str) -> int:
+    """The number of a row: the first 8 bytes, little-endian, of the sha256 of its key's bytes."""
+    return int.from_bytes(hashlib.sha256(key_bytes(key)).digest()[:8], "little")
+
+
+def key_bytes(key: str) -> bytes:
+    """A key as bytes: UTF-8, with the bytes of file names that are not UTF-8 as they are on disk."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def key_text(data: bytes) -> str:
+    """The inverse of key_bytes."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """The parts of a shard file that holds ``rows``, in order; equal arguments give equal bytes."""
+    keys = [key_bytes(row.key) for row in rows]
+    tensors = {
+        "mean": np.stack([row.mean for row in rows]),
+        "sample_id": np.array([sample_id(row.key) for row in rows], "<u8"),
+        "original_hw": np.array([row.original_hw for row in rows], "<i4"),
+        "crop_tlhw": np.array([row.crop_tlhw for row in rows], "<i4"),
+        "variant": np.array([row.variant for row in rows], "<u2"),
+        "row_crc32": np.array([row_checksum(row.mean, row.logvar) for row in rows], "<u4"),
+        "key_utf8": np.frombuffer(b"".join(keys), "u1"),
+        "key_offset": np.cumsum([0, *map(len, keys)], dtype="<i8"),
+    }
+    if rows[0].logvar is not None:
+        tensors["logvar"] = np.stack([row.logvar for row in rows if row.logvar is not None])
+    # Widest elements first keeps every tensor aligned to its own element.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        array = tensors[name]
+        end = offset + array.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[array.dtype.str],
+            "shape": list(array.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *(tensors[name].data for name in order)]
+
+
+def row_checksum(mean: np.ndarray, logvar: np.ndarray | None) -> int:
+    """The CRC-32 of a row's mean bytes, continued over its log-variance bytes."""
+    checksum = zlib.crc32(np.ascontiguousarray(mean).data)
+    return checksum if logvar is None else zlib.crc32(np.ascontiguousarray(logvar).data, checksum)
+
+
+def read_keys(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The keys of a shard, in row order."""
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="np") as shard:
+        text = shard.get_tensor("key_utf8").tobytes()
+        offsets = shard.get_tensor("key_offset").tolist()
+    for start, end in pairwise(offsets):
+        yield key_text(text[start:end])
+
+
+def row_bytes(latent_channels: int, side: int, store_dtype: str, with_logvar: bool) -> int:
+    """About how many bytes one row takes: its tensors, and 200 for its sizes and key."""
+    elements = latent_channels * side * side
+    return elements * (4 if store_dtype == "fp32" else 2) + (2 * elements if with_logvar else 0) + 200

@@ -1,0 +1,229 @@
+"""What a file is, told by its first bytes, and whether its end is missing, told by its own structure.
+
+A name is never believed. Only the formats below reach a decoder, so a PostScript or PDF file under a picture's name is
+refused before anything interprets it.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+REFUSED_SIGNATURES = (
+    (b"%!PS", "PostScript (EPS)"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript (EPS)"),
+    (b"%PDF", "PDF"),
+    (b"8BPS", "Photoshop"),
+    (b"SIMPLE  =", "FITS"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML"),
+    (b"PK\x03\x04", "a zip archive"),
+)
+BITMAP_HEADER_SIZES = {12, 40, 52, 56, 64, 108, 124}
+# What application segments start with, and how long tables and frame headers can be at most.
+JPEG_SEGMENT_STARTS = {
+    0xE0: (b"JFIF", b"JFXX"),
+    0xE1: (b"Exif", b"http"),
+    0xE2: (b"ICC_", b"MPF\0", b"FPXR"),
+    0xEE: (b"Adob",),
+}
+JPEG_SEGMENT_SIZES = {0xDB: 2 + 4 * 129, 0xC4: 2 + 8 * 273, 0xDD: 4, 0xC0: 20, 0xC1: 20, 0xC2: 20}
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_STRIP_TAGS = {273: 279, 324: 325}  # offsets of strips or tiles: their lengths
+TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
+
+
+def identify(head: bytes) -> str | None:
+    """Pillow's name of the format that ``head`` (the first 64 bytes or more) starts, or None if it is not taken."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(TIFF_STARTS):
+        return "TIFF"
+    if head[4:8] == b"ftyp" and _is_avif(head):
+        return "AVIF"
+    if head.startswith(b"BM") and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in BITMAP_HEADER_SIZES:
+        return "BMP"  # "BM" alone also starts ordinary text
+    return None
+
+
+def describe_refused(head: bytes) -> str:
+    """What ``head`` looks like, in words, for a message about a file that is not taken."""
+    for start, name in REFUSED_SIGNATURES:
+        if head.startswith(start):
+            return name
+    if head[4:8] == b"ftyp":
+        return f"an ISO media file of brand {head[8:12].decode('latin-1')!r}"
+    return "no image format known here"
+
+
+def ends_early(image_format: str, data: bytes) -> bool:
+    """Whether the structure of ``data`` says that bytes are missing at its end.
+
+    Pillow notices most cuts itself, but accepts some after the last row it needs (a PNG without its end) and fills
+    others with black (a run-length encoded bitmap).
+    """
+    check = {
+        "JPEG": _jpeg_ends_early,
+        "PNG": _png_ends_early,
+        "GIF": _gif_ends_early,
+        "BMP": _bitmap_ends_early,
+        "TIFF": _tiff_ends_early,
+        "AVIF": _boxes_end_early,
+        "WEBP": lambda data: len(data) < 12 or struct.unpack_from("<I", data, 4)[0] + 8 > len(data),
+    }
+    return check[image_format](data)
+
+
+def damaged_png_chunk(data: bytes) -> str | None:
+    """The name of the first critical chunk of a PNG whose checksum is wrong, or None. Pillow checks headers alone."""
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        end = position + 8 + length
+        name = data[position + 4 : position + 8]
+        if end + 4 > len(data):
+            return None
+        if name in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(memoryview(data)[position + 4 : end]) != int.from_bytes(
+            data[end : end + 4], "big"
+        ):
+            return name.decode("ascii")
+        position = end + 4
+    return None
+
+
+def _is_avif(head: bytes) -> bool:
+    size = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[8:12]} | {head[i : i + 4] for i in range(16, size - 3, 4)}
+    return bool(brands & {b"avif", b"avis"})
+
+
+def _jpeg_ends_early(data: bytes) -> bool:
+    position = 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            return False  # not missing but wrong: the decoder says so
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker == 0xDA:
+            # Stuffing keeps FF D9 out of the coded pixels, so one after the first scan's header is a real end.
+            return data.find(b"\xff\xd9", position) < 0
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:
+            position += 2
+        else:
+            length = struct.unpack_from(">H", data, position + 2)[0]
+            if position + 2 + length > len(data):
+                return _is_a_jpeg_segment(marker, length, data[position + 4 : position + 8])
+            position += 2 + length
+    return True
+
+
+def _is_a_jpeg_segment(marker: int, length: int, start: bytes) -> bool:
+    """Whether a segment that runs off the end was cut, or is noise after a JPEG's first bytes."""
+    if marker in JPEG_SEGMENT_STARTS:
+        return any(known.startswith(start) for known in JPEG_SEGMENT_STARTS[marker])
+    if marker in JPEG_SEGMENT_SIZES:
+        return length <= JPEG_SEGMENT_SIZES[marker]
+    return marker >= 0xE0
+
+
+def _png_ends_early(data: bytes) -> bool:
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        if data[position + 4 : position + 8] == b"IEND":
+            return False
+        position += 12 + length
+    return True
+
+
+def _gif_ends_early(data: bytes) -> bool:
+    """Walks the blocks up to the end of the first frame, the only one that is read."""
+    if len(data) < 13:
+        return True
+    position = 13 + _gif_colour_table_size(data[10])
+    while position < len(data):
+        kind = data[position]
+        if kind == 0x21:
+            position += 2
+        elif kind == 0x2C:
+            if position + 10 > len(data):
+                return True
+            position += 11 + _gif_colour_table_size(data[position + 9])
+        else:
+            return False  # a trailer without a frame, or nonsense: the decoder says so
+        while position < len(data) and data[position]:
+            position += 1 + data[position]
+        if position >= len(data):
+            return True
+        position += 1
+        if kind == 0x2C:
+            return False
+    return True
+
+
+def _gif_colour_table_size(flags: int) -> int:
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _bitmap_ends_early(data: bytes) -> bool:
+    if len(data) < 34 or struct.unpack_from("<I", data, 14)[0] == 12:
+        return len(data) < 26
+    compression = struct.unpack_from("<I", data, 30)[0]
+    # Only run-length encoding hides a cut from Pillow; other writers' declared sizes are often wrong.
+    return compression in (1, 2) and struct.unpack_from("<I", data, 2)[0] > len(data)
+
+
+def _boxes_end_early(data: bytes) -> bool:
+    position, pixels_seen = 0, False
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        pixels_seen |= data[position + 4 : position + 8] == b"mdat"
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size == 0:
+            return False  # "to the end of the file"
+        position += max(size, 8)
+    return position != len(data) or not pixels_seen
+
+
+def _tiff_ends_early(data: bytes) -> bool:
+    """Whether the first directory, or a strip or tile it names, lies beyond the end."""
+    order = "<" if data[:2] == b"II" else ">"
+    try:
+        big = struct.unpack_from(order + "H", data, 2)[0] == 43
+        (directory,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, directory)
+        values: dict[int, tuple[int, ...]] = {}
+        for index in range(min(count, 65535)):
+            entry = directory + (8 + 20 * index if big else 2 + 12 * index)
+            tag, kind = struct.unpack_from(order + "HH", data, entry)
+            (length,) = struct.unpack_from(order + ("Q" if big else "I"), data, entry + 4)
+            if kind in TIFF_INTEGERS and tag in (*TIFF_STRIP_TAGS, *TIFF_STRIP_TAGS.values()):
+                values[tag] = _tiff_integers(data, order, big, entry, kind, length)
+    except (struct.error, OverflowError):
+        return True
+    return any(
+        offset + size > len(data)
+        for offsets, sizes in TIFF_STRIP_TAGS.items()
+        for offset, size in zip(values.get(offsets, ()), values.get(sizes, ()), strict=False)
+    )
+
+
+def _tiff_integers(data: bytes, order: str, big: bool, entry: int, kind: int, length: int) -> tuple[int, ...]:
+    letter = TIFF_INTEGERS[kind]
+    place = entry + (12 if big else 8)
+    if length * struct.calcsize(letter) > (8 if big else 4):
+        (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, place)
+    if place + length * struct.calcsize(letter) > len(data):
+        raise struct.error("beyond the end")
+    return struct.unpack_from(f"{order}{length}{letter}", data, place)

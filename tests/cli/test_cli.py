@@ -1,0 +1,238 @@
+"""The command line: what it prints where, its exit codes, and that no foreseen error is a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from small_store import SIDE, picture, small_vae, write_pictures
+
+import fastvae.data.atomic
+from fastvae.cli.main import cli
+from fastvae.cli.output import parse_count, printable
+from fastvae.data.demonstration import PHOTOGRAPHS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_vae().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    write_pictures(tmp_path / "in", 4)
+    return str(tmp_path / "in")
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def encode(pictures, out, model, *more, code=0):
+    return run("encode", pictures, out, "--vae", model, "--buckets", SIDE, "--dtype", "fp32", *more, code=code)
+
+
+def test_encode_info_decode(pictures, model, tmp_path):
+    out = tmp_path / "out"
+    result = encode(pictures, out, model)
+    plan = result.stderr.splitlines()[0]
+    assert plan.startswith(f"encode  {model}  fp32  dist  bucket 32x32  4 images")
+    assert result.stdout.splitlines()[0].startswith("done    4 ok, 0 resumed, 0 quarantined")
+    assert "images/s" in result.stdout
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert (facts["rows"], facts["failed"], facts["units"]) == (4, 0, {"planned": 1, "committed": 1})
+    assert facts["latent_bytes_per_row"] == 4 * 4 * 4 * 2 * 2
+    assert facts["source"]["vae"] == model
+    assert "rows" in run("info", out).stdout
+    files = json.loads(run("decode", out, tmp_path / "png", "--rows", "1:3", "--json").stdout)["files"]
+    assert [entry["key"] for entry in files] == ["001.png", "002.png"]
+    with Image.open(files[0]["file"]) as image:
+        assert image.size == (SIDE, SIDE)
+    shown = run("decode", out, tmp_path / "png", "--rows", "0", "--vae", model).stdout
+    assert shown == f"{tmp_path / 'png'}/000000-000.png.png  000.png\n"
+
+
+def test_a_second_run_resumes(pictures, model, tmp_path):
+    encode(pictures, tmp_path / "out", model)
+    result = encode(pictures, tmp_path / "out", model)
+    assert "resume  4 rows committed before" in result.stderr
+    assert result.stdout.startswith("done    0 ok, 4 resumed")
+
+
+def test_json_is_one_document_and_quiet_is_quiet(pictures, model, tmp_path):
+    result = encode(pictures, tmp_path / "out", model, "--json")
+    report = json.loads(result.stdout)
+    assert (report["ok"], report["failed"], report["dtype"], report["dtype_error"]) == (4, 0, "fp32", None)
+    assert result.stderr.startswith("encode  ")
+    result = encode(pictures, tmp_path / "out", model, "-q")
+    assert result.stdout == result.stderr == ""
+
+
+def test_bf16_states_its_error_in_the_plan(pictures, model, tmp_path):
+    result = run("encode", pictures, tmp_path / "out", "--vae", model, "--buckets", SIDE, "--dtype", "bf16")
+    assert "bf16 (error vs fp32 " in result.stderr.splitlines()[0]
+
+
+def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
+    (Path(pictures) / "bad.png").write_bytes(b"")
+    result = encode(pictures, tmp_path / "out", model, code=3)
+    assert "4 ok" in result.stdout
+    assert "failed  empty 1" in result.stdout
+    encode(pictures, tmp_path / "out", model, "--max-failures", "20%", code=0)
+    result = encode(pictures, tmp_path / "strict", model, "--on-error", "fail", code=3)
+    assert result.stderr.splitlines()[-1] == "fastvae: empty: bad.png holds no bytes"
+
+
+def test_another_identity_is_exit_code_4_with_the_difference(pictures, model, tmp_path):
+    encode(pictures, tmp_path / "out", model)
+    result = encode(pictures, tmp_path / "out", model, "--posterior", "mean", code=4)
+    assert 'numerics.posterior: the store has "dist", this run "mean"' in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_full_disk_is_exit_code_6(pictures, model, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fastvae.data.atomic.os, "fsync", full)
+    result = encode(pictures, tmp_path / "out", model, code=6)
+    assert result.stderr.splitlines()[-1].startswith("fastvae: no space left")
+
+
+def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch):
+    def interrupt(self, pixels):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastvae.data.encoder.MomentEncoder.moments", interrupt)
+    result = encode(pictures, tmp_path / "out", model, code=75)
+    assert result.stderr.splitlines()[-1] == "fastvae: interrupted; run the same command again to go on"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["encode", "{in}", "{out}", "--buckets", "sdxl"],
+            "buckets must be one side in pixels such as 256, got 'sdxl'",
+        ),
+        (["encode", "{in}", "{out}", "--buckets", "36"], "buckets must be a multiple of the model's 8 pixels"),
+        (["encode", "{empty}", "{out}"], "no images under"),
+        (["encode", "{in}", "{in}"], "out must be another folder than src"),
+        (["encode", "{in}/nothing", "{out}"], "does not exist"),
+        (["encode", "{in}", "{out}", "--max-pixels", "lots"], "expected a count such as 178M, got 'lots'"),
+        (["encode", "{in}", "{out}", "--max-failures", "some"], "max_failures must be"),
+        (["encode", "{in}", "{out}", "--batch", "0"], "batch must be 'auto' or at least 1"),
+        (["decode", "{empty}", "{out}"], "is not a latent store"),
+        (["decode", "{empty}", "{out}", "--rows", "x"], "rows must look like 0:16"),
+        (["encode"], "Missing argument 'SRC'"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_exit_code_2_and_a_sentence(arguments, words, pictures, model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    places = {"{in}": pictures, "{out}": str(tmp_path / "out"), "{empty}": str(tmp_path / "empty")}
+    for place, path in places.items():
+        arguments = [argument.replace(place, path) for argument in arguments]
+    if arguments[0] == "encode" and len(arguments) > 1:
+        arguments = [*arguments, "--vae", model]
+    result = run(*arguments, code=2)
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_that_is_not_there_is_a_sentence(pictures, tmp_path):
+    (tmp_path / "no model").mkdir()
+    for command in (["encode", pictures, tmp_path / "out", "--vae"], ["info"]):
+        result = CliRunner().invoke(cli, [*map(str, command), str(tmp_path / "no model")])
+        assert result.exit_code in (1, 2)
+        assert isinstance(result.exception, SystemExit)
+        assert result.stderr.splitlines()[-1].startswith("fastvae: ")
+
+
+def test_info_of_a_model(model):
+    facts = json.loads(run("info", model, "--json").stdout)
+    vae = small_vae()
+    assert facts["kind"] == "model"
+    assert facts["parameters"] == sum(parameter.numel() for parameter in vae.parameters())
+    assert facts["downsample_factor"] == 8
+    assert facts["config"]["block_out_channels"] == [8, 8, 16, 16]
+    assert "parameters" in run("info", model).stdout
+
+
+def test_demo_makes_a_store_and_a_sheet(model, tmp_path):
+    pytest.importorskip("skimage")
+    result = run("demo", tmp_path / "demo", "--vae", model)
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[: len(PHOTOGRAPHS)]] == sorted(f"{name}.jpg" for name in PHOTOGRAPHS)
+    assert lines[len(PHOTOGRAPHS)].startswith("mean")
+    assert "images/s" in lines[len(PHOTOGRAPHS) + 1]
+    facts = json.loads(run("demo", tmp_path / "demo", "--vae", model, "--json", "-q").stdout)
+    assert facts["encode"]["resumed"] == len(PHOTOGRAPHS)
+    assert facts["mean_psnr"] == pytest.approx(np.mean(list(facts["psnr"].values())), abs=0.005)  # rounded to 0.01
+    with Image.open(facts["sheet"]) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape[1] == 2 * (2 * 256 + 8)
+    # A photograph, not a flat field: the original of the first pair has the spread of one.
+    assert sheet[20:260, :256].std() > 20
+
+
+def test_demo_without_scikit_image_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    result = run("demo", tmp_path / "demo", code=1)
+    assert 'pip install "fastvae[demo]"' in result.stderr
+
+
+def test_names_cannot_drive_the_terminal(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    picture(0).save(tmp_path / "in" / "x.png")
+    os.rename(tmp_path / "in" / "x.png", tmp_path / "in" / "a\x1b[31mred\x07.png")
+    (tmp_path / "in" / "b\x1b]0;title\x07.png").write_bytes(b"")
+    result = encode(tmp_path / "in", tmp_path / "out", model, "--max-failures", 1)
+    assert "\x1b" not in result.output
+    result = encode(tmp_path / "in", tmp_path / "strict", model, "--on-error", "fail", code=3)
+    assert "\x1b" not in result.output
+    shown = run("decode", tmp_path / "out", tmp_path / "png").output
+    assert "\x1b" not in shown
+    assert "a?[31mred?.png" in shown
+    assert printable("café ‮x\n") == "café ?x\n"
+
+
+@pytest.mark.parametrize(("text", "count"), [("178M", 178_000_000), ("1.5k", 1500), ("12", 12), ("2G", 2 * 10**9)])
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+def test_as_a_process_without_torch_for_help(pictures, model, tmp_path):
+    """python -m fastvae: help is light, a run works, and a wrong one is one line on stderr."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    probe = (
+        "import sys, runpy; sys.argv = ['fastvae', 'encode', '--help']\n"
+        "try: runpy.run_module('fastvae', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'diffusers', 'numpy', 'PIL', 'tqdm', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "fastvae", "encode", pictures, tmp_path / "out", "--vae", model]
+    done = subprocess.run([*command, "--buckets", str(SIDE), "--json", "-q"], env=environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] == 4
+    assert done.stderr == ""
+    done = subprocess.run([*command, "--buckets", "7"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels per latent, got 7\n"

@@ -1,0 +1,109 @@
+"""Rows back to pictures."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_store import SIDE, small_vae, write_pictures
+
+from fastvae.data.dataset import LatentDataset
+from fastvae.data.decode import decode, harmless, parse_rows, psnr, write_sheet
+from fastvae.data.encode import encode
+from fastvae.data.report import EncodeReport, parse_limit
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("decode")
+    write_pictures(root / "in", 3)
+    encode(root / "in", root / "out", vae=small_vae(), buckets=SIDE, dtype="fp32", progress=False, device="cpu")
+    return root / "out"
+
+
+def test_rows_are_decoded_under_their_own_keys(made, tmp_path):
+    vae = small_vae()
+    written = decode(made, tmp_path / "png", rows=slice(1, 3), vae=vae)
+    assert [(key, path.name) for key, path in written] == [
+        ("001.png", "000001-001.png.png"),
+        ("002.png", "000002-002.png.png"),
+    ]
+    with torch.no_grad():
+        sample = vae.decode(LatentDataset(made)[1]["mean"][None].float()).sample[0]
+    wanted = ((sample / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    with Image.open(written[0][1]) as image:
+        shown = np.asarray(image)
+    assert shown.shape == (SIDE, SIDE, 3)
+    # Rounding to the nearest level, and a hundredth for scaling there and back in fp32.
+    assert np.abs(shown - wanted).max() <= 0.51
+
+
+def test_arguments_are_refused_in_words(made, tmp_path):
+    with pytest.raises(ValueError, match="rows must be among the store's 0:3, got 7:9"):
+        decode(made, tmp_path, rows=slice(7, 9), vae=small_vae())
+    with pytest.raises(ValueError, match="the model decodes 8 latent channels, the store has 4"):
+        decode(made, tmp_path, vae=small_vae(latent_channels=8))
+    with pytest.raises(ValueError, match="vae must be given"):
+        decode(made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"), [("0:16", slice(0, 16)), ("4", slice(4, 5)), (":3", slice(0, 3)), ("2:", slice(2, None))]
+)
+def test_rows_are_parsed(text, rows):
+    assert parse_rows(text) == rows
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1:2", "1:2:3", "1-2", "٣"])
+def test_other_rows_are_refused(text):
+    with pytest.raises(ValueError, match="rows must look like 0:16"):
+        parse_rows(text)
+
+
+@pytest.mark.parametrize("key", ["../../etc/passwd", "a/b\n\x1b[31m.png", "..", "", "x" * 300, "con\0.png"])
+def test_no_key_leaves_the_folder(key):
+    name = harmless(key)
+    assert 0 < len(name) <= 80
+    assert name[0] != "."
+    assert not set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def test_psnr_of_known_errors():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert psnr(black, black) == float("inf")
+    assert psnr(black, black + 255) == pytest.approx(0, abs=1e-12)
+    assert psnr(black, black + 1) == pytest.approx(20 * np.log10(255), rel=1e-12)  # an error of one level
+    with pytest.raises(ValueError, match="must have one shape"):
+        psnr(black, black[:2])
+
+
+def test_the_sheet_shows_each_pair_side_by_side(tmp_path):
+    red, blue = np.full((32, 32, 3), (255, 0, 0), np.uint8), np.full((32, 32, 3), (0, 0, 255), np.uint8)
+    write_sheet([("a", red, blue), ("b", blue, red), ("c", red, red)], tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (2 * 56, 2 * 72, 3)
+    assert sheet[30, 10].tolist() == [255, 0, 0]
+    assert sheet[30, 40].tolist() == [0, 0, 255]
+    assert sheet[30, 72 + 10].tolist() == [0, 0, 255]
+    with pytest.raises(ValueError, match="at least one picture"):
+        write_sheet([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("limit", "total", "allowed"),
+    [("0.1%", 1000, 1), ("0.1%", 999, 0), ("100%", 5, 5), (0.25, 8, 2), (3, 10, 3), ("3", 10, 3), (0, 10, 0)],
+)
+def test_failure_limits(limit, total, allowed):
+    assert parse_limit(limit, total) == allowed
+
+
+def test_the_report_names_the_slowest_part():
+    report = EncodeReport("out", "id", "fp32", None, ok=10, seconds=2.0, decode_seconds=9, encode_seconds=4, workers=2)
+    report.judge(on_cpu=True)
+    assert report.bottleneck == "decode"
+    assert report.images_per_second == 5
+    report.judge(on_cpu=False)  # there one thread encodes and two decode: 4.5 s each against 4
+    assert report.bottleneck == "decode"
+    report.encode_seconds = 10
+    report.judge(on_cpu=True)
+    assert report.bottleneck == "encode"

@@ -1,0 +1,343 @@
+"""Every kind of file a folder of pictures holds: read by rule, or refused with a reason."""
+
+import io
+import random
+import resource
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageChops, ImageCms
+from small_store import picture
+
+from fastvae.data.images import LARGEST_ASPECT, SMALLEST_SIDE, check_size, read_image
+from fastvae.data.preprocess import bucket_side, scaled_size, to_bucket
+from fastvae.data.reasons import ImageError
+
+
+def encoded(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes, **options) -> np.ndarray:
+    return np.asarray(read_image(data, **options).image)
+
+
+def reason_of(data: bytes) -> str | None:
+    try:
+        read_image(data)
+    except ImageError as error:
+        return error.reason
+    return None
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+SMALL = picture(1, 24, 16)
+EVERY_KIND = {
+    "jpeg": encoded(SMALL, "JPEG"),
+    "progressive jpeg": encoded(SMALL, "JPEG", progressive=True),
+    "cmyk jpeg": encoded(SMALL.convert("CMYK"), "JPEG"),
+    "png": encoded(SMALL, "PNG"),
+    "grey png": encoded(SMALL.convert("L"), "PNG"),
+    "webp": encoded(SMALL, "WEBP"),
+    "lossless webp": encoded(SMALL, "WEBP", lossless=True),
+    "bmp": encoded(SMALL, "BMP"),
+    "tiff": encoded(SMALL, "TIFF"),
+    "lzw tiff": encoded(SMALL, "TIFF", compression="tiff_lzw"),
+    "deflate tiff": encoded(SMALL, "TIFF", compression="tiff_deflate"),
+    "gif": encoded(SMALL, "GIF"),
+    "avif": encoded(SMALL, "AVIF"),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_whole_file_is_read_and_one_cut_anywhere_is_not(kind):
+    """No cut gives a partial image. A GIF without its last byte, the trailer, still holds its whole first frame."""
+    data = EVERY_KIND[kind]
+    assert pixels(data).shape == (16, 24, 3)
+    reasons = {cut: reason_of(data[:cut]) for cut in range(len(data))}
+    assert set(reasons.values()) <= {"empty", "unsupported", "truncated", "decode_error", None}
+    # In the first bytes and the last a cut may look like another kind of damage.
+    assert {reasons[cut] for cut in range(41, len(data) - 32)} == {"truncated"}
+    accepted = [cut for cut, reason in reasons.items() if reason is None]
+    assert accepted == ([len(data) - 1] if kind == "gif" else [])
+
+
+def test_flipped_bytes_raise_nothing_but_image_errors():
+    generator = random.Random(0)
+    reasons = set()
+    for data in EVERY_KIND.values():
+        for _ in range(60):
+            damaged = bytearray(data)
+            for _ in range(generator.choice((1, 3, 12))):
+                damaged[generator.randrange(min(len(damaged), generator.choice((64, 400, 10**6))))] ^= 1 << (
+                    generator.randrange(8)
+                )
+            try:
+                read_image(bytes(damaged))
+            except ImageError as error:
+                reasons.add(error.reason)
+    assert {"decode_error", "truncated"} <= reasons
+
+
+REFUSED = {
+    "zero bytes": (b"", "empty"),
+    "text": (b"this is a caption, not a picture", "unsupported"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported"),
+    "pdf": (b"%PDF-1.7\n", "unsupported"),
+    "text that starts like a bitmap": (b"BMW is a maker of cars, and this is text about it", "unsupported"),
+    "garbage after the JPEG marker": (b"\xff\xd8\xff" + b"\x13garbage" * 40, "decode_error"),
+    "noise after a JPEG's first segment marker": (b"\xff\xd8\xff\xe0" + bytes(range(1, 251)) * 2, "decode_error"),
+    "a side of one pixel": (encoded(Image.new("RGB", (4096, 1)), "PNG"), "too_small"),
+    "thinner than any bucket": (encoded(Image.new("RGB", (8 * LARGEST_ASPECT + 1, 8)), "PNG"), "too_thin"),
+    "floats": (encoded(Image.new("F", (32, 32)), "TIFF"), "unsupported"),
+    "32-bit integers": (encoded(Image.new("I", (32, 32), 70_000), "TIFF"), "unsupported"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_has_its_reason_and_names_the_file(case):
+    data, reason = REFUSED[case]
+    with pytest.raises(ImageError, match=r"holiday\.jpg") as caught:
+        read_image(data, name="holiday.jpg")
+    assert caught.value.reason == reason
+
+
+def test_a_flipped_bit_in_a_png_is_seen_by_its_checksum():
+    data = bytearray(EVERY_KIND["png"])
+    data[data.index(b"IDAT") + 40] ^= 1
+    with pytest.raises(ImageError, match="damaged IDAT"):
+        read_image(bytes(data))
+
+
+def test_a_dimension_bomb_is_refused_from_its_header():
+    bomb = png(20_000, 20_000, 8, 2, bytes(900))
+    assert len(bomb) < 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    with pytest.raises(ImageError) as caught:
+        read_image(bomb)
+    assert time.perf_counter() - started < 0.05
+    assert caught.value.reason == "too_large"
+    # Decoded it would hold 1.2 GB; ru_maxrss counts KiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+    with pytest.raises(ImageError, match="more than 100 pixels"):
+        read_image(EVERY_KIND["png"], max_pixels=100)
+
+
+RAMP = np.linspace(0, 65535, 256 * 256).round().astype(np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF", "white-is-zero TIFF", "signed-size I", "RGB PNG"])
+def test_sixteen_bits_keep_their_mean(kind):
+    if kind == "RGB PNG":
+        rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).astype(">u2").tobytes() for row in RAMP)
+        data = png(256, 256, 16, 2, rows)
+    elif kind == "big-endian TIFF":
+        data = encoded(Image.frombytes("I;16B", (256, 256), RAMP.astype(">u2").tobytes()), "TIFF")
+    elif kind == "white-is-zero TIFF":
+        data = encoded(Image.fromarray(65535 - RAMP), "TIFF", tiffinfo={262: 0})
+    elif kind == "signed-size I":
+        data = encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF")
+    else:
+        data = encoded(Image.fromarray(RAMP), kind)
+    read = pixels(data)
+    assert abs(read.mean() - 127.5) <= 1
+    # The nearest level, or for Pillow's colour reader the high byte: at most one level from v * 255 / 65535.
+    assert np.abs(read[..., 0] - RAMP / 257.0).max() <= (1 if kind == "RGB PNG" else 0.5)
+
+
+def test_cmyk_is_rendered_alike_with_and_without_adobes_inversion():
+    ink = Image.merge("CMYK", [Image.new("L", (32, 32), value) for value in (10, 60, 200, 30)])
+    rendered = np.asarray(ink.convert("RGB")).astype(int)
+    by_adobe = encoded(ink, "JPEG", quality=100)
+    start = by_adobe.index(b"\xff\xee")
+    # Pillow writes inverted values and the marker that says so: the inverse of its input without the marker is plain.
+    plain = encoded(ImageChops.invert(ink), "JPEG", quality=100)
+    plain = plain[:start] + plain[start + 2 + struct.unpack_from(">H", plain, start + 2)[0] :]
+    assert b"Adobe" in by_adobe
+    assert b"Adobe" not in plain
+    for data in (by_adobe, plain, encoded(ink, "TIFF")):
+        assert np.abs(pixels(data).astype(int) - rendered).max() < 3
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "palette without transparency", "colour key"])
+def test_transparency_follows_the_policy(kind):
+    colour, clear = (200, 40, 90), (9, 9, 9)
+    image = Image.new("RGB", (16, 16), colour)
+    image.paste(clear, (0, 0, 8, 16))
+    mask = Image.new("L", image.size, 255)
+    mask.paste(0, (0, 0, 8, 16))
+    options = {}
+    if kind == "LA":
+        image = image.convert("L")
+        colour, clear = (image.getpixel((12, 0)),) * 3, (image.getpixel((0, 0)),) * 3
+        source = Image.merge("LA", (image, mask))
+    elif kind == "RGBA":
+        source = image.copy()
+        source.putalpha(mask)
+    elif kind == "colour key":
+        source, options = image, {"transparency": clear}
+    else:
+        source = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+        if kind == "palette":
+            options = {"transparency": source.getpixel((0, 0))}
+        else:
+            clear = (255, 255, 255)
+            source.putpalette([255, 255, 255] if source.getpixel((0, 0)) == 0 else [*colour, 255, 255, 255])
+            if source.getpixel((0, 0)) == 0:
+                source.putpalette([255, 255, 255, *colour])
+    data = encoded(source, "PNG", **options)
+    white, dropped = pixels(data, alpha="white"), pixels(data, alpha="drop")
+    assert (white[:, 8:] == colour).all()
+    assert (white[:, :8] == 255).all()
+    assert (dropped[:, 8:] == colour).all()
+    assert (dropped[:, :8] == clear).all()
+
+
+def test_half_transparency_is_blended():
+    read = pixels(encoded(Image.new("RGBA", (16, 16), (0, 100, 255, 128)), "PNG"))
+    # c * a + 255 * (1 - a) with a = 128 / 255, rounded.
+    assert read[0, 0].tolist() == [127, 177, 255]
+
+
+ORIENTATIONS = {
+    1: [],
+    2: [Image.Transpose.FLIP_LEFT_RIGHT],
+    3: [Image.Transpose.ROTATE_180],
+    4: [Image.Transpose.FLIP_TOP_BOTTOM],
+    5: [Image.Transpose.TRANSPOSE],
+    6: [Image.Transpose.ROTATE_90],
+    7: [Image.Transpose.TRANSVERSE],
+    8: [Image.Transpose.ROTATE_270],
+}
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})],
+)
+def test_every_orientation_gives_the_same_upright_pixels(image_format, options):
+    upright = picture(3, 40, 24)
+    for orientation, steps in ORIENTATIONS.items():
+        stored = upright
+        for step in steps:  # what the camera holds: the upright image turned the other way
+            stored = stored.transpose(step)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        read = read_image(encoded(stored, image_format, exif=exif, **options))
+        assert np.array_equal(np.asarray(read.image), np.asarray(upright)), orientation
+        assert read.original_hw == (24, 40)
+
+
+def test_a_jpegs_orientation_is_applied_before_the_crop():
+    tall = Image.new("RGB", (32, 64), (255, 255, 255))
+    tall.paste((255, 0, 0), (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the stored top is shown at the right
+    read = read_image(encoded(tall, "JPEG", exif=exif, quality=100), at_least=16)
+    assert read.original_hw == (32, 64)
+    shown = np.asarray(read.image).astype(int)
+    assert shown.shape[:2] == (16, 32)
+    assert shown[:, -1, 1].max() < 10
+    assert shown[:, 0, 1].min() > 245
+
+
+def swapped_profile() -> bytes:
+    """sRGB with its red and blue primaries exchanged: as wide as sRGB, and plainly another."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
+    red, blue = tags[b"rXYZ"], tags[b"bXYZ"]
+    data[red + 4 : red + 8], data[blue + 4 : blue + 8] = data[blue + 4 : blue + 8], data[red + 4 : red + 8]
+    return bytes(data)
+
+
+def test_embedded_profiles_are_converted_and_broken_ones_flagged():
+    red = Image.new("RGB", (16, 16), (250, 20, 20))
+    plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert pixels(encoded(red, "PNG", icc_profile=plain))[0, 0].tolist() == [250, 20, 20]
+    converted = pixels(encoded(red, "PNG", icc_profile=swapped_profile()))[0, 0].astype(int)
+    assert np.abs(converted - [20, 20, 250]).max() <= 2  # two roundings through the profile's tables
+    broken = read_image(encoded(red, "PNG", icc_profile=b"this is no profile"))
+    assert broken.flags == ("broken_profile",)
+    assert np.asarray(broken.image)[0, 0].tolist() == [250, 20, 20]
+
+
+def test_the_first_frame_is_taken_and_said():
+    first, second = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    for image_format in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if image_format == "WEBP" else {}
+        read = read_image(encoded(first, image_format, save_all=True, append_images=[second], **options))
+        assert read.flags == ("first_frame",)
+        assert np.asarray(read.image)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_the_content_decides_and_not_the_name(tmp_path):
+    path = tmp_path / "really a png.jpg"
+    path.write_bytes(EVERY_KIND["png"])
+    assert np.array_equal(np.asarray(read_image(path).image), np.asarray(SMALL))
+    with pytest.raises(ImageError) as caught:
+        read_image(tmp_path / "missing.png")
+    assert caught.value.reason == "unreadable"
+
+
+def test_pillows_warnings_do_not_leak_and_the_filters_come_back():
+    before = list(warnings.filters)
+    exif = encoded(picture(0), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(30))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_image(exif)
+    assert not caught
+    assert warnings.filters == before
+
+
+def test_scaled_jpeg_decoding_covers_the_bucket():
+    data = encoded(picture(2, 640, 400), "JPEG", quality=95)
+    whole, scaled = read_image(data), read_image(data, at_least=64)
+    assert scaled.original_hw == whole.original_hw == (400, 640)
+    assert scaled.image.size == (160, 100)  # a quarter; an eighth would have 50 rows
+    (a, crop_a), (b, crop_b) = to_bucket(whole, 64), to_bucket(scaled, 64)
+    assert crop_a == crop_b == (0, 19, 64, 64)
+    assert a.shape == b.shape == (64, 64, 3)
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([64, 256, 1024]))
+def test_any_size_is_refused_or_covers_the_bucket(width, height, side):
+    thin = min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST_ASPECT * min(width, height)
+    if thin or width * height > 178_000_000:
+        with pytest.raises(ImageError):
+            check_size(width, height, "x", 178_000_000)
+        return
+    check_size(width, height, "x", 178_000_000)
+    scaled = scaled_size((height, width), side)
+    assert min(scaled) == side
+    assert abs(scaled[0] * width - scaled[1] * height) <= max(width, height) / 2 + side  # half a pixel of rounding
+
+
+@pytest.mark.parametrize("buckets", ["256x512", "sdxl", "-8", "٢٥٦", 12, 0, 4])
+def test_buckets_are_one_multiple_of_the_factor(buckets):
+    with pytest.raises(ValueError, match="buckets must be"):
+        bucket_side(buckets, 8)
+
+
+def test_another_alpha_policy_is_refused():
+    with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'mask'"):
+        read_image(EVERY_KIND["png"], alpha="mask")

@@ -1,0 +1,42 @@
+"""What a user installs works outside the tree."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, cwd):
+    # Nothing of this checkout may help: neither its paths nor its settings.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_", "TRITON_"))}
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_a_fresh_environment(tmp_path):
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("fastvae-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"fastvae", "fastvae_kernels", next(t for t in tops if t.endswith(".dist-info"))}
+    assert "fastvae/assets/tiny/diffusion_pytorch_model.safetensors" in names
+
+    venv.create(tmp_path / "fresh", with_pip=True)
+    python = tmp_path / "fresh" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
+    run(*pip, "torch==2.13.0", cwd=tmp_path)
+    run(*pip, f"{wheel}[demo]", cwd=tmp_path)
+    printed = run(python.parent / "fastvae", "demo", tmp_path / "out", cwd=tmp_path)
+    assert "mean" in printed
+    assert (tmp_path / "out" / "originals-and-reconstructions.png").exists()
+    where = run(python, "-c", "import fastvae; print(fastvae.__file__)", cwd=tmp_path)
+    assert str(tmp_path) in where
