@@ -22,7 +22,8 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/encode_folder.py
+	$(BIN)/python bench/encode_folder.py --json bench/results/cpu/encode_folder.json
+	$(BIN)/python bench/tables.py
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache *.egg-info

@@ -1,6 +1,6 @@
 """A folder of photographs to latents on disk: `fastvae encode` beside a plain loop over diffusers' AutoencoderKL.
 
-    python bench/encode_folder.py [--images 12] [--side 256] [--rounds 2] [--json FILE]
+    python bench/encode_folder.py [--images 32] [--side 256] [--rounds 3] [--json FILE]
 
 Both run in this process, one after the other in every round, on the same photographs (cut from scikit-image's) with the
 same random weights of Stable Diffusion's size, each from files on disk to latents on disk, loading of the weights
@@ -11,6 +11,7 @@ latents are compared: a wrong result has no time.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import diffusers
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -32,6 +32,7 @@ from PIL import Image
 from skimage import data
 
 import fastvae
+from fastvae.data.devices import default_dtype
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 PRESET = "sd15"
@@ -111,12 +112,6 @@ def timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def bf16_in_hardware() -> bool:
-    """Whether this CPU multiplies bf16 itself; else the bf16 contestant would show an emulation."""
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and ("avx512_bf16" in cpu.read_text() or "amx_bf16" in cpu.read_text())
-
-
 def processor() -> str:
     """The processor's name as its maker gives it, and the bf16 instructions it has."""
     cpu = Path("/proc/cpuinfo")
@@ -135,7 +130,7 @@ def commit() -> str:
 
 def run(images: int, side: int, rounds: int) -> dict:
     seconds: dict[str, list[float]] = {"diffusers": []}
-    dtypes = ["fp32", *(["bf16"] if bf16_in_hardware() else [])]
+    dtypes = ["fp32", *(["bf16"] if default_dtype(torch.device("cpu")) == "bf16" else [])]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         photographs, model = root / "photographs", root / "model"
@@ -167,15 +162,15 @@ def run(images: int, side: int, rounds: int) -> dict:
         "threads": torch.get_num_threads(),
         "processor": processor(),
         "commit": commit(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "fastvae": fastvae.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "diffusers", "fastvae")},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     result = run(arguments.images, arguments.side, arguments.rounds)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastvae import AutoencoderKL
+from fastvae.metrics import psnr
 from fastvae.training import CropSource, Phase, TrainingPlan, train
-from fastvae.training.evaluation import LinearBaseline, psnr, square, thumbnail_baseline
+from fastvae.training.evaluation import LinearBaseline, square, thumbnail_baseline
 
 HELD_OUT = ("astronaut", "chelsea", "coffee", "rocket")
 ARCHITECTURE = {
@@ -84,7 +85,8 @@ Apache-2.0. It shows the whole way from photographs to latents and back on any m
 Diffusion's autoencoder, and no diffusion model was trained on its latents.
 
 **Training.** {pictures} pictures (each kept at up to four scales) from Debian's packages plasma-workspace-wallpapers,
-mate-backgrounds, gnome-backgrounds, lomiri-wallpapers and ukui-wallpapers, under the open licences named there;
+mate-backgrounds, gnome-backgrounds, lomiri-wallpapers and ukui-wallpapers (by file: GPL-2+, CC-BY-SA 3.0 and 4.0,
+CC-BY 4.0, CC0, Expat; their copyright files name the authors);
 {steps} steps of `examples/train_tiny.py` on two CPU cores: {phases}; squared error, KL weight 1e-6, AdamW, averaged
 weights. The scaling factor {scaling_factor:.4f} gives latents over the training photographs unit variance.
 

@@ -15,6 +15,7 @@ from fastvae_kernels import philox
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 # Floats beyond this are not images in [-1, 1]; resampling overshoots by less.
@@ -26,8 +27,13 @@ class Autoencoder(Protocol):
 
     config: Any
 
-    def encode(self, x: Tensor) -> Any: ...
-    def decode(self, z: Tensor) -> Any: ...
+    def encode(self, x: Tensor) -> Any:
+        """The posterior of pixels [B, C, H, W] in [-1, 1], as ``.latent_dist`` with ``.parameters`` [B, 2L, h, w]."""
+        ...
+
+    def decode(self, z: Tensor) -> Any:
+        """The images of raw latents [B, L, h, w], as ``.sample`` [B, C, H, W]."""
+        ...
 
 
 @torch.no_grad()
@@ -49,8 +55,13 @@ def encode_latents(
     sides that are no multiple of f: refuse, crop the right and bottom, or reflect there up to the next multiple.
     Raises ValueError for any other shape, dtype, range or non-finite pixel, and for latents that are not finite.
     """
+    if posterior not in ("sample", "mode"):
+        raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
+    if posterior == "mode" and (seeds is not None or generator is not None):
+        raise ValueError("the mode has no noise: leave out seeds and generator, or say posterior='sample'")
     pixels = pixels_from_images(vae, images, layout=layout)
     pixels = _fit(pixels, pixel_multiple(vae), pad)
+    _check_noise(pixels.shape[0], seeds, generator)
     if pixels.shape[0] == 0:
         f = downsample_factor(vae)
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
@@ -58,10 +69,8 @@ def encode_latents(
     distribution = vae.encode(_like_weights(vae, pixels)).latent_dist
     if posterior == "mode":
         z = distribution.mode()
-    elif posterior == "sample":
-        z = sample_posterior(distribution.parameters, seeds=seeds, generator=generator)
     else:
-        raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
+        z = sample_posterior(distribution.parameters, seeds=seeds, generator=generator)
     z = scale_latents(vae, z)
     _check_finite("the latents", z, f"computed in {z.dtype}")
     return z
@@ -82,16 +91,13 @@ def decode_latents(
     """
     if output not in ("uint8", "float", "pil"):
         raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
-    patch = _patch(vae)
-    channels = vae.config.latent_channels * patch * patch
-    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels:
-        raise ValueError(f"z must be [B, {channels}, h, w], got {_described(z)}")
-    if not z.is_floating_point():
-        raise ValueError(f"z must be floating point, got {z.dtype}")
+    _check_latents(z, vae.config.latent_channels * _patch(vae) ** 2)
     _check_finite("z", z, "as given")
     height, width = (side * pixel_multiple(vae) for side in z.shape[2:])
-    if size is not None and not (0 < size[0] <= height and 0 < size[1] <= width):
-        raise ValueError(f"size must be within the decoded {height} x {width}, got {tuple(size)}")
+    if size is not None and not (
+        isinstance(size, (tuple, list)) and len(size) == 2 and 0 < size[0] <= height and 0 < size[1] <= width
+    ):
+        raise ValueError(f"size must be (height, width) within the decoded {height} x {width}, got {size!r}")
     if z.shape[0]:
         images = vae.decode(unscale_latents(vae, _like_weights(vae, z))).sample
     else:
@@ -110,9 +116,11 @@ def scale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
     """Raw latents to those that a diffusion model is trained on, in z's dtype.
 
     (z - shift_factor) * scaling_factor; or by latents_mean and latents_std where the config has them; or, for FLUX.2,
-    gathered in 2x2 patches ([B, L, h, w] -> [B, 4L, h / 2, w / 2]) and normalised by its batch norm.
+    gathered in 2x2 patches ([B, L, h, w] -> [B, 4L, h / 2, w / 2]) and normalised by its batch norm. Raises ValueError
+    for another shape or dtype.
     Source: the pipelines of Stable Diffusion, SD3, FLUX, SDXL (Playground v2.5) and FLUX.2 in diffusers.
     """
+    _check_latents(z, vae.config.latent_channels, multiple=_patch(vae))
     if _batch_norm(vae) is not None:
         mean, std = _batch_norm_statistics(vae, z)
         return (_patchify(z, _patch(vae)) - mean) / std
@@ -124,7 +132,11 @@ def scale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
 
 
 def unscale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
-    """The inverse of scale_latents: scaled latents to those that decode takes, in z's dtype."""
+    """The inverse of scale_latents: scaled latents to the raw [B, L, h, w] that decode takes, in z's dtype.
+
+    Raises ValueError for another shape or dtype.
+    """
+    _check_latents(z, vae.config.latent_channels * _patch(vae) ** 2)
     if _batch_norm(vae) is not None:
         mean, std = _batch_norm_statistics(vae, z)
         return _unpatchify(z * std + mean, _patch(vae))
@@ -166,24 +178,36 @@ def posterior_noise(
     Raises ValueError for a number of seeds or generators other than B, both at once, or a generator that lives on a GPU
     when the noise shall not. Source: diffusers.utils.torch_utils.randn_tensor.
     """
-    rows = shape[0]
-    if seeds is not None:
-        if generator is not None:
-            raise ValueError("seeds and generator exclude each other: give one of them")
-        if len(seeds) != rows:
-            raise ValueError(f"seeds must hold one integer for each of the {rows} rows, got {len(seeds)}")
-        count = torch.Size(shape[1:]).numel()
-        return philox.normals(seeds, count).view(*shape).to(dtype).to(device)
-    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else list(generator)
+    numbers, generators = _check_noise(shape[0], seeds, generator)
+    if numbers is not None:
+        return philox.normals(numbers, torch.Size(shape[1:]).numel()).view(*shape).to(dtype).to(device)
     for one in generators:
         if one is not None and one.device.type not in ("cpu", device.type):
             raise ValueError(f"a generator on {one.device} cannot draw noise for {device}: take one on the CPU")
     if len(generators) == 1:
-        # diffusers takes a list of one as that one, for the whole batch.
         return _randn(tuple(shape), generators[0], dtype, device)
-    if len(generators) != rows:
-        raise ValueError(f"generator must be one, or one for each of the {rows} rows, got {len(generators)}")
+    if shape[0] == 0:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     return torch.cat([_randn((1, *shape[1:]), one, dtype, device) for one in generators])
+
+
+def _check_noise(rows: int, seeds: Any, generator: Any) -> tuple[list[int] | None, Sequence[torch.Generator | None]]:
+    """Seeds as integers, or None, and the generators: one for the batch, or one for each row."""
+    if seeds is not None:
+        if generator is not None:
+            raise ValueError("seeds and generator exclude each other: give one of them")
+        numbers = philox.seed_list(seeds)
+        if len(numbers) != rows:
+            raise ValueError(f"seeds must hold one integer for each of the {rows} rows, got {len(numbers)}")
+        return numbers, ()
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    for one in generators:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(one).__name__}")
+    # diffusers takes a list of one as that one, for the whole batch.
+    if len(generators) not in (1, rows):
+        raise ValueError(f"generator must be one, or one for each of the {rows} rows, got {len(generators)}")
+    return None, generators
 
 
 def _randn(
@@ -225,13 +249,21 @@ def _as_tensor(images: Any) -> Tensor:
     if isinstance(images, Tensor):
         return images
     if hasattr(images, "__array_interface__") and not hasattr(images, "convert"):
-        return torch.from_numpy(images if images.flags.writeable else images.copy())
+        return _from_array(images)
     pictures = [images] if hasattr(images, "convert") else list(images)
     if not pictures:
         raise ValueError("images must be a batch, got an empty list: give an empty tensor [0, C, H, W] for no images")
     if not all(hasattr(picture, "convert") for picture in pictures):
         raise ValueError(f"images must be a tensor, an array or PIL images, got {_described(pictures[0])} in a list")
     return _from_pil(pictures)
+
+
+def _from_array(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"images must be uint8 or floating point, got an array of {array.dtype}")
+    # torch takes neither negative strides nor foreign byte orders, and warns of memory it may not write.
+    plain = array.astype(array.dtype.newbyteorder("="), order="C", copy=not array.flags.writeable)
+    return torch.from_numpy(plain)
 
 
 def _from_pil(pictures: list[Image.Image]) -> Tensor:
@@ -284,6 +316,15 @@ def _fit(pixels: Tensor, multiple: int, pad: str) -> Tensor:
     if more[0] >= height or more[1] >= width:
         raise ValueError(f"an image of {height} x {width} is too small to be reflected up to multiples of {multiple}")
     return F.pad(pixels, (0, more[1], 0, more[0]), mode="reflect")
+
+
+def _check_latents(z: Any, channels: int, multiple: int = 1) -> None:
+    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels:
+        raise ValueError(f"z must be a tensor [B, {channels}, h, w], got {_described(z)}")
+    if not z.is_floating_point():
+        raise ValueError(f"z must be floating point, got {z.dtype}")
+    if z.shape[2] % multiple or z.shape[3] % multiple:
+        raise ValueError(f"z must have height and width that are multiples of {multiple}, got {_described(z)}")
 
 
 def _check_finite(name: str, values: Tensor, how: str) -> None:
@@ -342,4 +383,6 @@ def _to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def _described(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return f"a {type(value).__module__}.{type(value).__name__}"

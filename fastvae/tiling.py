@@ -72,7 +72,7 @@ def apply_tiled(function: Callable[[Tensor], Tensor], x: Tensor, plan: TilePlan)
 
 
 def blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """``tile`` with its first ``extent`` rows (dim=2) or columns (dim=3) faded in over the last ones of ``before``."""
+    """``tile`` [B, C, H, W], its first ``extent`` rows (dim=2) or columns (dim=3) faded in over ``before``'s last."""
     extent = min(before.shape[dim], tile.shape[dim], extent)
     if extent == 0:
         return tile
@@ -82,8 +82,10 @@ def blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
     wide = torch.promote_types(tile.dtype, torch.float32)
     old = (before.narrow(dim, before.shape[dim] - extent, extent).to(wide) * (1 - fade).to(wide)).to(tile.dtype)
     new = (tile.narrow(dim, 0, extent).to(wide) * fade.to(wide)).to(tile.dtype)
-    rest = tile.narrow(dim, extent, tile.shape[dim] - extent)
-    return torch.cat([old + new, rest], dim=dim)
+    # A copy keeps the tile's strides, and what is computed from the moments later keeps its last bits with them.
+    blended = tile.clone()
+    blended.narrow(dim, 0, extent).copy_(old + new)
+    return blended
 
 
 def _kept(tile: Tensor, plan: TilePlan, dim: int, last: bool) -> Tensor:

@@ -2,16 +2,15 @@
 
 import os
 
+# One thread a worker, since two workers share two cores; read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
 # Read when a kernel is decorated, so before the first import of fastvae_kernels: without a GPU the interpreter is the
 # device.
-try:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-finally:
-    # One thread a worker: two workers share two cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Nothing here may reach out; the tests of Hub addresses use a server on the loopback.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,6 @@ class Attention(nn.Module):
         self.heads = heads
         self.inner_dim = dim_head * heads
         self.query_dim = query_dim
-        self.scale = dim_head**-0.5
 
         self.group_norm = nn.GroupNorm(norm_num_groups, query_dim, eps=eps)
         self.to_q = nn.Linear(query_dim, self.inner_dim, bias=bias)
@@ -80,14 +78,14 @@ class Attention(nn.Module):
             to_qkv.bias.copy_(torch.cat([part.bias for part in parts]))
         self.to_qkv = to_qkv
 
-    def forward(self, hidden_states: Tensor, temb: None = None, **kwargs: Any) -> Tensor:
-        return self.processor(self, hidden_states, temb=temb, **kwargs)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.processor(self, hidden_states)
 
 
 class AttnProcessor2_0:
     """Attention by torch's scaled_dot_product_attention (diffusers: AttnProcessor2_0)."""
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, temb: None = None, **kwargs: Any) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor) -> Tensor:
         return _attend(attn, hidden_states, lambda x: (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
 
 
@@ -98,7 +96,7 @@ class AttnProcessor(AttnProcessor2_0):
 class FusedAttnProcessor2_0:
     """Attention with the three projections as one product (diffusers: FusedAttnProcessor2_0)."""
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, temb: None = None, **kwargs: Any) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor) -> Tensor:
         return _attend(attn, hidden_states, lambda x: attn.to_qkv(x).chunk(3, dim=-1))
 
 
@@ -107,7 +105,8 @@ def _attend(attn: Attention, hidden_states: Tensor, project: Callable[[Tensor], 
     batch, channels, height, width = hidden_states.shape
     # group_norm is handed [B, C, tokens], as diffusers hands it: the bits depend on it.
     tokens = attn.group_norm(hidden_states.view(batch, channels, height * width)).transpose(1, 2)
-    query, key, value = (part.view(batch, height * width, attn.heads, -1).transpose(1, 2) for part in project(tokens))
+    heads = (batch, height * width, attn.heads, attn.inner_dim // attn.heads)
+    query, key, value = (part.view(heads).transpose(1, 2) for part in project(tokens))
     attended = F.scaled_dot_product_attention(query, key, value)
     attended = attended.transpose(1, 2).reshape(batch, height * width, attn.inner_dim)
     for layer in attn.to_out:

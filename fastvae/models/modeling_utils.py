@@ -47,7 +47,6 @@ class ModelMixin(nn.Module):
     Source: diffusers.models.modeling_utils.ModelMixin.
     """
 
-    _supports_gradient_checkpointing = True
     _config: FrozenConfig
     load_report: LoadReport | None = None
     """What the last load read, renamed and left out; None for a model that was not loaded."""
@@ -67,17 +66,21 @@ class ModelMixin(nn.Module):
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        use_safetensors: bool | None = None,
         allow_pickle: bool = False,
     ) -> Self:
         """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
 
         ``torch_dtype`` (or ``dtype``) None means float32, "auto" the file's own. ``parts=("encoder",)`` reads no tensor
-        of the decoder and leaves it None. A pickle is refused unless ``allow_pickle``. ``load_report`` says what was
+        of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``, as pipelines
+        pass it, may not be False without it). ``load_report`` says what was
         done. Raises FileNotFoundError, ConnectionError or ValueError naming the file, key or tensor.
         Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
         """
+        if use_safetensors is False and not allow_pickle:
+            raise ValueError("use_safetensors=False asks for a pickle: say allow_pickle=True as well")
         parts = reading.check_parts(parts)
-        target = reading.convertible_dtype(torch_dtype if dtype is None else dtype)
+        target = reading.convertible_dtype(torch_dtype, dtype)
         repository = loading.locate(
             source,
             subfolder=subfolder,
@@ -117,7 +120,7 @@ class ModelMixin(nn.Module):
         Source: diffusers.loaders.single_file_model.FromOriginalModelMixin.from_single_file.
         """
         parts = reading.check_parts(parts)
-        target = reading.convertible_dtype(torch_dtype if dtype is None else dtype)
+        target = reading.convertible_dtype(torch_dtype, dtype)
         repository = loading.Repository(str(source), subfolder, revision, token, cache_dir, local_files_only)
         values, opened, notes = loading.open_single_file(
             source, repository, cls._class_name(), preset, config, allow_pickle
@@ -132,17 +135,19 @@ class ModelMixin(nn.Module):
         name: str,
         *,
         seed: int | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         parts: Iterable[str] = BOTH_PARTS,
     ) -> Self:
         """A known model's architecture and scaling with random weights, in eval mode.
 
         The same ``seed`` gives the same weights on every device and leaves torch's generators where they were; None
-        draws from the global one. Raises ValueError listing the presets for an unknown ``name``.
+        draws from the global one. Raises ValueError listing the presets for an unknown ``name``, and as
+        from_pretrained does for ``torch_dtype`` (or ``dtype``).
         """
         parts = reading.check_parts(parts)
-        target = reading.convertible_dtype(torch_dtype) or torch.float32
+        target = reading.convertible_dtype(torch_dtype, dtype) or torch.float32  # no file here: "auto" is fp32
         config = presets.find_preset(name, cls._class_name()).config
         model = cls._seeded(validate_config(config, cls._class_name(), f"preset {name!r}"), seed)
         model._drop_other_parts(parts)
@@ -167,19 +172,30 @@ class ModelMixin(nn.Module):
         return loading.read_config(loading.locate(source, **options))[0]
 
     def save_pretrained(
-        self, directory: str | Path, variant: str | None = None, max_shard_size: int | str = "10GB"
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
     ) -> None:
         """Write config.json and safetensors that from_pretrained and stock diffusers load.
 
-        Files appear whole or not at all. Raises ValueError for half a model, and as checkpoints.save_model does.
-        Source: diffusers.models.modeling_utils.ModelMixin.save_pretrained.
+        Files appear whole or not at all. ``is_main_process=False`` writes nothing, for all ranks but one of a
+        distributed run. Raises ValueError for half a model or ``safe_serialization=False`` (pickles are not written),
+        and as checkpoints.save_model does. Source: diffusers.models.modeling_utils.ModelMixin.save_pretrained.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: weights are written as safetensors alone")
         halves = [part for part in BOTH_PARTS if getattr(self, part, None) is None]
         if halves:
             raise ValueError(
                 f"this model has no {halves[0]}, and half a model is no checkpoint; load it with both parts"
             )
-        saving.save_model(self.state_dict(), self.config, self._class_name(), directory, variant, max_shard_size)
+        if is_main_process:
+            state, name = self.state_dict(), self._class_name()
+            saving.save_model(state, self.config, name, save_directory, variant, max_shard_size)
 
     @classmethod
     def _class_name(cls) -> str:
@@ -227,8 +243,13 @@ class ModelMixin(nn.Module):
         return self._config
 
     def register_to_config(self, **changes: Any) -> None:
-        """Replace config values, as pipelines do (diffusers: ConfigMixin.register_to_config)."""
-        object.__setattr__(self, "_config", FrozenConfig({**self._config, **changes}))
+        """Replace config values, as pipelines do (diffusers: ConfigMixin.register_to_config).
+
+        Raises ValueError naming the key for a value that no config may have.
+        """
+        changed = {**self._config, **changes}
+        checked = validate_config(changed, self._class_name(), type(self).__name__)
+        object.__setattr__(self, "_config", FrozenConfig({**changed, **checked}))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,7 +37,7 @@ class ResnetBlock2D(nn.Module):
         self.nonlinearity = get_activation(non_linearity)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
+    def forward(self, input_tensor: Tensor) -> Tensor:
         hidden_states = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         hidden_states = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden_states))))
         if self.conv_shortcut is not None:

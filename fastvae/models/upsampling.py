@@ -9,15 +9,13 @@ from torch import Tensor, nn
 class Upsample2D(nn.Module):
     """Double height and width by nearest neighbour, then a 3x3 convolution.
 
-    Shapes: [B, channels, H, W] -> [B, out_channels, 2H, 2W].
+    Shapes: [B, channels, H, W] -> [B, channels, 2H, 2W].
     Source: diffusers.models.upsampling.Upsample2D with use_conv=True.
     """
 
-    def __init__(self, channels: int, out_channels: int | None = None):
+    def __init__(self, channels: int):
         super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.conv = nn.Conv2d(channels, self.out_channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # torch's channels_last upsampling counts elements in 32 bits (pytorch#141831) and has failed for batches of

@@ -11,12 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 
-def psnr(image: Tensor, reconstruction: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB between two uint8 pictures of one shape; infinite where they are equal."""
-    error = (image.double() - reconstruction.double()).square().mean()
-    return float(10 * torch.log10(255.0**2 / error))
-
-
 def square(picture: np.ndarray, side: int) -> Tensor:
     """The centred square of a picture [H, W, 3], scaled to ``side`` pixels: uint8 [3, side, side]."""
     short = min(picture.shape[:2])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Sequence
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastvae.checkpoints.atomic import replace_atomically
 from fastvae.training.losses import vae_loss
 
 if TYPE_CHECKING:
@@ -30,18 +30,29 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run with one crop size: ``steps`` batches of ``batch_size`` squares of ``crop`` pixels."""
+    """A stretch of a run with one crop size: ``steps`` batches of ``batch_size`` squares of ``crop`` pixels.
+
+    Raises ValueError for a number below 1.
+    """
 
     steps: int
     batch_size: int
     crop: int
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} of a phase must be at least 1, got {value}")
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run does: its phases, its losses and its optimiser; a run resumes only under the plan it began with."""
+    """What a run does: its phases, its losses and its optimiser; a run resumes only under the plan it began with.
 
-    phases: Sequence[Phase]
+    Raises ValueError for a seed outside [0, 2^31).
+    """
+
+    phases: tuple[Phase, ...]
     learning_rate: float = 1e-3
     warmup: int = 200
     kl_weight: float = 1e-6
@@ -50,13 +61,18 @@ class TrainingPlan:
     gradient_norm: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to 2^31 - 1, got {self.seed}")
+
     @property
     def steps(self) -> int:
         """The number of steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def phase_at(self, step: int) -> Phase:
-        """The phase that ``step`` (from 0) belongs to."""
+        """The phase that ``step`` (from 0) belongs to; raises ValueError for a step after the last."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase
@@ -106,8 +122,11 @@ def train(
     """Train ``vae`` in place by ``plan``, and return a copy with the averaged (EMA) weights.
 
     directory: where the run's state is kept; a run that was stopped goes on from there, to the same bits on the same
-    machine. Raises ValueError where the state there belongs to another plan.
+    machine. checkpoint_every: in steps. Raises ValueError where the state there is damaged or belongs to another plan
+    or model, and for checkpoint_every below 1; FloatingPointError as training_step does.
     """
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     path = Path(directory) / CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -138,18 +157,22 @@ def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: flo
 def _save(path: Path, plan: TrainingPlan, step: int, vae: Any, average: Any, optimizer: Any) -> None:
     state = {
         "plan": asdict(plan),
+        "config": dict(vae.config),
         "step": step,
         "model": vae.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    replace_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def _resume(path: Path, plan: TrainingPlan, vae: Any, average: Any, optimizer: Any) -> int:
-    state = torch.load(path, weights_only=True, map_location=vae.device)
+    try:
+        state = torch.load(path, weights_only=True, map_location=vae.device)
+    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: remove it to begin anew ({error})") from error
+    if state["config"] != dict(vae.config):
+        raise ValueError(f"{path} belongs to a run with a model of another config: take another directory")
     if state["plan"] != asdict(plan):
         differing = [key for key, value in asdict(plan).items() if state["plan"].get(key) != value]
         raise ValueError(f"{path} belongs to a run with another plan; these differ: {', '.join(differing)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -16,22 +16,32 @@ class CropSource:
     """Random crops of the pictures under a folder, at several scales.
 
     short_sides: each picture is kept scaled to each of these (that it is large enough for), so that crops show fine
-    and coarse detail alike. ``count``: how many pictures serve. Raises ValueError where no picture is large enough.
+    and coarse detail alike. ``count``: how many pictures serve. Raises ValueError
+    for a file that cannot be read, and where no picture is large enough.
     """
 
     def __init__(self, folder: str | Path, short_sides: tuple[int, ...] = (256, 384, 512, 768)):
         self.pictures: list[np.ndarray] = []
         self.count = 0
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES):
-            with Image.open(path) as picture:
-                scaled = _scaled(picture.convert("RGB"), short_sides)
+            try:
+                with Image.open(path) as picture:
+                    scaled = _scaled(ImageOps.exif_transpose(picture).convert("RGB"), short_sides)
+            except (OSError, UnidentifiedImageError) as error:
+                raise ValueError(f"{path} cannot be read as a picture: {error}") from error
             self.pictures += scaled
             self.count += bool(scaled)
         if not self.pictures:
             raise ValueError(f"{folder} holds no picture of {min(short_sides)} pixels or more a side")
+        self.smallest = min(min(picture.shape[:2]) for picture in self.pictures)
 
     def batch(self, step: int, *, batch_size: int, crop: int, seed: int) -> Tensor:
-        """Crop ``batch_size`` squares of ``crop`` pixels, half of them mirrored: uint8 [B, 3, crop, crop]."""
+        """Crop ``batch_size`` squares of ``crop`` pixels, half of them mirrored: uint8 [B, 3, crop, crop].
+
+        Raises ValueError for a crop that does not fit into every picture.
+        """
+        if crop > self.smallest:
+            raise ValueError(f"crop must be at most {self.smallest}, the shortest side of a picture, got {crop}")
         random = np.random.default_rng((seed, step))
         squares = []
         while len(squares) < batch_size:

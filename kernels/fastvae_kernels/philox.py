@@ -8,7 +8,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11; cura
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,11 +74,13 @@ def split_seed(seed: int) -> Tensor:
 def seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
     """Seeds as unsigned Python integers; raises ValueError for one outside [0, 2^64) or no integer."""
     if isinstance(seeds, Tensor):
-        if seeds.ndim != 1 or seeds.is_floating_point():
+        if seeds.ndim != 1 or seeds.is_floating_point() or seeds.dtype == torch.bool:
             raise ValueError(f"seeds must be a vector of integers, got {seeds.dtype} of shape {tuple(seeds.shape)}")
         if seeds.dtype == torch.uint64:
             seeds = seeds.view(torch.int64)
         return [int(seed) & 2**64 - 1 for seed in seeds.tolist()]
+    if not isinstance(seeds, Iterable):
+        raise ValueError(f"seeds must be a list of integers or a vector, got {seeds!r}")
     seeds = list(seeds)
     for seed in seeds:
         if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64:

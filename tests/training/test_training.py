@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import fastvae
+from fastvae.metrics import psnr
 from fastvae.training import CropSource, Phase, TrainingPlan, edge_loss, train, vae_loss
-from fastvae.training.evaluation import LinearBaseline, psnr, square, thumbnail_baseline
+from fastvae.training.evaluation import LinearBaseline, square, thumbnail_baseline
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -94,6 +95,16 @@ train(new_model(), Stopping(), plan, {str(tmp_path / "parts")!r}, progress=False
         assert torch.equal(resumed[name], value), name
     with pytest.raises(ValueError, match="another plan; these differ: seed"):
         train(new_model(), Gradients(), TrainingPlan(plan.phases, warmup=3, seed=1), tmp_path / "parts")
+    other = fastvae.AutoencoderKL(**{**SMALL, "latent_channels": 3})
+    with pytest.raises(ValueError, match="a model of another config"):
+        train(other, Gradients(), plan, tmp_path / "parts")
+    (tmp_path / "parts" / "training.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"training\.pt is damaged"):
+        train(new_model(), Gradients(), plan, tmp_path / "parts")
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        train(new_model(), Gradients(), plan, tmp_path / "new", checkpoint_every=0)
+    with pytest.raises(ValueError, match="seed must be from 0"):
+        TrainingPlan(plan.phases, seed=2**40)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -130,8 +141,15 @@ def test_crops_are_decided_by_seed_and_step(tmp_path):
     assert batch.dtype == torch.uint8
     assert torch.equal(batch, CropSource(tmp_path, short_sides=(32, 40)).batch(3, batch_size=5, crop=16, seed=1))
     assert not torch.equal(batch, source.batch(4, batch_size=5, crop=16, seed=1))
+    with pytest.raises(ValueError, match="crop must be at most 32, the shortest side of a picture, got 33"):
+        source.batch(0, batch_size=1, crop=33, seed=1)
     with pytest.raises(ValueError, match="holds no picture of 200 pixels"):
         CropSource(tmp_path, short_sides=(200,))
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"c\.png cannot be read as a picture"):
+        CropSource(tmp_path)
+    with pytest.raises(ValueError, match="batch_size of a phase must be at least 1, got 0"):
+        Phase(1, 0, 16)
 
 
 def test_the_baselines():

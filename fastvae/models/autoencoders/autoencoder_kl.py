@@ -6,7 +6,7 @@ Source: diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from fastvae.models.autoencoders.vae import (
 from fastvae.models.modeling_outputs import AutoencoderKLOutput
 from fastvae.models.modeling_utils import ModelMixin, register_to_config
 from fastvae.tiling import TilePlan, apply_tiled, blend
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
@@ -48,7 +51,8 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The posterior of ``x`` [B, in_channels, H, W], floats in [-1, 1], as ``.latent_dist``.
 
-        Raises ValueError for another rank, number of channels or dtype. Values are not looked at (encode_latents does).
+        Raises ValueError for another rank, number of channels or dtype, RuntimeError for a model loaded without its
+        encoder. Values are not looked at (encode_latents does).
         """
         posterior = DiagonalGaussianDistribution(self.encode_moments(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -117,21 +121,23 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         return apply_tiled(self._decode_whole, z, plan)
 
     def tiled_encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """encode in blended tiles, whatever the size and the switch."""
+        """encode ``x`` [B, in_channels, H, W] in blended tiles, whatever the size and the switch; errors as there."""
+        self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
         posterior = DiagonalGaussianDistribution(self._tiled_encode(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """decode in blended tiles, whatever the size and the switch."""
+        """decode ``z`` [B, L, h, w] in blended tiles, whatever the size and the switch; errors as there."""
+        self._check_input("z", z, self.config.latent_channels, self.decoder, "decoder")
         sample = self._tiled_decode(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """``b`` faded in below ``a`` over ``blend_extent`` rows."""
+        """``b`` [B, C, H, W] faded in below ``a`` over ``blend_extent`` rows, as a new tensor."""
         return blend(a, b, blend_extent, dim=2)
 
     def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """``b`` faded in to the right of ``a`` over ``blend_extent`` columns."""
+        """``b`` [B, C, H, W] faded in to the right of ``a`` over ``blend_extent`` columns, as a new tensor."""
         return blend(a, b, blend_extent, dim=3)
 
     def _check_input(self, name: str, x: Tensor, channels: int, part: nn.Module | None, part_name: str) -> None:
@@ -139,30 +145,49 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
             raise RuntimeError(
                 f"this model was loaded without its {part_name}: load it with parts=('encoder', 'decoder')"
             )
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"{name} must be [B, {channels}, H, W], got shape {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor [B, {channels}, H, W], got {got}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}: encode_latents takes uint8 images")
         weight: torch.dtype = part.conv_in.weight.dtype  # type: ignore
+        # Weights of one byte are stored so and computed in another dtype (diffusers' layerwise casting).
         if x.dtype != weight and weight.itemsize > 1 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must have the model's dtype {weight}, got {x.dtype}")
 
     # Latents in one call: fastvae.latents holds these for any VAE object; see there for arguments and errors.
 
-    def encode_latents(self, images: Any, **options: Any) -> Tensor:
-        """Images to scaled latents, ready to train on: fastvae.encode_latents(self, images, ...)."""
-        return latents.encode_latents(self, images, **options)
+    def encode_latents(
+        self,
+        images: Any,
+        *,
+        posterior: Literal["sample", "mode"] = "sample",
+        seeds: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        pad: Literal["error", "crop", "reflect"] = "error",
+        layout: Literal["auto", "NCHW", "NHWC"] = "auto",
+    ) -> Tensor:
+        """Images to scaled latents [B, L, h, w], ready to train on: fastvae.encode_latents(self, images, ...)."""
+        return latents.encode_latents(
+            self, images, posterior=posterior, seeds=seeds, generator=generator, pad=pad, layout=layout
+        )
 
-    def decode_latents(self, z: Tensor, **options: Any) -> Any:
-        """Scaled latents to images: fastvae.decode_latents(self, z, ...)."""
-        return latents.decode_latents(self, z, **options)
+    def decode_latents(
+        self,
+        z: Tensor,
+        *,
+        output: Literal["uint8", "float", "pil"] = "uint8",
+        size: tuple[int, int] | None = None,
+    ) -> Tensor | list[Image.Image]:
+        """Scaled latents [B, L, h, w] to images [B, C, H, W]: fastvae.decode_latents(self, z, ...)."""
+        return latents.decode_latents(self, z, output=output, size=size)
 
     def scale_latents(self, z: Tensor) -> Tensor:
-        """Latents as encode gives them to those a diffusion model sees: fastvae.scale_latents(self, z)."""
+        """Latents [B, L, h, w] as encode gives them to what a diffusion model sees: fastvae.scale_latents(self, z)."""
         return latents.scale_latents(self, z)
 
     def unscale_latents(self, z: Tensor) -> Tensor:
-        """The inverse of scale_latents: fastvae.unscale_latents(self, z)."""
+        """The inverse of scale_latents, to [B, L, h, w]: fastvae.unscale_latents(self, z)."""
         return latents.unscale_latents(self, z)
 
 

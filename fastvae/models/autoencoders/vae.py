@@ -22,7 +22,7 @@ class DecoderOutput(BaseOutput):
 
 
 class Encoder(nn.Module):
-    """Pixels to features: [B, in_channels, H, W] -> [B, (2 if double_z else 1) * out_channels, H / f, W / f].
+    """Pixels to features: [B, in_channels, H, W] -> [B, 2 out_channels, H / f, W / f].
 
     f is 2 to the number of blocks less one. Source: diffusers.models.autoencoders.vae.Encoder.
     """
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
         act_fn: str = "silu",
-        double_z: bool = True,
+        *,
         mid_block_add_attention: bool = True,
     ):
         super().__init__()
@@ -52,7 +52,6 @@ class Encoder(nn.Module):
                 out_channels=block_out_channels[i],
                 num_layers=layers_per_block,
                 add_downsample=i < len(block_out_channels) - 1,
-                downsample_padding=0,
                 resnet_act_fn=act_fn,
                 resnet_groups=norm_num_groups,
                 attention_head_dim=block_out_channels[i],
@@ -69,7 +68,7 @@ class Encoder(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
         self.conv_act = nn.SiLU()
-        self.conv_out = nn.Conv2d(channels, 2 * out_channels if double_z else out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 2 * out_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
     _gradient_checkpointing_func: Callable[..., Tensor]
@@ -99,6 +98,7 @@ class Decoder(nn.Module):
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
         act_fn: str = "silu",
+        *,
         mid_block_add_attention: bool = True,
     ):
         super().__init__()
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
 
     _gradient_checkpointing_func: Callable[..., Tensor]
 
-    def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
+    def forward(self, sample: Tensor) -> Tensor:
         sample = self.conv_in(sample)
         for block in (self.mid_block, *self.up_blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -204,7 +204,7 @@ class DiagonalGaussianDistribution:
         return self.mean if self.deterministic else drawn
 
     def mode(self) -> Tensor:
-        """The most likely latents: the mean."""
+        """The most likely latents, [B, L, h, w]: the mean."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
@@ -253,7 +253,7 @@ class AutoencoderMixin:
         """Encode and decode whole batches again."""
         self.use_slicing = False
 
-    def enable_tiling(self, slivers: bool = True) -> None:
+    def enable_tiling(self, *, slivers: bool = True) -> None:
         """Encode and decode large images in overlapping, blended tiles, as diffusers does.
 
         diffusers starts a tile at every stride, so the last one can be a few pixels wide; ``slivers=False`` leaves out

@@ -6,6 +6,7 @@ Source: diffusers.models.unets.unet_2d_blocks, without time embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,76 +17,10 @@ from fastvae.models.resnet import ResnetBlock2D
 from fastvae.models.upsampling import Upsample2D
 
 
-def _resnets(
-    in_channels: int, out_channels: int, num_layers: int, *, dropout: float, eps: float, act_fn: str, groups: int
-) -> nn.ModuleList:
-    return nn.ModuleList(
-        ResnetBlock2D(
-            in_channels=in_channels if i == 0 else out_channels,
-            out_channels=out_channels,
-            dropout=dropout,
-            eps=eps,
-            non_linearity=act_fn,
-            groups=groups,
-        )
-        for i in range(num_layers)
-    )
-
-
-def _attentions(channels: int, num_layers: int, *, head_dim: int, eps: float, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        Attention(channels, heads=channels // head_dim, dim_head=head_dim, bias=True, eps=eps, norm_num_groups=groups)
-        for _ in range(num_layers)
-    )
-
-
 class _Block(nn.Module):
-    """What blocks share: residual blocks, each followed by attention where there is some."""
+    """``num_layers`` residual blocks, each followed by attention where ``attention_head_dim`` says its width."""
 
     attentions: nn.ModuleList | None
-    resnets: nn.ModuleList
-
-    def _stack(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        dropout: float,
-        num_layers: int,
-        resnet_eps: float,
-        resnet_act_fn: str,
-        resnet_groups: int,
-        attention_head_dim: int | None,
-    ) -> None:
-        # Attention first, as in diffusers: optimisers number parameters in this order.
-        self.attentions = None
-        if attention_head_dim is not None:
-            self.attentions = _attentions(
-                out_channels, num_layers, head_dim=attention_head_dim, eps=resnet_eps, groups=resnet_groups
-            )
-        self.resnets = _resnets(
-            in_channels,
-            out_channels,
-            num_layers,
-            dropout=dropout,
-            eps=resnet_eps,
-            act_fn=resnet_act_fn,
-            groups=resnet_groups,
-        )
-
-    def _through_the_stack(self, hidden_states: Tensor) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            hidden_states = resnet(hidden_states)
-            if self.attentions is not None:
-                hidden_states = self.attentions[i](hidden_states)
-        return hidden_states
-
-
-class DownEncoderBlock2D(_Block):
-    """``num_layers`` residual blocks, then a stride-2 convolution: [B, in, H, W] -> [B, out, H // 2, W // 2].
-
-    Source: diffusers' class of this name.
-    """
 
     def __init__(
         self,
@@ -96,24 +31,50 @@ class DownEncoderBlock2D(_Block):
         resnet_eps: float = 1e-6,
         resnet_act_fn: str = "swish",
         resnet_groups: int = 32,
-        add_downsample: bool = True,
-        downsample_padding: int = 1,
         attention_head_dim: int | None = None,
     ):
         super().__init__()
-        self._stack(
-            in_channels,
-            out_channels,
-            dropout=dropout,
-            num_layers=num_layers,
-            resnet_eps=resnet_eps,
-            resnet_act_fn=resnet_act_fn,
-            resnet_groups=resnet_groups,
-            attention_head_dim=attention_head_dim,
+        # Attention first, as in diffusers: optimisers number parameters in this order.
+        self.attentions = None
+        if attention_head_dim is not None:
+            self.attentions = _attentions(out_channels, num_layers, attention_head_dim, resnet_eps, resnet_groups)
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(
+                in_channels=in_channels if i == 0 else out_channels,
+                out_channels=out_channels,
+                dropout=dropout,
+                eps=resnet_eps,
+                non_linearity=resnet_act_fn,
+                groups=resnet_groups,
+            )
+            for i in range(num_layers)
         )
-        self.downsamplers = (
-            nn.ModuleList([Downsample2D(out_channels, padding=downsample_padding)]) if add_downsample else None
-        )
+
+    def _through_the_stack(self, hidden_states: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states)
+            if self.attentions is not None:
+                hidden_states = self.attentions[i](hidden_states)
+        return hidden_states
+
+
+def _attentions(channels: int, num_layers: int, head_dim: int, eps: float, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        Attention(channels, heads=channels // head_dim, dim_head=head_dim, bias=True, eps=eps, norm_num_groups=groups)
+        for _ in range(num_layers)
+    )
+
+
+class DownEncoderBlock2D(_Block):
+    """Residual blocks, then a stride-2 convolution: [B, in, H, W] -> [B, out, H // 2, W // 2].
+
+    ``options`` are those of every block: dropout, num_layers, resnet_eps, resnet_act_fn, resnet_groups.
+    Source: diffusers' class of this name.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, add_downsample: bool = True, **options: Any):
+        super().__init__(in_channels, out_channels, **options)
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels)]) if add_downsample else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self._through_the_stack(hidden_states)
@@ -125,42 +86,22 @@ class DownEncoderBlock2D(_Block):
 class AttnDownEncoderBlock2D(DownEncoderBlock2D):
     """A DownEncoderBlock2D with attention after every residual block (diffusers' class of this name)."""
 
-    def __init__(self, in_channels: int, out_channels: int, attention_head_dim: int = 1, **kwargs):
-        super().__init__(in_channels, out_channels, attention_head_dim=attention_head_dim, **kwargs)
+    def __init__(self, in_channels: int, out_channels: int, *, attention_head_dim: int = 1, **options: Any):
+        super().__init__(in_channels, out_channels, attention_head_dim=attention_head_dim, **options)
 
 
 class UpDecoderBlock2D(_Block):
-    """``num_layers`` residual blocks, then a doubling: [B, in, H, W] -> [B, out, 2H, 2W].
+    """Residual blocks, then a doubling: [B, in, H, W] -> [B, out, 2H, 2W].
 
+    ``options`` are those of every block: dropout, num_layers, resnet_eps, resnet_act_fn, resnet_groups.
     Source: diffusers' class of this name.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        dropout: float = 0.0,
-        num_layers: int = 1,
-        resnet_eps: float = 1e-6,
-        resnet_act_fn: str = "swish",
-        resnet_groups: int = 32,
-        add_upsample: bool = True,
-        attention_head_dim: int | None = None,
-    ):
-        super().__init__()
-        self._stack(
-            in_channels,
-            out_channels,
-            dropout=dropout,
-            num_layers=num_layers,
-            resnet_eps=resnet_eps,
-            resnet_act_fn=resnet_act_fn,
-            resnet_groups=resnet_groups,
-            attention_head_dim=attention_head_dim,
-        )
+    def __init__(self, in_channels: int, out_channels: int, *, add_upsample: bool = True, **options: Any):
+        super().__init__(in_channels, out_channels, **options)
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if add_upsample else None
 
-    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self._through_the_stack(hidden_states)
         for upsampler in self.upsamplers or ():
             hidden_states = upsampler(hidden_states)
@@ -170,8 +111,8 @@ class UpDecoderBlock2D(_Block):
 class AttnUpDecoderBlock2D(UpDecoderBlock2D):
     """An UpDecoderBlock2D with attention after every residual block (diffusers' class of this name)."""
 
-    def __init__(self, in_channels: int, out_channels: int, attention_head_dim: int = 1, **kwargs):
-        super().__init__(in_channels, out_channels, attention_head_dim=attention_head_dim, **kwargs)
+    def __init__(self, in_channels: int, out_channels: int, *, attention_head_dim: int = 1, **options: Any):
+        super().__init__(in_channels, out_channels, attention_head_dim=attention_head_dim, **options)
 
 
 class UNetMidBlock2D(nn.Module):
@@ -183,6 +124,7 @@ class UNetMidBlock2D(nn.Module):
     def __init__(
         self,
         in_channels: int,
+        *,
         dropout: float = 0.0,
         num_layers: int = 1,
         resnet_eps: float = 1e-6,
@@ -192,27 +134,25 @@ class UNetMidBlock2D(nn.Module):
         attention_head_dim: int = 1,
     ):
         super().__init__()
-        self.add_attention = add_attention
         if add_attention:
-            self.attentions = _attentions(
-                in_channels, num_layers, head_dim=attention_head_dim, eps=resnet_eps, groups=resnet_groups
-            )
+            self.attentions = _attentions(in_channels, num_layers, attention_head_dim, resnet_eps, resnet_groups)
         else:
             self.attentions = nn.ModuleList([None] * num_layers)  # type: ignore[list-item]
-        self.resnets = _resnets(
-            in_channels,
-            in_channels,
-            num_layers + 1,
-            dropout=dropout,
-            eps=resnet_eps,
-            act_fn=resnet_act_fn,
-            groups=resnet_groups,
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(
+                in_channels=in_channels,
+                dropout=dropout,
+                eps=resnet_eps,
+                non_linearity=resnet_act_fn,
+                groups=resnet_groups,
+            )
+            for _ in range(num_layers + 1)
         )
         self.gradient_checkpointing = False
 
     _gradient_checkpointing_func: Callable[..., Tensor]
 
-    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         first, *others = self.resnets
         hidden_states = first(hidden_states)
         for attention, resnet in zip(self.attentions, others, strict=True):
