@@ -1,0 +1,215 @@
+"""Kullback-Leibler divergence of a row's posterior from the standard normal, in nats, fp32 [N].
+
+d = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar) over moments [N, 2L, h, w], logvar within [-30, 20]; NCHW and
+channels_last are read in place. One program sums one chunk of a row in fp32, a second kernel the chunks of a row in
+their order: no atomics, and no chunk depends on the batch. Traffic: moments once in, one fp32 for 8192 of them.
+Source: diffusers.models.autoencoders.vae.DiagonalGaussianDistribution.kl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+
+LOWEST, HIGHEST = -30.0, 20.0
+CHUNK = 8192
+BLOCK = 1024
+NUM_WARPS = 4
+
+_LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
+
+
+def reference(moments: Tensor) -> Tensor:
+    """What kl_divergence computes, in plain torch; half precision is widened to fp32."""
+    mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
+    logvar = logvar.clamp(LOWEST, HIGHEST)
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+
+
+def reference_backward(grad: Tensor, moments: Tensor) -> Tensor:
+    """What kl_divergence_backward computes, in plain torch."""
+    mean, logvar = moments.to(grad.dtype).chunk(2, dim=1)
+    free = (logvar >= LOWEST) & (logvar <= HIGHEST)
+    slope = torch.cat([mean, torch.where(free, 0.5 * (logvar.exp() - 1.0), 0.0)], dim=1)
+    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
+    return (grad[:, None, None, None] * slope).to(moments.dtype, memory_format=form)
+
+
+def cost(moments: Tensor) -> Cost:
+    """The moments once, the chunks' sums written and read, the result."""
+    chunks = len(moments) * _chunks(moments)
+    return Cost(size_in_bytes(moments) + (2 * chunks + len(moments)) * 4, 3 * moments.numel(), 2)
+
+
+def _chunks(moments: Tensor) -> int:
+    return -(-moments.shape[1:].numel() // CHUNK)
+
+
+def _channels_last(moments: Tensor) -> bool:
+    return not moments.is_contiguous() and moments.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check(moments: Tensor) -> None:
+    if moments.ndim != 4 or moments.shape[1] % 2 or not moments.is_floating_point():
+        raise ValueError(
+            f"moments must be floating point [N, 2L, h, w], got {moments.dtype} of shape {tuple(moments.shape)}"
+        )
+
+
+@triton.jit
+def _is_logvar(local, size, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    # local counts the moments of a row in memory order.
+    return local % CHANNELS >= CHANNELS // 2 if CHANNELS_LAST else local >= size // 2
+
+
+@triton.jit(do_not_specialize=["size"])
+def _chunk_kernel(
+    moments_ptr,
+    partial_ptr,
+    size,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    chunks = tl.cdiv(size, CHUNK)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    start = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, CHUNK, BLOCK):
+        local = start + block + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = local < size
+        moment = tl.load(moments_ptr + row * size + local, mask=inside, other=0.0).to(tl.float32)
+        logvar = tl.minimum(tl.maximum(moment, _LOWEST, tl.PropagateNan.ALL), _HIGHEST, tl.PropagateNan.ALL)
+        spread = tl.exp(logvar) - 1.0 - logvar
+        total += tl.where(_is_logvar(local, size, CHANNELS, CHANNELS_LAST) & inside, spread, moment * moment)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64), tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _sum_kernel(partial_ptr, divergence_ptr, chunks, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, chunks, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)  # [BLOCK]
+        total += tl.load(partial_ptr + row * chunks + chunk, mask=chunk < chunks, other=0.0)
+    tl.store(divergence_ptr + row, 0.5 * tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["size"])
+def _backward_kernel(
+    grad_ptr,
+    moments_ptr,
+    grad_moments_ptr,
+    size,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    local = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = local < size
+    grad = tl.load(grad_ptr + row).to(tl.float32)
+    moment = tl.load(moments_ptr + row * size + local, mask=inside, other=0.0).to(tl.float32)
+    free = (moment >= _LOWEST) & (moment <= _HIGHEST)
+    spread = tl.where(free, 0.5 * (tl.exp(moment) - 1.0), 0.0)
+    slope = tl.where(_is_logvar(local, size, CHANNELS, CHANNELS_LAST), spread, moment)
+    tl.store(grad_moments_ptr + row * size + local, (grad * slope).to(grad_moments_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("fastvae::kl_divergence", mutates_args=())
+def kl_divergence(moments: Tensor) -> Tensor:
+    """The divergence of each row of moments [N, 2L, h, w] in nats, fp32 [N] (float64 for float64).
+
+    Raises ValueError for moments of another shape or of no floating-point dtype.
+    """
+    _check(moments)
+    return reference(moments)
+
+
+@kl_divergence.register_kernel(KERNEL_DEVICES)
+def launch(moments: Tensor) -> Tensor:
+    """kl_divergence without the dispatcher."""
+    _check(moments)
+    if moments.dtype == torch.float64:
+        return reference(moments)
+    layout = {"CHANNELS": moments.shape[1], "CHANNELS_LAST": _channels_last(moments)}
+    moments = moments if layout["CHANNELS_LAST"] else moments.contiguous()
+    rows, chunks = len(moments), _chunks(moments)
+    divergence = torch.empty(rows, dtype=torch.float32, device=moments.device)
+    partial = torch.empty((rows, chunks), dtype=torch.float32, device=moments.device)
+    if rows and chunks:
+        size = moments.shape[1:].numel()
+        _chunk_kernel[(rows * chunks,)](moments, partial, size, **layout, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    if rows:
+        _sum_kernel[(rows,)](partial, divergence, chunks, BLOCK=128, num_warps=NUM_WARPS)
+    return divergence
+
+
+@kl_divergence.register_fake
+def _(moments):
+    _check(moments)
+    return moments.new_empty(len(moments), dtype=torch.promote_types(moments.dtype, torch.float32))
+
+
+@torch.library.custom_op("fastvae::kl_divergence_backward", mutates_args=())
+def kl_divergence_backward(grad: Tensor, moments: Tensor) -> Tensor:
+    """The gradient of the moments from that of the divergences, [N]; zero where the log-variance was clamped."""
+    return reference_backward(grad, moments)
+
+
+@kl_divergence_backward.register_kernel(KERNEL_DEVICES)
+def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
+    """kl_divergence_backward without the dispatcher."""
+    if moments.dtype == torch.float64:
+        return reference_backward(grad, moments)
+    layout = {"CHANNELS": moments.shape[1], "CHANNELS_LAST": _channels_last(moments)}
+    form = torch.channels_last if layout["CHANNELS_LAST"] else torch.contiguous_format
+    moments = moments.contiguous(memory_format=form)
+    grad_moments = torch.empty_like(moments, memory_format=form)
+    if moments.numel():
+        size = moments.shape[1:].numel()
+        _backward_kernel[(len(moments) * -(-size // BLOCK),)](
+            grad.contiguous(), moments, grad_moments, size, **layout, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+    return grad_moments
+
+
+@kl_divergence_backward.register_fake
+def _(grad, moments):
+    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
+    return torch.empty_like(moments, memory_format=form)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx, grad):
+    return kl_divergence_backward(grad, *ctx.saved_tensors)
+
+
+kl_divergence.register_autograd(_backward, setup_context=_keep)
+
+
+def audit_cases() -> list[tuple[str, Callable[[], object]]]:
+    """Every variant of the launches, as (name, call) on small tensors of a GPU, for the compile audit."""
+
+    def variant(dtype: torch.dtype, form: torch.memory_format) -> Callable[[], object]:
+        def call() -> None:
+            moments = torch.empty((2, 8, 64, 64), dtype=dtype, device="cuda", memory_format=form)
+            launch_backward(launch(moments), moments)
+
+        return call
+
+    forms = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+    return [
+        (f"{form} {str(dtype).removeprefix('torch.')}", variant(dtype, forms[form]))
+        for form in forms
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ]

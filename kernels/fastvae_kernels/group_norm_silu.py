@@ -1,0 +1,348 @@
+"""GroupNorm with SiLU, or without: y = act((x - mean_g) * inverse_g * weight_c + bias_c), x [N, C, H, W] channels_last.
+
+Forward: x read twice and y written once; read once when the producer of x left its partials. Backward: x and dy read
+twice, dx written once. With dz = dy act'(z) and n the normalised x, one pass leaves the sums of dz and dz n for each
+chunk and channel (fp32, no atomics); they are dbias and dweight, and weighted and averaged over the group they make
+dx = inverse (weight dz - average(weight dz) - n average(weight dz n)). Source: torch.nn.GroupNorm.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvae_kernels import statistics, tiles
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
+    _check(x, weight, bias, groups)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    return statistics.same_layout((F.silu(y) if silu else y).to(x.dtype))
+
+
+def moments_reference(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / deviation) [N, groups] of x."""
+    batch, channels, height, width = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = x.to(wide).reshape(batch, groups, channels // groups * height * width)
+    if batch == 0:
+        return values.new_empty(0, groups), values.new_empty(0, groups)
+    variance, mean = torch.var_mean(values, dim=2, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def backward_reference(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = x.shape[:2]
+    groups = mean.shape[1]
+    grouped = (batch, groups, channels // groups, *x.shape[2:])
+    mean, inverse = mean[:, :, None, None, None], inverse[:, :, None, None, None]
+    normalized = ((x.to(mean.dtype).reshape(grouped) - mean) * inverse).reshape(x.shape)
+    weight_, bias_ = (vector.to(mean.dtype)[:, None, None] for vector in (weight, bias))
+    dz = dy.to(mean.dtype)
+    if silu:
+        z = normalized * weight_ + bias_
+        opened = z.sigmoid()
+        dz = dz * opened * (1 + z * (1 - opened))
+    pulled, normalized_ = (dz * weight_).reshape(grouped), normalized.reshape(grouped)
+    average = pulled.mean((2, 3, 4), keepdim=True)
+    along = (pulled * normalized_).mean((2, 3, 4), keepdim=True)
+    dx = (inverse * (pulled - average - normalized_ * along)).reshape(x.shape)
+    sums = (dz * normalized).sum((0, 2, 3)), dz.sum((0, 2, 3))
+    return statistics.same_layout(dx.to(x.dtype)), sums[0].to(weight.dtype), sums[1].to(bias.dtype)
+
+
+def cost(x: Tensor, weight: Tensor, bias: Tensor, *, measured: bool = False) -> Cost:
+    """x read twice (once where the statistics are ``measured`` already) and y written."""
+    vectors = size_in_bytes(weight, bias)
+    return Cost((2 if measured else 3) * size_in_bytes(x) + vectors, (6 if measured else 11) * x.numel(), 3 - measured)
+
+
+def backward_cost(x: Tensor, weight: Tensor, bias: Tensor) -> Cost:
+    """x and dy read twice, dx written; the gradients of weight and bias."""
+    return Cost(5 * size_in_bytes(x) + 2 * size_in_bytes(weight, bias), 30 * x.numel(), 4)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+    statistics.check_image("x", x)
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
+    statistics.check_vector("weight", weight, x.shape[1])
+    statistics.check_vector("bias", bias, x.shape[1])
+
+
+@triton.jit
+def _load_vectors(
+    weight_ptr, bias_ptr, mean_ptr, inverse_ptr, image, channel, CHANNELS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """weight, bias, mean and inverse of each channel, [1, COLUMNS]."""
+    inside = channel < CHANNELS
+    group = image * GROUPS + channel // (CHANNELS // GROUPS)
+    weight = tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, inside, 0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + group, inside, 0.0)
+    inverse = tl.load(inverse_ptr + group, inside, 0.0)
+    return weight[None, :], bias[None, :], mean[None, :], inverse[None, :]
+
+
+@triton.jit
+def _pull_back(dy, normalized, weight, bias, SILU: tl.constexpr):
+    """dz: the gradient in front of the activation."""
+    if SILU:
+        z = normalized * weight + bias
+        opened = tl.sigmoid(z)
+        dy = dy * opened * (1.0 + z * (1.0 - opened))
+    return dy
+
+
+@triton.jit(do_not_specialize=["chunks", "eps"])
+def _moments_kernel(
+    partials_ptr, mean_ptr, inverse_ptr, chunks, eps,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    image, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    mean, inverse = statistics.group_moments(
+        partials_ptr, 0.0, image, group, chunks, eps, CHANNELS, CHANNELS // GROUPS, COLUMNS, STEP
+    )
+    tl.store(mean_ptr + tl.program_id(0), mean)
+    tl.store(inverse_ptr + tl.program_id(0), inverse)
+
+
+@triton.jit(do_not_specialize=["pixels", "chunks"])
+def _normalize_kernel(
+    x_ptr, weight_ptr, bias_ptr, mean_ptr, inverse_ptr, y_ptr, pixels, chunks,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Last pixels first, as in group_norm.py: the end of x is what the L2 cache still holds.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    image, chunk, block = statistics.locate(program, chunks, tl.cdiv(CHANNELS, COLUMNS))
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    weight, bias, mean, inverse = _load_vectors(
+        weight_ptr, bias_ptr, mean_ptr, inverse_ptr, image, channel, CHANNELS, GROUPS
+    )
+    row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    inside = (row < statistics.rows_inside(chunk, pixels, ROWS)) & (channel < CHANNELS)
+    place = statistics.first_value(image, pixels, chunk * ROWS, CHANNELS) + row * CHANNELS + channel
+    y = (tl.load(x_ptr + place, inside, 0.0).to(tl.float32) - mean) * inverse * weight + bias
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "chunks"])
+def _gradient_sums_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, inverse_ptr, sums_ptr, pixels, chunks,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    image, chunk, block = statistics.locate(tl.program_id(0), chunks, tl.cdiv(CHANNELS, COLUMNS))
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    weight, bias, mean, inverse = _load_vectors(
+        weight_ptr, bias_ptr, mean_ptr, inverse_ptr, image, channel, CHANNELS, GROUPS
+    )
+    row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    rows = statistics.rows_inside(chunk, pixels, CHUNK)
+    first = statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS)
+    plain = tl.zeros([COLUMNS], tl.float32)
+    along = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, rows, ROWS):
+        inside = (start + row < rows) & (channel < CHANNELS)
+        place = first + (start + row) * CHANNELS + channel
+        normalized = (tl.load(x_ptr + place, inside, 0.0).to(tl.float32) - mean) * inverse
+        # dy is 0 outside, and with it both products.
+        dz = _pull_back(tl.load(dy_ptr + place, inside, 0.0).to(tl.float32), normalized, weight, bias, SILU)
+        plain += tl.sum(dz, axis=0)
+        along += tl.sum(dz * normalized, axis=0)
+    target = sums_ptr + (image * chunks + chunk) * 2 * CHANNELS + channel
+    tl.store(target, plain, channel < CHANNELS)
+    tl.store(target + CHANNELS, along, channel < CHANNELS)
+
+
+@triton.jit(do_not_specialize=["chunks", "folded"])
+def _fold_sums_kernel(
+    sums_ptr, folded_ptr, chunks, folded, VALUES: tl.constexpr, FOLD: tl.constexpr, COLUMNS: tl.constexpr
+):
+    image, target, block = statistics.locate(tl.program_id(0), folded, tl.cdiv(VALUES, COLUMNS))
+    index = block * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = target * FOLD + tl.arange(0, FOLD)[:, None]
+    inside = (chunk < chunks) & (index < VALUES)
+    total = tl.sum(tl.load(sums_ptr + (image * chunks + chunk) * VALUES + index, inside, 0.0), axis=0)
+    tl.store(folded_ptr + (image * folded + target) * VALUES + index, total, index < VALUES)
+
+
+@triton.jit(do_not_specialize=["pixels", "chunks"])
+def _input_gradient_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, inverse_ptr, sums_ptr, dx_ptr, pixels, chunks,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):  # fmt: skip
+    image, chunk, block = statistics.locate(tl.program_id(0), chunks, tl.cdiv(CHANNELS, COLUMNS))
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    weight, bias, mean, inverse = _load_vectors(
+        weight_ptr, bias_ptr, mean_ptr, inverse_ptr, image, channel, CHANNELS, GROUPS
+    )
+    # Every column adds up the channels of its group itself: MEMBERS cached loads, and groups may straddle blocks.
+    average = tl.zeros([COLUMNS], tl.float32)
+    along = tl.zeros([COLUMNS], tl.float32)
+    for index in range(MEMBERS):
+        member = channel // MEMBERS * MEMBERS + index
+        member_weight = tl.load(weight_ptr + member, channel < CHANNELS, 0.0).to(tl.float32)
+        sums = sums_ptr + image * 2 * CHANNELS + member
+        average += tl.load(sums, channel < CHANNELS, 0.0) * member_weight
+        along += tl.load(sums + CHANNELS, channel < CHANNELS, 0.0) * member_weight
+    members = pixels.to(tl.float32) * MEMBERS
+    average, along = (average / members)[None, :], (along / members)[None, :]
+    row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    inside = (row < statistics.rows_inside(chunk, pixels, ROWS)) & (channel < CHANNELS)
+    place = statistics.first_value(image, pixels, chunk * ROWS, CHANNELS) + row * CHANNELS + channel
+    normalized = (tl.load(x_ptr + place, inside, 0.0).to(tl.float32) - mean) * inverse
+    dz = _pull_back(tl.load(dy_ptr + place, inside, 0.0).to(tl.float32), normalized, weight, bias, SILU)
+    dx = inverse * (weight * dz - average - normalized * along)
+    tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), inside)
+
+
+@torch.library.custom_op("fastvae::group_norm_forward", mutates_args=())
+def group_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, inverse): what the backward needs beside y, [N, groups]."""
+    return reference(x, weight, bias, groups, eps, silu), *moments_reference(x, groups, eps)
+
+
+@group_norm_forward.register_kernel(KERNEL_DEVICES)
+def launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, groups)
+    statistics.check_kernel_dtype("x", x)
+    batch, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    folded = statistics.fold_chunks(statistics.measure(x) if partials is None else partials.contiguous())
+    y = statistics.new_channels_last(batch, channels, height, width, like=x)
+    mean, inverse = folded.new_empty(batch, groups), folded.new_empty(batch, groups)
+    if batch:
+        columns, step = statistics.group_block(channels // groups)
+        _moments_kernel[(batch * groups,)](
+            folded, mean, inverse, folded.shape[1], eps,
+            CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=1, num_stages=1,
+        )  # fmt: skip
+        grid, tile = _pointwise("scale_shift", x)
+        _normalize_kernel[grid](x, weight, bias, mean, inverse, y, height * width, GROUPS=groups, SILU=silu, **tile)
+    return y, mean, inverse
+
+
+def _pointwise(op: str, x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid over tiles of x, and the arguments that say what a tile is."""
+    batch, channels, height, width = x.shape
+    tile = tiles.choose(op, dtype=x.dtype, channels=channels, target=tiles.target_of(x.device))
+    columns = statistics.block_columns(tile.columns, channels)
+    chunks = triton.cdiv(height * width, tile.rows)
+    named = {"chunks": chunks, "CHANNELS": channels, "ROWS": tile.rows, "COLUMNS": columns}
+    grid = (batch * chunks * triton.cdiv(channels, columns),)
+    return grid, named | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+@group_norm_forward.register_fake
+def _(x, weight, bias, groups, eps, silu, partials=None):
+    _check(x, weight, bias, groups)
+    moments = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, inverse = (x.new_empty(x.shape[0], groups, dtype=moments) for _ in range(2))
+    return statistics.new_channels_last(*x.shape, like=x), mean, inverse
+
+
+@torch.library.custom_op("fastvae::group_norm_backward", mutates_args=())
+def group_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias)."""
+    return backward_reference(dy, x, weight, bias, mean, inverse, silu)
+
+
+@group_norm_backward.register_kernel(KERNEL_DEVICES)
+def launch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    groups = mean.shape[1]
+    dx = statistics.new_channels_last(batch, channels, height, width, like=x)
+    if not batch:
+        return dx, torch.zeros_like(weight), torch.zeros_like(bias)
+    x, dy = (value.contiguous(memory_format=torch.channels_last) for value in (x, dy))
+    saved = [value.contiguous() for value in (weight, bias, mean, inverse)]
+    grid, tile = _pointwise("group_norm_gradient", x)
+    chunk, chunks = statistics.chunk_pixels(channels), statistics.chunk_count(height * width, channels)
+    sums = mean.new_empty(batch, chunks, 2, channels)
+    per_chunk = tile | {"chunks": chunks, "CHUNK": chunk, "ROWS": min(tile["ROWS"], chunk)}
+    _gradient_sums_kernel[(batch * chunks * triton.cdiv(channels, tile["COLUMNS"]),)](
+        dy, x, *saved, sums, height * width, GROUPS=groups, SILU=silu, **per_chunk
+    )
+    while chunks > 1:
+        folded = mean.new_empty(batch, triton.cdiv(chunks, statistics.FOLD), 2, channels)
+        columns = statistics.block_columns(64, 2 * channels)
+        _fold_sums_kernel[(batch * folded.shape[1] * triton.cdiv(2 * channels, columns),)](
+            sums, folded, chunks, folded.shape[1],
+            VALUES=2 * channels, FOLD=statistics.FOLD, COLUMNS=columns, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        sums, chunks = folded, folded.shape[1]
+    _input_gradient_kernel[grid](
+        dy, x, *saved, sums, dx, height * width, GROUPS=groups, SILU=silu, MEMBERS=channels // groups, **tile
+    )
+    # Two sums, each a tensor of its own: outputs of an op may not share memory.
+    plain, along = sums.squeeze(1).unbind(1)
+    return dx, along.sum(0).to(weight.dtype), plain.sum(0).to(bias.dtype)
+
+
+@group_norm_backward.register_fake
+def _(dy, x, weight, bias, mean, inverse, silu):
+    return statistics.new_channels_last(*x.shape, like=x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, _, _, ctx.silu, _ = inputs
+    _, mean, inverse = output
+    ctx.save_for_backward(x, weight, bias, mean, inverse)
+
+
+def _backward(ctx, dy, dmean, dinverse):
+    dx, dweight, dbias = group_norm_backward(dy, *ctx.saved_tensors, ctx.silu)
+    return dx, dweight, dbias, None, None, None, None
+
+
+group_norm_forward.register_autograd(_backward, setup_context=_keep)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partials: Tensor | None = None
+) -> Tensor:
+    """silu(GroupNorm(x)) in channels_last, differentiable in x, weight and bias.
+
+    x: [N, C, H, W] in any strides. weight, bias: [C] in any floating dtype. partials: what the producer of x left, in
+    place of a pass over x. Raises ValueError where shapes do not match.
+    """
+    return group_norm_forward(x, weight, bias, groups, eps, True, partials)[0]
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partials: Tensor | None = None
+) -> Tensor:
+    """GroupNorm(x) without an activation; as group_norm_silu otherwise."""
+    return group_norm_forward(x, weight, bias, groups, eps, False, partials)[0]
+
+
+def audit_cases():
+    """Launches for the compile audit (bench/audit.py)."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels in (96, 128, 256, 512):
+
+            def call(dtype=dtype, channels=channels):
+                x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
+                weight = torch.empty(channels, dtype=dtype)
+                y, *moments = launch_forward(x, weight, weight, 32, 1e-6, True)
+                launch_backward(y, x, weight, weight, *moments, True)
+
+            yield f"{dtype} C={channels}".removeprefix("torch."), call

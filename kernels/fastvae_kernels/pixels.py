@@ -1,0 +1,167 @@
+"""Pixels to the first convolution's output: y = conv3x3(pixels / 127.5 - 1) + bias, y [N, C, H, W] channels_last.
+
+uint8 pixels are mapped to [-1, 1], floats are taken as they are; both are rounded to the weight's dtype, as they are
+when a network is handed them. The zeros of the padding stand beside the mapped pixels. Pixels lie in any strides.
+Traffic: pixels read (9 times from cache), y and its partial statistics written, no copy in between. Each program is
+one matrix product, 9 values of each colour per pixel, filled up to a power of two. Source: diffusers' Encoder.conv_in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvae_kernels import statistics, tiles
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+
+MOST_COLOURS = 8
+
+
+def reference(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    _check(pixels, weight, bias)
+    y = F.conv2d(mapped(pixels, weight.dtype), weight, bias.to(weight.dtype), padding=1)
+    return statistics.same_layout(y), statistics.reference(y)
+
+
+def mapped(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 as value / 127.5 - 1, floats as they are, in ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (pixels.to(wide) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels).to(dtype)
+
+
+def cost(pixels: Tensor, weight: Tensor, bias: Tensor) -> Cost:
+    """Pixels and weights read, y and partials written."""
+    batch, _, height, width = pixels.shape
+    y = torch.empty(batch, weight.shape[0], height, width, dtype=weight.dtype, device="meta")
+    total = size_in_bytes(pixels, weight, bias, y, statistics.new_partials(y))
+    return Cost(total, 2 * y.numel() * weight[0].numel(), 1)
+
+
+def _check(pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not 1 <= weight.shape[1] <= MOST_COLOURS:
+        raise ValueError(f"weight must be [C, colours, 3, 3] with 1 to 8 colours, got shape {tuple(weight.shape)}")
+    if weight.dtype not in (*statistics.DTYPES, torch.float64):
+        raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    statistics.check_vector("bias", bias, weight.shape[0])
+    if pixels.ndim != 4 or 0 in pixels.shape[1:] or pixels.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"pixels must be [N, {weight.shape[1]}, H, W] in any strides (hand NHWC over as permute(0, 3, 1, 2)), "
+            f"got shape {tuple(pixels.shape)}"
+        )
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise ValueError(f"pixels must be uint8 or floating point, got {pixels.dtype}")
+
+
+@triton.jit(do_not_specialize=["count", "chunks", "height", "width", "image_stride", "colour_stride", "row_stride"])
+def _conv_in_kernel(
+    pixels_ptr, weight_ptr, bias_ptr, y_ptr, partials_ptr, count, chunks, height, width,
+    image_stride, colour_stride, row_stride, column_stride,
+    COLOURS: tl.constexpr, CHANNELS: tl.constexpr, BYTES: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    image, chunk, block = statistics.locate(tl.program_id(0), chunks, tl.cdiv(CHANNELS, COLUMNS))
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    index = tl.arange(0, DEPTH)  # [DEPTH], colour, line and column of the window, as the weight lies
+    weight = tl.load(
+        weight_ptr + channel[None, :] * (9 * COLOURS) + index[:, None],
+        (index[:, None] < 9 * COLOURS) & (channel[None, :] < CHANNELS), 0.0,
+    )  # [DEPTH, COLUMNS]  # fmt: skip
+    bias = tl.load(bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32)
+    colour, line_offset, column_offset = index // 9, index // 3 % 3 - 1, index % 3 - 1
+    window = pixels_ptr + image * image_stride + colour.to(tl.int64) * colour_stride  # [DEPTH]
+    row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    rows = statistics.rows_inside(chunk, count, CHUNK)
+    first = statistics.first_value(image, count, chunk * CHUNK, CHANNELS)
+    anchor, seen, mean, deviations = statistics.nothing_yet(COLUMNS)
+    for start in range(0, rows, ROWS):
+        inside = start + row < rows
+        line, column = statistics.line_and_column(chunk * CHUNK, start + row, width)
+        line, column = line + line_offset, column.to(tl.int64) + column_offset  # [ROWS, DEPTH]
+        there = inside & (index < 9 * COLOURS) & (line >= 0) & (line < height) & (column >= 0) & (column < width)
+        values = tl.load(window + line * row_stride + column * column_stride, there, 0).to(tl.float32)
+        if BYTES:
+            # Divided, not multiplied by the reciprocal: the bits of torch's x / 127.5 - 1. Beside the image stays 0.
+            values = tl.where(there, tl.div_rn(values, 127.5) - 1.0, 0.0)
+        product = tl.dot(values.to(weight.dtype), weight, input_precision="ieee")  # [ROWS, COLUMNS]
+        y = (product + bias).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + first + (start + row) * CHANNELS + channel, y, inside & (channel < CHANNELS))
+        anchor, seen, mean, deviations = statistics.take(
+            anchor, seen, mean, deviations, y.to(tl.float32), inside, start, rows, ROWS
+        )
+    statistics.store_partials(
+        partials_ptr, image, chunk, chunks, channel, seen, anchor + mean, deviations, CHANNELS
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastvae::pixels_conv_in", mutates_args=())
+def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(conv_in(pixels), its partial statistics); differentiable in weight, bias and float pixels.
+
+    pixels: [N, colours, H, W] in any strides, uint8 in 0..255 or float in [-1, 1]. weight: [C, colours, 3, 3], whose
+    dtype is the result's. bias: [C]. Raises ValueError for others.
+    """
+    return reference(pixels, weight, bias)
+
+
+@pixels_conv_in.register_kernel(KERNEL_DEVICES)
+def launch(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    _check(pixels, weight, bias)
+    statistics.check_kernel_dtype("weight", weight)
+    batch, colours, height, width = pixels.shape
+    channels = weight.shape[0]
+    y = statistics.new_channels_last(batch, channels, height, width, like=weight)
+    partials = statistics.new_partials(y)
+    if batch:
+        tile = tiles.choose("pixels_conv_in", dtype=y.dtype, channels=channels, target=tiles.target_of(y.device))
+        # A matrix product takes 16 values and more a side.
+        columns, chunk = max(16, statistics.block_columns(tile.columns, channels)), statistics.chunk_pixels(channels)
+        _conv_in_kernel[(batch * partials.shape[1] * triton.cdiv(channels, columns),)](
+            pixels, weight.contiguous(), bias.contiguous(), y, partials,
+            height * width, partials.shape[1], height, width, *pixels.stride(),
+            COLOURS=colours, CHANNELS=channels, BYTES=pixels.dtype == torch.uint8, CHUNK=chunk,
+            ROWS=min(tile.rows, chunk), COLUMNS=columns, DEPTH=max(16, triton.next_power_of_2(9 * colours)),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return y, partials
+
+
+@pixels_conv_in.register_fake
+def _(pixels, weight, bias):
+    _check(pixels, weight, bias)
+    batch, _, height, width = pixels.shape
+    y = statistics.new_channels_last(batch, weight.shape[0], height, width, like=weight)
+    return y, statistics.new_partials(y)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dy, dpartials):
+    pixels, weight, bias = ctx.saved_tensors
+    values = mapped(pixels, weight.dtype)
+    needed = list(ctx.needs_input_grad)
+    if values.shape[0] == 0:
+        return torch.zeros_like(values) if needed[0] else None, torch.zeros_like(weight), torch.zeros_like(bias)
+    dpixels, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, values, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed
+    )
+    return dpixels.to(pixels.dtype) if needed[0] else None, dweight, dbias.to(bias.dtype) if needed[2] else None
+
+
+pixels_conv_in.register_autograd(_backward, setup_context=_keep)
+
+
+def audit_cases():
+    """Launches for the compile audit (bench/audit.py)."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels in (96, 128):
+
+            def call(dtype=dtype, channels=channels):
+                weight, bias = torch.empty(channels, 3, 3, 3, dtype=dtype), torch.empty(channels, dtype=dtype)
+                launch(torch.empty(2, 96, 96, 3, dtype=torch.uint8).permute(0, 3, 1, 2), weight, bias)
+                launch(torch.empty(2, 3, 96, 96, dtype=dtype), weight, bias)
+
+            yield f"{dtype} C={channels}".removeprefix("torch."), call

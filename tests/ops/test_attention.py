@@ -1,0 +1,319 @@
+"""Attention of one head, its long form and its gradients: against float64 as closely as torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+from fastvae_kernels import attention, attention_gradient, attention_long, tiles
+from fastvae_kernels.attention import spatial_attention, spatial_attention_backward, spatial_attention_shared
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _inputs(images, length, channels, dtype=torch.float32, spread=1.0, count=3):
+    generator = torch.Generator().manual_seed(length * 1000 + channels)
+    shape = (count, images, length, channels)
+    return [x.to(DEVICE, dtype) for x in torch.randn(shape, generator=generator) * spread]
+
+
+def _eager(query, key, value, scale):
+    """Plain torch in the same dtype; as four dimensions, which is how its attention knows heads."""
+    return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=scale)[:, 0]
+
+
+def _check_forward(ours, query, key, value, scale):
+    out, lse = ours
+    truth, true_lse = attention.reference(query.double(), key.double(), value.double(), scale)
+    assert_as_accurate(out, _eager(query, key, value, scale), truth)
+    # Eager's own log-sum-exp: scores and sum in fp32.
+    eager_lse = (query.float() @ key.float().mT * scale).logsumexp(dim=2)
+    assert lse.dtype == torch.float32
+    assert_as_accurate(lse, eager_lse, true_lse)
+
+
+# (images, S, d), spread of q and k, and what the case is there to break
+CASES = {
+    "S=1: one key in a tile, padded query": ((40, 1, 32), 1.0),
+    "d=8: narrower than tl.dot takes": ((1, 19, 8), 1.0),
+    "S=33: a tile and one key": ((1, 33, 48), 1.0),
+    "S=101, d=80: nothing divides anything": ((2, 101, 80), 1.0),
+    "S=64: no tail at all": ((1, 64, 64), 1.0),
+    "logits of hundreds: a missed rescale or maximum": ((1, 75, 96), 8.0),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_forward_against_float64(case, dtype, shared):
+    shape, spread = CASES[case]
+    query, key, value = _inputs(*shape, dtype, spread)
+    scale = shape[2] ** -0.5
+    if shared:
+        _check_forward(spatial_attention_shared(query, key, scale), query, key, key, scale)
+    else:
+        _check_forward(spatial_attention(query, key, value, scale), query, key, value, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_d_512(dtype):
+    """The case that counts; 37 positions are one tile and a ragged one."""
+    query, key, value = _inputs(1, 37, 512, dtype)
+    _check_forward(spatial_attention(query, key, value, 0.044), query, key, value, 0.044)
+    _check_forward(spatial_attention_shared(query, key, 0.044), query, key, key, 0.044)
+
+
+def test_keys_that_grow_along_the_sequence():
+    """Every tile brings a new maximum, and each by far: what was summed must shrink to nothing."""
+    query, key, value = _inputs(1, 90, 32)
+    key = key.abs() * torch.linspace(0, 30, 90, device=DEVICE)[None, :, None]
+    query = query.abs()
+    for flip in (False, True):
+        one = key.flip(1) if flip else key
+        _check_forward(spatial_attention(query, one, value, 1.0), query, one, value, 1.0)
+
+
+def test_the_tail_of_the_keys_has_no_weight():
+    """All scores far below zero: one key past the end, at zero, would take everything."""
+    query, _, value = _inputs(1, 21, 16)
+    query = query.abs() + 1
+    out, lse = spatial_attention(query, -query * 50, value, 1.0)
+    _check_forward((out, lse), query, -query * 50, value, 1.0)
+    long = attention_long.attend_long(query, -query * 50, value, 1.0)
+    _check_forward(long, query, -query * 50, value, 1.0)
+
+
+LONG = {
+    "one chunk, one tile": ((1, 50, 32), 4096, 1.0),
+    "chunks of 40, the last ragged": ((2, 101, 48), 40, 1.0),
+    "several tiles of keys, large logits": ((1, 290, 96), 256, 6.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LONG)
+def test_long_form_against_float64(case, dtype):
+    shape, chunk, spread = LONG[case]
+    query, key, value = _inputs(*shape, dtype, spread)
+    scale = shape[2] ** -0.5
+    _check_forward(attention_long.attend_long(query, key, value, scale, chunk), query, key, value, scale)
+
+
+def test_long_form_at_d_512_and_which_shapes_take_it():
+    query, key, value = _inputs(1, 70, 512, torch.bfloat16)
+    _check_forward(attention_long.attend_long(query, key, value, 0.044, 64), query, key, value, 0.044)
+    taken = {(length, d): attention.is_long(length, d) for length in (1024, 4096, 65536) for d in (64, 512)}
+    assert [shape for shape, long in taken.items() if long] == [(4096, 512), (65536, 512)]
+
+
+GRADIENTS = {
+    "S=2: the fewest keys that leave a gradient": ((20, 2, 16), 4096, 1.0),
+    "S=45, d=48: ragged both ways": ((2, 45, 48), 4096, 1.0),
+    "chunks of 32 queries: sums go on": ((1, 75, 80), 32, 1.0),
+    "logits of hundreds": ((6, 40, 32), 4096, 6.0),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_against_float64(case, dtype, shared):
+    shape, chunk, spread = GRADIENTS[case]
+    _check_gradients(shape, chunk, spread, dtype, shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lone_key_has_weight_one_and_no_slope(dtype):
+    """However large its score: out is v, dv is do, to the bit; dq and dk are what rounding leaves of nothing."""
+    query, key, value, grad = _inputs(3, 1, 16, dtype, 5.0, count=4)
+    out, lse = spatial_attention(query, key, value, 1.0)
+    assert torch.equal(out, value)
+    grad_query, grad_key, grad_value = spatial_attention_backward(grad, query, key, value, out, lse, 1.0)
+    assert torch.equal(grad_value, grad)
+    # do v and delta are sums of the same 16 products in two orders.
+    noise = 16 * torch.finfo(torch.float32).eps * (grad * value).abs().sum(dim=2).max() * key.abs().max()
+    assert grad_query.abs().max() <= noise
+    assert grad_key.abs().max() <= noise
+
+
+def test_gradients_at_d_512():
+    _check_gradients((1, 35, 512), 4096, 1.0, torch.bfloat16, True)
+    _check_gradients((1, 35, 512), 4096, 1.0, torch.float32, False)
+
+
+def _check_gradients(shape, chunk, spread, dtype, shared):
+    *inputs, grad = _inputs(*shape, dtype, spread, count=4)
+    inputs, grad = inputs[: 2 if shared else 3], grad / spread
+    scale = shape[2] ** -0.5
+    truths, eagers = (
+        torch.autograd.grad(_eager(leaves[0], leaves[1], leaves[-1], scale), leaves, grad.to(wide))
+        for wide in (torch.float64, dtype)
+        for leaves in [[x.to(wide).requires_grad_() for x in inputs]]
+    )
+    query, key = inputs[:2]
+    value = None if shared else inputs[2]
+    out, lse = spatial_attention(query, key, key if shared else value, scale)
+    ours = attention_gradient.gradients(grad, query, key, value, out, lse, scale, chunk)
+    for our, eager, truth in zip(ours, eagers, truths, strict=True):
+        assert_as_accurate(our, eager, truth)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+def test_autograd_reaches_every_input(shared):
+    """And the log-sum-exp, which has no gradient, asks for none."""
+    inputs = [x.requires_grad_() for x in _inputs(2, 13, 24, count=2 if shared else 3)]
+    op, reference_inputs = (
+        (spatial_attention_shared, [inputs[0], inputs[1], inputs[1]])
+        if shared
+        else (
+            spatial_attention,
+            inputs,
+        )
+    )
+    out, lse = op(*inputs, 0.2)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    ours = torch.autograd.grad(out.square().sum(), inputs)
+    theirs = torch.autograd.grad(_eager(*reference_inputs, 0.2).square().sum(), inputs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.allclose(our, their, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_gradients_are_autograds():
+    """The CPU's backward, in float64: the formulas that the kernels follow."""
+    *inputs, grad = (x.cpu().double() for x in _inputs(2, 11, 16, count=4))
+    leaves = [x.requires_grad_() for x in inputs]
+    out, lse = attention.reference(*leaves, 0.3)
+    theirs = torch.autograd.grad(out, leaves, grad)
+    ours = attention.reference_backward(grad, *(x.detach() for x in leaves), out.detach(), lse.detach(), 0.3)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.allclose(our, their, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_does_not_hang_on_the_batch():
+    query, key, value, grad = _inputs(3, 41, 40, count=4)
+    out, lse = spatial_attention(query, key, value, 0.2)
+    grads = spatial_attention_backward(grad, query, key, value, out, lse, 0.2)
+    long, _ = attention_long.attend_long(query, key, value, 0.2, 32)
+    for image in range(3):
+        one = slice(image, image + 1)
+        alone, alone_lse = spatial_attention(query[one], key[one], value[one], 0.2)
+        assert torch.equal(alone, out[one])
+        assert torch.equal(alone_lse, lse[one])
+        for left, right in zip(
+            spatial_attention_backward(grad[one], query[one], key[one], value[one], alone, alone_lse, 0.2),
+            grads,
+            strict=True,
+        ):
+            assert torch.equal(left, right[one])
+        assert torch.equal(attention_long.attend_long(query[one], key[one], value[one], 0.2, 32)[0], long[one])
+
+
+def test_images_that_do_not_fit_together_are_taken_apart(monkeypatch):
+    query, key, value, grad = _inputs(3, 20, 16, count=4)
+    out, lse = spatial_attention(query, key, value, 0.2)
+    whole = attention_gradient.gradients(grad, query, key, value, out, lse, 0.2)
+    monkeypatch.setattr(attention_gradient, "SCORES", 2 * 20 * 20)
+    for left, right in zip(attention_gradient.gradients(grad, query, key, value, out, lse, 0.2), whole, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_shared_keys_give_what_two_copies_give():
+    query, x, _ = _inputs(1, 37, 32)
+    for left, right in zip(spatial_attention_shared(query, x, 0.3), spatial_attention(query, x, x, 0.3), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
+def test_nothing_in_gives_nothing_out(shape):
+    inputs = [torch.empty(shape, device=DEVICE, requires_grad=True) for _ in range(3)]
+    out, lse = spatial_attention(*inputs, 1.0)
+    assert out.shape == shape
+    assert lse.shape == shape[:2]
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(grad.shape == shape for grad in grads)
+
+
+def test_any_strides_and_offsets_are_taken():
+    fused = _inputs(2, 23, 49, count=1)[0][:, :, 1:]
+    query, key, value = fused.chunk(3, dim=2)
+    out, lse = spatial_attention(query, key, value, 0.3)
+    plain = spatial_attention(query.contiguous(), key.contiguous(), value.contiguous(), 0.3)
+    assert torch.equal(out, plain[0])
+    assert torch.equal(lse, plain[1])
+    grads = spatial_attention_backward(out.mT.contiguous().mT, query, key, value, out, lse, 0.3)
+    for left, right in zip(grads, spatial_attention_backward(out, query, key, value, out, lse, 0.3), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_nothing_is_written_past_the_end():
+    """The image in the middle is written alone; its neighbours keep what they hold."""
+    query, key, value = _inputs(1, 21, 24)
+    whole = torch.full((3, 21, 24), 7.0, device=DEVICE)
+    lse = torch.full((3, 21), 7.0, device=DEVICE)
+    tile = tiles.choose("spatial_attention", dtype=query.dtype, channels=24, target=tiles.target_of(query.device))
+    attention._attention_kernel[(-(-21 // tile.rows),)](
+        query, key, value, whole[1], lse[1], 21, 0.4, CHANNELS=24, WIDTH=32, SHARED=False,
+        QUERIES=tile.rows, KEYS=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    assert (whole[[0, 2]] == 7.0).all()
+    assert (lse[[0, 2]] == 7.0).all()
+    assert torch.equal(whole[1:2], attention.launch(query, key, value, 0.4)[0])
+
+
+def test_what_is_not_taken_is_refused_in_words():
+    x = torch.zeros(1, 4, 16, device=DEVICE)
+    huge = torch.empty(1, 2**26, 32, device="meta")
+    for message, call in {
+        r"query must be \[N, S, d\], got shape \(4, 16\)": (x[0], x, x),
+        "query must have a multiple of 8 up to 512 channels, got 12": (x[..., :12], x, x),
+        "got 520": (torch.zeros(1, 2, 520, device=DEVICE),) * 3,
+        "query must be float32, float16, bfloat16 or float64, got torch.int64": (x.long(),) * 3,
+        r"key must be like query, torch.float32 of shape \(1, 4, 16\), got torch.float16": (x, x.half(), x),
+        r"value must be like query, .* of shape \(1, 3, 16\)": (x, x, x[:, :3]),
+        r"fewer than 2\^31 elements a row, got 67108864 x 32": (huge,) * 3,
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            spatial_attention(*call, 1.0)
+    with pytest.raises(ValueError, match=r"x must be like query"):
+        spatial_attention_shared(x, x.half(), 1.0)
+
+
+def test_op_and_launcher_give_the_same_bits():
+    query, key, value = _inputs(1, 19, 16, torch.float16)
+    out, lse = spatial_attention(query, key, value, 0.5)
+    assert torch.equal(attention.launch(query, key, value, 0.5)[0], out)
+    assert torch.equal(attention.launch_shared(query, key, 0.5)[0], spatial_attention_shared(query, key, 0.5)[0])
+    arguments = (out, query, key, value, out, lse, 0.5)
+    for left, right in zip(attention.launch_backward(*arguments), spatial_attention_backward(*arguments), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_opcheck():
+    query, key, value = (x.requires_grad_() for x in _inputs(1, 9, 16))
+    torch.library.opcheck(spatial_attention, (query, key, value, 0.5))
+    torch.library.opcheck(spatial_attention_shared, (query.half().detach(), key.half().detach(), 0.5))
+
+
+def test_compiles_in_one_graph():
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def loss(query, key, value):
+        return (
+            spatial_attention(query, key, value, 0.5)[0].square().sum()
+            + spatial_attention_shared(query, key, 1.0)[0].sum()
+        )
+
+    for length in (5, 9):
+        inputs = [x.requires_grad_() for x in _inputs(1, length, 16)]
+        compiled = torch.autograd.grad(loss(*inputs), inputs)
+        plain = spatial_attention(*inputs, 0.5)[0].square().sum() + spatial_attention_shared(*inputs[:2], 1.0)[0].sum()
+        for left, right in zip(compiled, torch.autograd.grad(plain, inputs), strict=True):
+            assert torch.equal(left, right)
+
+
+def test_cost_counts_the_tensors_it_names():
+    query = torch.empty(2, 64, 32, dtype=torch.float16)
+    assert attention.cost(query).bytes == 4 * 2 * 64 * 32 * 2 + 4 * 2 * 64
+    assert attention.cost(query, shared=True).bytes == 3 * 2 * 64 * 32 * 2 + 4 * 2 * 64
+    assert attention.cost(query).flops == 4 * 2 * 64 * 64 * 32

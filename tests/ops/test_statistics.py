@@ -1,0 +1,128 @@
+"""Partial statistics: layout, merging, and addresses beyond 2^31 values."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from fastvae_kernels import statistics
+from fastvae_kernels.group_norm import group_norm_statistics, launch_statistics
+from fastvae_kernels.runtime import tl, triton
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+CASES = {
+    "one value: no deviation at all": (1, 8, 1, 1, 0.0, 1.0),
+    "a tail of one pixel behind a whole chunk": (1, 8, 25, 41, 0.0, 1.0),
+    "channels that fill no block": (2, 48, 5, 7, 0.0, 1.0),
+    "two blocks of channels, the second ragged": (2, 80, 3, 5, 1.0, 1.0),
+    "many channels, several chunks": (1, 1024, 5, 8, 0.0, 1.0),
+    "mean a thousand times the deviation": (2, 8, 19, 20, 1000.0, 1.0),
+    "huge values": (1, 96, 6, 6, 0.0, 1e4),
+    "tiny values": (1, 8, 6, 6, 0.0, 1e-4),
+    "a batch of none": (0, 16, 4, 4, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", statistics.DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_partials_are_as_accurate_as_torch(case, dtype):
+    *shape, mean, deviation = CASES[case]
+    x = (torch.randn(shape) * deviation + mean).to(dtype)
+    ours, truth = group_norm_statistics(x), statistics.reference(x.double())
+    # Values of half the digits add up exactly in torch's order, so halves stand beside the fp32 kernel instead.
+    plain = statistics.reference(x) if dtype == torch.float32 else group_norm_statistics(x.float())
+    assert torch.equal(ours[:, :, 0].double(), truth[:, :, 0]), "counts are exact"
+    for part in (1, 2):
+        assert_as_accurate(ours[:, :, part], plain[:, :, part], truth[:, :, part])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 32, 48, 128, 512, 1024, 40_000])
+def test_a_chunk_hangs_on_the_channels_alone(channels):
+    chunk = statistics.chunk_pixels(channels)
+    assert chunk & (chunk - 1) == 0
+    assert 32 <= chunk <= 1024
+    assert chunk * channels <= 32_768 or chunk == 32
+    assert statistics.chunk_count(chunk, channels) == 1
+    assert statistics.chunk_count(chunk + 1, channels) == 2
+
+
+def test_strides_do_not_matter():
+    x = torch.randn(2, 24, 9, 8)
+    want = group_norm_statistics(x)
+    wide = torch.randn(2, 24, 9, 16)
+    wide[..., ::2] = x
+    odd = torch.empty(x.numel() + 1)[1:].view(2, 9, 8, 24).permute(0, 3, 1, 2).copy_(x)
+    for other in (x.contiguous(memory_format=torch.channels_last), wide[..., ::2], odd):
+        assert torch.equal(group_norm_statistics(other), want)
+
+
+def test_a_row_never_sees_its_batch():
+    x = torch.randn(3, 24, 9, 8)
+    together = group_norm_statistics(x)
+    for row in range(3):
+        assert torch.equal(group_norm_statistics(x[row : row + 1])[0], together[row])
+
+
+def test_op_and_launcher_give_the_same_bits():
+    x = torch.randn(2, 24, 9, 8)
+    assert torch.equal(group_norm_statistics(x), launch_statistics(x))
+
+
+@pytest.mark.parametrize("chunks", [64, 65, 200, 4097])
+def test_folding_keeps_the_statistics(chunks):
+    """Chunks of unequal counts far from 0, the last of one pixel, in one fold and in two."""
+    count = torch.randint(1, 9, (2, chunks, 1, 5)).float()
+    count[:, -1] = 1
+    mean, deviations = 300 + torch.randn(2, chunks, 1, 5), torch.rand(2, chunks, 1, 5)
+    partials = torch.cat([count, mean, deviations], 2)
+    folded, plain = statistics.fold_chunks(partials), partials
+    while plain.shape[1] > statistics.FOLD:
+        pieces = plain.split(statistics.FOLD, dim=1)
+        plain = torch.cat([torch.stack(statistics.merged_reference(piece, (1,)), 2) for piece in pieces], 1)
+    assert folded.shape == plain.shape
+    merged = [statistics.merged_reference(part.double(), (1,)) for part in (folded, plain, partials)]
+    for ours, eager, truth in zip(*merged, strict=True):
+        assert_as_accurate(ours.float(), eager.float(), truth)
+
+
+@triton.jit(do_not_specialize=["program", "chunks", "pixels"])
+def _place_kernel(place_ptr, program, chunks, pixels, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
+    image, chunk, block = statistics.locate(program, chunks, 2)
+    tl.store(place_ptr, image)
+    tl.store(place_ptr + 1, chunk)
+    tl.store(place_ptr + 2, block.to(tl.int64))
+    tl.store(place_ptr + 3, statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS))
+    tl.store(place_ptr + 4, statistics.rows_inside(chunk, pixels, CHUNK).to(tl.int64))
+
+
+@pytest.mark.parametrize(
+    ("image", "chunk", "pixels", "channels"),
+    [(40_000, 3, 1000, 512), (0, 70_000_000, 70_000_000 * 64 + 5, 512), (1, 9, 2**40, 128), (7, 0, 1, 1024)],
+    ids=["many images", "one huge image", "pixels beyond 32 bits", "one pixel"],
+)
+def test_addresses_beyond_32_bits(image, chunk, pixels, channels):
+    """The same helpers place every load and store; run on numbers alone, they need no memory."""
+    size = statistics.chunk_pixels(channels)
+    chunks = min(statistics.chunk_count(pixels, channels), 2**30 - 1)
+    place = torch.zeros(5, dtype=torch.int64)
+    _place_kernel[(1,)](place, (image * chunks + chunk) * 2 + 1, chunks, pixels, CHANNELS=channels, CHUNK=size)
+    rows = min(size, pixels - chunk * size)
+    assert place.tolist() == [image, chunk, 1, (image * pixels + chunk * size) * channels, rows]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ((2, 3, 4), torch.float32, r"x must be \[N, C, H, W\].*got shape \(2, 3, 4\)"),
+        ((2, 3, 0, 4), torch.float32, r"x must be .* at least 1, got shape \(2, 3, 0, 4\)"),
+        ((2, 3, 4, 4), torch.int32, "x must be float32, float16 or bfloat16, got torch.int32"),
+        ((2, 3, 4, 4), torch.float64, "x must be float32, float16 or bfloat16 on .*, got torch.float64"),
+    ],
+)
+def test_others_are_refused_in_words(shape, dtype, words):
+    with pytest.raises(ValueError, match=words):
+        group_norm_statistics(torch.zeros(shape, dtype=dtype))
+
+
+def test_opcheck():
+    for shape in ((2, 24, 5, 6), (0, 8, 2, 2)):
+        torch.library.opcheck(group_norm_statistics, (torch.randn(shape),))

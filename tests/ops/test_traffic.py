@@ -1,0 +1,132 @@
+"""Traffic: bytes that the kernels load and store, counted in the interpreter, against what `cost` says they must."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, statistics
+from fastvae_kernels.runtime import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own loads and stores")
+
+
+@contextlib.contextmanager
+def counted():
+    """Yields a list; at the end it holds, for each launch, the distinct bytes its programs loaded and stored."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, set_index, call = (
+        builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx, executor.__call__,
+    )  # fmt: skip
+    launches, touched = [], {"load": [], "store": []}
+
+    def note(kind, pointers, mask):
+        addresses = np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)]
+        touched[kind].append((addresses.ravel(), pointers.get_element_ty().primitive_bitwidth // 8))
+
+    def flush():
+        for pieces in touched.values():
+            sizes = {size for _, size in pieces}
+            for size in sizes:
+                launches[-1] += size * len(np.unique(np.concatenate([a for a, s in pieces if s == size])))
+            pieces.clear()
+
+    def counting_load(self, pointers, mask, *rest):
+        note("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        note("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def next_program(self, *index):
+        flush()
+        return set_index(self, *index)
+
+    def counting_call(self, *args, **kwargs):
+        launches.append(0)
+        call(self, *args, **kwargs)
+        flush()
+
+    builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+    builder.set_grid_idx, executor.__call__ = next_program, counting_call
+    try:
+        yield launches
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.set_grid_idx, executor.__call__ = set_index, call
+
+
+def image(channels=128, height=16, width=32, dtype=torch.bfloat16):
+    return statistics.same_layout(torch.randn(1, channels, height, width).to(dtype))
+
+
+CASES = {
+    "statistics": (group_norm.group_norm_statistics, group_norm.statistics_cost, lambda: (image(),)),
+    "statistics of 96 channels, which fill no power of two": (
+        group_norm.group_norm_statistics, group_norm.statistics_cost, lambda: (image(96),),
+    ),
+    "scale and shift": (
+        group_norm.scale_shift_silu, group_norm.scale_shift_cost, lambda: (image(), *torch.randn(2, 1, 128)),
+    ),
+    "scale and shift of 96 channels": (
+        group_norm.scale_shift, group_norm.scale_shift_cost, lambda: (image(96), *torch.randn(2, 1, 96)),
+    ),
+    "residual": (residual.residual_add, residual.cost, lambda: (image(), image(), *torch.randn(2, 128).bfloat16())),
+    "residual into a padded buffer": (
+        residual.residual_add, residual.cost, lambda: (image(), image(), *torch.randn(2, 128).bfloat16(), 1),
+    ),
+    "group norm with SiLU": (
+        lambda *values: group_norm_silu.group_norm_silu(*values, 32, 1e-6),
+        group_norm_silu.cost,
+        lambda: (image(), *torch.randn(2, 128).bfloat16()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_passes_move_what_they_must_and_hardly_more(case):
+    op, cost, make = CASES[case]
+    given = make()
+    with counted() as launches:
+        op(*given)
+    must = cost(*given)
+    assert len(launches) == must.launches
+    assert must.bytes * 0.999 <= sum(launches) <= must.bytes * 1.05, f"{sum(launches)} for {must.bytes}"
+
+
+def test_the_backward_moves_what_it_must():
+    x, dy, weight, bias = image(), image(), *torch.randn(2, 128).bfloat16()
+    moments = group_norm_silu.moments_reference(x, 32, 1e-6)
+    with counted() as launches:
+        group_norm_silu.launch_backward(dy, x, weight, bias, *moments, True)
+    must = group_norm_silu.backward_cost(x, weight, bias)
+    assert len(launches) <= must.launches
+    # The sums of each chunk, 1.6 %, and the vectors and sums of the group that each program reads from the cache.
+    assert must.bytes <= sum(launches) <= must.bytes * 1.1
+
+
+def test_partials_cost_what_the_affine_says():
+    partials = torch.randn(2, 150, 3, 32).abs()
+    weight, bias = torch.randn(2, 32)
+    with counted() as launches:
+        group_norm.group_norm_affine(partials, weight, bias, 8, 1e-6)
+    must = group_norm.affine_cost(partials, weight, bias)
+    assert len(launches) == must.launches
+    assert must.bytes * 0.95 <= sum(launches) <= must.bytes * 1.05
+
+
+def test_pixels_are_read_again_only_as_the_formula_says():
+    """Beside the cost, each program reads the weights of its channels, and its pixels with a line on either side."""
+    picture = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    weight, bias = torch.randn(128, 3, 3, 3).bfloat16(), torch.randn(128).bfloat16()
+    with counted() as launches:
+        pixels.pixels_conv_in(picture, weight, bias)
+    must = pixels.cost(picture, weight, bias)
+    chunk = statistics.chunk_pixels(128)
+    programs = 24 * 32 // chunk * 2
+    again = programs * (weight.nbytes // 2 + (chunk + 2 * 33) * 3)
+    assert len(launches) == must.launches
+    assert must.bytes <= sum(launches) <= must.bytes * 1.05 + again
