@@ -73,6 +73,7 @@ class FrozenConfig(dict):
         def __getattr__(self, name: str) -> Any: ...
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
+        """Raises TypeError: a config is not changed in place."""
         raise TypeError("the config is frozen: use model.register_to_config(key=value), or dict(config) for a copy")
 
     __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _refuse

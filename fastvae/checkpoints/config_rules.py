@@ -17,9 +17,11 @@ MAX_BLOCKS = 16
 MAX_SIZE = 1_048_576
 MAX_PARAMETERS = 4_000_000_000
 
+#: The blocks of an encoder and of a decoder, by diffusers' class names.
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+#: act_fn in lower case and the class of torch.nn it names (diffusers.models.activations.ACT2CLS).
+ACTIVATIONS = {"silu": "SiLU", "swish": "SiLU", "mish": "Mish", "gelu": "GELU", "relu": "ReLU"}
 
 _FOREIGN_PREFIXES = ("Autoencoder", "AsymmetricAutoencoder", "ConsistencyDecoder", "FlaxAutoencoder", "UNet", "VQ")
 _FOREIGN_SUFFIXES = ("Transformer2DModel", "Transformer3DModel", "Pipeline", "Scheduler")
@@ -174,7 +176,7 @@ _RULES: dict[str, _Rule] = {
         lambda v: _is_tuple_of(v, lambda item: item in UP_BLOCK_TYPES),
         f"a list of 1 to {MAX_BLOCKS} of {', '.join(UP_BLOCK_TYPES)}",
     ),
-    "act_fn": (lambda v: v in ACTIVATIONS, "one of " + ", ".join(ACTIVATIONS)),
+    "act_fn": (lambda v: isinstance(v, str) and v.lower() in ACTIVATIONS, "one of " + ", ".join(ACTIVATIONS)),
     "sample_size": (
         lambda v: _is_size(v) or _is_pair(v, _is_size),
         f"a whole number from 1 to {MAX_SIZE}, or a pair of them (height, width)",
@@ -188,8 +190,8 @@ _RULES: dict[str, _Rule] = {
     "batch_norm_eps": (lambda v: _is_finite(v) and v > 0, "a finite number above zero"),
     "batch_norm_momentum": (lambda v: v is None or (_is_finite(v) and 0 <= v <= 1), "null or a number from 0 to 1"),
     "patch_size": (
-        lambda v: _is_pair(v, lambda item: _is_integer(item, 1, 64)),
-        "a pair of whole numbers from 1 to 64",
+        lambda v: _is_pair(v, lambda item: _is_integer(item, 1, 64)) and v[0] == v[1],
+        "a pair of two equal whole numbers from 1 to 64",
     ),
 }
 

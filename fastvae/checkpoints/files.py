@@ -40,6 +40,22 @@ class Repository:
         root = Path(self.source).expanduser()
         return root / (self.subfolder or "") if root.is_dir() else None
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether files of a Hub repository can come from the local cache alone."""
+        from huggingface_hub import constants
+
+        return self.local_files_only or constants.HF_HUB_OFFLINE
+
+    @property
+    def searched(self) -> str:
+        """Where a file of a Hub repository was looked for, to end a message with; nothing for a directory."""
+        if self.directory is not None:
+            return ""
+        if self.is_offline:
+            return " in the local cache, and downloads are switched off"
+        return " in that repository" + (f" at revision {self.revision!r}" if self.revision else "")
+
     def where(self, name: str) -> str:
         """The file's full name for messages."""
         return str(self.directory / name) if self.directory else str(PurePosixPath(self.source, self._inside(name)))
@@ -55,7 +71,7 @@ class Repository:
         """As ``find``, but raises FileNotFoundError in words."""
         path = self.find(name)
         if path is None:
-            raise FileNotFoundError(f"{self.where(name)}: no such file{self._offline_hint()}")
+            raise FileNotFoundError(f"{self.where(name)}: no such file{self.searched}")
         return path
 
     def pinned(self, path: Path) -> Repository:
@@ -65,15 +81,6 @@ class Repository:
 
     def _inside(self, name: str) -> str:
         return str(PurePosixPath(self.subfolder or "", name))
-
-    def _offline_hint(self) -> str:
-        from huggingface_hub import constants
-
-        if self.directory is not None:
-            return ""
-        if self.local_files_only or constants.HF_HUB_OFFLINE:
-            return " in the local cache, and downloads are switched off"
-        return " in that repository" + (f" at revision {self.revision!r}" if self.revision else "")
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ def find_weights(repository: Repository, variant: str | None = None, allow_pickl
     if directory is not None and (directory / pickle).is_file():
         check_pickle(directory / pickle, allow_pickle)
     others = _other_variants(directory, variant)
-    message = f"{repository.where(weights_name(variant))}: no such file{others}{repository._offline_hint()}"
+    message = f"{repository.where(weights_name(variant))}: no such file{others}{repository.searched}"
     raise FileNotFoundError(message)
 
 
@@ -232,7 +239,7 @@ def _download(repository: Repository, name: str) -> Path | None:
         )
     except errors.LocalEntryNotFoundError as error:
         # Offline, "not in the cache" is the only answer there is. Online it means that the Hub did not answer.
-        if repository._offline_hint().startswith(" in the local cache"):
+        if repository.is_offline:
             return None
         raise ConnectionError(f"{source}/{name}: the Hub did not answer and the file is not cached") from error
     except errors.EntryNotFoundError:

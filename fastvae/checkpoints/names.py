@@ -19,6 +19,9 @@ _ROOTS = tuple(dict.fromkeys(root for roots in PART_ROOTS.values() for root in r
 
 _DEPRECATED_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LDM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_LDM_UP = re.compile(r"decoder\.up\.(\d+)\.")
+_LDM_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(.+)")
+_LDM_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block|attn)_(\d+)\.(.+)")
 _ATTENTION_WEIGHT = re.compile(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
 # FLUX.2's own file keeps the 1x1 convolutions inside the half they belong to.
@@ -72,11 +75,6 @@ def rename_table(names: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"two tensors are the same one, {new}: {seen[new]} and {old}")
         seen[new] = old
     return table
-
-
-_LDM_UP = re.compile(r"decoder\.up\.(\d+)\.")
-_LDM_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(.+)")
-_LDM_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block|attn)_(\d+)\.(.+)")
 
 
 def rename(name: str, up_blocks: int) -> str:

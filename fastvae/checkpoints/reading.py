@@ -19,6 +19,9 @@ from fastvae.checkpoints.report import LoadReport, first_few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# What torch's weights-only unpickler raises on bytes that are no pickle at all.
+_GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, struct.error)
+
 
 class Checkpoint:
     """The tensors of one checkpoint by the names its files use; a shard is fetched when a tensor of it is wanted."""
@@ -126,11 +129,17 @@ def read_tensors(
     return tensors
 
 
-def convertible_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def convertible_dtype(
+    torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None = None
+) -> torch.dtype | None:
     """The dtype to convert to: None means float32, as in diffusers, and "auto" (returned as None) the file's own.
 
-    Raises ValueError for anything else that is not a floating-point torch.dtype.
+    ``dtype`` is the newer name of the same argument. Raises ValueError where both are given and differ, and for
+    anything else that is not a floating-point torch.dtype.
     """
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise ValueError(f"torch_dtype and dtype are one argument, got {torch_dtype} and {dtype}: give one of them")
+    dtype = torch_dtype if dtype is None else dtype
     if dtype is None:
         return torch.float32
     if isinstance(dtype, str) and dtype == "auto":
@@ -207,10 +216,6 @@ def _opened(path: Path):
         raise OSError(f"{path}: cannot be read ({error})") from None
     with file as handle:
         yield handle
-
-
-# What torch's weights-only unpickler raises on bytes that are no pickle at all.
-_GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, struct.error)
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ Source of the layout: diffusers.models.modeling_utils.ModelMixin.save_pretrained
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastvae.checkpoints.atomic import replace_together
 from fastvae.checkpoints.files import CONFIG_NAME, index_name, weights_name
 
 #: The diffusers release whose layout is written.
@@ -31,16 +31,17 @@ def save_model(
 ) -> None:
     """Write a state dict and its config to ``directory``, which is made if needed; stock diffusers loads it.
 
-    Everything is written beside its final name first, then renamed over it, and files of an earlier save of the same
-    variant that the new one would not use are removed. Raises ValueError for a file in the directory's place, a
-    variant that is no plain word, weights on the meta device, or a shard size that is no size.
+    state: tensors [...] of any shape, by diffusers' names. Everything is written beside its final name first, then
+    renamed over it, and files of an earlier save of the same variant that the new one would not use are removed. Raises
+    ValueError for a file in the directory's place, a variant that is no plain word, weights on the meta device, or a
+    shard size that is no size.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: this is a file; save_pretrained takes a directory")
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f"variant must be a plain word such as 'fp16', got {variant!r}")
-    shards, index = _shards(_plain(state), variant, _bytes(max_shard_size))
+    shards, index = _shards(_plain(state), variant, max_shard_size)
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[Path], None]] = {}
     for name, inside in shards.items():
@@ -48,7 +49,7 @@ def save_model(
     if index is not None:
         writers[index_name(variant)] = lambda path: _write_json(index, path)
     writers[CONFIG_NAME] = lambda path: _write_json(_saved_config(config, class_name), path)
-    _replace_all(directory, writers)
+    replace_together(directory, writers)
     for path in _superseded(directory, variant, keep=set(writers)):
         path.unlink()
 
@@ -70,25 +71,32 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shards(
-    tensors: Mapping[str, Tensor], variant: str | None, max_shard_size: int
+    tensors: Mapping[str, Tensor], variant: str | None, max_shard_size: int | str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any] | None]:
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = weights_name(variant, shard="{suffix}")
-    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
+    taken = "a number of bytes above zero or a text such as '5GB'"
+    refusal = ValueError(f"max_shard_size must be {taken}, got {max_shard_size!r}")
+    if not _is_above_zero(max_shard_size):
+        raise refusal
+    try:
+        split = split_torch_state_dict_into_shards(
+            dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
+        )
+    except (ValueError, OverflowError):  # the splitter reads the text, and has no other argument to refuse
+        raise refusal from None
     shards = {file: {name: tensors[name] for name in inside} for file, inside in split.filename_to_tensors.items()}
     if not split.is_sharded:
         return shards, None
     return shards, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
 
 
-def _bytes(size: int | str) -> int:
-    number = size if isinstance(size, int) and not isinstance(size, bool) else 0
-    if isinstance(size, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])B", size.strip().upper())):
-        number = int(float(match.group(1)) * 1000 ** ("KMGT".index(match.group(2)) + 1))
-    if number <= 0:
-        raise ValueError(f"max_shard_size must be a number of bytes above zero or a text such as '5GB', got {size!r}")
-    return number
+def _is_above_zero(size: Any) -> bool:
+    # The splitter takes a size of nothing, and makes a file of every tensor.
+    if isinstance(size, str):
+        return re.match(r"\s*[0.]*[1-9]", size) is not None
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
 
 def _saved_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
@@ -98,24 +106,6 @@ def _saved_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _replace_all(directory: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
-    unfinished = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            unfinished[name].touch()
-            permissions = unfinished[name].stat().st_mode
-            write(unfinished[name])
-            # safetensors makes a file of its own that nobody else may read.
-            unfinished[name].chmod(permissions)
-            with unfinished[name].open("rb") as file:
-                os.fsync(file.fileno())
-        for name, path in unfinished.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
 
 
 def _superseded(directory: Path, variant: str | None, keep: set[str]) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastvae.cli.output import echo_json, foreseen, printable
@@ -14,20 +16,17 @@ from fastvae.cli.output import echo_json, foreseen, printable
 @click.option("--vae", help="A directory, a Hub id, or tiny. Default: what the store was made with.")
 @click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
 @click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="The list of files as one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
 @foreseen
-def decode(
-    store: str, out: str, rows: str, vae: str | None, subfolder: str | None, revision: str | None, as_json: bool,
-    quiet: bool,
-) -> None:  # fmt: skip
+def decode(store: str, out: str, rows: str, as_json: bool, **options: Any) -> None:
     """Decode rows of the latent store STORE into PNG files in OUT."""
     from fastvae.data.decode import decode as run
     from fastvae.data.decode import parse_rows
 
-    written = run(store, out, rows=parse_rows(rows), vae=vae, subfolder=subfolder, revision=revision)
+    written = run(store, out, rows=parse_rows(rows), **options)
     if as_json:
         echo_json({"files": [{"key": key, "file": str(path)} for key, path in written]})
-    elif not quiet:
+    else:
         for key, path in written:
             click.echo(printable(f"{path}  {key}"))

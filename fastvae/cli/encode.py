@@ -17,18 +17,41 @@ from fastvae.cli.output import FAILURES, Count, foreseen, printable
 @click.option("--revision", help="A branch, tag or commit of the Hub repository.")
 @click.option("--buckets", default="256", show_default=True, help="Side in pixels: scaled to cover, centre-cropped.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
-@click.option("--posterior", type=click.Choice(["dist", "mean"]), default="dist", show_default=True,
-              help="Store mean and log-variance, or the mean alone.")  # fmt: skip
-@click.option("--store-dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True,
-              help="How means are stored.")  # fmt: skip
+@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@click.option(
+    "--posterior",
+    type=click.Choice(["dist", "mean"]),
+    default="dist",
+    show_default=True,
+    help="Store mean and log-variance, or the mean alone.",
+)
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="How means are stored.",
+)
 @click.option("--batch", default="auto", show_default=True, help="Images a step.")
 @click.option("--workers", default="auto", show_default=True, help="Threads that read images.")
-@click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a shard; the most a kill loses.")
+@click.option(
+    "--shard-mb", type=float, default=256, show_default=True, help="Size of a shard; a kill loses two at most."
+)
 @click.option("--max-failures", default="0.1%", show_default=True, help="A share or a count, above which exit code 3.")
-@click.option("--on-error", type=click.Choice(["quarantine", "fail"]), default="quarantine", show_default=True,
-              help="List a bad image and go on, or stop at it.")  # fmt: skip
-@click.option("--alpha", type=click.Choice(["white", "drop"]), default="white", show_default=True,
-              help="Lay transparency over white, or drop it.")  # fmt: skip
+@click.option(
+    "--on-error",
+    type=click.Choice(["quarantine", "fail"]),
+    default="quarantine",
+    show_default=True,
+    help="List a bad image and go on, or stop at it.",
+)
+@click.option(
+    "--alpha",
+    type=click.Choice(["white", "drop"]),
+    default="white",
+    show_default=True,
+    help="Lay transparency over white, or drop it.",
+)
 @click.option("--max-pixels", type=Count(), default="178M", show_default=True, help="Larger images are refused unread.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first N images only.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON document.")
@@ -42,7 +65,7 @@ def encode(context: click.Context, src: str, out: str, as_json: bool, quiet: boo
     report = run(src, out, progress=not quiet, **options)
     if as_json:
         click.echo(report.to_json())
-    elif not quiet:
+    else:
         for line in report.lines():
             click.echo(printable(line))
     if report.exceeded:

@@ -17,8 +17,9 @@ def cli() -> None:
     """Images to Stable-Diffusion latents, and back.
 
     \b
-    Exit codes: 0 done, 1 something else went wrong, 2 wrong usage, 3 done but more failures than allowed,
-    4 the store was made by another model or other settings, 6 no space left, 75 interrupted: run it again.
+    Exit codes: 0 done, 1 a store is damaged or is none, or something else went wrong, 2 a wrong argument,
+    3 more failures than allowed, 4 the store was made by another model or other settings, 6 no space left,
+    75 interrupted: run it again. FASTVAE_DEBUG=1 in the environment shows where an error came from.
     """
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import click
 
-USAGE, FAILURES, IDENTITY, NO_SPACE, INTERRUPTED = 2, 3, 4, 6, 75
+OTHER, USAGE, FAILURES, IDENTITY, NO_SPACE, INTERRUPTED = 1, 2, 3, 4, 6, 75
+DEBUG = "FASTVAE_DEBUG"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 Parameters = ParamSpec("Parameters")
@@ -35,7 +38,10 @@ def printable(text: str) -> str:
 
 
 def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Turn the errors that a verb can meet into a Problem; anything else keeps its traceback."""
+    """Turn the errors that a verb can meet into a Problem; anything else keeps its traceback.
+
+    FASTVAE_DEBUG=1 in the environment shows a Problem's traceback as well, before its sentence.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -44,6 +50,8 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
         except KeyboardInterrupt:
             raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
         except (ValueError, ImportError, OSError) as error:
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                click.echo(printable(traceback.format_exc()), err=True, nl=False)
             raise _problem(error) from error
 
     return wrapper
@@ -51,7 +59,7 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
 
 def _problem(error: ValueError | ImportError | OSError) -> Problem:
     from fastvae.data.reasons import ImageError
-    from fastvae.data.store import IdentityMismatch
+    from fastvae.data.store import IdentityMismatch, StoreError
 
     if isinstance(error, IdentityMismatch):
         return Problem(str(error), IDENTITY)
@@ -59,9 +67,9 @@ def _problem(error: ValueError | ImportError | OSError) -> Problem:
         return Problem(str(error), FAILURES)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Problem(f"no space left: {error}; what was committed stays, free space and run again", NO_SPACE)
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, StoreError):
         return Problem(str(error), USAGE)
-    return Problem(str(error), 1)
+    return Problem(str(error), OTHER)
 
 
 def echo_json(value: Any) -> None:

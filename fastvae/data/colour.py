@@ -82,37 +82,47 @@ def _split(image: Image.Image, alpha: str) -> tuple[Image.Image, Image.Image | N
 
 def _through_profile(image: Image.Image, profile: bytes, flags: list[str]) -> Image.Image:
     """``image`` (L, RGB or CMYK) from its embedded profile to sRGB: relative colorimetric, black points matched."""
+    source, space = _open_profile(profile)
+    if space == "RGB" and image.mode == "L":
+        image = image.convert("RGB")
+    converted = None
+    if source is not None and space == {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]:
+        if space == "RGB" and _changes_nothing(profile):
+            return image
+        converted = _to_standard(image, source)
+    if converted is None:
+        flags.append("broken_profile")
+        return image.convert("RGB")
+    return converted
+
+
+def _open_profile(profile: bytes) -> tuple[ImageCms.ImageCmsProfile | None, str]:
+    """The profile and the space it is for ("RGB", "GRAY", "CMYK", ...), or None and "" where the bytes are none."""
     from PIL import ImageCms
 
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()  # type: ignore[union-attr, attr-defined]
-        if space == "RGB" and image.mode == "L":
-            image = image.convert("RGB")
-        if space != {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]:
-            flags.append("broken_profile")
-            return image.convert("RGB")
-        if space == "RGB" and _changes_nothing(profile):
-            return image
-        return _to_standard(image, source)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        flags.append("broken_profile")
-        return image.convert("RGB")
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return opened, opened.profile.xcolor_space.strip()  # type: ignore[union-attr, attr-defined]
+    # TypeError: a TIFF's tag may hold numbers instead of bytes. ValueError: the space's name is no ASCII.
+    except (OSError, TypeError, ValueError):
+        return None, ""
 
 
-def _to_standard(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+def _to_standard(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image | None:
+    """``image`` in sRGB, or None where the colour library finds no way from its profile."""
     from PIL import ImageCms
 
-    converted = ImageCms.profileToProfile(
-        image,
-        source,
-        ImageCms.createProfile("sRGB"),
-        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        outputMode="RGB",
-        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-    )
-    assert converted is not None  # None only when converting in place
-    return converted
+    try:
+        return ImageCms.profileToProfile(
+            image,
+            source,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except ImageCms.PyCMSError:
+        return None
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,9 +131,12 @@ def _changes_nothing(profile: bytes) -> bool:
 
     Most photographs carry that one, and converting costs about as much as decoding.
     """
-    from PIL import Image, ImageCms
+    from PIL import Image
 
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     lattice = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
-    converted = _to_standard(Image.fromarray(lattice), ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+    source, _ = _open_profile(profile)
+    converted = None if source is None else _to_standard(Image.fromarray(lattice), source)
+    if converted is None:
+        return False
     return bool(np.abs(np.asarray(converted).astype(int) - lattice.astype(int)).max() <= 1)

@@ -116,7 +116,7 @@ class LatentDataset(torch.utils.data.Dataset):
 def _columns(path: Path, has_logvar: bool) -> dict[str, Any]:
     handle = safe_open(os.fspath(path), framework="pt")
     small = safe_open(os.fspath(path), framework="np")
-    columns: dict[str, Any] = {"handle": handle, "mean": handle.get_slice("mean")}
+    columns: dict[str, Any] = {"mean": handle.get_slice("mean")}
     if has_logvar:
         columns["logvar"] = handle.get_slice("logvar")
     for name in ("original_hw", "crop_tlhw", "sample_id"):
@@ -128,8 +128,8 @@ def _columns(path: Path, has_logvar: bool) -> dict[str, Any]:
 def _affine(scaling: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """factor and shift [L or 1, 1, 1] with scaled = (raw - shift) * factor."""
     if scaling["batch_norm"]:
-        raise StoreError("this store's model normalises patches of latents by its batch norm: read with scaled=False, "
-                         "and pass what is sampled through fastvae.scale_latents(vae, z)")  # fmt: skip
+        advice = "read with scaled=False, and pass what is sampled through fastvae.scale_latents(vae, z)"
+        raise StoreError(f"this store's model normalises patches of latents by its batch norm: {advice}")
     factor = float(scaling["scaling_factor"])
     mean: Sequence[float] | None = scaling["latents_mean"]
     std: Sequence[float] | None = scaling["latents_std"]

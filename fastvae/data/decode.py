@@ -81,10 +81,10 @@ def decoded_rows(
 def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: str | None, device: Any) -> Any:
     import torch
 
-    from fastvae.data.encoder import DTYPES, default_device, default_dtype
+    from fastvae.data.devices import DTYPES, default_dtype, settled_device
     from fastvae.data.settings import open_model
 
-    place = default_device() if device is None else torch.device(device)
+    place = settled_device(device)
     if not isinstance(vae, torch.nn.Module):
         made_with = dataset.made_with
         if vae is None:
@@ -114,14 +114,6 @@ def parse_rows(text: str) -> slice:
     if not match[2]:
         return slice(start, start + 1)
     return slice(start, int(match[3]) if match[3] else None)
-
-
-def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal to noise ratio in dB of two uint8 images of one shape; infinite when they are equal."""
-    if image.shape != other.shape:
-        raise ValueError(f"image and other must have one shape, got {image.shape} and {other.shape}")
-    error = np.mean((image.astype(np.float64) - other.astype(np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str | os.PathLike[str]) -> None:

@@ -54,10 +54,11 @@ def demonstrate(out: Path, *, vae: Any = "tiny", progress: bool = True) -> Demon
     Raises what encode and decode raise, and ImportError without scikit-image.
     """
     from fastvae.data.dataset import LatentDataset
-    from fastvae.data.decode import decoded_rows, psnr, write_sheet
+    from fastvae.data.decode import decoded_rows, write_sheet
     from fastvae.data.encode import encode
     from fastvae.data.images import read_image
     from fastvae.data.preprocess import to_bucket
+    from fastvae.metrics import psnr
 
     photographs, store, sheet = out / "photographs", out / "latents", out / "originals-and-reconstructions.png"
     write_photographs(photographs)

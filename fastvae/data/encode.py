@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -11,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from fastvae import __version__
-from fastvae.data.encoder import MomentEncoder, default_device
+from fastvae.data.devices import settled_device
 from fastvae.data.images import DEFAULT_MAX_PIXELS
+from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.pipeline import BackgroundWriter, Chunk, Reading, chunks_of, decode_chunk, encoded_chunks
 from fastvae.data.preprocess import bucket_side
 from fastvae.data.reasons import ImageError
@@ -25,8 +29,10 @@ from fastvae.data.settings import Settings, check_choices, load_model, open_stor
 from fastvae.data.shards import row_bytes
 from fastvae.data.sources import SourceFile, list_folder
 from fastvae.data.store import Store, Unit
+from fastvae.latents import downsample_factor
 
-MEASURED_SIDE = 128  # a multiple of every model's downsample factor
+# How many files may be unreadable before the dtype's error is measured on fewer images than a batch, or on none.
+TRIED_IN_VAIN = 16
 
 
 @dataclass
@@ -34,11 +40,18 @@ class _Run:
     """One run's resolved settings and parts."""
 
     store: Store
+    settings: Settings
     encoder: MomentEncoder
     reading: Reading
     report: EncodeReport
     on_error: str
     progress: bool
+
+    @property
+    def row_size(self) -> int:
+        """About how many bytes a row of the store takes."""
+        channels, side, _ = self.store.facts["latent_shape"]
+        return row_bytes(channels, side, self.settings.store_dtype, self.settings.posterior == "dist")
 
 
 def encode(
@@ -69,41 +82,40 @@ def encode(
     side in pixels of the square that images are scaled to cover and centre-cropped to. dtype: "fp32", "bf16" or "fp16";
     by default the store's own, else fp16 on a GPU, bf16 on a CPU that computes in it, fp32 on others. posterior: "dist"
     stores mean and log-variance, "mean" the mean; store_dtype: the mean as "fp16" or "fp32". batch: images a step (1 on
-    a CPU). workers: threads. shard_mb: size of a shard, and the most a kill can lose. max_failures: rows that may
+    a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two. max_failures: rows that may
     fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or "fail" to stop at the first.
     alpha, max_pixels: see read_image. progress: a plan line and a bar on stderr. limit: the first N images only.
     Images that fail are listed in OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an
-    argument or an empty source, IdentityMismatch when ``out`` was made otherwise, ImageError with on_error="fail", and
-    OSError, ENOSPC when the disk is full: committed shards stay valid, and the same call resumes.
+    argument or an empty source, StoreError when ``out`` is damaged or holds other things, IdentityMismatch when it was
+    made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when the disk is full. Whatever is raised,
+    committed shards stay valid, and the same call resumes.
     """
-    check_choices(posterior=(posterior, ("dist", "mean")), store_dtype=(store_dtype, ("fp16", "fp32")),
-                  on_error=(on_error, ("quarantine", "fail")), alpha=(alpha, ("white", "drop")),
-                  dtype=(dtype, (None, "fp32", "bf16", "fp16")))  # fmt: skip
+    check_choices(
+        posterior=(posterior, ("dist", "mean")),
+        store_dtype=(store_dtype, ("fp16", "fp32")),
+        on_error=(on_error, ("quarantine", "fail")),
+        alpha=(alpha, ("white", "drop")),
+        dtype=(dtype, (None, "fp32", "bf16", "fp16")),
+    )
     _check_amounts(shard_mb, limit, max_failures, max_pixels)
     if os.path.exists(out) and os.path.exists(src) and os.path.samefile(src, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(src)!r}")
-    place = default_device() if device is None else torch.device(device)
+    place = settled_device(device)
     listing = list_folder(src, exclude=out)
     model, source = load_model(vae, subfolder, revision)
-    factor = 2 ** (len(model.config.block_out_channels) - 1)
+    factor = downsample_factor(model)
     settings = Settings(dtype, posterior, store_dtype, bucket_side(buckets, factor), factor, alpha, place)
     store, settings = open_store(Path(out), model, source, settings)
-    row_size = row_bytes(model.config.latent_channels, settings.latent_side, store_dtype, posterior == "dist")
-    _check_same_source(store, listing.files)
-    store.extend_plan(listing.files[:limit], max(1, int(shard_mb * 1e6) // row_size))
     encoder = MomentEncoder(model, str(settings.dtype), place, posterior, store_dtype)
     report = EncodeReport(os.fspath(out), store.facts["identity_digest"], str(settings.dtype), None)
     report.ignored_files = listing.ignored
-    todo = _pending(store, report)
-    settle_workers(report, encoder, settings.side, sum(len(unit.files) for unit in todo), batch, workers)
-    run = _Run(store, encoder, Reading(Path(src), settings.side, alpha, max_pixels), report, on_error, progress)
-    _announce(run, todo, source["vae"], row_size, posterior)
-    started = time.perf_counter()
-    if todo:
-        _execute(run, todo)
-    report.seconds = time.perf_counter() - started
-    store.write_derived()
-    _finish(report, store, max_failures, place)
+    reading = Reading(Path(src), settings.side, alpha, max_pixels)
+    run = _Run(store, settings, encoder, reading, report, on_error, progress)
+    todo = _planned(run, listing.files, limit, shard_mb)
+    settle_workers(report, encoder, settings.side, _count(todo), batch, workers)
+    _announce(run, todo, source["vae"])
+    _execute(run, todo)
+    _finish(run, max_failures)
     return report
 
 
@@ -117,32 +129,37 @@ def _check_amounts(shard_mb: float, limit: int | None, max_failures: str | float
     parse_limit(max_failures, 1)
 
 
-def _check_same_source(store: Store, files: list[SourceFile]) -> None:
-    """Refuse a folder that shares no key with the plan: its rows would mix with another folder's."""
-    planned = {file.key for unit in store.units() for file in unit.files}
-    if planned and planned.isdisjoint(file.key for file in files):
-        raise ValueError(f"{store.path} was made from another folder: none of its {len(planned)} keys is in the source")
+def _planned(run: _Run, files: list[SourceFile], limit: int | None, shard_mb: float) -> list[Unit]:
+    """The units that are to be encoded, new files' included; what the others hold is counted as resumed.
 
-
-def _pending(store: Store, report: EncodeReport) -> list[Unit]:
-    """The units without a commit; what the others hold is counted as resumed."""
+    Raises ValueError for a folder that shares no key with the plan: its rows would mix with another folder's.
+    """
+    store = run.store
+    known = {file.key for unit in store.units() for file in unit.files}
+    if known and known.isdisjoint(file.key for file in files):
+        raise ValueError(f"{store.path} was made from another folder: none of its {len(known)} keys is in the source")
+    store.extend_plan(files[:limit], max(1, int(shard_mb * 1e6) // run.row_size))
     commits = store.commits()
-    for commit in commits.values():
-        report.resumed += commit.rows
+    run.report.resumed = sum(commit.rows for commit in commits.values())
     return [unit for unit in store.units() if unit.number not in commits]
 
 
-def _announce(run: _Run, todo: list[Unit], source: str, row_size: int, posterior: str) -> None:
+def _count(units: list[Unit]) -> int:
+    return sum(len(unit.files) for unit in units)
+
+
+def _announce(run: _Run, todo: list[Unit], source: str) -> None:
     """Measure the dtype's error, check the room on the disk, and say what will be done."""
     report, store = run.report, run.store
     report.dtype_error = _measured_error(run, todo)
-    count = sum(len(unit.files) for unit in todo)
-    needed, free = count * row_size, shutil.disk_usage(store.path).free
+    count = _count(todo)
+    needed, free = count * run.row_size, shutil.disk_usage(store.path).free
     if run.progress:
         error = "" if report.dtype_error is None else f" (error vs fp32 {100 * report.dtype_error:.2g} %)"
         sys.stderr.write(
-            f"encode  {source}  {report.dtype}{error}  {posterior}  bucket {store.bucket}  {count} images  "
-            f"~{needed / 1e6:.1f} MB (free {free / 1e6:.0f} MB)  {report.workers} workers of batch {report.batch}\n"
+            f"encode  {source}  {report.dtype}{error}  {run.settings.posterior}  bucket {store.bucket}  "
+            f"{count} images  ~{needed / 1e6:.1f} MB (free {free / 1e6:.0f} MB)  "
+            f"{report.workers} workers of batch {report.batch}\n"
         )
         if report.resumed:
             sys.stderr.write(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
@@ -151,45 +168,41 @@ def _announce(run: _Run, todo: list[Unit], source: str, row_size: int, posterior
 
 
 def _measured_error(run: _Run, todo: list[Unit]) -> float | None:
-    """The dtype's error on the middle of the first image that can be read among the first few.
-
-    The middle, because fp32 on a CPU takes four times as long as the run's own dtype: about 15 s at 1024x1024.
-    """
+    """The dtype's error on the run's first batch of images that can be read, at the bucket's size."""
     if run.report.dtype == "fp32":
         return None
-    inside = min(run.reading.side, MEASURED_SIDE)
-    for file in [file for unit in todo for file in unit.files][:16]:
+    pixels: list[np.ndarray] = []
+    files = (file for unit in todo for file in unit.files)
+    for file in itertools.islice(files, run.report.batch + TRIED_IN_VAIN):
         chunk = decode_chunk(Chunk(todo[0], (file,), True), run.reading)
-        if chunk.decoded:
-            edge = max(0, run.reading.side - MEASURED_SIDE) // 2
-            return run.encoder.error_against_fp32(chunk.decoded[0].pixels[None, edge:, edge:][:, :inside, :inside])
-    return None
+        pixels += [item.pixels for item in chunk.decoded]
+        if len(pixels) == run.report.batch:
+            break
+    return run.encoder.error_against_fp32(np.stack(pixels)) if pixels else None
 
 
 def _execute(run: _Run, todo: list[Unit]) -> None:
+    if not todo:
+        return
     report = run.report
-    total = sum(len(unit.files) for unit in todo)
-    writer = BackgroundWriter()
-    complete = False
-    chunks = encoded_chunks(
+    started = time.perf_counter()
+    encoded = encoded_chunks(
         chunks_of(todo, report.batch), run.reading, run.encoder, report.workers, report.threads_per_worker
     )
-    try:
-        with tqdm(total=total, unit="image", disable=not run.progress, file=sys.stderr) as bar:
-            gathered: list[Chunk] = []
-            for chunk in chunks:
-                if chunk.failures and run.on_error == "fail":
-                    raise ImageError(chunk.failures[0].reason, chunk.failures[0].detail)
-                gathered.append(chunk)
-                bar.update(len(chunk.files))
-                if chunk.last:
-                    writer.submit(_write(run, gathered))
-                    gathered = []
-        complete = True
-    finally:
-        chunks.close()
-        writer.close(wait_for_writes=complete)
-        report.write_seconds = writer.seconds
+    bar = tqdm(total=_count(todo), unit="image", disable=not run.progress, file=sys.stderr)
+    # Left from right to left: the threads end, then the units that are complete are written, whatever happened.
+    with BackgroundWriter() as writer, contextlib.closing(encoded) as chunks, bar:
+        gathered: list[Chunk] = []
+        for chunk in chunks:
+            if chunk.failures and run.on_error == "fail":
+                raise ImageError(chunk.failures[0].reason, chunk.failures[0].detail)
+            gathered.append(chunk)
+            bar.update(len(chunk.files))
+            if chunk.last:
+                writer.submit(_write(run, gathered))
+                gathered = []
+    report.write_seconds = writer.seconds
+    report.seconds = time.perf_counter() - started
 
 
 def _write(run: _Run, gathered: list[Chunk]) -> Callable[[], None]:
@@ -208,9 +221,14 @@ def _write(run: _Run, gathered: list[Chunk]) -> Callable[[], None]:
             report.redone_fp32 += chunk.redone
         seconds = sum(chunk.decode_seconds + chunk.encode_seconds for chunk in gathered)
         commit = run.store.commit(
-            gathered[0].unit, rows, failed=failed, redone=sum(chunk.redone for chunk in gathered), flags=flags,
-            seconds=round(seconds, 3), versions={"fastvae": __version__, "torch": str(torch.__version__)},
-        )  # fmt: skip
+            gathered[0].unit,
+            rows,
+            failed=failed,
+            redone=sum(chunk.redone for chunk in gathered),
+            flags=flags,
+            seconds=round(seconds, 3),
+            versions={"fastvae": __version__, "torch": str(torch.__version__)},
+        )
         report.ok += len(rows)
         report.failed += len(failed)
         report.bytes_written += commit.bytes
@@ -220,10 +238,12 @@ def _write(run: _Run, gathered: list[Chunk]) -> Callable[[], None]:
     return write
 
 
-def _finish(report: EncodeReport, store: Store, max_failures: str | float | int, place: torch.device) -> None:
+def _finish(run: _Run, max_failures: str | float | int) -> None:
+    report, store = run.report, run.store
+    store.write_derived()
     index, failures = store.resolve()
     for failure in failures.values():
         report.reasons[failure.reason] = report.reasons.get(failure.reason, 0) + 1
     report.failed_before = len(failures) - report.failed
     report.exceeded = len(failures) > parse_limit(max_failures, len(index) + len(failures))
-    report.judge(on_cpu=place.type == "cpu")
+    report.judge(on_cpu=run.settings.device.type == "cpu")

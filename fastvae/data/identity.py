@@ -35,7 +35,8 @@ def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
     state = vae.state_dict()
     for name in sorted(state):
         if name.startswith(ENCODER_PARTS):
-            tensor = state[name].detach().cpu().contiguous()
+            # In fp32 whatever it is held in: a bf16 object is the same model as its file, which is read in fp32.
+            tensor = state[name].detach().to("cpu", torch.float32).contiguous()
             hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}  # type: ignore[arg-type]

@@ -95,8 +95,8 @@ def read_image(
         raise ImageError("empty", f"{name} holds no bytes")
     image_format = identify(data[:4096])
     if image_format is None:
-        raise ImageError("unsupported", f"{name} is not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF: it holds "
-                         f"{describe_refused(data[:64])}")  # fmt: skip
+        found = describe_refused(data[:64])
+        raise ImageError("unsupported", f"{name} is not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF: it holds {found}")
     with quiet_pillow():
         return _decode(data, image_format, name, alpha, max_pixels, at_least)
 
@@ -133,33 +133,44 @@ def _read_bytes(path: str | os.PathLike[str], name: str, max_pixels: int) -> byt
 
 
 def _decode(data: bytes, image_format: str, name: str, alpha: str, max_pixels: int, at_least: int | None) -> Picture:
+    flags: list[str] = []
+    with _parsing(data, image_format, name):
+        image = _open(data, image_format, name)
+    width, height = image.size
+    check_size(width, height, name, max_pixels)
+    if ends_early(image_format, data):
+        raise ImageError("truncated", f"{name} ends before its {image_format} data does")
+    if image_format == "PNG" and (chunk := damaged_png_chunk(data)):
+        raise ImageError("decode_error", f"{name} has a damaged {chunk} chunk")
+    with _large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
+        with _parsing(data, image_format, name):
+            if image_format == "JPEG" and at_least is not None:
+                image.draft(None, (at_least, at_least))
+            elif image_format != "JPEG" and getattr(image, "is_animated", False):
+                flags.append("first_frame")
+            image.load()
+        orientation = _orientation(image, flags)
+        rgb = _upright(to_srgb(image, image_format, alpha, flags, name), orientation)
+    original_hw = (width, height) if orientation >= 5 else (height, width)
+    return Picture(rgb, original_hw, tuple(flags))
+
+
+@contextlib.contextmanager
+def _parsing(data: bytes, image_format: str, name: str) -> Iterator[None]:
+    """Around Pillow's parsers alone, whose errors become ImageErrors: a bug of ours is no damaged photograph."""
     from PIL.Image import DecompressionBombError
 
-    flags: list[str] = []
     try:
-        image = _open(data, image_format, name)
-        width, height = image.size
-        check_size(width, height, name, max_pixels)
-        if ends_early(image_format, data):
-            raise ImageError("truncated", f"{name} ends before its {image_format} data does")
-        if image_format == "PNG" and (chunk := damaged_png_chunk(data)):
-            raise ImageError("decode_error", f"{name} has a damaged {chunk} chunk")
-        if image_format == "JPEG" and at_least is not None:
-            image.draft(None, (at_least, at_least))
-        elif image_format != "JPEG" and getattr(image, "is_animated", False):
-            flags.append("first_frame")
-        with _large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
-            image.load()
-            orientation = _orientation(image, flags)
-            rgb = _upright(to_srgb(image, image_format, alpha, flags, name), orientation)
+        yield
     except ImageError:
         raise
     except DecompressionBombError as error:  # WebP's and GIF's readers apply Pillow's own limit as well
         raise ImageError("too_large", f"{name}: {error}") from error
     except PARSER_ERRORS as error:
-        raise _as_image_error(error, image_format, data, name) from error
-    original_hw = (width, height) if orientation >= 5 else (height, width)
-    return Picture(rgb, original_hw, tuple(flags))
+        said = " ".join(str(error).split()) or type(error).__name__
+        if ends_early(image_format, data) or "truncated" in said.lower():
+            raise ImageError("truncated", f"{name} ends before its {image_format} data does ({said})") from error
+        raise ImageError("decode_error", f"{name} is not readable as {image_format}: {said}") from error
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -208,10 +219,3 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
             8: Transpose.ROTATE_90,
         }[orientation]
     )
-
-
-def _as_image_error(error: BaseException, image_format: str, data: bytes, name: str) -> ImageError:
-    said = " ".join(str(error).split()) or type(error).__name__
-    if ends_early(image_format, data) or "truncated" in said.lower():
-        return ImageError("truncated", f"{name} ends before its {image_format} data does ({said})")
-    return ImageError("decode_error", f"{name} is not readable as {image_format}: {said}")

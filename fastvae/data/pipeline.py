@@ -7,20 +7,19 @@ model in 18 ms an image, one stream of two threads in 53 ms (SD's own: 256 again
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 
-from fastvae.data.encoder import MomentEncoder
 from fastvae.data.images import quiet_pillow, read_image
+from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.preprocess import to_bucket
 from fastvae.data.reasons import ImageError
 from fastvae.data.shards import Row
@@ -159,25 +158,31 @@ def ordered_map(
 
 
 class BackgroundWriter:
-    """Runs writes one after another in a thread, at most two waiting; the first error is raised by the next call."""
+    """Runs one write at a time in a thread, beside the work for the next; to be used in a ``with``.
+
+    Whatever was submitted is written, also when the ``with`` is left by an error or an interruption.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastvae-write")
-        self._room = threading.Semaphore(2)
-        self._pending: deque[Future[None]] = deque()
+        self._writes: deque[Future[None]] = deque()
         self.seconds = 0.0
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Queue ``write``; waits while two are queued."""
-        self._room.acquire()
-        self._raise_finished()
-        self._pending.append(self._pool.submit(self._timed, write))
+        """Queue ``write``, and wait until the one before it is done; raises that one's error."""
+        # Queued before the wait: an interruption while waiting loses nothing that was finished.
+        self._writes.append(self._pool.submit(self._timed, write))
+        if len(self._writes) > 1:
+            self._writes.popleft().result()
 
-    def close(self, wait_for_writes: bool) -> None:
-        """End the thread, after what is queued if ``wait_for_writes``, and raise what went wrong."""
-        self._pool.shutdown(wait=True, cancel_futures=not wait_for_writes)
-        if wait_for_writes:
-            self._raise_finished(everything=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        # After another error that one is told: it came first, and what was not written is encoded again.
+        while self._writes and kind is None:
+            self._writes.popleft().result()
 
     def _timed(self, write: Callable[[], None]) -> None:
         started = time.perf_counter()
@@ -185,8 +190,3 @@ class BackgroundWriter:
             write()
         finally:
             self.seconds += time.perf_counter() - started
-            self._room.release()
-
-    def _raise_finished(self, everything: bool = False) -> None:
-        while self._pending and (everything or self._pending[0].done()):
-            self._pending.popleft().result()

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fastvae import __version__
-from fastvae.data.atomic import sha256_of
-from fastvae.data.encoder import MomentEncoder, default_dtype
+from fastvae.checkpoints.atomic import sha256_of
+from fastvae.data.devices import default_dtype
 from fastvae.data.identity import model_identity
+from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.preprocess import preprocess_identity
 from fastvae.data.report import EncodeReport
 from fastvae.data.shards import LOGVAR_RANGE

@@ -21,8 +21,15 @@ from itertools import pairwise
 import numpy as np
 
 DTYPE_NAMES = {
-    "<f2": "F16", "<f4": "F32", "<u8": "U64", "<i8": "I64", "<i4": "I32", "<u4": "U32", "<u2": "U16", "|u1": "U8"
-}  # fmt: skip
+    "<f2": "F16",
+    "<f4": "F32",
+    "<u8": "U64",
+    "<i8": "I64",
+    "<i4": "I32",
+    "<u4": "U32",
+    "<u2": "U16",
+    "|u1": "U8",
+}
 HALF_MAXIMUM = 65504.0
 LOGVAR_RANGE = (-30.0, 20.0)
 

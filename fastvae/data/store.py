@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from fastvae.checkpoints.atomic import sweep, write_atomically
 from fastvae.data import identity as identities
-from fastvae.data.atomic import sweep, write_atomically
 from fastvae.data.shards import Row, pack, read_keys
 from fastvae.data.sources import SourceFile
 
@@ -36,8 +38,8 @@ class IdentityMismatch(StoreError):
     def __init__(self, path: Path, lines: list[str]):
         self.differences = lines
         listed = "\n".join(f"  {line}" for line in lines)
-        super().__init__(f"{path} holds latents of another identity (nothing was changed; encode into a new folder, "
-                         f"or with the store's settings):\n{listed}")  # fmt: skip
+        advice = "nothing was changed; encode into a new folder, or with the store's settings"
+        super().__init__(f"{path} holds latents of another identity ({advice}):\n{listed}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Store:
             raise StoreError(f"{path / 'store.json'} is not readable as JSON: {error}") from error
         if not isinstance(facts, dict) or facts.get("fvl") != FORMAT:
             raise StoreError(f'{path / "store.json"} must have "fvl": {FORMAT}')
-        if identities.digest(facts["identity"]) != facts["identity_digest"]:
+        if identities.digest(facts.get("identity", {})) != facts.get("identity_digest"):
             raise StoreError(f"{path / 'store.json'} was edited: its identity does not have the digest it states")
         return cls(path, facts)
 
@@ -201,7 +203,10 @@ class Store:
         write_atomically(self.path / "failures.jsonl", lines)
 
     def resolve(self) -> tuple[dict[str, tuple[str, int]], dict[str, Failure]]:
-        """Where each key's row is, as (shard, row), and which keys failed; the latest unit of a key decides."""
+        """Where each key's row is, as (shard, row), and which keys failed; the latest unit of a key decides.
+
+        Raises StoreError for a committed shard that cannot be read.
+        """
         index: dict[str, tuple[str, int]] = {}
         failures: dict[str, Failure] = {}
         for commit in self.commits().values():
@@ -209,7 +214,7 @@ class Store:
                 index.pop(failure.key, None)
                 failures[failure.key] = failure
             if commit.shard is not None:
-                for row, key in enumerate(read_keys(self.path / "shards" / commit.shard)):
+                for row, key in enumerate(_keys(self.path / "shards" / commit.shard)):
                     failures.pop(key, None)
                     index[key] = (commit.shard, row)
         return index, failures
@@ -223,6 +228,13 @@ class Store:
 def _json_bytes(value: Any, indent: int | None = None) -> bytes:
     # ASCII with \u escapes carries the lone surrogates that stand for file names that are not UTF-8.
     return json.dumps(value, indent=indent, ensure_ascii=True).encode("ascii")
+
+
+def _keys(shard: Path) -> list[str]:
+    try:
+        return list(read_keys(shard))
+    except SafetensorError as error:
+        raise StoreError(f"{shard} is damaged: {error}; delete it and encode again") from error
 
 
 def _read_commit(path: Path) -> Commit | None:

@@ -72,9 +72,9 @@ class ModelMixin(nn.Module):
         """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
 
         ``torch_dtype`` (or ``dtype``) None means float32, "auto" the file's own. ``parts=("encoder",)`` reads no tensor
-        of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``, as pipelines
-        pass it, may not be False without it). ``load_report`` says what was
-        done. Raises FileNotFoundError, ConnectionError or ValueError naming the file, key or tensor.
+        of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``, which
+        pipelines pass, may not be False without it). ``load_report`` says what was done. Raises FileNotFoundError,
+        ConnectionError or ValueError naming the file, key or tensor.
         Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
         """
         if use_safetensors is False and not allow_pickle:

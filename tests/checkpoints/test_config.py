@@ -11,7 +11,15 @@ import diffusers
 import pytest
 import torch
 
-from fastvae.checkpoints import CONFIG_DEFAULTS, FrozenConfig, unknown_keys, validate_config
+from fastvae.checkpoints import (
+    ACTIVATIONS,
+    CONFIG_DEFAULTS,
+    DOWN_BLOCK_TYPES,
+    UP_BLOCK_TYPES,
+    FrozenConfig,
+    unknown_keys,
+    validate_config,
+)
 from fastvae.checkpoints.config_rules import parameter_count
 from fastvae.models import AutoencoderKL
 
@@ -148,6 +156,7 @@ BAD_FLUX2 = {
     "batch_norm_eps_zero": {"batch_norm_eps": 0.0},
     "batch_norm_momentum_above_one": {"batch_norm_momentum": 1.5},
     "patch_size_single": {"patch_size": [2]},
+    "patch_size_oblong": {"patch_size": [2, 4]},
     "patch_size_huge": {"patch_size": [2, 10**6]},
 }
 CASES = [("AutoencoderKL", case, BAD[case]) for case in BAD]
@@ -157,15 +166,17 @@ CASES += [("AutoencoderKLFlux2", case, BAD_FLUX2[case]) for case in BAD_FLUX2]
 @pytest.mark.parametrize(("name", "case", "config"), CASES, ids=[case for _, case, _ in CASES])
 def test_an_absurd_value_is_refused_by_name_at_once(name, case, config):
     keys = [key for key in CONFIG_DEFAULTS[name] if case.startswith(key)]
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=max(keys, key=len)) as refusal:
-        validate_config(config, name, "some/config.json")
-    seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        with pytest.raises(ValueError, match=max(keys, key=len)) as refusal:
+            validate_config(config, name, "some/config.json")
+        seconds.append(time.process_time() - start)
     message = str(refusal.value)
     assert message.startswith("some/config.json: ")
     assert len(message) < 400
     assert "\n" not in message
-    assert seconds < 0.1
+    assert min(seconds) < 0.1
 
 
 def test_more_parameters_than_any_machine_wants_are_refused_without_allocating_them():
@@ -192,6 +203,17 @@ def test_parameters_are_counted_exactly(name, config):
     with torch.device("meta"):
         theirs = getattr(diffusers, name)(**config)
     assert parameter_count(validate_config(config, name, "x")) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_activations_and_blocks_are_those_of_diffusers():
+    from diffusers.models import activations
+    from diffusers.models.unets import unet_2d_blocks
+
+    assert {key: kind.__name__ for key, kind in activations.ACT2CLS.items()} == ACTIVATIONS
+    for act_fn in (*ACTIVATIONS, "SiLU"):  # diffusers takes any case
+        assert validate_config({"act_fn": act_fn}, "AutoencoderKL", "x")["act_fn"] == act_fn
+    for block in (*DOWN_BLOCK_TYPES, *UP_BLOCK_TYPES):
+        assert hasattr(unet_2d_blocks, block)
 
 
 @pytest.mark.parametrize("sample_size", [64, [64, 96], (64, 96)])

@@ -82,7 +82,7 @@ def test_without_a_seed_the_global_generator_decides(small_preset):
 
 def test_half_a_preset_has_the_weights_of_the_whole(small_preset):
     whole = AutoencoderKL.from_preset("small", seed=3, torch_dtype=torch.bfloat16)
-    half = AutoencoderKL.from_preset("small", seed=3, torch_dtype=torch.bfloat16, parts=("encoder",))
+    half = AutoencoderKL.from_preset("small", seed=3, dtype=torch.bfloat16, parts=("encoder",))
     assert half.decoder is None
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.encoder.conv_out.weight, whole.encoder.conv_out.weight)

@@ -73,6 +73,18 @@ def test_another_dtype_is_refused(saved, asked):
         AutoencoderKL.from_pretrained(saved, torch_dtype=asked)
 
 
+def test_two_names_of_the_dtype_may_not_differ(model, saved):
+    words = r"torch_dtype and dtype are one argument, got torch\.float16 and auto: give one of them"
+    for load, source in (
+        (AutoencoderKL.from_pretrained, saved),
+        (AutoencoderKL.from_single_file, saved / WEIGHTS),
+        (AutoencoderKL.from_preset, "sd15"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(source, torch_dtype=torch.float16, dtype="auto")
+    assert AutoencoderKL.from_pretrained(saved, torch_dtype=torch.float16, dtype=torch.float16).dtype == torch.float16
+
+
 @pytest.mark.parametrize(("half", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
 def test_half_a_model_reads_no_tensor_of_the_other_half(model, saved, half, other, monkeypatch, layouts):
     read = []
@@ -238,7 +250,7 @@ def test_an_interrupted_save_leaves_the_old_model_whole(model, saved, monkeypatc
     layouts.assert_same_state(AutoencoderKL.from_pretrained(saved).state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("size", [0, -1, True, "lots", "0GB", 1.5, None])
+@pytest.mark.parametrize("size", [0, -1, True, "lots", "0GB", "-5GB", "1e999GB", "5", "nanGB", 1.5, None])
 def test_a_shard_size_that_is_none_is_refused(model, size, tmp_path):
     with pytest.raises(ValueError, match="max_shard_size must be"):
         model.save_pretrained(tmp_path, max_shard_size=size)
@@ -276,3 +288,16 @@ def test_a_checkpoint_lists_shapes_across_shards(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     shapes = Checkpoint(files.find_weights(files.Repository(str(tmp_path)))).shapes()
     assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_the_arguments_that_diffusers_callers_pass(tmp_path, layouts):
+    model = AutoencoderKL(**layouts.small)
+    model.save_pretrained(tmp_path / "rank1", is_main_process=False)
+    assert not (tmp_path / "rank1").exists()
+    model.save_pretrained(tmp_path / "rank0", True, safe_serialization=True)
+    loaded = AutoencoderKL.from_pretrained(tmp_path / "rank0", use_safetensors=True)
+    assert loaded.config.block_out_channels == model.config.block_out_channels
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(ValueError, match="use_safetensors=False asks for a pickle"):
+        AutoencoderKL.from_pretrained(tmp_path / "rank0", use_safetensors=False)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from small_store import SIDE, picture, small_vae, write_pictures
 
-import fastvae.data.atomic
+import fastvae.checkpoints.atomic
 from fastvae.cli.main import cli
 from fastvae.cli.output import parse_count, printable
 from fastvae.data.demonstration import PHOTOGRAPHS
@@ -73,13 +73,14 @@ def test_a_second_run_resumes(pictures, model, tmp_path):
     assert result.stdout.startswith("done    0 ok, 4 resumed")
 
 
-def test_json_is_one_document_and_quiet_is_quiet(pictures, model, tmp_path):
+def test_json_is_one_document_and_quiet_leaves_the_report(pictures, model, tmp_path):
     result = encode(pictures, tmp_path / "out", model, "--json")
     report = json.loads(result.stdout)
     assert (report["ok"], report["failed"], report["dtype"], report["dtype_error"]) == (4, 0, "fp32", None)
     assert result.stderr.startswith("encode  ")
     result = encode(pictures, tmp_path / "out", model, "-q")
-    assert result.stdout == result.stderr == ""
+    assert result.stdout.startswith("done    0 ok, 4 resumed")
+    assert result.stderr == ""
 
 
 def test_bf16_states_its_error_in_the_plan(pictures, model, tmp_path):
@@ -108,16 +109,57 @@ def test_a_full_disk_is_exit_code_6(pictures, model, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fastvae.data.atomic.os, "fsync", full)
+    monkeypatch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
     result = encode(pictures, tmp_path / "out", model, code=6)
     assert result.stderr.splitlines()[-1].startswith("fastvae: no space left")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no store", "is not a latent store: it has no store.json"),
+        ("damaged store.json", "is not readable as JSON"),
+        ("damaged shard", "000000-32x32.safetensors is damaged"),
+    ],
+)
+def test_a_store_that_is_damaged_or_none_is_exit_code_1(damage, words, pictures, model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    if damage != "no store":
+        encode(pictures, out, model)
+    if damage == "damaged store.json":
+        (out / "store.json").write_text("{")
+    elif damage == "damaged shard":
+        shard = next(out.glob("shards/*.safetensors"))
+        shard.write_bytes(b"\xff" * shard.stat().st_size)
+    result = run("decode", out, tmp_path / "png", code=1)
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback_before_the_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVAE_DEBUG", "1")
+    result = CliRunner().invoke(cli, ["decode", str(tmp_path), str(tmp_path / "png")])
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == f"fastvae: {tmp_path} is not a latent store: it has no store.json"
+    assert "FASTVAE_DEBUG=1" in run("--help").stdout
+
+
+def test_the_device_is_an_option(pictures, model, tmp_path):
+    encode(pictures, tmp_path / "out", model, "--device", "cpu")
+    run("decode", tmp_path / "out", tmp_path / "png", "--device", "cpu")
+    for command in (["encode", pictures, tmp_path / "other", "--vae", model], ["decode", tmp_path / "out", tmp_path]):
+        result = run(*command, "--device", "gpu", code=2)
+        assert "fastvae: device must be one of this machine's, such as 'cpu' or 'cuda:0', got 'gpu'" in result.stderr
 
 
 def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch):
     def interrupt(self, pixels):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastvae.data.encoder.MomentEncoder.moments", interrupt)
+    monkeypatch.setattr("fastvae.data.moment_encoder.MomentEncoder.moments", interrupt)
     result = encode(pictures, tmp_path / "out", model, code=75)
     assert result.stderr.splitlines()[-1] == "fastvae: interrupted; run the same command again to go on"
 
@@ -136,7 +178,6 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
         (["encode", "{in}", "{out}", "--max-pixels", "lots"], "expected a count such as 178M, got 'lots'"),
         (["encode", "{in}", "{out}", "--max-failures", "some"], "max_failures must be"),
         (["encode", "{in}", "{out}", "--batch", "0"], "batch must be 'auto' or at least 1"),
-        (["decode", "{empty}", "{out}"], "is not a latent store"),
         (["decode", "{empty}", "{out}", "--rows", "x"], "rows must look like 0:16"),
         (["encode"], "Missing argument 'SRC'"),
     ],
@@ -228,8 +269,9 @@ def test_as_a_process_without_torch_for_help(pictures, model, tmp_path):
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "-m", "fastvae", "encode", pictures, tmp_path / "out", "--vae", model]
-    done = subprocess.run([*command, "--buckets", str(SIDE), "--json", "-q"], env=environment, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*command, "--buckets", str(SIDE), "--json", "-q"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] == 4
     assert done.stderr == ""

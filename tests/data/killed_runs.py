@@ -17,7 +17,7 @@ sys.path[:0] = [
 import torch  # noqa: E402
 from small_store import SIDE, small_vae  # noqa: E402
 
-import fastvae.data.atomic  # noqa: E402
+import fastvae.checkpoints.atomic  # noqa: E402
 from fastvae.data.encode import encode  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def die_at(name: str, number: int) -> None:
         if state["left"] == 0:
             os._exit(137)
 
-    setattr(fastvae.data.atomic.os, call, dying)
+    setattr(fastvae.checkpoints.atomic.os, call, dying)
 
 
 def main() -> None:
@@ -47,8 +47,17 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 die_at(name, number)
-                encode(source, Path(stores) / f"{name} {number}", vae=vae, buckets=SIDE, dtype="fp32", device="cpu",
-                       shard_mb=0.002, workers=1, progress=False)  # fmt: skip
+                encode(
+                    source,
+                    Path(stores) / f"{name} {number}",
+                    vae=vae,
+                    buckets=SIDE,
+                    dtype="fp32",
+                    device="cpu",
+                    shard_mb=0.002,
+                    workers=1,
+                    progress=False,
+                )
                 os._exit(0)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             print(f"{name} {number}\t{code}", flush=True)  # noqa: T201

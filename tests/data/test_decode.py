@@ -7,7 +7,7 @@ from PIL import Image
 from small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.dataset import LatentDataset
-from fastvae.data.decode import decode, harmless, parse_rows, psnr, write_sheet
+from fastvae.data.decode import decode, harmless, parse_rows, write_sheet
 from fastvae.data.encode import encode
 from fastvae.data.report import EncodeReport, parse_limit
 
@@ -65,15 +65,6 @@ def test_no_key_leaves_the_folder(key):
     assert 0 < len(name) <= 80
     assert name[0] != "."
     assert not set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-
-
-def test_psnr_of_known_errors():
-    black = np.zeros((4, 4, 3), np.uint8)
-    assert psnr(black, black) == float("inf")
-    assert psnr(black, black + 255) == pytest.approx(0, abs=1e-12)
-    assert psnr(black, black + 1) == pytest.approx(20 * np.log10(255), rel=1e-12)  # an error of one level
-    with pytest.raises(ValueError, match="must have one shape"):
-        psnr(black, black[:2])
 
 
 def test_the_sheet_shows_each_pair_side_by_side(tmp_path):

@@ -3,21 +3,26 @@
 import errno
 import json
 import os
+import threading
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small_store import SIDE, picture, small_vae, write_pictures
 
-import fastvae.data.atomic
+import fastvae
+import fastvae.checkpoints.atomic
 from fastvae.data.dataset import LatentDataset
 from fastvae.data.encode import encode
 from fastvae.data.images import read_image
+from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.preprocess import to_bucket
 from fastvae.data.reasons import ImageError
 from fastvae.data.store import IdentityMismatch, Store, StoreError
 
+SMALL_CONFIG = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 
 
@@ -101,21 +106,50 @@ def test_bad_files_are_quarantined_and_the_rest_is_encoded(tmp_path):
     assert not encode(folder, tmp_path / "out", vae=small_vae(), max_failures=7, **OPTIONS).exceeded
 
 
-def test_on_error_fail_stops_at_the_first(tmp_path):
-    write_pictures(tmp_path / "in", 3)
-    (tmp_path / "in" / "001.png").write_bytes(b"")
-    with pytest.raises(ImageError, match=r"empty: 001\.png holds no bytes"):
-        encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), on_error="fail", **OPTIONS)
+@pytest.mark.parametrize("way", ["a bad image", "an interruption"])
+def test_a_run_that_is_stopped_keeps_the_shards_that_were_complete(tmp_path, monkeypatch, way):
+    write_pictures(tmp_path / "in", 5)
+    vae, written = small_vae(), threading.Event()
+    real = Store.commit
+
+    def slow(store, *arguments, **facts):  # the run has failed long before the first shard is on disk
+        written.wait(10)
+        return real(store, *arguments, **facts)
+
+    monkeypatch.setattr(Store, "commit", slow)
+    threading.Timer(0.5, written.set).start()
+    if way == "a bad image":
+        (tmp_path / "in" / "002.png").write_bytes(b"")
+        raised = pytest.raises(ImageError, match=r"empty: 002\.png holds no bytes")
+    else:
+        calls = iter(range(5))
+        moments = MomentEncoder.moments
+
+        def interrupted(encoder, pixels):
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return moments(encoder, pixels)
+
+        monkeypatch.setattr(MomentEncoder, "moments", interrupted)
+        raised = pytest.raises(KeyboardInterrupt)
+    with raised:
+        encode(tmp_path / "in", tmp_path / "out", vae=vae, on_error="fail", workers=1, shard_mb=0.001, **OPTIONS)
+    assert sorted(latents(tmp_path / "out")) == ["000.png", "001.png"]
 
 
 def test_every_orientation_gives_the_same_latents(tmp_path):
     (tmp_path / "in").mkdir()
     upright = picture(5, 56, 40)
     turned = {
-        2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM],
-        5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
-        8: [Image.Transpose.ROTATE_270], 1: [],
-    }  # fmt: skip
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+        1: [],
+    }
     for orientation, steps in turned.items():
         image = upright
         for step in steps:
@@ -191,15 +225,65 @@ def test_a_run_without_a_dtype_continues_the_stores(tmp_path):
     assert encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **options).dtype == "fp32"
 
 
-def test_bf16_states_its_error_and_keeps_to_it(tmp_path):
-    write_pictures(tmp_path / "in", 3)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bf16_states_its_error_over_the_first_batch_that_can_be_read(tmp_path, batch):
+    names = write_pictures(tmp_path / "in", 5)
+    if batch == 1:
+        (tmp_path / "in" / names.pop(0)).write_bytes(b"spoilt")
     for dtype in ("fp32", "bf16"):
-        report = encode(tmp_path / "in", tmp_path / dtype, vae=small_vae(), **{**OPTIONS, "dtype": dtype})
-    assert 0 < report.dtype_error < 0.1
-    exact, rounded = latents(tmp_path / "fp32")["000.png"][:4], latents(tmp_path / "bf16")["000.png"][:4]
-    measured = np.sqrt(np.mean((rounded - exact.astype(np.float64)) ** 2) / np.mean(exact.astype(np.float64) ** 2))
-    # The report's figure is of the first picture before storage, which rounds each side by half an fp16 step.
-    assert abs(measured - report.dtype_error) <= 2 * np.finfo(np.float16).eps
+        options = {**OPTIONS, "dtype": dtype, "batch": batch, "store_dtype": "fp32", "workers": 1}
+        report = encode(tmp_path / "in", tmp_path / dtype, vae=small_vae(), **options)
+    exact, rounded = (
+        np.stack([latents(tmp_path / dtype)[name][:4] for name in names[:batch]]).astype(np.float64)
+        for dtype in ("fp32", "bf16")
+    )
+    measured = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact**2))
+    assert measured > 0
+    # The report sums in fp32: at most one step of it for each of the values.
+    assert abs(measured - report.dtype_error) <= exact.size * np.finfo(np.float32).eps
+
+
+FAMILIES = {
+    "AutoencoderKL": {},
+    "AutoencoderKLFlux2": {"latent_channels": 8, "layers_per_block": 1},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_own_model_gives_the_same_store(tmp_path, family):
+    """The same weights, whoever holds them: equal rows, and one identity, so either may continue the other's store."""
+    names = write_pictures(tmp_path / "in", 3)
+    config = {key: small_vae().config[key] for key in SMALL_CONFIG} | FAMILIES[family]
+    torch.manual_seed(0)
+    theirs = getattr(diffusers, family)(**config).eval()
+    ours = getattr(fastvae, family)(**config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    encode(tmp_path / "in", tmp_path / "theirs", vae=theirs, **OPTIONS)
+    encode(tmp_path / "in", tmp_path / "ours", vae=ours, limit=2, **OPTIONS)
+    report = encode(tmp_path / "in", tmp_path / "ours", vae=theirs, **OPTIONS)
+    assert (report.ok, report.resumed) == (1, 2)
+    ours_rows, their_rows = latents(tmp_path / "ours"), latents(tmp_path / "theirs")
+    assert sorted(their_rows) == names
+    for name in names:
+        assert np.array_equal(ours_rows[name], their_rows[name])
+    # Against the model itself, called as its owner calls it.
+    pixels, _ = to_bucket(read_image(tmp_path / "in" / names[0], at_least=SIDE), SIDE)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        posterior = theirs.encode(x).latent_dist
+    assert_half_equal(their_rows[names[0]], torch.cat([posterior.mean[0], posterior.logvar[0]]).numpy())
+    if family == "AutoencoderKLFlux2":
+        with pytest.raises(StoreError, match=r"pass what is sampled through fastvae\.scale_latents"):
+            LatentDataset(tmp_path / "theirs", scaled=True)
+
+
+def test_weights_in_half_precision_are_the_same_model_as_their_file(tmp_path):
+    write_pictures(tmp_path / "in", 2)
+    vae = small_vae().bfloat16()
+    vae.save_pretrained(tmp_path / "model")
+    encode(tmp_path / "in", tmp_path / "out", vae=vae, limit=1, **OPTIONS)
+    report = encode(tmp_path / "in", tmp_path / "out", vae=tmp_path / "model", **OPTIONS)
+    assert (report.ok, report.resumed) == (1, 1)
 
 
 class Poisoned(torch.nn.Module):
@@ -227,6 +311,7 @@ def test_rows_that_are_not_finite_are_redone_and_else_quarantined(tmp_path, alwa
     options = {**OPTIONS, "dtype": "bf16"}
     report = encode(tmp_path / "in", tmp_path / "out", vae=vae, batch=4, **options)
     assert report.redone_fp32 == 1
+    assert np.isfinite(report.dtype_error)  # of the other three
     stored = latents(tmp_path / "out")
     assert all(np.isfinite(value).all() for value in stored.values())
     if always:
@@ -266,7 +351,7 @@ def test_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(fastvae.data.atomic.os, "fsync", full)
+    monkeypatch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), shard_mb=0.002, **OPTIONS)
     assert caught.value.errno == errno.ENOSPC

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from small_store import SIDE, small_vae, write_pictures
 
-from fastvae.data.encode import encode
-from fastvae.data.encoder import MomentEncoder, default_dtype
+from fastvae.data.devices import default_dtype, settled_device
+from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.pipeline import BackgroundWriter, Reading, chunks_of, encoded_chunks, ordered_map
+from fastvae.data.reasons import ImageError
 from fastvae.data.report import EncodeReport
 from fastvae.data.settings import settle_workers
 from fastvae.data.sources import list_folder
-from fastvae.data.store import StoreError, Unit
+from fastvae.data.store import Unit
 
 
 def test_results_come_in_order_and_not_far_ahead():
@@ -46,24 +48,67 @@ def test_an_error_ends_the_map_and_its_threads():
     assert threading.active_count() == before
 
 
-def submit_four(writer):
-    for _ in range(4):
-        writer.submit(lambda: None)
+def fail():
+    raise OSError("disk")
 
 
-def test_a_writers_error_is_raised_by_the_next_call():
-    def fail():
-        raise OSError("disk")
+@pytest.mark.parametrize("later", [0, 1], ids=["at the end", "by the next write"])
+def test_a_writers_error_is_raised(later):
+    with pytest.raises(OSError, match="disk"), BackgroundWriter() as writer:  # noqa: PT012 (the end is what raises)
+        writer.submit(fail)
+        for _ in range(later):
+            writer.submit(lambda: None)
+            pytest.fail("the error of the write before was not raised")
 
-    writer = BackgroundWriter()
-    writer.submit(fail)
-    with pytest.raises(OSError, match="disk"):
-        submit_four(writer)  # at most two wait, so by the fourth the first has run
-    writer.close(wait_for_writes=False)
-    writer = BackgroundWriter()
-    writer.submit(fail)
-    with pytest.raises(OSError, match="disk"):
-        writer.close(wait_for_writes=True)
+
+def test_no_more_than_one_write_is_under_way_when_submit_returns():
+    """A third unit is not begun while the first is being written: a kill loses two at most."""
+    done, allowed = [], threading.Event()
+
+    def slow():
+        allowed.wait(10)
+        done.append("first")
+
+    with BackgroundWriter() as writer:
+        writer.submit(slow)
+        assert done == []  # it does not wait for its own
+        threading.Timer(0.05, allowed.set).start()
+        writer.submit(lambda: done.append("second"))
+        assert done[0] == "first"
+    assert done == ["first", "second"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ImageError("empty", "x holds no bytes")])
+def test_what_was_submitted_is_written_whatever_ends_the_run(error):
+    done, allowed = [], threading.Event()
+
+    def slow():
+        allowed.wait(10)
+        done.append("first")
+
+    threading.Timer(0.05, allowed.set).start()
+    with pytest.raises((KeyboardInterrupt, ImageError)), BackgroundWriter() as writer:  # noqa: PT012
+        writer.submit(slow)
+        raise error
+    assert done == ["first"]
+
+
+def test_an_interruption_while_a_unit_waits_loses_no_finished_unit(monkeypatch):
+    done, allowed = [], threading.Event()
+
+    def slow():
+        allowed.wait(10)
+        done.append("first")
+
+    def interrupted(future, timeout=None):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter() as writer:  # noqa: PT012
+        writer.submit(slow)
+        monkeypatch.setattr(Future, "result", interrupted)
+        threading.Timer(0.05, allowed.set).start()
+        writer.submit(lambda: done.append("second"))
+    assert done == ["first", "second"]
 
 
 def test_the_way_of_a_gpu_gives_the_same_rows(tmp_path):
@@ -118,21 +163,17 @@ def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
     assert (report.workers, report.threads_per_worker) == (2, 4)
 
 
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:999"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=f"device must be one of this machine's, .* got '{device}'"):
+        settled_device(device)
+
+
+def test_devices():
+    assert settled_device("cpu") == settled_device(torch.device("cpu")) == torch.device("cpu")
+    assert settled_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def test_default_dtypes():
     assert default_dtype(torch.device("cuda")) == "fp16"
     assert default_dtype(torch.device("cpu")) in ("bf16", "fp32")
-
-
-def test_flux2_latents_are_stored_raw_and_not_scaled_by_the_dataset(tmp_path):
-    import fastvae
-
-    torch.manual_seed(0)
-    vae = fastvae.AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=8, layers_per_block=1,
-    ).eval()  # fmt: skip
-    write_pictures(tmp_path / "in", 2)
-    encode(tmp_path / "in", tmp_path / "out", vae=vae, buckets=SIDE, dtype="fp32", progress=False, device="cpu")
-    assert fastvae.LatentDataset(tmp_path / "out")[0]["mean"].shape == (8, 4, 4)
-    with pytest.raises(StoreError, match=r"pass what is sampled through fastvae\.scale_latents"):
-        fastvae.LatentDataset(tmp_path / "out", scaled=True)

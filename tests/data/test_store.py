@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from small_store import SIDE, small_vae, write_pictures
 
-from fastvae.data.atomic import sha256_of, write_atomically
+from fastvae.checkpoints.atomic import sha256_of, write_atomically
 from fastvae.data.dataset import LatentDataset
 from fastvae.data.encode import encode
 from fastvae.data.identity import canonical_json, differences, digest
@@ -43,11 +43,16 @@ def test_a_shard_reads_with_safetensors_alone(made):
         metadata = shard.metadata()
     shapes = {name: (tensor.dtype.str, tensor.shape[1:]) for name, tensor in tensors.items()}
     assert shapes == {
-        "mean": ("<f2", (4, 4, 4)), "logvar": ("<f2", (4, 4, 4)), "sample_id": ("<u8", ()),
-        "original_hw": ("<i4", (2,)), "crop_tlhw": ("<i4", (4,)),
-        "variant": ("<u2", ()), "row_crc32": ("<u4", ()), "key_utf8": ("|u1", ()),
+        "mean": ("<f2", (4, 4, 4)),
+        "logvar": ("<f2", (4, 4, 4)),
+        "sample_id": ("<u8", ()),
+        "original_hw": ("<i4", (2,)),
+        "crop_tlhw": ("<i4", (4,)),
+        "variant": ("<u2", ()),
+        "row_crc32": ("<u4", ()),
+        "key_utf8": ("|u1", ()),
         "key_offset": ("<i8", ()),
-    }  # fmt: skip
+    }
     assert metadata["fvl"] == "1"
     assert metadata["space"] == "raw"
     assert metadata["scaling_factor"] == "0.18215"
@@ -69,8 +74,11 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path):
     whole = read(tmp_path / "whole")
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("killed_runs.py"), tmp_path / "in", tmp_path / "killed"],
-        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     points = [line.split("\t") for line in done.stdout.splitlines()]
     killed = [name for name, code in points if code == "137"]
     # Files written atomically: store.json, plan, shards and records, failures and index, by one rename each.
@@ -129,6 +137,7 @@ def test_leftovers_are_swept(made, tmp_path):
         (None, "has no store.json"),
         ("{", "not readable as JSON"),
         ('{"fvl": 2}', r'must have "fvl": 1'),
+        ('{"fvl": 1}', "was edited"),
         ("[]", r'must have "fvl": 1'),
         ("edited", "was edited"),
     ],
@@ -151,6 +160,13 @@ def test_a_damaged_plan_is_named(made):
     (made / "plan" / "units-00000.jsonl").write_text('{"unit": 0}\n')
     with pytest.raises(StoreError, match=r"units-00000\.jsonl is damaged"):
         Store.open(made).units()
+
+
+def test_a_damaged_shard_is_named(made):
+    shard = made / "shards" / "000001-32x32.safetensors"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    with pytest.raises(StoreError, match=r"000001-32x32\.safetensors is damaged: .*; delete it and encode again"):
+        LatentDataset(made)
 
 
 def test_derived_files_can_be_made_again(made):
@@ -178,7 +194,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_bytes_that_changed_on_the_way_are_not_given_the_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastvae.data.atomic.sha256_of", lambda path: "0" * 64)
+    monkeypatch.setattr("fastvae.checkpoints.atomic.sha256_of", lambda path: "0" * 64)
     with pytest.raises(OSError, match="read back with other bytes"):
         write_atomically(tmp_path / "file", [b"data"])
     assert not list(tmp_path.iterdir())

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvae.data.devices import DTYPES
 from fastvae.data.shards import HALF_MAXIMUM, LOGVAR_RANGE
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MomentEncoder:
@@ -57,13 +56,21 @@ class MomentEncoder:
         return mean.astype(self.store_dtype), clamped, None
 
     def error_against_fp32(self, pixels: np.ndarray) -> float | None:
-        """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself."""
+        """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself.
+
+        Rows that are not finite in either are left out (they will be done in fp32, or quarantined); None if all are.
+        """
         if self.model is self.reference:
             return None
         with torch.inference_mode():
             x = self._upload(pixels)
             ours = _run(self.model, x, self.dtype).chunk(2, dim=1)[0]
-            exact = _run(self.reference, x, torch.float32).chunk(2, dim=1)[0]
+            # One image after another: a batch that fills the GPU in half precision does not fit there in fp32.
+            exact = torch.cat([_run(self.reference, image[None], torch.float32) for image in x]).chunk(2, dim=1)[0]
+        finite = (torch.isfinite(ours) & torch.isfinite(exact)).flatten(1).all(1)
+        if not finite.any():
+            return None
+        ours, exact = ours[finite], exact[finite]
         return float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
     def _upload(self, pixels: np.ndarray) -> Tensor:
@@ -86,20 +93,3 @@ def _run(model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         result = model.encoder(x)
         result = result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)
     return result.float().cpu().contiguous()
-
-
-def default_dtype(device: torch.device) -> str:
-    """fp16 on a GPU; on a CPU bf16 where it computes in bf16 itself, else fp32."""
-    if device.type != "cpu":
-        return "fp16"
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:  # torch before 2.12
-        native = torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "fp32"
-
-
-def default_device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all, and stay after a power cut."""
+"""Files that appear whole or not at all, and stay after a power cut. Knows neither torch nor a format."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def write_atomically(path: Path, parts: Iterable[Buffer | Any]) -> tuple[int, st
     and only then take the name, which is synchronised as well. Raises OSError (a full disk, a failed comparison) and
     then leaves neither the temporary file nor a changed ``path``.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = _beside(path)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
         digest = hashlib.sha256()
@@ -40,6 +40,35 @@ def write_atomically(path: Path, parts: Iterable[Buffer | Any]) -> tuple[int, st
         raise
     synchronise_folder(path.parent)
     return size, digest.hexdigest()
+
+
+def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file at the path it is given, beside ``path``, and give it the name ``path``.
+
+    For whatever writes files itself, such as ``lambda temporary: torch.save(state, temporary)``. Raises what ``write``
+    raises, or OSError; then ``path`` is as it was and nothing is left beside it.
+    """
+    replace_together(path.parent, {path.name: write})
+
+
+def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """As replace_atomically for several files of ``folder``, by name: none is replaced before all are written."""
+    unfinished = {name: _beside(folder / name) for name in writers}
+    try:
+        for name, write in writers.items():
+            unfinished[name].touch(exist_ok=False)
+            permissions = unfinished[name].stat().st_mode
+            write(unfinished[name])
+            # safetensors makes a file of its own that nobody else may read.
+            unfinished[name].chmod(permissions)
+            with unfinished[name].open("rb+") as file:  # "rb" would do, but Windows synchronises no file it only reads
+                os.fsync(file.fileno())
+        for name, temporary in unfinished.items():
+            os.replace(temporary, folder / name)
+    finally:
+        for temporary in unfinished.values():
+            temporary.unlink(missing_ok=True)
+    synchronise_folder(folder)
 
 
 def synchronise_folder(folder: Path) -> None:
@@ -65,3 +94,7 @@ def sweep(folder: Path) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")

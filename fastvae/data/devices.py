@@ -1,0 +1,34 @@
+"""Where a model runs and in which dtype, unless it is said: the one place that knows whether a CPU has bf16."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_dtype(device: torch.device) -> str:
+    """fp16 on a GPU; on a CPU bf16 where it computes in bf16 itself, else fp32."""
+    if device.type != "cpu":
+        return "fp16"
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:  # torch before 2.12
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
+def settled_device(device: str | torch.device | None) -> torch.device:
+    """``device`` as torch's, by default the first GPU, else the CPU; raises ValueError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    taken = "one of this machine's, such as 'cpu' or 'cuda:0'"
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
+    # What torch raises for a name it does not know, a build without that device, a machine without it, and "meta".
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device must be {taken}, got {str(device)!r} ({reason})") from None
+    return place
