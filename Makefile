@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: the tests run as two workers.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench audit clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -24,6 +24,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/encode_folder.py --json bench/results/cpu/encode_folder.json
 	$(BIN)/python bench/tables.py
+
+# Compiles every kernel for six targets; a quarter of an hour with a cold Triton cache.
+audit: $(VENV)/.dev
+	env -u TRITON_INTERPRET $(BIN)/python bench/audit.py
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache *.egg-info

@@ -113,7 +113,7 @@ def record(target: Any, only: str = "") -> list[Launch]:
         launches.setdefault(launch.key, launch)
 
     before = JITFunction.run, tiles.target_of
-    JITFunction.run, tiles.target_of = take, lambda device: target
+    JITFunction.run, tiles.target_of = take, lambda device: target  # type: ignore[method-assign]
     try:
         for path in sorted(SOURCES.glob("*.py")):
             if path.stem == "__init__" or only not in path.stem:
@@ -138,7 +138,14 @@ def _cubin_resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         used = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return tuple(int(re.search(rf"{name}:(\d+)", used.stdout)[1]) for name in ("REG", "STACK"))
+    return _number(r"REG:(\d+)", used.stdout), _number(r"STACK:(\d+)", used.stdout)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has no {pattern}")
+    return int(found[1])
 
 
 def compile_launch(launch: Launch, architecture: str) -> dict[str, str]:
@@ -160,9 +167,7 @@ def compile_launch(launch: Launch, architecture: str) -> dict[str, str]:
     compiled = triton.compile(source, target=target, options=launch.options)
     text = compiled.asm["amdgcn" if amd else "ptx"]
     if amd:
-        registers, spilled = (
-            int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")
-        )
+        registers, spilled = (_number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
         spilled *= 4 * 64
         wide = [r"(global|buffer)_load_dwordx4", r"(global|buffer)_store_dwordx4"]
     else:
@@ -191,7 +196,10 @@ def read_table(path: Path = TABLE) -> tuple[str, list[dict[str, str]]]:
     """(hash, rows) of an AUDIT.md."""
     text = path.read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return re.search(r"sources: `(\w+)`", text)[1], [dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]]
+    found = re.search(r"sources: `(\w+)`", text)
+    if found is None:
+        raise ValueError(f"{path} states no hash of its sources")
+    return found[1], [dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]]
 
 
 def write_table(rows: list[dict[str, str]], path: Path = TABLE) -> None:

@@ -47,7 +47,9 @@ class Figures:
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, image: Tensor) -> Tensor:
     """A picture, uint8 [3, H, W], through the latents and back."""
-    return vae.decode_latents(vae.encode_latents(image[None], posterior="mode"))[0]
+    decoded = vae.decode_latents(vae.encode_latents(image[None], posterior="mode"))
+    assert isinstance(decoded, Tensor)  # and not PIL images, which output="pil" would give
+    return decoded[0]
 
 
 def evaluate(vae: AutoencoderKL, source: CropSource) -> Figures:

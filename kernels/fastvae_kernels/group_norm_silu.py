@@ -342,7 +342,7 @@ def audit_cases():
             def call(dtype=dtype, channels=channels):
                 x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
                 weight = torch.empty(channels, dtype=dtype)
-                y, *moments = launch_forward(x, weight, weight, 32, 1e-6, True)
-                launch_backward(y, x, weight, weight, *moments, True)
+                y, mean, inverse = launch_forward(x, weight, weight, 32, 1e-6, True)
+                launch_backward(y, x, weight, weight, mean, inverse, True)
 
             yield f"{dtype} C={channels}".removeprefix("torch."), call

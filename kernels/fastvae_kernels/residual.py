@@ -165,7 +165,9 @@ def _backward(ctx, dy, dpartials):
         dy = dy[:, :, :-1, :-1]
     # Arguments that were left out are not counted there.
     needed = (*ctx.needs_input_grad, False, False)[2:4]
-    summed = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)) if any(needed) else None
+    if not any(needed):
+        return dy, dy, None, None, None
+    summed = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32))
     vectors = (summed.to(dtype) if wanted else None for wanted, dtype in zip(needed, ctx.dtypes, strict=True))
     return dy, dy, *vectors, None
 
