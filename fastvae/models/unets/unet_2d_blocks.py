@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.checkpoints import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
 from fastvae.models.attention_processor import Attention
 from fastvae.models.downsampling import Downsample2D
 from fastvae.models.resnet import ResnetBlock2D
@@ -165,8 +166,8 @@ class UNetMidBlock2D(nn.Module):
         return hidden_states
 
 
-DOWN_BLOCKS = {"DownEncoderBlock2D": DownEncoderBlock2D, "AttnDownEncoderBlock2D": AttnDownEncoderBlock2D}
-UP_BLOCKS = {"UpDecoderBlock2D": UpDecoderBlock2D, "AttnUpDecoderBlock2D": AttnUpDecoderBlock2D}
+DOWN_BLOCKS = dict(zip(DOWN_BLOCK_TYPES, (DownEncoderBlock2D, AttnDownEncoderBlock2D), strict=True))
+UP_BLOCKS = dict(zip(UP_BLOCK_TYPES, (UpDecoderBlock2D, AttnUpDecoderBlock2D), strict=True))
 
 
 def get_down_block(down_block_type: str, *, attention_head_dim: int, **kwargs) -> DownEncoderBlock2D:
