@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 Buffer = bytes | bytearray | memoryview
+# What file systems without hard links answer.
+UNLINKABLE = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
-def write_atomically(path: Path, parts: Iterable[Buffer | Any]) -> tuple[int, str]:
+def write_atomically(path: Path, parts: Iterable[Buffer | Any], exclusive: bool = False) -> tuple[int, str]:
     """Write ``parts`` one after another to ``path``; returns the size in bytes and the sha256.
 
     The bytes go to an exclusive temporary file in the same folder, are synchronised, read back and compared by hash,
     and only then take the name, which is synchronised as well. Raises OSError (a full disk, a failed comparison) and
-    then leaves neither the temporary file nor a changed ``path``.
+    then leaves neither the temporary file nor a changed ``path``. ``exclusive``: FileExistsError if ``path`` is there.
     """
     temporary = _beside(path)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -34,7 +38,10 @@ def write_atomically(path: Path, parts: Iterable[Buffer | Any]) -> tuple[int, st
             os.fsync(file.fileno())
         if sha256_of(temporary) != digest.hexdigest():
             raise OSError(f"{path} was read back with other bytes than were written")
-        os.replace(temporary, path)
+        if exclusive:
+            _take_free_name(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -88,12 +95,33 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep(folder: Path) -> int:
-    """Delete temporary files that a killed run left under ``folder``; returns how many."""
-    leftovers = [path for path in folder.rglob("*.tmp.*") if path.is_file()]
+def is_leftover(path: Path, names: str) -> bool:
+    """Whether ``path`` has the name of a temporary file of this module for a name that matches ``names``, a regex."""
+    return re.fullmatch(rf"(?:{names})\.tmp\.\d+\.[0-9a-f]{{8}}", path.name) is not None
+
+
+def sweep(folder: Path, names: str) -> int:
+    """Delete the temporary files for ``names``, a regex, that a killed run left in ``folder``; returns how many.
+
+    Nothing else in it is touched, and no folder inside it is entered.
+    """
+    leftovers = [path for path in folder.iterdir() if is_leftover(path, names) and path.is_file()]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _take_free_name(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where the name is taken
+    except OSError as error:
+        if error.errno not in UNLINKABLE:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "the file exists already", os.fspath(path)) from None
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
 
 
 def _beside(path: Path) -> Path:

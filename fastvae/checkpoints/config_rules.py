@@ -49,7 +49,7 @@ def check(values: Mapping[str, Any], source: str) -> None:
 
 
 def parameter_count(values: Mapping[str, Any]) -> int:
-    """The number of parameters of encoder, decoder and quant convolutions, by arithmetic alone.
+    """The number of parameters of encoder, decoder, quant convolutions and batch norm, by arithmetic alone.
 
     Source: the layers of diffusers.models.autoencoders.vae (Encoder, Decoder) and their blocks.
     """
@@ -62,6 +62,8 @@ def parameter_count(values: Mapping[str, Any]) -> int:
     total += _conv(latents, decoder[0]) + 2 * decoder[-1] + _conv(decoder[-1], values["out_channels"])
     total += _stack(decoder, values["up_block_types"], layers + 1) + _middle(decoder[0], with_attention)
     total += _conv(2 * latents, 2 * latents, 1) if values["use_quant_conv"] else 0
+    # Running mean and variance: buffers to torch, and as large as a hostile patch_size makes them.
+    total += 2 * latents * math.prod(values["patch_size"]) if "patch_size" in values else 0
     return total + (_conv(latents, latents, 1) if values["use_post_quant_conv"] else 0)
 
 
@@ -105,6 +107,11 @@ def _check_blocks(values: Mapping[str, Any], source: str) -> None:
                 f"{source}: {types_key} has {len(values[types_key])} entries and {channels_key} has "
                 f"{len(values[channels_key])}; both must have one per block"
             )
+    if len(values[decoder_key]) != len(values[encoder_key]):
+        raise ValueError(
+            f"{source}: {decoder_key} has {len(values[decoder_key])} entries and {encoder_key} has "
+            f"{len(values[encoder_key])}; decoder and encoder must scale by the same factor"
+        )
     groups = values["norm_num_groups"]
     for key in {encoder_key: None, decoder_key: None}:
         odd = [width for width in values[key] if width % groups]

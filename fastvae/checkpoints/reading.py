@@ -92,8 +92,8 @@ def read_tensors(
 
     Only the parts that ``report`` names are looked for, and no tensor of the other half is read. ``dtype`` None keeps
     each tensor's own; integers are never converted. Every tensor is a copy, so that a file replaced later changes
-    nothing. Raises ValueError for missing tensors, tensors of a wrong shape, and tensors inside the VAE that the model
-    does not have; outside the VAE too if ``strict``.
+    nothing. Raises ValueError for missing tensors, tensors of a wrong shape or of integers, and tensors inside the
+    VAE that the model does not have; outside the VAE too if ``strict``.
     """
     table = names.rename_table(checkpoint.names)
     wanted = {name: shape for name, shape in expected.items() if names.part_of(name, report.parts)}
@@ -116,6 +116,9 @@ def read_tensors(
         if shaped is None:
             got, taken = list(tensor.shape), list(wanted[new])
             raise ValueError(f"{checkpoint.source}: {old} has shape {got}, expected {taken} for {new}")
+        # The counter of training steps is the one integer that a model holds.
+        if not tensor.is_floating_point() and not new.endswith(".num_batches_tracked"):
+            raise ValueError(f"{checkpoint.source}: {old} is {_short(tensor.dtype)}; floating-point numbers are taken")
         reshaped += [new] if shaped.shape != tensor.shape else []
         found_dtypes[_short(tensor.dtype)] += 1
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

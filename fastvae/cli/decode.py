@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import click
 
-from fastvae.cli.output import echo_json, foreseen, printable
+from fastvae.cli.output import complain, echo, echo_json, foreseen, printable
 
 
 @click.command()
@@ -24,9 +25,13 @@ def decode(store: str, out: str, rows: str, as_json: bool, **options: Any) -> No
     from fastvae.data.decode import decode as run
     from fastvae.data.decode import parse_rows
 
-    written = run(store, out, rows=parse_rows(rows), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        written = run(store, out, rows=parse_rows(rows), **options)
+    for warning in caught:
+        complain(printable(f"fastvae: {warning.message}"))
     if as_json:
         echo_json({"files": [{"key": key, "file": str(path)} for key, path in written]})
     else:
         for key, path in written:
-            click.echo(printable(f"{path}  {key}"))
+            echo(printable(f"{path}  {key}"))

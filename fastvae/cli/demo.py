@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastvae.cli.output import echo_json, foreseen, printable
+from fastvae.cli.output import echo, echo_json, foreseen, printable
 
 
 @click.command()
@@ -24,10 +24,10 @@ def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
         echo_json(result.facts())
         return
     for key, decibels in sorted(result.psnr.items()):
-        click.echo(printable(f"{key:24s} PSNR {decibels:5.2f} dB"))
-    click.echo(f"{'mean':24s} PSNR {result.mean_psnr:5.2f} dB")
+        echo(printable(f"{key:24s} PSNR {decibels:5.2f} dB"))
+    echo(f"{'mean':24s} PSNR {result.mean_psnr:5.2f} dB")
     if result.encode.ok:
-        click.echo(f"encoded at {result.encode.images_per_second:.2f} images/s ({result.encode.dtype}, 256x256)")
+        echo(f"encoded at {result.encode.images_per_second:.2f} images/s ({result.encode.dtype}, 256x256)")
     else:
-        click.echo(f"nothing to encode: {result.encode.resumed} rows were there from an earlier run")
-    click.echo(printable(f"latents  {result.store}\npictures {result.sheet}"))
+        echo(f"nothing to encode: {result.encode.resumed} rows were there from an earlier run")
+    echo(printable(f"latents  {result.store}\npictures {result.sheet}"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fastvae.cli.output import FAILURES, Count, foreseen, printable
+from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
 
 
 @click.command()
@@ -64,9 +64,9 @@ def encode(context: click.Context, src: str, out: str, as_json: bool, quiet: boo
 
     report = run(src, out, progress=not quiet, **options)
     if as_json:
-        click.echo(report.to_json())
+        echo(report.to_json())
     else:
         for line in report.lines():
-            click.echo(printable(line))
+            echo(printable(line))
     if report.exceeded:
         context.exit(FAILURES)

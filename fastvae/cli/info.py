@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastvae.cli.output import echo_json, foreseen, printable
+from fastvae.cli.output import echo, echo_json, foreseen, printable
 
 
 @click.command()
@@ -30,7 +30,7 @@ def info(what: str, subfolder: str | None, revision: str | None, as_json: bool) 
         echo_json(facts)
         return
     for line in _lines(facts):
-        click.echo(printable(line))
+        echo(printable(line))
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

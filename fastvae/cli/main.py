@@ -18,8 +18,9 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 a store is damaged or is none, or something else went wrong, 2 a wrong argument,
-    3 more failures than allowed, 4 the store was made by another model or other settings, 6 no space left,
-    75 interrupted: run it again. FASTVAE_DEBUG=1 in the environment shows where an error came from.
+    3 more failures than allowed, 4 the store was made by another model or other settings, 5 another run is
+    writing the store, 6 no space left, 75 interrupted: run it again. FASTVAE_DEBUG=1 in the environment shows
+    where an error came from.
     """
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import click
 
-OTHER, USAGE, FAILURES, IDENTITY, NO_SPACE, INTERRUPTED = 1, 2, 3, 4, 6, 75
+OTHER, USAGE, FAILURES, IDENTITY, LOCKED, NO_SPACE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 5, 6, 75, 141
 DEBUG = "FASTVAE_DEBUG"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -29,7 +29,7 @@ class Problem(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc] # click declares it for the class and reads it here
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"fastvae: {self.message}", err=True)
+        complain(f"fastvae: {self.message}")
 
 
 def printable(text: str) -> str:
@@ -51,7 +51,7 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
             raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
         except (ValueError, ImportError, OSError) as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
-                click.echo(printable(traceback.format_exc()), err=True, nl=False)
+                complain(printable(traceback.format_exc()).rstrip())
             raise _problem(error) from error
 
     return wrapper
@@ -59,8 +59,10 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
 
 def _problem(error: ValueError | ImportError | OSError) -> Problem:
     from fastvae.data.reasons import ImageError
-    from fastvae.data.store import IdentityMismatch, StoreError
+    from fastvae.data.records import IdentityMismatch, StoreError, StoreLocked
 
+    if isinstance(error, StoreLocked):
+        return Problem(str(error), LOCKED)
     if isinstance(error, IdentityMismatch):
         return Problem(str(error), IDENTITY)
     if isinstance(error, ImageError):
@@ -72,9 +74,45 @@ def _problem(error: ValueError | ImportError | OSError) -> Problem:
     return Problem(str(error), OTHER)
 
 
+def echo(text: str) -> None:
+    """A result on stdout. A reader that went away ends the program as it ends other tools: silently, with code 141.
+
+    Raises Problem where stdout takes nothing for another reason: the work itself is done.
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        raise click.exceptions.Exit(BROKEN_PIPE) from None
+    except OSError as error:
+        _silence(sys.stdout)
+        raise Problem(f"the work is done, but its report could not be written to stdout: {error}", OTHER) from error
+
+
+def complain(text: str) -> None:
+    """A line on stderr, if that takes one: the exit code says the same."""
+    try:
+        click.echo(text, err=True)
+    except (OSError, ValueError):
+        _silence(sys.stderr)
+
+
 def echo_json(value: Any) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(value))
+    from fastvae.data.report import strict_json
+
+    echo(strict_json(value))
+
+
+def _silence(stream: Any) -> None:
+    """Let what ``stream`` still holds go nowhere, or Python would complain of it once more at the end."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # no file of the system's: a test's, or none at all
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def parse_count(text: str) -> int:

@@ -66,6 +66,11 @@ class LatentDataset(torch.utils.data.Dataset):
         """Where the store says its model came from: ``vae``, and ``subfolder`` and ``revision`` if they were given."""
         return self._facts["source"]
 
+    @property
+    def encoder_weights(self) -> str:
+        """The sha256 that the store's identity gives the encoder's weights."""
+        return self._facts["identity"]["model"]["encoder_weights_sha256"]
+
     def keys(self) -> list[str]:
         """The key of every row, in row order: the source file's path relative to the encoded folder."""
         return list(self._keys)

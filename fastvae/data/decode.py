@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from fastvae.data.dataset import LatentDataset
 
+CHANNELS = (1, 3, 4)
 SHEET_GAP = 8
 SHEET_PAIRS_ACROSS = 2
 CAPTION_HEIGHT = 16
@@ -33,12 +36,11 @@ def decode(
 ) -> list[tuple[str, Path]]:
     """Decode the means of ``rows`` of the latent store into PNG files in the folder ``out``: (key, file) for each.
 
-    ``vae`` is what encode takes; by default what the store says it was made with. File names are the row's number and a
-    harmless form of its key. Raises StoreError for a path that is no store, ValueError for rows that are not there or
-    a model of another number of latent channels.
+    ``vae`` is what encode takes; by default what the store says it was made with, which is refused if its weights are
+    others by now. If it is given, another model is taken with a warning. File names are the row's number and a harmless
+    form of its key. Raises StoreError for a path that is no store, ValueError for rows that are not there or a model
+    that cannot decode them to 1, 3 or 4 channels.
     """
-    from PIL import Image
-
     from fastvae.data.dataset import LatentDataset
 
     dataset = LatentDataset(store)
@@ -46,11 +48,11 @@ def decode(
     if not numbers:
         raise ValueError(f"rows must be among the store's 0:{len(dataset)}, got {rows.start}:{rows.stop}")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:06d}-{harmless(key)}.png"
-        Image.fromarray(pixels).save(path)
+        as_image(pixels).save(path)
         written.append((key, path))
     return written
 
@@ -63,7 +65,7 @@ def decoded_rows(
     revision: str | None = None,
     device: Any = None,
 ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(row, key, uint8 [H, W, 3]) of the rows' means, one at a time."""
+    """(row, key, uint8 [H, W, C]) of the rows' means, one at a time; C is the model's out_channels: 1, 3 or 4."""
     import torch
 
     from fastvae.latents import decode_latents, scale_latents
@@ -85,19 +87,60 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
     from fastvae.data.settings import open_model
 
     place = settled_device(device)
-    if not isinstance(vae, torch.nn.Module):
+    is_given = vae is not None
+    if isinstance(vae, torch.nn.Module):
+        _check_channels(dataset, vae)
+        if getattr(vae, "encoder", None) is not None:
+            _compare(dataset, lambda: vae, type(vae).__name__, is_given)
+        return vae
+    if vae is None:
         made_with = dataset.made_with
-        if vae is None:
-            if made_with.get("object"):
-                raise ValueError(f"vae must be given: the store was made with a {made_with['vae']} object, not a file")
-            vae = made_with["vae"]
-            subfolder, revision = subfolder or made_with["subfolder"], revision or made_with["revision"]
-        vae = open_model(os.fspath(vae), subfolder, revision, DTYPES[default_dtype(place)], ("decoder",))
-        vae = vae.to(device=place, memory_format=torch.channels_last)
-    channels, taken = dataset.latent_shape[0], vae.config.latent_channels  # type: ignore[union-attr]
+        if made_with.get("object"):
+            raise ValueError(f"vae must be given: the store was made with a {made_with['vae']} object, not a file")
+        vae, subfolder = made_with["vae"], subfolder or made_with.get("subfolder")
+        revision = revision or made_with.get("revision") or made_with.get("commit")
+    name = os.fspath(vae)
+    model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",))
+    _check_channels(dataset, model)
+    if not _has_same_files(dataset, model):
+        _compare(dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",)), name, is_given)
+    return model.to(device=place, memory_format=torch.channels_last)
+
+
+def _check_channels(dataset: LatentDataset, model: Any) -> None:
+    channels, taken = dataset.latent_shape[0], model.config.latent_channels
     if taken != channels:
         raise ValueError(f"the model decodes {taken} latent channels, the store has {channels}")
-    return vae
+    if model.config.out_channels not in CHANNELS:
+        raise ValueError(f"the model decodes to {model.config.out_channels} channels; a picture has 1, 3 or 4")
+
+
+def _has_same_files(dataset: LatentDataset, model: Any) -> bool:
+    from fastvae.data.settings import weight_files
+
+    stored = dataset.made_with.get("files")
+    return bool(stored) and weight_files(model) == stored
+
+
+def _compare(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_given: bool) -> None:
+    """Refuse a model whose encoder has other weights than the store's; warn of it if it ``is_given``."""
+    from fastvae.data.identity import model_identity
+
+    if model_identity(encoder())["encoder_weights_sha256"] == dataset.encoder_weights:
+        return
+    if not is_given:
+        raise ValueError(
+            f"{name} holds other weights than those the store was made with: name the model by vae (--vae), and it is "
+            "taken whatever it holds"
+        )
+    warnings.warn(f"{name} is another model than the one {dataset.path} was made with", stacklevel=2)
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as a picture: C = 1 grey, 3 RGB, 4 RGBA."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def harmless(key: str) -> str:
@@ -117,7 +160,7 @@ def parse_rows(text: str) -> slice:
 
 
 def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str | os.PathLike[str]) -> None:
-    """A PNG of (caption, original, reconstruction) triples, uint8 [H, W, 3] of one size: each pair side by side."""
+    """A PNG of (caption, original, reconstruction) triples, uint8 [H, W, C] of one size: each pair side by side."""
     from PIL import Image, ImageDraw
 
     if not pairs:
@@ -130,6 +173,6 @@ def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str |
     for index, (caption, original, reconstruction) in enumerate(pairs):
         left, top = index % across * cell_width, index // across * cell_height
         draw.text((left + 2, top + 2), caption, fill=(0, 0, 0))
-        sheet.paste(Image.fromarray(original), (left, top + CAPTION_HEIGHT))
-        sheet.paste(Image.fromarray(reconstruction), (left + width, top + CAPTION_HEIGHT))
+        sheet.paste(as_image(original), (left, top + CAPTION_HEIGHT))
+        sheet.paste(as_image(reconstruction), (left + width, top + CAPTION_HEIGHT))
     sheet.save(path)

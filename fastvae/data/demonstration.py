@@ -26,7 +26,7 @@ class Demonstration:
     encode: EncodeReport
 
     def facts(self) -> dict[str, Any]:
-        """The demonstration as values that JSON takes."""
+        """The demonstration as values for strict_json, which writes an infinite PSNR as null."""
         return {**asdict(self), "images_per_second": self.encode.images_per_second}
 
 

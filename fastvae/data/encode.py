@@ -5,31 +5,45 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from fastvae import __version__
+from fastvae.data.console import Stderr, say
 from fastvae.data.devices import settled_device
 from fastvae.data.images import DEFAULT_MAX_PIXELS
+from fastvae.data.lock import locked
 from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.pipeline import BackgroundWriter, Chunk, Reading, chunks_of, decode_chunk, encoded_chunks
 from fastvae.data.preprocess import bucket_side
 from fastvae.data.reasons import ImageError
 from fastvae.data.report import EncodeReport, parse_limit
-from fastvae.data.settings import Settings, check_choices, load_model, open_store, settle_workers
-from fastvae.data.shards import row_bytes
+from fastvae.data.settings import (
+    MAX_BATCH,
+    MAX_WORKERS,
+    Settings,
+    check_choices,
+    check_memory,
+    decided,
+    identity_of,
+    layout_of,
+    load_model,
+    positive,
+    settle_workers,
+)
 from fastvae.data.sources import SourceFile, list_folder
-from fastvae.data.store import Store, Unit
-from fastvae.latents import downsample_factor
+from fastvae.data.store import Commit, Failure, Store, Unit
+from fastvae.latents import downsample_factor, pixel_multiple
 
 # How many files may be unreadable before the dtype's error is measured on fewer images than a batch, or on none.
 TRIED_IN_VAIN = 16
@@ -46,12 +60,6 @@ class _Run:
     report: EncodeReport
     on_error: str
     progress: bool
-
-    @property
-    def row_size(self) -> int:
-        """About how many bytes a row of the store takes."""
-        channels, side, _ = self.store.facts["latent_shape"]
-        return row_bytes(channels, side, self.settings.store_dtype, self.settings.posterior == "dist")
 
 
 def encode(
@@ -86,9 +94,9 @@ def encode(
     fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or "fail" to stop at the first.
     alpha, max_pixels: see read_image. progress: a plan line and a bar on stderr. limit: the first N images only.
     Images that fail are listed in OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an
-    argument or an empty source, StoreError when ``out`` is damaged or holds other things, IdentityMismatch when it was
-    made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when the disk is full. Whatever is raised,
-    committed shards stay valid, and the same call resumes.
+    argument or an empty source, StoreError when ``out`` is damaged or holds other things, StoreLocked when another run
+    writes it, IdentityMismatch when it was made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when
+    the disk is full. Whatever is raised, committed shards stay valid, and the same call resumes.
     """
     check_choices(
         posterior=(posterior, ("dist", "mean")),
@@ -97,51 +105,105 @@ def encode(
         alpha=(alpha, ("white", "drop")),
         dtype=(dtype, (None, "fp32", "bf16", "fp16")),
     )
-    _check_amounts(shard_mb, limit, max_failures, max_pixels)
+    _check_amounts(shard_mb, limit, max_failures, max_pixels, batch, workers)
     if os.path.exists(out) and os.path.exists(src) and os.path.samefile(src, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(src)!r}")
     place = settled_device(device)
     listing = list_folder(src, exclude=out)
     model, source = load_model(vae, subfolder, revision)
     factor = downsample_factor(model)
-    settings = Settings(dtype, posterior, store_dtype, bucket_side(buckets, factor), factor, alpha, place)
-    store, settings = open_store(Path(out), model, source, settings)
-    encoder = MomentEncoder(model, str(settings.dtype), place, posterior, store_dtype)
-    report = EncodeReport(os.fspath(out), store.facts["identity_digest"], str(settings.dtype), None)
-    report.ignored_files = listing.ignored
+    side = bucket_side(buckets, factor, pixel_multiple(model) // factor)
+    settings = decided(Path(out), Settings(dtype, posterior, store_dtype, side, factor, alpha, place))
+    check_memory(model, settings, batch)
+    identity, layout = identity_of(model, settings), layout_of(model, source, settings)
     reading = Reading(Path(src), settings.side, alpha, max_pixels)
-    run = _Run(store, settings, encoder, reading, report, on_error, progress)
-    todo = _planned(run, listing.files, limit, shard_mb)
-    settle_workers(report, encoder, settings.side, _count(todo), batch, workers)
-    _announce(run, todo, source["vae"])
-    _execute(run, todo)
-    _finish(run, max_failures)
+    # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
+    files = listing.files[:limit]
+    existing = Store.check(Path(out), identity)
+    count = len(files)
+    if existing is not None:
+        commits = existing.commits()
+        unfinished = _count([unit for unit in existing.units() if unit.number not in commits])
+        count = unfinished + len(_fresh(existing, listing.files, files, reading))
+    _check_room(Path(out), settings, layout, count)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with locked(Path(out)):
+        store = Store.create_or_open(Path(out), identity, layout)
+        encoder = MomentEncoder(model, str(settings.dtype), place, posterior, store_dtype)
+        report = EncodeReport(os.fspath(out), store.facts["identity_digest"], str(settings.dtype), None)
+        report.ignored_files, report.unreadable_places = listing.ignored, listing.unreadable
+        run = _Run(store, settings, encoder, reading, report, on_error, progress)
+        fresh = _fresh(store, listing.files, files, reading)
+        store.extend_plan(fresh, max(1, int(shard_mb * 1e6) // settings.row_size(layout["latent_shape"][0])))
+        commits = store.commits(whole=True)
+        report.resumed = sum(commit.rows for commit in commits.values())
+        todo = [unit for unit in store.units() if unit.number not in commits]
+        settle_workers(report, encoder, settings.side, _count(todo), batch, workers)
+        _announce(run, todo, source["vae"])
+        _execute(run, todo)
+        _finish(run, max_failures)
     return report
 
 
-def _check_amounts(shard_mb: float, limit: int | None, max_failures: str | float | int, max_pixels: int) -> None:
-    if not shard_mb > 0:
-        raise ValueError(f"shard_mb must be above 0, got {shard_mb!r}")
+def _check_amounts(
+    shard_mb: float,
+    limit: int | None,
+    max_failures: str | float | int,
+    max_pixels: int,
+    batch: int | str,
+    workers: int | str,
+) -> None:
+    if not (shard_mb > 0 and math.isfinite(shard_mb)):
+        raise ValueError(f"shard_mb must be above 0 and finite, got {shard_mb!r}")
+    for name, value, most in (("batch", batch, MAX_BATCH), ("workers", workers, MAX_WORKERS)):
+        if value != "auto":
+            positive(name, value, most)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels must be at least 1, got {max_pixels!r}")
+    if not (max_pixels >= 1 and math.isfinite(max_pixels)):
+        raise ValueError(f"max_pixels must be at least 1 and finite, got {max_pixels!r}")
     parse_limit(max_failures, 1)
 
 
-def _planned(run: _Run, files: list[SourceFile], limit: int | None, shard_mb: float) -> list[Unit]:
-    """The units that are to be encoded, new files' included; what the others hold is counted as resumed.
+def _fresh(store: Store, listed: list[SourceFile], files: list[SourceFile], reading: Reading) -> list[SourceFile]:
+    """Those of ``files`` that need a unit, among them failures whose cause may be gone.
 
-    Raises ValueError for a folder that shares no key with the plan: its rows would mix with another folder's.
+    A failure is in the file's bytes, but for two: what could not be read and can be now, and what was too large for a
+    lower limit than today's.
+    Raises ValueError if nothing ``listed`` shares a key with the plan: its rows would mix with another folder's.
     """
-    store = run.store
     known = {file.key for unit in store.units() for file in unit.files}
-    if known and known.isdisjoint(file.key for file in files):
+    if known and known.isdisjoint(file.key for file in listed):
         raise ValueError(f"{store.path} was made from another folder: none of its {len(known)} keys is in the source")
-    store.extend_plan(files[:limit], max(1, int(shard_mb * 1e6) // run.row_size))
-    commits = store.commits()
-    run.report.resumed = sum(commit.rows for commit in commits.values())
-    return [unit for unit in store.units() if unit.number not in commits]
+
+    def again(failure: Failure, commit: Commit) -> bool:
+        if failure.reason == "unreadable":
+            return _opens(reading.root / failure.key)
+        return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)
+
+    return store.fresh(files, again)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
+
+
+def _check_room(out: Path, settings: Settings, layout: dict[str, Any], count: int) -> None:
+    """Raises OSError, ENOSPC, if ``count`` rows do not fit where ``out`` is or will be."""
+    needed = count * settings.row_size(layout["latent_shape"][0])
+    free = _free(out)
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
+
+
+def _free(out: Path) -> int:
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def _count(units: list[Unit]) -> int:
@@ -149,22 +211,21 @@ def _count(units: list[Unit]) -> int:
 
 
 def _announce(run: _Run, todo: list[Unit], source: str) -> None:
-    """Measure the dtype's error, check the room on the disk, and say what will be done."""
+    """Measure the dtype's error, and say what will be done."""
     report, store = run.report, run.store
     report.dtype_error = _measured_error(run, todo)
+    if not run.progress:
+        return
     count = _count(todo)
-    needed, free = count * run.row_size, shutil.disk_usage(store.path).free
-    if run.progress:
-        error = "" if report.dtype_error is None else f" (error vs fp32 {100 * report.dtype_error:.2g} %)"
-        sys.stderr.write(
-            f"encode  {source}  {report.dtype}{error}  {run.settings.posterior}  bucket {store.bucket}  "
-            f"{count} images  ~{needed / 1e6:.1f} MB (free {free / 1e6:.0f} MB)  "
-            f"{report.workers} workers of batch {report.batch}\n"
-        )
-        if report.resumed:
-            sys.stderr.write(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(store.path))
+    needed = count * run.settings.row_size(store.facts["latent_shape"][0])
+    error = "" if report.dtype_error is None else f" (error vs fp32 {100 * report.dtype_error:.2g} %)"
+    say(
+        f"encode  {source}  {report.dtype}{error}  {run.settings.posterior}  bucket {store.bucket}  "
+        f"{count} images  ~{needed / 1e6:.1f} MB (free {_free(store.path) / 1e6:.0f} MB)  "
+        f"{report.workers} workers of batch {report.batch}\n"
+    )
+    if report.resumed:
+        say(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
 
 
 def _measured_error(run: _Run, todo: list[Unit]) -> float | None:
@@ -189,7 +250,10 @@ def _execute(run: _Run, todo: list[Unit]) -> None:
     encoded = encoded_chunks(
         chunks_of(todo, report.batch), run.reading, run.encoder, report.workers, report.threads_per_worker
     )
-    bar = tqdm(total=_count(todo), unit="image", disable=not run.progress, file=sys.stderr)
+    shown = Stderr()
+    bar = tqdm(
+        total=_count(todo), unit="image", disable=not (run.progress and shown.is_there), file=shown, dynamic_ncols=True
+    )
     # Left from right to left: the threads end, then the units that are complete are written, whatever happened.
     with BackgroundWriter() as writer, contextlib.closing(encoded) as chunks, bar:
         gathered: list[Chunk] = []
@@ -228,6 +292,7 @@ def _write(run: _Run, gathered: list[Chunk]) -> Callable[[], None]:
             flags=flags,
             seconds=round(seconds, 3),
             versions={"fastvae": __version__, "torch": str(torch.__version__)},
+            max_pixels=int(run.reading.max_pixels),
         )
         report.ok += len(rows)
         report.failed += len(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ class MomentEncoder:
 
     def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, posterior: str, store_dtype: str):
         self.device = device
+        self.channels = 2 * int(vae.config.latent_channels)  # type: ignore
         self.widest = int(vae.config.block_out_channels[0])  # channels at full size  # type: ignore
         self.dtype = DTYPES[dtype]
         self.with_logvar = posterior == "dist"
@@ -34,10 +36,10 @@ class MomentEncoder:
         Only rows whose first result is not finite are; those that still are not stay so, for the caller to see.
         """
         with torch.inference_mode():
-            result = _run(self.model, self._upload(pixels), self.dtype)
+            result = self._run(self.model, self._upload(pixels), self.dtype)
             bad = (~torch.isfinite(result).flatten(1).all(1)).nonzero().flatten().tolist()
             if bad and self.model is not self.reference:
-                result[bad] = _run(self.reference, self._upload(pixels[bad]), torch.float32)
+                result[bad] = self._run(self.reference, self._upload(pixels[bad]), torch.float32)
                 return result.numpy(), len(bad)
         return result.numpy(), 0
 
@@ -58,20 +60,31 @@ class MomentEncoder:
     def error_against_fp32(self, pixels: np.ndarray) -> float | None:
         """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself.
 
-        Rows that are not finite in either are left out (they will be done in fp32, or quarantined); None if all are.
+        Rows that are not finite in either are left out (they will be done in fp32, or quarantined); None if all are,
+        and where every mean is zero.
         """
         if self.model is self.reference:
             return None
         with torch.inference_mode():
             x = self._upload(pixels)
-            ours = _run(self.model, x, self.dtype).chunk(2, dim=1)[0]
+            ours = self._run(self.model, x, self.dtype).chunk(2, dim=1)[0]
             # One image after another: a batch that fills the GPU in half precision does not fit there in fp32.
-            exact = torch.cat([_run(self.reference, image[None], torch.float32) for image in x]).chunk(2, dim=1)[0]
+            exact = torch.cat([self._run(self.reference, image[None], torch.float32) for image in x]).chunk(2, 1)[0]
         finite = (torch.isfinite(ours) & torch.isfinite(exact)).flatten(1).all(1)
         if not finite.any():
             return None
         ours, exact = ours[finite], exact[finite]
-        return float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+        error = float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+        return error if math.isfinite(error) else None
+
+    def _run(self, model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        result = _moments(model, x.to(dtype=dtype, memory_format=torch.channels_last))
+        if result.ndim != 4 or result.shape[1] != self.channels:
+            raise ValueError(
+                f"vae must give mean and log-variance [B, {self.channels}, h, w], got {type(model).__name__}, which "
+                f"gives {tuple(result.shape)}"
+            )
+        return result.float().cpu().contiguous()
 
     def _upload(self, pixels: np.ndarray) -> Tensor:
         # [B, H, W, 3] seen as [B, 3, H, W] is channels_last without a copy.
@@ -81,15 +94,16 @@ class MomentEncoder:
 
 def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     # The memo makes the copy without its decoder: half the weights, and none of them needed.
-    model = copy.deepcopy(vae, {id(vae.decoder): None} if vae.decoder is not None else None)
+    decoder = getattr(vae, "decoder", None)
+    model = copy.deepcopy(vae, {id(decoder): None} if decoder is not None else None)
+    for switch in ("use_tiling", "use_slicing"):  # the caller's, for other uses: a store's latents are made whole
+        if hasattr(model, switch):
+            setattr(model, switch, False)
     return model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
 
 
-def _run(model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype=dtype, memory_format=torch.channels_last)
+def _moments(model: Any, x: Tensor) -> Tensor:
     if hasattr(model, "encode_moments"):
-        result = model.encode_moments(x)
-    else:  # diffusers' class
-        result = model.encoder(x)
-        result = result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)
-    return result.float().cpu().contiguous()
+        return model.encode_moments(x)
+    result = model.encoder(x)  # diffusers' class
+    return result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)

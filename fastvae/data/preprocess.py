@@ -7,6 +7,7 @@ import numpy as np
 from fastvae.data.images import Picture
 
 SMALLEST_BUCKET = 8
+LARGEST_BUCKET = 65_536
 
 
 def to_bucket(picture: Picture, side: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -52,12 +53,18 @@ def preprocess_identity(side: int, alpha: str) -> dict[str, object]:
     }
 
 
-def bucket_side(buckets: int | str, factor: int) -> int:
-    """The side in pixels that ``buckets`` names; raises ValueError unless it is a multiple of ``factor``."""
+def bucket_side(buckets: int | str, factor: int, patch: int = 1) -> int:
+    """The side in pixels that ``buckets`` names; raises ValueError unless whole patches of latents cover it.
+
+    ``factor``: pixels per latent; ``patch``: latents per patch, in each direction.
+    """
     text = str(buckets)
     if not text.isascii() or not text.isdigit():
         raise ValueError(f"buckets must be one side in pixels such as 256, got {buckets!r}")
+    if len(text) > len(str(LARGEST_BUCKET)) or int(text) > LARGEST_BUCKET:
+        raise ValueError(f"buckets must be at most {LARGEST_BUCKET}, got {text[:20]}")
     side = int(text)
-    if side < SMALLEST_BUCKET or side % factor:
-        raise ValueError(f"buckets must be a multiple of the model's {factor} pixels per latent, got {side}")
+    if side < SMALLEST_BUCKET or side % (factor * patch):
+        per = "latent" if patch == 1 else f"{patch}x{patch} patch of latents"
+        raise ValueError(f"buckets must be a multiple of the model's {factor * patch} pixels per {per}, got {side}")
     return side

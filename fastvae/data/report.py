@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastvae.checkpoints.report import first_few
 
 
 @dataclass
@@ -12,7 +15,8 @@ class EncodeReport:
     """Rows are images: ``ok`` newly encoded, ``failed`` newly quarantined, ``resumed`` found committed before.
 
     Seconds are wall time for ``seconds``, and summed over threads for ``decode_seconds`` and ``encode_seconds``.
-    ``exceeded`` says whether failures (earlier ones included) are above the limit.
+    ``ignored_files`` counts what is no image; ``unreadable_places`` names the folders and links in it that could not be
+    looked into, at most 100. ``exceeded`` says whether failures (earlier ones included) are above the limit.
     """
 
     store: str
@@ -25,6 +29,7 @@ class EncodeReport:
     failed_before: int = 0
     redone_fp32: int = 0
     ignored_files: int = 0
+    unreadable_places: list[str] = field(default_factory=list)
     bytes_written: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -46,7 +51,7 @@ class EncodeReport:
 
     def to_json(self) -> str:
         """The report as one JSON document."""
-        return json.dumps({**asdict(self), "images_per_second": round(self.images_per_second, 3)})
+        return strict_json({**asdict(self), "images_per_second": round(self.images_per_second, 3)})
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
@@ -62,6 +67,9 @@ class EncodeReport:
         if failed:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
             lines.append(f"failed  {counts}: see {self.store}/failures.jsonl")
+        if self.unreadable_places:
+            names = first_few(self.unreadable_places)
+            lines.append(f"ignored {self.ignored_files} others, among them what cannot be looked into: {names}")
         if self.flags:
             lines.append("mended  " + ", ".join(f"{flag} {count}" for flag, count in sorted(self.flags.items())))
         return lines
@@ -83,6 +91,19 @@ class EncodeReport:
         }[self.bottleneck]
 
 
+def strict_json(value: Any) -> str:
+    """``value`` as JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def parse_limit(limit: str | float | int, total: int) -> int:
     """How many of ``total`` rows may fail: "0.1%", a fraction below 1 as a float, or a count. Raises ValueError."""
     try:
@@ -97,6 +118,6 @@ def parse_limit(limit: str | float | int, total: int) -> int:
             return count
         if not (math.isfinite(share) and 0 <= share <= 1):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"max_failures must be a count such as 5 or a share such as '0.1%', got {limit!r}") from None
     return math.floor(share * total)

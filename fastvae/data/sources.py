@@ -7,11 +7,13 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvae.checkpoints.report import first_few
 from fastvae.data.signatures import identify
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
 # Pictures that are not taken: listed all the same, so that each is reported as unsupported and none vanishes unseen.
 REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd"}
+NAMED = 100
 
 
 @dataclass(frozen=True, order=True)
@@ -25,17 +27,28 @@ class SourceFile:
 
 @dataclass
 class Listing:
-    """What a folder holds: ``files`` sorted by key, and how many other files were passed over."""
+    """What a folder holds: ``files`` sorted by key, and how many other files were passed over.
+
+    ``unreadable`` names, at most NAMED of them, folders without permission, links to themselves and the like.
+    """
 
     files: list[SourceFile] = field(default_factory=list)
     ignored: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def pass_over(self, place: str, top: str) -> None:
+        """Count ``place``, which the system does not let us look into, as ignored, and note its name."""
+        self.ignored += 1
+        if len(self.unreadable) < NAMED:
+            self.unreadable.append(os.path.relpath(place, top).replace(os.sep, "/"))
 
 
 def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | None = None) -> Listing:
     """Every image under ``root``, sorted by key; ``exclude`` is a folder (the output) that is not entered.
 
     A file counts as an image when its suffix or, for unknown suffixes, its first bytes say so. Hidden files and folders
-    are passed over. Linked folders are entered once each, after the real ones, so loops end.
+    are passed over, and so is what the system does not let us look into. Linked folders are entered once each, after
+    the real ones, so loops end.
     Raises ValueError if ``root`` is not a folder or holds no image.
     """
     top = Path(root)
@@ -53,6 +66,8 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
         waiting = sorted(links)
     if not listing.files:
         passed = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
+        if listing.unreadable:
+            passed += f"; not to be looked into: {first_few(listing.unreadable)}"
         raise ValueError(f"no images under {os.fspath(root)!r}{passed}")
     listing.files.sort(key=lambda file: os.fsencode(file.key))
     return listing
@@ -64,12 +79,18 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
     stack = [folder]
     while stack:
         here = stack.pop()
-        identity = _inode(here)
-        if identity in seen:
+        try:
+            identity = _inode(here)
+            if identity in seen:
+                continue
+            with os.scandir(here) as found:
+                entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+        except OSError:
+            listing.pass_over(here, top)
             continue
         seen.add(identity)
-        with os.scandir(here) as entries:
-            for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name)):
+        for entry in entries:
+            try:
                 if entry.name.startswith("."):
                     listing.ignored += entry.is_file()
                 elif entry.is_dir(follow_symlinks=False):
@@ -78,6 +99,8 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
                     links.append(entry.path)
                 else:
                     _add(entry, top, listing)
+            except OSError:
+                listing.pass_over(entry.path, top)
     return links
 
 

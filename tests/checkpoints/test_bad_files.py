@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastvae.checkpoints import loading
 from fastvae.models import AutoencoderKL
@@ -212,3 +213,11 @@ def test_the_tiny_model_is_the_embedded_one(monkeypatch, tmp_path, saved, layout
     loaded = AutoencoderKL.from_pretrained("tiny")
     assert loaded.config._name_or_path == "tiny"
     assert loaded.config.block_out_channels == layouts.small["block_out_channels"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused_by_name(model, saved, dtype):
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    state["encoder.conv_in.bias"] = state["encoder.conv_in.bias"].to(dtype)
+    save_file(state, saved / WEIGHTS)
+    assert f"{WEIGHTS}: encoder.conv_in.bias is {str(dtype).removeprefix('torch.')}; floating" in refusal(saved)

@@ -152,6 +152,10 @@ BAD = {
 }
 BAD_FLUX2 = {
     "decoder_block_out_channels_length": {"decoder_block_out_channels": [64, 64]},
+    "decoder_block_out_channels_fewer": {
+        "decoder_block_out_channels": [64, 64],
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    },
     "decoder_block_out_channels_indivisible": {"decoder_block_out_channels": [64, 64, 64, 48]},
     "batch_norm_eps_zero": {"batch_norm_eps": 0.0},
     "batch_norm_momentum_above_one": {"batch_norm_momentum": 1.5},
@@ -202,7 +206,9 @@ def test_more_parameters_than_any_machine_wants_are_refused_without_allocating_t
 def test_parameters_are_counted_exactly(name, config):
     with torch.device("meta"):
         theirs = getattr(diffusers, name)(**config)
-    assert parameter_count(validate_config(config, name, "x")) == sum(p.numel() for p in theirs.parameters())
+    # The batch norm's running statistics are buffers.
+    tensors = [*theirs.parameters(), *(buffer for buffer in theirs.buffers() if buffer.is_floating_point())]
+    assert parameter_count(validate_config(config, name, "x")) == sum(tensor.numel() for tensor in tensors)
 
 
 def test_activations_and_blocks_are_those_of_diffusers():

@@ -16,6 +16,7 @@ import fastvae.checkpoints.atomic
 from fastvae.cli.main import cli
 from fastvae.cli.output import parse_count, printable
 from fastvae.data.demonstration import PHOTOGRAPHS
+from fastvae.data.lock import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -278,3 +279,73 @@ def test_as_a_process_without_torch_for_help(pictures, model, tmp_path):
     done = subprocess.run([*command, "--buckets", "7"], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels per latent, got 7\n"
+
+
+def process(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "fastvae", *map(str, arguments)]
+    return subprocess.run(command, env=environment, check=False, text=True, **options)
+
+
+def test_a_reader_that_went_away_is_no_error(pictures, model, tmp_path):
+    """As with `| head -1`: the other end of the pipe is closed when the report comes."""
+    encode(pictures, tmp_path / "out", model)
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = process("info", tmp_path / "out", stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_stdout_is_no_full_store_and_a_full_stderr_is_no_error(pictures, model, tmp_path):
+    options = ["--vae", model, "--buckets", SIDE, "--dtype", "fp32"]
+    with open("/dev/full", "w") as full:
+        done = process("encode", pictures, tmp_path / "out", *options, stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("fastvae: the work is done, but its report could not be written")
+        done = process("encode", pictures, tmp_path / "other", *options, stdout=subprocess.PIPE, stderr=full)
+        assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
+        done = process("info", tmp_path / "nothing", stderr=full)
+        assert done.returncode == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a descriptor before the program starts")
+def test_a_closed_stderr_stops_nothing(pictures, model, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "fastvae", "encode", pictures, tmp_path / "out", "--vae", model]
+    command += ["--buckets", str(SIDE), "--dtype", "fp32"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *map(str, command)],
+        env=environment, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
+
+
+def test_a_store_that_another_run_writes_is_exit_code_5(pictures, model, tmp_path):
+    pytest.importorskip("fcntl", reason="this system has no such lock")
+    encode(pictures, tmp_path / "out", model, "--limit", 1)
+    with locked(tmp_path / "out"):
+        result = encode(pictures, tmp_path / "out", model, code=5)
+    assert f"is locked: process {os.getpid()} is writing it" in result.stderr
+    assert "5 another run" in run("--help").stdout
+
+
+def test_decode_says_that_a_named_model_is_another(pictures, model, tmp_path):
+    encode(pictures, tmp_path / "out", model)
+    small_vae(1).save_pretrained(tmp_path / "other")
+    result = run("decode", tmp_path / "out", tmp_path / "png", "--vae", tmp_path / "other")
+    assert (
+        result.stderr
+        == f"fastvae: {tmp_path / 'other'} is another model than the one {tmp_path / 'out'} was made with\n"
+    )
+
+
+def test_an_infinite_quality_is_null(model, tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    monkeypatch.setattr("fastvae.metrics.psnr", lambda *images: float("inf"))
+    facts = json.loads(run("demo", tmp_path, "--vae", model, "--json", "-q").stdout, parse_constant=pytest.fail)
+    assert facts["mean_psnr"] is None
+    assert set(facts["psnr"].values()) == {None}

@@ -22,7 +22,7 @@ from fastvae.data.encode import encode  # noqa: E402
 
 
 def die_at(name: str, number: int) -> None:
-    """Make the ``number``-th os.replace of this process its end, before or after it took place."""
+    """Make the ``number``-th os.replace or os.link of this process its end, before or after it took place."""
     moment, call = name.split(" ")
     real = getattr(os, call)
     state = {"left": number}
@@ -42,7 +42,7 @@ def main() -> None:
     source, stores = sys.argv[1:]
     torch.set_num_threads(1)
     vae = small_vae()
-    for name in ("before replace", "after replace"):
+    for name in ("before replace", "after replace", "before link", "after link"):
         for number in range(1, 40):
             child = os.fork()
             if child == 0:

@@ -81,10 +81,10 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path):
     )
     points = [line.split("\t") for line in done.stdout.splitlines()]
     killed = [name for name, code in points if code == "137"]
-    # Files written atomically: store.json, plan, shards and records, failures and index, by one rename each.
+    # Written atomically: store.json, shards and records, failures and index by a rename each, the plan by a link.
     files = 4 + 2 * len(list((tmp_path / "whole" / "shards").glob("*.safetensors")))
     assert len(killed) == 2 * files
-    assert [code for name, code in points if name not in killed] == ["0", "0"]
+    assert [code for name, code in points if name not in killed] == ["0"] * 4
     for name in killed:
         out = tmp_path / "killed" / name
         committed = 0
@@ -125,7 +125,7 @@ def test_what_is_not_committed_is_not_trusted_and_done_again(made, tmp_path, dam
 
 
 def test_leftovers_are_swept(made, tmp_path):
-    leftover = made / "shards" / "000009-32x32.safetensors.tmp.123.abcd"
+    leftover = made / "shards" / "000009-32x32.safetensors.tmp.123.0123abcd"
     leftover.write_bytes(b"half a shard")
     encode(tmp_path / "in", made, vae=small_vae(), **OPTIONS)
     assert not leftover.exists()
@@ -137,7 +137,9 @@ def test_leftovers_are_swept(made, tmp_path):
         (None, "has no store.json"),
         ("{", "not readable as JSON"),
         ('{"fvl": 2}', r'must have "fvl": 1'),
-        ('{"fvl": 1}', "was edited"),
+        ('{"fvl": 1}', "is damaged: it lacks identity, identity_digest, bucket"),
+        ('{"fvl": 1, "scaling": NaN}', "not readable as JSON: NaN is no JSON"),
+        ("lacks a mean", r"is damaged: it lacks identity\.numerics\.mean, scaling\.batch_norm"),
         ("[]", r'must have "fvl": 1'),
         ("edited", "was edited"),
     ],
@@ -149,6 +151,10 @@ def test_a_folder_that_is_no_store_is_refused(made, content, words):
     elif content == "edited":
         facts = json.loads(path.read_text())
         facts["identity"]["numerics"]["dtype"] = "fp16"
+        path.write_text(json.dumps(facts))
+    elif content == "lacks a mean":
+        facts = json.loads(path.read_text())
+        del facts["identity"]["numerics"]["mean"], facts["scaling"]["batch_norm"]
         path.write_text(json.dumps(facts))
     else:
         path.write_text(content)
@@ -165,7 +171,9 @@ def test_a_damaged_plan_is_named(made):
 def test_a_damaged_shard_is_named(made):
     shard = made / "shards" / "000001-32x32.safetensors"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
-    with pytest.raises(StoreError, match=r"000001-32x32\.safetensors is damaged: .*; delete it and encode again"):
+    with pytest.raises(
+        StoreError, match=r"000001-32x32\.safetensors is damaged: .*; run the same fastvae encode again"
+    ):
         LatentDataset(made)
 
 
