@@ -18,7 +18,7 @@ from fastvae_kernels import tiles
 from fastvae_kernels.attention_gradient import gradients
 from fastvae_kernels.attention_long import attend_long
 from fastvae_kernels.attention_tiles import DTYPES, LN_2, LOG2_E, check, load_tile, store_tile, width_of
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 # From here on the two products win: predicted 500 TFLOP/s against 330 to 400 for the flash form on an H200 in bf16. One
 # image then has a tile for every multiprocessor, and above 256 channels the flash form's accumulator leaves no room.
@@ -163,6 +163,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> t
 
 
 @torch.library.custom_op("fastvae::spatial_attention", mutates_args=())
+@on_its_device
 def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale * query key^T) value, [N, S, d], and its natural log-sum-exp, fp32 [N, S], without a gradient.
 
@@ -174,6 +175,7 @@ def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 
 @spatial_attention.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """spatial_attention without the dispatcher."""
     check(query, key=key, value=value)
@@ -187,6 +189,7 @@ def _(query, key, value, scale):
 
 
 @torch.library.custom_op("fastvae::spatial_attention_shared", mutates_args=())
+@on_its_device
 def spatial_attention_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """spatial_attention(query, x, x, scale), which streams x once where two tensors would be; errors alike."""
     check(query, x=x)
@@ -194,6 +197,7 @@ def spatial_attention_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Te
 
 
 @spatial_attention_shared.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """spatial_attention_shared without the dispatcher."""
     check(query, x=x)
@@ -207,6 +211,7 @@ def _(query, x, scale):
 
 
 @torch.library.custom_op("fastvae::spatial_attention_backward", mutates_args=())
+@on_its_device
 def spatial_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
@@ -217,13 +222,14 @@ def spatial_attention_backward(
 
 
 @spatial_attention_backward.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
     """spatial_attention_backward without the dispatcher."""
     if query.dtype == torch.float64:
         return spatial_attention_backward._init_fn(grad, query, key, value, out, lse, scale)
-    grad, query, key, out = (values.contiguous() for values in (grad, query, key, out))
+    grad, query, key, out, lse = (values.contiguous() for values in (grad, query, key, out, lse))
     return gradients(grad, query, key, None if value is None else value.contiguous(), out, lse, scale)
 
 

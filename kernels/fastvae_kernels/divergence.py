@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 LOWEST, HIGHEST = -30.0, 20.0
 CHUNK = 8192
@@ -41,8 +41,8 @@ def reference_backward(grad: Tensor, moments: Tensor) -> Tensor:
 
 def cost(moments: Tensor) -> Cost:
     """The moments once, the chunks' sums written and read, the result."""
-    chunks = len(moments) * _chunks(moments)
-    return Cost(size_in_bytes(moments) + (2 * chunks + len(moments)) * 4, 3 * moments.numel(), 2)
+    chunks = moments.shape[0] * _chunks(moments)
+    return Cost(size_in_bytes(moments) + (2 * chunks + moments.shape[0]) * 4, 3 * moments.numel(), 2)
 
 
 def _chunks(moments: Tensor) -> int:
@@ -123,6 +123,7 @@ def _backward_kernel(
 
 
 @torch.library.custom_op("fastvae::kl_divergence", mutates_args=())
+@on_its_device
 def kl_divergence(moments: Tensor) -> Tensor:
     """The divergence of each row of moments [N, 2L, h, w] in nats, fp32 [N] (float64 for float64).
 
@@ -133,6 +134,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
 
 
 @kl_divergence.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch(moments: Tensor) -> Tensor:
     """kl_divergence without the dispatcher."""
     _check(moments)
@@ -140,7 +142,7 @@ def launch(moments: Tensor) -> Tensor:
         return reference(moments)
     layout = {"CHANNELS": moments.shape[1], "CHANNELS_LAST": _channels_last(moments)}
     moments = moments if layout["CHANNELS_LAST"] else moments.contiguous()
-    rows, chunks = len(moments), _chunks(moments)
+    rows, chunks = moments.shape[0], _chunks(moments)
     divergence = torch.empty(rows, dtype=torch.float32, device=moments.device)
     partial = torch.empty((rows, chunks), dtype=torch.float32, device=moments.device)
     if rows and chunks:
@@ -154,16 +156,18 @@ def launch(moments: Tensor) -> Tensor:
 @kl_divergence.register_fake
 def _(moments):
     _check(moments)
-    return moments.new_empty(len(moments), dtype=torch.promote_types(moments.dtype, torch.float32))
+    return moments.new_empty(moments.shape[0], dtype=torch.promote_types(moments.dtype, torch.float32))
 
 
 @torch.library.custom_op("fastvae::kl_divergence_backward", mutates_args=())
+@on_its_device
 def kl_divergence_backward(grad: Tensor, moments: Tensor) -> Tensor:
     """The gradient of the moments from that of the divergences, [N]; zero where the log-variance was clamped."""
     return reference_backward(grad, moments)
 
 
 @kl_divergence_backward.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
     """kl_divergence_backward without the dispatcher."""
     if moments.dtype == torch.float64:
@@ -174,7 +178,7 @@ def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
     grad_moments = torch.empty_like(moments, memory_format=form)
     if moments.numel():
         size = moments.shape[1:].numel()
-        _backward_kernel[(len(moments) * -(-size // BLOCK),)](
+        _backward_kernel[(moments.shape[0] * -(-size // BLOCK),)](
             grad.contiguous(), moments, grad_moments, size, **layout, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     return grad_moments

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels import statistics, tiles
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def statistics_reference(x: Tensor) -> Tensor:
@@ -133,12 +133,14 @@ def _scale_shift_kernel(
 
 
 @torch.library.custom_op("fastvae::group_norm_statistics", mutates_args=())
+@on_its_device
 def group_norm_statistics(x: Tensor) -> Tensor:
     """Partial statistics of x [N, C, H, W], fp32 [N, chunks, 3, C] (statistics.py). Raises ValueError for others."""
     return statistics_reference(x)
 
 
 @group_norm_statistics.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_statistics(x: Tensor) -> Tensor:
     statistics.check_image("x", x)
     statistics.check_kernel_dtype("x", x)
@@ -152,6 +154,7 @@ def _(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastvae::group_norm_affine", mutates_args=())
+@on_its_device
 def group_norm_affine(
     partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, conv_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -164,6 +167,7 @@ def group_norm_affine(
 
 
 @group_norm_affine.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_affine(
     partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, conv_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -206,17 +210,20 @@ def _launch(x: Tensor, scale: Tensor, shift: Tensor, factor: float, silu: bool) 
 
 
 @torch.library.custom_op("fastvae::scale_shift", mutates_args=())
+@on_its_device
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift in channels_last, for x [N, C, H, W] and fp32 scale, shift [N, C]; ValueError for others."""
     return scale_shift_reference(x, scale, shift)
 
 
 @scale_shift.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return _launch(x, scale, shift, 1.0, silu=False)
 
 
 @torch.library.custom_op("fastvae::scale_shift_silu", mutates_args=())
+@on_its_device
 def scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     """silu(x * scale + shift) * factor in channels_last, rounded once; as scale_shift otherwise.
 
@@ -226,6 +233,7 @@ def scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.
 
 
 @scale_shift_silu.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     return _launch(x, scale, shift, factor, silu=True)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels import statistics, tiles
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
@@ -206,18 +206,22 @@ def _input_gradient_kernel(
 
 
 @torch.library.custom_op("fastvae::group_norm_forward", mutates_args=())
+@on_its_device
 def group_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, inverse): what the backward needs beside y, [N, groups]."""
+    statistics.check_partials(partials, x)
     return reference(x, weight, bias, groups, eps, silu), *moments_reference(x, groups, eps)
 
 
 @group_norm_forward.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias, groups)
+    statistics.check_partials(partials, x)
     statistics.check_kernel_dtype("x", x)
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -250,12 +254,14 @@ def _pointwise(op: str, x: Tensor) -> tuple[tuple[int], dict[str, int]]:
 @group_norm_forward.register_fake
 def _(x, weight, bias, groups, eps, silu, partials=None):
     _check(x, weight, bias, groups)
+    statistics.check_partials(partials, x)
     moments = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, inverse = (x.new_empty(x.shape[0], groups, dtype=moments) for _ in range(2))
     return statistics.new_channels_last(*x.shape, like=x), mean, inverse
 
 
 @torch.library.custom_op("fastvae::group_norm_backward", mutates_args=())
+@on_its_device
 def group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,6 +270,7 @@ def group_norm_backward(
 
 
 @group_norm_backward.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,6 +312,7 @@ def _(dy, x, weight, bias, mean, inverse, silu):
 def _keep(ctx, inputs, output):
     x, weight, bias, _, _, ctx.silu, _ = inputs
     _, mean, inverse = output
+    ctx.mark_non_differentiable(mean, inverse)
     ctx.save_for_backward(x, weight, bias, mean, inverse)
 
 
@@ -324,14 +332,19 @@ def group_norm_silu(
     x: [N, C, H, W] in any strides. weight, bias: [C] in any floating dtype. partials: what the producer of x left, in
     place of a pass over x. Raises ValueError where shapes do not match.
     """
-    return group_norm_forward(x, weight, bias, groups, eps, True, partials)[0]
+    return group_norm_forward(x, weight, bias, groups, eps, True, _detached(partials))[0]
 
 
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partials: Tensor | None = None
 ) -> Tensor:
     """GroupNorm(x) without an activation; as group_norm_silu otherwise."""
-    return group_norm_forward(x, weight, bias, groups, eps, False, partials)[0]
+    return group_norm_forward(x, weight, bias, groups, eps, False, _detached(partials))[0]
+
+
+def _detached(partials: Tensor | None) -> Tensor | None:
+    # The gradient of x already goes through its statistics, wherever they were taken.
+    return None if partials is None else partials.detach()
 
 
 def audit_cases():

@@ -136,7 +136,8 @@ def reserve(
     processors, threads_per_processor: multi_processor_count and max_threads_per_multi_processor of its device. The
     seed is an unsigned 64-bit integer. Source: ATen/native/cuda/DistributionTemplates.h, calc_execution_policy.
     """
-    threads = stream_threads(count, processors, threads_per_processor)
+    # At least a block: an empty batch draws nothing, and its threads must still be some.
+    threads = stream_threads(max(count, 1), processors, threads_per_processor)
     with _reserving:
         seed, offset = generator.initial_seed(), generator.get_offset()
         if count:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels import statistics, tiles
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 MOST_COLOURS = 8
 
@@ -95,6 +95,7 @@ def _conv_in_kernel(
 
 
 @torch.library.custom_op("fastvae::pixels_conv_in", mutates_args=())
+@on_its_device
 def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(conv_in(pixels), its partial statistics); differentiable in weight, bias and float pixels.
 
@@ -105,6 +106,7 @@ def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor
 
 
 @pixels_conv_in.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     _check(pixels, weight, bias)
     statistics.check_kernel_dtype("weight", weight)

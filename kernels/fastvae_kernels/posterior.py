@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels import philox
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, backend, libdevice, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, backend, libdevice, on_its_device, size_in_bytes, tl, triton
 
 LOWEST, HIGHEST = -30.0, 20.0
 BLOCK = 1024
@@ -87,16 +87,18 @@ def _check(moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, thread
         raise ValueError(f"moments must be floating point, got {moments.dtype}")
     if seeds is None:
         return
-    rows = (len(moments),) if offsets is None else (1, len(moments))
-    if seeds.ndim != 1 or seeds.dtype != torch.int64 or len(seeds) not in rows:
+    # Not len(): it would make the batch a constant of whatever torch.compile traces.
+    batch = moments.shape[0]
+    rows = (batch,) if offsets is None else (1, batch)
+    if seeds.ndim != 1 or seeds.dtype != torch.int64 or seeds.shape[0] not in rows:
         raise ValueError(
-            f"seeds must be int64, one for each of the {len(moments)} rows of moments (or a single one with offsets), "
+            f"seeds must be int64, one for each of the {batch} rows of moments (or a single one with offsets), "
             f"got {seeds.dtype} of shape {tuple(seeds.shape)}"
         )
-    if offsets is not None and (offsets.shape != seeds.shape or offsets.dtype != torch.int64 or threads <= 0):
+    if offsets is not None and (offsets.shape != seeds.shape or offsets.dtype != torch.int64 or threads < 1):
         raise ValueError(
             f"offsets must be int64, one for each seed, with the number of threads, got {offsets.dtype} of shape "
-            f"{tuple(offsets.shape)} for {len(seeds)} seeds and threads={threads}"
+            f"{tuple(offsets.shape)} for {seeds.shape[0]} seeds and threads={threads}"
         )
 
 
@@ -226,13 +228,13 @@ def _sample_backward_kernel(
 
 def _launch_over(kernel: Any, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, **rest: Any):
     size = moments.shape[1:].numel() // 2
-    per_row = seeds is not None and (offsets is None or len(seeds) == len(moments))
-    kernel[(-(-size // BLOCK) * len(moments),)](
+    per_row = seeds is not None and (offsets is None or seeds.shape[0] == moments.shape[0])
+    kernel[(-(-size // BLOCK) * moments.shape[0],)](
         **rest,
         moments_ptr=moments,
         # A pointer that is never followed: the mode draws nothing, and rows count from offset zero.
-        seeds_ptr=moments if seeds is None else seeds,
-        offsets_ptr=moments if offsets is None else offsets,
+        seeds_ptr=moments if seeds is None else seeds.contiguous(),
+        offsets_ptr=moments if offsets is None else offsets.contiguous(),
         pixels=moments.shape[2:].numel(),
         threads=threads,
         seeds_step=int(per_row),
@@ -258,6 +260,7 @@ def _dense(moments: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastvae::sample_posterior", mutates_args=())
+@on_its_device
 def sample_posterior(
     moments: Tensor,
     seeds: Tensor | None,
@@ -279,6 +282,7 @@ def sample_posterior(
 
 
 @sample_posterior.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch(
     moments: Tensor,
     seeds: Tensor | None,
@@ -306,6 +310,7 @@ def _(moments, seeds, offsets=None, threads=0, shift=0.0, scale=1.0):
 
 
 @torch.library.custom_op("fastvae::sample_posterior_backward", mutates_args=())
+@on_its_device
 def sample_posterior_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
@@ -314,6 +319,7 @@ def sample_posterior_backward(
 
 
 @sample_posterior_backward.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:

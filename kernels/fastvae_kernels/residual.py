@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels import statistics, tiles
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes, tl, triton
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def reference(
@@ -98,6 +98,7 @@ def _residual_kernel(
 
 
 @torch.library.custom_op("fastvae::residual_add", mutates_args=())
+@on_its_device
 def residual_add(
     h: Tensor, residual: Tensor, bias: Tensor | None = None, residual_bias: Tensor | None = None, pad: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -110,6 +111,7 @@ def residual_add(
 
 
 @residual_add.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch(
     h: Tensor, residual: Tensor, bias: Tensor | None = None, residual_bias: Tensor | None = None, pad: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -119,6 +121,7 @@ def launch(
     return y, launch_into(y, h, residual, bias, residual_bias, pad)
 
 
+@on_its_device
 def launch_into(
     y: Tensor, h: Tensor, residual: Tensor, bias: Tensor | None, residual_bias: Tensor | None, pad: int = 0
 ) -> Tensor:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class _Absent:
@@ -31,11 +38,34 @@ def _import_triton() -> tuple[Any, Any, Any]:
 
 
 triton, tl, libdevice = _import_triton()
+HAS_TRITON = not isinstance(triton, _Absent)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # The dispatcher is the switch: a tensor on one of these devices goes to the kernel, every other to the reference.
 # Under Triton's interpreter the CPU takes the GPU's part.
-KERNEL_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+KERNEL_DEVICES = (("cuda", "cpu") if INTERPRETED else ("cuda",)) if HAS_TRITON else ()
+
+
+def on_its_device(launcher: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let a launcher run on the GPU of its first tensor, and without autocast.
+
+    Triton launches on the current device whatever the tensors' is, and torch sets no device for custom ops. Autocast
+    would change the dtype of the products that torch computes for an op, which then is not what its fake promises.
+    """
+
+    @functools.wraps(launcher)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        kind = first.device.type
+        # A real tensor on a GPU means that CUDA is initialised; a fake one on a machine without GPU needs no device.
+        device = torch.cuda.device_of(first) if torch.cuda.is_initialized() else nullcontext()
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with device, autocast:
+            return launcher(*args, **kwargs)
+
+    # torch reads an op's schema off its annotations, and would look their names up in this module.
+    guarded.__signature__ = inspect.signature(launcher, eval_str=True)  # type: ignore[attr-defined]
+    return guarded
 
 
 def backend(_semantic: Any = None) -> Any:

@@ -63,6 +63,22 @@ def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
         raise ValueError(f"{name} must have one value for each of {channels} channels, got {tuple(vector.shape)}")
 
 
+def check_partials(partials: Tensor | None, x: Tensor) -> None:
+    """Refuse, by ValueError, partials that are not those of x [N, C, H, W], folded or not."""
+    if partials is None:
+        return
+    batch, channels, height, width = x.shape
+    most = chunk_count(height * width, channels)
+    # float64 is the references' own.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rest = (partials.shape[0], *partials.shape[2:])
+    if partials.ndim != 4 or partials.dtype != wide or rest != (batch, 3, channels) or partials.shape[1] > most:
+        raise ValueError(
+            f"partials must be {wide} [{batch}, {most} or fewer, 3, {channels}] for such an x, got {partials.dtype} of "
+            f"shape {tuple(partials.shape)}"
+        )
+
+
 def check_kernel_dtype(name: str, x: Tensor) -> None:
     """Refuse, by ValueError, a dtype that no kernel takes: float64 is the references' alone."""
     if x.dtype not in DTYPES:

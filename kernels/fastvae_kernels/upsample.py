@@ -13,18 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels import statistics
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, size_in_bytes
-
-# Which weights of a row meet in each of the four of the transposed convolution: output 2i - 1 + u reads pixel i by the
-# weights 2 - u and 3 - u, where there are such.
-MEETING = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     # Nearest by repeating: torch's channels_last kernel for it counts in 32 bits (pytorch#141831).
     doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    return statistics.same_layout(F.conv2d(doubled, weight, bias, padding=1))
+    return statistics.same_layout(F.conv2d(doubled, weight, _as(bias, x), padding=1))
 
 
 def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
@@ -45,8 +41,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     statistics.check_vector("bias", bias, weight.shape[0])
 
 
-def _meeting(weight: Tensor) -> Tensor:
-    return torch.tensor(MEETING, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
 
 
 def fold_upsample_weights(weight: Tensor) -> Tensor:
@@ -54,12 +50,24 @@ def fold_upsample_weights(weight: Tensor) -> Tensor:
 
     Added in fp32 and rounded once to the weight's dtype; a linear map, and differentiable.
     """
-    meeting = _meeting(weight)
-    folded = torch.einsum("ua,vb,dcab->cduv", meeting, meeting, weight.to(meeting.dtype))
-    return folded.to(weight.dtype)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return _fold_last(_fold_last(wide.mT).mT).transpose(0, 1).to(weight.dtype)
+
+
+def _fold_last(weight: Tensor) -> Tensor:
+    # Output 2i - 1 + u reads pixel i by the weights 2 - u and 3 - u of the row, where there are such. By slices and
+    # additions: a product could be computed in tf32, and a constant would be copied to the GPU at every call.
+    first, second, third = weight.unbind(-1)
+    return torch.stack((third, second + third, first + second, first), dim=-1)
+
+
+def _unfold_last(dfolded: Tensor) -> Tensor:
+    zeroth, first, second, third = dfolded.unbind(-1)
+    return torch.stack((second + third, first + second, zeroth + first), dim=-1)
 
 
 @torch.library.custom_op("fastvae::upsample_conv", mutates_args=())
+@on_its_device
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """conv3x3(nearest2x(x)) + bias, [N, D, 2H, 2W] in channels_last; differentiable in all three.
 
@@ -69,18 +77,20 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 @upsample_conv.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def _fold_and_launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     return launch(x, fold_upsample_weights(weight), bias)
 
 
+@on_its_device
 def launch(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
     """upsample_conv by weights that fold_upsample_weights gave: for who keeps them."""
     batch, _, height, width = x.shape
     if batch == 0:
         return statistics.new_channels_last(0, folded.shape[1], 2 * height, 2 * width, like=x)
     x, folded = (value.contiguous(memory_format=torch.channels_last) for value in (x, folded))
-    y = F.conv_transpose2d(x, folded, bias, stride=2, padding=1)
+    y = F.conv_transpose2d(x, folded, _as(bias, x), stride=2, padding=1)
     wanted = (4 * height * width * folded.shape[1], 1, 2 * width * folded.shape[1], folded.shape[1])
     return y if y.stride() == wanted else statistics.same_layout(y)
 
@@ -111,8 +121,8 @@ def _backward(ctx, dy):
         [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
     )  # fmt: skip
     if ctx.needs_input_grad[1]:
-        meeting = _meeting(weight)
-        dweight = torch.einsum("ua,vb,cduv->dcab", meeting, meeting, dfolded.to(meeting.dtype)).to(weight.dtype)
+        wide = dfolded.to(torch.promote_types(weight.dtype, torch.float32))
+        dweight = _unfold_last(_unfold_last(wide.mT).mT).transpose(0, 1).to(weight.dtype)
     return dx, dweight, dbias
 
 

@@ -123,7 +123,7 @@ class _Generator:
 @pytest.mark.parametrize(
     ("count", "threads", "advance"),
     [
-        (0, 0, 0),
+        (0, 256, 0),
         (1, 256, 4),
         (257, 512, 4),
         (270_336, 270_336, 4),

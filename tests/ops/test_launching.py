@@ -1,0 +1,133 @@
+"""What every launcher owes its caller, whichever op it is: the right device, no autocast, no foreign strides."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from fastvae_kernels import attention, divergence, philox, posterior, upsample
+from fastvae_kernels.group_norm import group_norm_statistics
+from fastvae_kernels.group_norm_silu import group_norm_forward, group_norm_silu
+
+KERNELS = Path(posterior.__file__).parent
+
+
+def test_every_launcher_and_reference_is_guarded():
+    """Triton launches on the current device and torch sets none for a custom op: each must set its own."""
+    unguarded = []
+    for path in sorted(KERNELS.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            registered = any("custom_op" in d or "register_kernel" in d for d in decorators)
+            if (registered or node.name.startswith("launch")) and "on_its_device" not in decorators:
+                unguarded.append(f"{path.name}: {node.name}")
+    assert not unguarded, unguarded
+
+
+@pytest.mark.parametrize(
+    "seeds", [torch.tensor([1, 9, 2, 9])[::2], torch.tensor([7]).expand(2)], ids=["step", "expanded"]
+)
+def test_seeds_in_any_strides(seeds):
+    moments = torch.randn(2, 8, 4, 4)
+    assert torch.equal(posterior.launch(moments, seeds), posterior.launch(moments, seeds.contiguous()))
+    offsets = torch.tensor([4, 0, 8, 0])[::2]
+    drawn, expected = (
+        posterior.launch(moments, s, o, 256) for s, o in ((seeds, offsets), (seeds.contiguous(), offsets.contiguous()))
+    )
+    assert torch.equal(drawn, expected)
+
+
+def test_an_empty_batch_with_a_stream():
+    threads = philox.stream_threads(1, 132, 2048)
+    empty = torch.empty(0, 8, 4, 4)
+    assert posterior.sample_posterior(empty, torch.tensor([3]), torch.tensor([0]), threads).shape == (0, 4, 4, 4)
+
+
+def test_a_log_sum_exp_in_any_strides():
+    query = torch.randn(2, 5, 32)
+    out, lse = attention.launch(query, query, query, 0.1)
+    transposed = lse.t().contiguous().t()
+    for one, other in zip(
+        attention.launch_backward(out, query, query, query, out, lse, 0.1),
+        attention.launch_backward(out, query, query, query, out, transposed, 0.1),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_autocast_does_not_reach_into_an_op():
+    x, weight, bias = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 3, 3), torch.randn(8)
+    expected = upsample.upsample_conv(x, weight, bias)
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = upsample.upsample_conv(x, weight, bias)
+        y.sum().backward()
+    assert torch.equal(y, expected)
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_upsample_takes_a_bias_of_another_dtype():
+    x, weight, bias = torch.randn(1, 8, 4, 4).bfloat16(), torch.randn(8, 8, 3, 3).bfloat16(), torch.randn(8)
+    truth = upsample.reference(x.double(), weight.double(), bias.bfloat16().double())
+    eager = upsample.reference(x, weight, bias)
+    assert_as_accurate(upsample.upsample_conv(x, weight, bias), eager, truth)
+
+
+def test_statistics_taken_apart_can_be_differentiated_through():
+    x, weight, bias = torch.randn(2, 8, 3, 3, requires_grad=True), torch.randn(8), torch.randn(8)
+    group_norm_silu(x, weight, bias, 4, 1e-6).square().sum().backward()
+    expected, x.grad = x.grad, None
+    group_norm_silu(x, weight, bias, 4, 1e-6, partials=group_norm_statistics(x)).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert not any(moment.requires_grad for moment in group_norm_forward(x, weight, bias, 4, 1e-6, True)[1:])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 3, 3), (2, 16, 3, 3), (2, 8, 300, 300)], ids=["batch", "channels", "chunks"])
+def test_statistics_of_another_image_are_refused(shape):
+    x, weight, bias = torch.randn(2, 8, 3, 3), torch.randn(8), torch.randn(8)
+    with pytest.raises(ValueError, match="partials must be torch.float32"):
+        group_norm_silu(x, weight, bias, 4, 1e-6, partials=group_norm_statistics(torch.randn(shape)))
+
+
+@pytest.mark.parametrize("op", ["divergence", "sample"])
+def test_one_compilation_serves_every_batch(op):
+    compilations = []
+
+    def count(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    def call(moments, seeds):
+        return divergence.kl_divergence(moments) if op == "divergence" else posterior.sample_posterior(moments, seeds)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=count, dynamic=True, fullgraph=True)
+    for batch in (2, 3, 4, 5):
+        moments, seeds = torch.randn(batch, 8, 4, 4), torch.arange(batch)
+        assert torch.equal(compiled(moments, seeds), call(moments, seeds))
+    assert len(compilations) == 1
+
+
+def test_without_triton_the_references_serve():
+    """As on macOS and Windows; in a process of its own, where the import fails."""
+    probe = f"""
+import sys
+sys.modules["triton"] = None
+sys.path.insert(0, {str(KERNELS.parent)!r})
+import torch
+from fastvae_kernels import attention, group_norm_silu, posterior, runtime, upsample
+assert runtime.KERNEL_DEVICES == ()
+x = torch.randn(1, 8, 4, 4)
+group_norm_silu.group_norm_silu(x, torch.ones(8), torch.zeros(8), 4, 1e-6)
+posterior.sample_posterior(x, torch.tensor([1]))
+attention.spatial_attention(torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.randn(1, 4, 8), 0.1)
+upsample.upsample_conv(x, torch.randn(8, 8, 3, 3))
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
