@@ -1,0 +1,343 @@
+"""What is timed: one table of cases from the Stable Diffusion autoencoder, and how each op runs, ours and eager.
+
+An operation makes its inputs and binds them to calls: ours (the launcher), eager (what a model in plain torch runs),
+plain (the same function as ours, in the same dtype, for the gate; eager where not said) and truth (the same in a wider
+dtype; plain where not said). Its cost is the op's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastvae_kernels import attention, divergence, group_norm, group_norm_silu, pixels, posterior, residual, upsample
+from fastvae_kernels import statistics as partial_statistics
+from fastvae_kernels.runtime import Cost, size_in_bytes
+from torch import Tensor
+
+GROUPS, EPS, LATENT_SCALE = 32, 1e-6, 0.18215
+Call = Callable[[], Any]
+FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. shape: that of the first input, [N, C, H, W] or [N, S, d]; layout: what ours is handed."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str = "bfloat16"
+    layout: str = "NHWC"
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How an op runs. bound: which of its costs makes its floor, "bytes" or "flops"."""
+
+    make: Callable[[Case, torch.device], tuple]
+    ours: Callable[..., Call]
+    eager: Callable[..., Call]
+    cost: Callable[..., Cost]
+    bound: str = "bytes"
+    plain: Callable[..., Call] | None = None
+    truth: Callable[..., Call] | None = None
+
+
+def encoder_stages(side: int) -> list[tuple[int, ...]]:
+    """What the norms of an encoder at side x side see."""
+    return [(1, 128, side, side), (1, 256, side // 2, side // 2), (1, 512, side // 4, side // 4),
+            (1, 512, side // 8, side // 8)]  # fmt: skip
+
+
+def decoder_stages(side: int) -> list[tuple[int, ...]]:
+    """What the norms of a decoder see beyond the encoder's: the first of a level has the channels of the one before."""
+    return [(1, 256, side, side), (1, 512, side // 2, side // 2)]
+
+
+SIDES = (256, 512, 1024, 2048)
+POINTWISE = ("group_norm_silu_measured", "group_norm_statistics", "scale_shift_silu", "residual_add")
+# The norm that published kernels are compared on: [1, 128, 20, 256, 256], its frames laid below each other.
+TALL = (1, 128, 20 * 256, 256)
+_TABLE = [
+    *(Case("group_norm_silu", shape) for side in SIDES for shape in encoder_stages(side) + decoder_stages(side)),
+    Case("group_norm_silu", TALL),
+    Case("group_norm_silu_measured", TALL),
+    Case("group_norm_silu", (8, 128, 512, 512)),
+    *(Case("group_norm_silu", (1, 128, 1024, 1024), dtype) for dtype in ("float16", "float32")),
+    *(Case(op, shape) for op in POINTWISE for side in SIDES[1:] for shape in encoder_stages(side)[:3]),
+    Case("residual_add", (1, 128, 1024, 1024), "float16"),
+    *(Case("residual_add_padded", shape) for shape in encoder_stages(512)[:3]),
+    *(Case("group_norm_silu_backward", shape) for shape in encoder_stages(512)[:3]),
+    *(Case("spatial_attention", (1, length, 512)) for length in (1024, 4096, 16384)),
+    Case("spatial_attention", (8, 4096, 512)),
+    Case("spatial_attention", (1, 4096, 512), "float16"),
+    *(Case("spatial_attention_shared", (1, length, 512)) for length in (1024, 4096, 16384)),
+    *(Case("spatial_attention_backward", (1, length, 512)) for length in (1024, 4096, 16384)),
+    *(Case("pixels_conv_in", (1, 3, side, side)) for side in SIDES),
+    Case("pixels_conv_in", (8, 3, 512, 512)),
+    Case("pixels_conv_in", (1, 3, 1024, 1024), layout="NCHW"),
+    *(Case("upsample_conv", (1, 512, side // by, side // by)) for side in (512, 1024) for by in (8, 4)),
+    *(Case("upsample_conv", (1, 256, side // 2, side // 2)) for side in (512, 1024, 2048)),
+    *(Case("sample_posterior", (8, 8, side // 8, side // 8), layout="NCHW") for side in SIDES),
+    Case("sample_posterior", (8, 8, 64, 64), "float16"),
+    Case("kl_divergence", (8, 8, 64, 64), layout="NCHW"),
+    Case("kl_divergence", (8, 8, 256, 256), layout="NCHW"),
+]  # fmt: skip
+# Levels of neighbouring sizes meet: each shape once.
+CASES = list(dict.fromkeys(_TABLE))
+# Tiny, and every op once: what the interpreter runs in seconds.
+DRY = [
+    Case("group_norm_silu", (1, 64, 4, 5)),
+    Case("group_norm_silu_measured", (1, 64, 4, 5), "float32"),
+    Case("group_norm_statistics", (1, 64, 4, 5)),
+    Case("scale_shift_silu", (1, 64, 4, 5), "float16"),
+    Case("residual_add", (1, 64, 4, 5)),
+    Case("residual_add_padded", (1, 64, 4, 5)),
+    Case("group_norm_silu_backward", (1, 64, 4, 5), "float32"),
+    Case("spatial_attention", (1, 20, 32)),
+    Case("spatial_attention_shared", (1, 20, 32), "float16"),
+    Case("spatial_attention_backward", (1, 20, 32), "float32"),
+    Case("pixels_conv_in", (1, 3, 6, 5)),
+    Case("pixels_conv_in", (1, 3, 6, 5), layout="NCHW"),
+    Case("upsample_conv", (1, 32, 3, 4)),
+    Case("sample_posterior", (2, 8, 3, 4), layout="NCHW"),
+    Case("kl_divergence", (2, 8, 3, 4), layout="NCHW"),
+]
+
+
+def copied(values: tuple, layout: str | None = None) -> tuple:
+    """Fresh copies of tensors; the four-dimensional ones in ``layout``, or as they lie where that is None."""
+    form = FORMATS.get(layout or "", torch.preserve_format)
+    return tuple(v.clone(memory_format=form if v.ndim == 4 else torch.preserve_format) for v in values)
+
+
+def widened(values: tuple, dtype: torch.dtype) -> tuple:
+    """``values`` with the floating-point tensors in ``dtype``."""
+    return tuple(v.to(dtype) if v.is_floating_point() else v for v in values)
+
+
+def _random(case: Case, device: torch.device, shape: tuple[int, ...] | None = None) -> Tensor:
+    values = torch.randn(shape or case.shape, device=device).to(getattr(torch, case.dtype))
+    return values.contiguous(memory_format=FORMATS[case.layout]) if values.ndim == 4 else values
+
+
+def _normed(case: Case, device: torch.device) -> tuple:
+    channels = (case.shape[1],)
+    return _random(case, device) + 0.5, _random(case, device, channels), _random(case, device, channels)
+
+
+def _measured(case: Case, device: torch.device) -> tuple:
+    inputs = _normed(case, device)
+    return *inputs, group_norm.launch_statistics(inputs[0])
+
+
+def _norm_gradient(case: Case, device: torch.device) -> tuple:
+    inputs = _normed(case, device)
+    return _random(case, device), *inputs, *group_norm_silu.moments_reference(inputs[0], GROUPS, EPS)
+
+
+def _scaled(case: Case, device: torch.device) -> tuple:
+    return _random(case, device), *torch.randn(2, *case.shape[:2], device=device)
+
+
+def _added(case: Case, device: torch.device) -> tuple:
+    return _random(case, device), _random(case, device), _random(case, device, (case.shape[1],))
+
+
+def _attended(tensors: int) -> Callable[[Case, torch.device], tuple]:
+    return lambda case, device: tuple(_random(case, device) for _ in range(tensors))
+
+
+def _attention_gradient(case: Case, device: torch.device) -> tuple:
+    grad, query, key, value = _attended(4)(case, device)
+    return grad, query, key, value, *attention.launch(query, key, value, _scale(query))
+
+
+def _pictures(case: Case, device: torch.device) -> tuple:
+    # Bytes as a file gives them, [N, H, W, 3]; floats as a tensor pipeline does, NCHW.
+    if case.layout == "NHWC":
+        given = torch.randint(0, 256, case.shape, device=device, dtype=torch.uint8)
+        given = given.contiguous(memory_format=torch.channels_last)
+    else:
+        given = _random(case, device)
+    return given, _random(case, device, (128, 3, 3, 3)) / 5, _random(case, device, (128,))
+
+
+def _upsampled(case: Case, device: torch.device) -> tuple:
+    channels = case.shape[1]
+    weight = _random(case, device, (channels, channels, 3, 3)) / (9 * channels) ** 0.5
+    folded = upsample.fold_upsample_weights(weight).contiguous(memory_format=torch.channels_last)
+    return _random(case, device), weight, _random(case, device, (channels,)), folded
+
+
+def _moments(case: Case, device: torch.device) -> tuple:
+    return _random(case, device), torch.arange(case.shape[0], device=device)
+
+
+def _scale(query: Tensor) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _eager_norm(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Call:
+    return lambda: F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+
+
+def _eager_norm_gradient(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Call:
+    leaves = [value.detach().requires_grad_() for value in (x, weight, bias)]
+    y = _eager_norm(*leaves)()
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
+def _eager_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> Call:
+    value = key if value is None else value
+    # One head. The scale is torch's default, 1 / sqrt(d).
+    return lambda: F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+
+
+def _eager_attention_gradient(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Call:
+    leaves = [part.detach().requires_grad_() for part in (query, key, value)]
+    out = _eager_attention(*leaves)()
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def _true_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> Call:
+    return lambda: attention.reference(query, key, key if value is None else value, _scale(query))[0]
+
+
+def _true_attention_gradient(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Call:
+    scale = _scale(query)
+    out, lse = attention.reference(query, key, value, scale)
+    return lambda: attention.reference_backward(grad, query, key, value, out, lse, scale)
+
+
+def _attention_gradient_cost(grad: Tensor, query: Tensor, *rest: Tensor) -> Cost:
+    # Five products where the forward pass has two; q, k, v, out and the gradient read, three gradients written.
+    forward = attention.cost(query)
+    lse = rest[-1]
+    return Cost(8 * size_in_bytes(query) + size_in_bytes(lse), forward.flops // 2 * 5, 0)
+
+
+def _eager_sample(moments: Tensor, seeds: Tensor) -> Call:
+    def call() -> Tensor:
+        mean, logvar = moments.chunk(2, dim=1)
+        std = torch.exp(0.5 * torch.clamp(logvar, -30.0, 20.0))
+        return (mean + std * torch.randn(mean.shape, device=mean.device, dtype=mean.dtype)) * LATENT_SCALE
+
+    return call
+
+
+def _eager_divergence(moments: Tensor) -> Call:
+    def call() -> Tensor:
+        mean, logvar = moments.float().chunk(2, dim=1)
+        logvar = torch.clamp(logvar, -30.0, 20.0)
+        return 0.5 * torch.sum(mean.pow(2) + logvar.exp() - 1.0 - logvar, dim=[1, 2, 3])
+
+    return call
+
+
+_NORM_COST = group_norm_silu.cost
+OPERATIONS = {
+    "group_norm_silu": Operation(
+        _normed,
+        ours=lambda x, w, b: lambda: group_norm_silu.launch_forward(x, w, b, GROUPS, EPS, True)[0],
+        eager=_eager_norm,
+        cost=_NORM_COST,
+    ),
+    "group_norm_silu_measured": Operation(
+        _measured,
+        ours=lambda x, w, b, p: lambda: group_norm_silu.launch_forward(x, w, b, GROUPS, EPS, True, p)[0],
+        eager=_eager_norm,
+        cost=lambda x, w, b, p: _NORM_COST(x, w, b, measured=True),
+    ),
+    "group_norm_silu_backward": Operation(
+        _norm_gradient,
+        ours=lambda *given: lambda: group_norm_silu.launch_backward(*given, silu=True),
+        eager=_eager_norm_gradient,
+        cost=lambda dy, x, w, b, *_: group_norm_silu.backward_cost(x, w, b),
+    ),
+    "group_norm_statistics": Operation(
+        lambda case, device: _normed(case, device)[:1],
+        ours=lambda x: lambda: group_norm.launch_statistics(x),
+        eager=lambda x: lambda: torch.var_mean(x, dim=(2, 3), correction=0),
+        cost=group_norm.statistics_cost,
+        plain=lambda x: lambda: partial_statistics.reference(x),
+    ),
+    "scale_shift_silu": Operation(
+        _scaled,
+        ours=lambda x, scale, shift: lambda: group_norm.launch_scale_shift_silu(x, scale, shift),
+        eager=lambda x, scale, shift: (
+            lambda: F.silu(x * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None])
+        ),
+        cost=group_norm.scale_shift_cost,
+    ),
+    "residual_add": Operation(
+        _added,
+        ours=lambda h, other, bias: lambda: residual.launch(h, other, bias)[0],
+        eager=lambda h, other, bias: lambda: h + bias[:, None, None] + other,
+        cost=residual.cost,
+    ),
+    "residual_add_padded": Operation(
+        _added,
+        ours=lambda h, other, bias: lambda: residual.launch(h, other, bias, None, 1)[0],
+        eager=lambda h, other, bias: lambda: F.pad(h + bias[:, None, None] + other, (0, 1, 0, 1)),
+        cost=lambda h, other, bias: residual.cost(h, other, bias, None, 1),
+    ),
+    "spatial_attention": Operation(
+        _attended(3),
+        ours=lambda q, k, v: lambda: attention.launch(q, k, v, _scale(q))[0],
+        eager=_eager_attention,
+        cost=lambda q, k, v: attention.cost(q),
+        bound="flops",
+        truth=_true_attention,
+    ),
+    "spatial_attention_shared": Operation(
+        _attended(2),
+        ours=lambda q, x: lambda: attention.launch_shared(q, x, _scale(q))[0],
+        eager=_eager_attention,
+        cost=lambda q, x: attention.cost(q, shared=True),
+        bound="flops",
+        truth=_true_attention,
+    ),
+    "spatial_attention_backward": Operation(
+        _attention_gradient,
+        ours=lambda *given: lambda: attention.launch_backward(*given, scale=_scale(given[1])),
+        eager=_eager_attention_gradient,
+        cost=_attention_gradient_cost,
+        bound="flops",
+        truth=_true_attention_gradient,
+    ),
+    "pixels_conv_in": Operation(
+        _pictures,
+        ours=lambda p, w, b: lambda: pixels.launch(p, w, b)[0],
+        eager=lambda p, w, b: lambda: F.conv2d(pixels.mapped(p, w.dtype), w, b, padding=1),
+        cost=pixels.cost,
+    ),
+    "upsample_conv": Operation(
+        _upsampled,
+        ours=lambda x, w, b, folded: lambda: upsample.launch(x, folded, b),
+        eager=lambda x, w, b, folded: lambda: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
+        cost=lambda x, w, b, folded: upsample.cost(x, w, b),
+        bound="flops",
+    ),
+    "sample_posterior": Operation(
+        _moments,
+        ours=lambda m, seeds: lambda: posterior.launch(m, seeds, None, 0, 0.0, LATENT_SCALE),
+        eager=_eager_sample,
+        cost=posterior.cost,
+        plain=lambda m, seeds: lambda: posterior.reference(m, seeds, None, 0, 0.0, LATENT_SCALE),
+    ),
+    "kl_divergence": Operation(
+        lambda case, device: _moments(case, device)[:1],
+        ours=lambda m: lambda: divergence.launch(m),
+        eager=_eager_divergence,
+        cost=divergence.cost,
+        plain=lambda m: lambda: divergence.reference(m),
+    ),
+}

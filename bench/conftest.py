@@ -1,0 +1,158 @@
+"""Options, the device, its measured roof, and the results file of the benchmarks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT / "tests")]
+# The tests' own settings: the interpreter where there is no GPU, and what mends it.
+specification = importlib.util.spec_from_file_location("settings_of_the_tests", ROOT / "tests" / "conftest.py")
+assert specification is not None
+assert specification.loader is not None
+specification.loader.exec_module(importlib.util.module_from_spec(specification))
+
+# ruff: noqa: E402
+# After the settings, which count only before torch and the kernels are imported.
+import torch
+from audit import source_hash
+from stopwatch import Stopwatch, median
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", default="", help="write the results to this JSON")
+    parser.addoption("--dry", action="store_true", help="a few tiny cases: whether it runs, not how fast")
+
+
+def pytest_generate_tests(metafunc):
+    import cases
+
+    if "case" in metafunc.fixturenames:
+        table = cases.DRY if metafunc.config.getoption("dry") else cases.CASES
+        metafunc.parametrize("case", table, ids=lambda case: case.name.replace(" ", "-"))
+
+
+def _command(*words: str) -> str:
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def surroundings() -> dict[str, Any]:
+    """What a result must carry to be worth anything later: commit, sources, versions, device, driver."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "pytest-benchmark")}
+    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found: dict[str, Any] = {
+        "commit": os.environ.get("COMMIT") or _command("git", "rev-parse", "HEAD"),
+        "kernel_sources": source_hash(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    if not torch.cuda.is_available():
+        return found | {"device": "cpu", "processor": platform.processor() or platform.machine(), "driver": None}
+    properties = torch.cuda.get_device_properties(0)
+    return found | {
+        "device": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }
+
+
+def pytest_configure(config):
+    config.results = {"cases": {}, "generator": {}, "failed": [], "roof": {}}
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        _config.results["failed"].append(report.nodeid.split("::")[-1])
+
+
+def pytest_sessionstart(session):
+    global _config
+    _config = session.config
+
+
+def pytest_sessionfinish(session, exitstatus):
+    path = session.config.getoption("results")
+    if path:
+        dry = session.config.getoption("dry")
+        whole = surroundings() | {"dry": dry, "passed": exitstatus == 0} | session.config.results
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter):
+    results = terminalreporter.config.results
+    dry = terminalreporter.config.getoption("dry")
+    roof = {name: round(value["rate"] / 1e12, 3) for name, value in results["roof"].items()}
+    if not dry:
+        terminalreporter.write_line(f"roof measured in this run, TB/s and TFLOP/s: {roof}")
+    for name, row in results["cases"].items():
+        if dry:
+            terminalreporter.write_line(f"{name:58} right")
+            continue
+        beside = " ".join(f"x{ratio:.2f} {layout}" for layout, ratio in row["times_eager"].items())
+        terminalreporter.write_line(
+            f"{name:58} {1e6 * row['median_seconds']['ours']:10.1f} µs {row['rate'] / 1e12:8.3f} {row['unit']:8} "
+            f"{100 * row['share_of_roof']:5.1f} % of the roof, eager {beside}"
+        )
+    for name in results["failed"]:
+        terminalreporter.write_line(f"FAILED {name}")
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def dry(request):
+    return request.config.getoption("dry")
+
+
+@pytest.fixture(scope="session")
+def stopwatch(device, dry):
+    return Stopwatch(device, rounds=1 if dry else 15)
+
+
+@pytest.fixture(scope="session")
+def results(request):
+    return request.config.results
+
+
+@pytest.fixture(scope="session")
+def roof(device, dry, stopwatch, results):
+    """What this device does at best, measured now: bytes copied a second, and products of each dtype."""
+
+    def copy() -> dict[str, Any]:
+        source = torch.randn(2**20 if dry else 2**29, device=device).bfloat16()
+        target = torch.empty_like(source)
+        return {"work": 2 * source.numel() * source.element_size(), "call": lambda: target.copy_(source)}
+
+    def product(dtype: torch.dtype) -> dict[str, Any]:
+        side = 128 if dry else 8192
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return {"work": 2 * side**3, "call": lambda: left @ right}
+
+    made = {"bytes": copy}
+    made |= {name: lambda name=name: product(getattr(torch, name)) for name in ("bfloat16", "float16", "float32")}
+    for name, make in made.items():
+        measured = make()
+        seconds = stopwatch.interleaved({"roof": [measured["call"]]})["roof"]
+        results["roof"][name] = {"rate": measured["work"] / median(seconds), "seconds": seconds}
+        del measured
+    return {name: value["rate"] for name, value in results["roof"].items()}

@@ -1,0 +1,106 @@
+"""Seconds of one call: by CUDA events with the queue kept full on a GPU, by the wall on a CPU; rivals take turns."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+# A burst of calls is about this long, so that an event's half microsecond does not count, and never more calls than
+# fit the driver's queue of 1024 launches.
+BURST_SECONDS, MOST_CALLS = 2e-3, 32
+# What torch.cuda._sleep counts in; a faster clock only makes the sleep shorter than it might be.
+CYCLES_PER_SECOND = 2e9
+
+
+class Clock:
+    """A clock that somebody else moves: pytest-benchmark reads it, the measured seconds advance it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def advance(self, seconds: float) -> None:
+        """Move on by so many seconds."""
+        self.seconds += seconds
+
+    def now(self) -> float:
+        """What the clock shows."""
+        return self.seconds
+
+
+CLOCK = Clock()
+
+
+def median(seconds: Sequence[float]) -> float:
+    """The middle of the samples."""
+    return statistics.median(seconds)
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """Half the distance between the quartiles, as a share of the median."""
+    if len(seconds) < 3:
+        return 0.0
+    first, middle, third = statistics.quantiles(seconds, n=4)
+    return (third - first) / 2 / middle
+
+
+class Stopwatch:
+    """Times named rivals in turns; each is a list of calls on inputs of their own, taken one after the other."""
+
+    def __init__(self, device: torch.device, rounds: int):
+        self.device, self.rounds = device, rounds
+        self.host_seconds: dict[str, float] = {}
+        self._rivals: dict[str, tuple[Iterator[Callable[[], Any]], int]] = {}
+
+    def warm_up(self, rivals: Mapping[str, Sequence[Callable[[], Any]]]) -> None:
+        """Compile, fill the allocator, and choose how many calls one burst has; forgets earlier rivals."""
+        self._rivals, self.host_seconds = {}, {}
+        for name, calls in rivals.items():
+            turns = itertools.cycle(calls)
+            next(turns)()
+            self.host_seconds[name] = 0.0
+            if self.device.type != "cuda":
+                self._rivals[name] = turns, 1
+                continue
+            once = min(self._burst(name, turns, 1) for _ in range(2))
+            count = max(1, min(MOST_CALLS, int(BURST_SECONDS / once)))
+            self._rivals[name] = turns, count
+            self._burst(name, turns, count)
+
+    def one_round(self) -> dict[str, float]:
+        """Seconds of a call of each rival, in an order that turns from round to round."""
+        names = list(self._rivals)
+        taken = {name: self._burst(name, *self._rivals[name]) for name in names}
+        # Whoever came first now comes last: none is always behind the same neighbour.
+        self._rivals[names[0]] = self._rivals.pop(names[0])
+        return taken
+
+    def interleaved(self, rivals: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, list[float]]:
+        """Warm up, then the samples of all rounds."""
+        self.warm_up(rivals)
+        rounds = [self.one_round() for _ in range(self.rounds)]
+        return {name: [taken[name] for taken in rounds] for name in rivals}
+
+    def _burst(self, name: str, turns: Iterator[Callable[[], Any]], count: int) -> float:
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            for _ in range(count):
+                next(turns)()
+            self.host_seconds[name] = (time.perf_counter() - begin) / count
+            return self.host_seconds[name]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        # The device waits until the host has queued the burst: launches then follow each other without gaps.
+        torch.cuda._sleep(int(1.5 * self.host_seconds[name] * count * CYCLES_PER_SECOND) + 100_000)
+        start.record()
+        begin = time.perf_counter()
+        for _ in range(count):
+            next(turns)()
+        self.host_seconds[name] = (time.perf_counter() - begin) / count
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
