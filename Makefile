@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: the tests run as two workers.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all check bench audit clean
+.PHONY: demo test test-all check bench audit mutate clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -28,6 +28,10 @@ bench: $(VENV)/.dev
 # Compiles every kernel for six targets; a quarter of an hour with a cold Triton cache.
 audit: $(VENV)/.dev
 	env -u TRITON_INTERPRET $(BIN)/python bench/audit.py
+
+# Every small wrong change in the list must turn a test red; about seven minutes.
+mutate: $(VENV)/.dev
+	$(BIN)/python bench/mutate.py
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache *.egg-info

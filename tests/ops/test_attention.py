@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from fastvae_kernels import attention, attention_gradient, attention_long, tiles
+from fastvae_kernels import attention, attention_gradient, attention_long, runtime, tiles
 from fastvae_kernels.attention import spatial_attention, spatial_attention_backward, spatial_attention_shared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,3 +317,15 @@ def test_cost_counts_the_tensors_it_names():
     assert attention.cost(query).bytes == 4 * 2 * 64 * 32 * 2 + 4 * 2 * 64
     assert attention.cost(query, shared=True).bytes == 3 * 2 * 64 * 32 * 2 + 4 * 2 * 64
     assert attention.cost(query).flops == 4 * 2 * 64 * 64 * 32
+
+
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="the first of three kernels is launched alone, on the CPU")
+def test_the_long_forms_maxima_are_whole():
+    """Powers of two: only then is it exact to scale the weights, in half precision, from one maximum to another."""
+    query, length, keys = torch.randn(5, 32), 5, 16
+    scores, largest, total = torch.zeros(5, keys), torch.zeros(5), torch.zeros(5)
+    attention_long._scores_kernel[(1,)](
+        query, query, scores, largest, total, length, 0, length, 0.3,
+        CHANNELS=32, QUERIES=16, KEYS=keys, DEPTH=32, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    assert torch.equal(largest, (query @ query.T * 0.3).max(dim=1).values.ceil())

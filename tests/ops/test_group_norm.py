@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from fastvae_kernels import group_norm, group_norm_silu, statistics
+from fastvae_kernels import group_norm, group_norm_silu, runtime, statistics
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -280,3 +280,20 @@ def test_compiles_as_one_graph():
     assert torch.equal(compiled(x), block(x))
     y = torch.randn(1, 16, 7, 5)
     assert torch.equal(compiled(y), block(y))
+
+
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="one program alone is launched on the CPU")
+def test_a_group_writes_its_own_channels_alone():
+    """Run in order, a neighbour mends what was written over it; on a GPU it is a race. So one program alone."""
+    channels, groups = 24, 8
+    partials = group_norm.group_norm_statistics(torch.randn(1, channels, 4, 4))
+    scale, shift = (torch.full((1, channels), 7.0) for _ in range(2))
+    columns, step = statistics.group_block(channels // groups)
+    vector = torch.ones(channels)
+    group_norm._affine_kernel[(1,)](
+        partials, vector, vector, None, scale, shift, partials.shape[1], 1e-6,
+        CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    for values in (scale, shift):
+        assert torch.equal(values[0, 3:], torch.full((channels - 3,), 7.0))
+        assert (values[0, :3] != 7.0).all()

@@ -91,7 +91,7 @@ def test_statistics_taken_apart_can_be_differentiated_through():
 @pytest.mark.parametrize("shape", [(1, 8, 3, 3), (2, 16, 3, 3), (2, 8, 300, 300)], ids=["batch", "channels", "chunks"])
 def test_statistics_of_another_image_are_refused(shape):
     x, weight, bias = torch.randn(2, 8, 3, 3), torch.randn(8), torch.randn(8)
-    with pytest.raises(ValueError, match="partials must be torch.float32"):
+    with pytest.raises(ValueError, match=r"partials must be torch\.float32"):
         group_norm_silu(x, weight, bias, 4, 1e-6, partials=group_norm_statistics(torch.randn(shape)))
 
 

@@ -308,3 +308,20 @@ def test_cost_counts_the_tensors_it_names():
     assert posterior.cost(moments, seeds).bytes == 2 * (8 + 4) * 256 * 2 + 16
     assert posterior.cost(moments).bytes == 2 * (4 + 4) * 256 * 2
     assert divergence.cost(moments).bytes == 2 * 8 * 256 * 2 + (2 + 1) * 2 * 4
+
+
+def test_a_log_variance_below_the_clamp_counts_as_the_clamp():
+    """exp(-15) is invisible beside a mean of any size, so the means are zero."""
+    moments = torch.zeros(1, 2, 3, 5)
+    moments[:, 1] = -40.0
+    drawn = sample_posterior(moments, torch.tensor([5]))
+    noise = philox.normals([5], 15).view(1, 1, 3, 5)
+    truth = torch.exp(torch.tensor(-15.0, dtype=torch.float64)) * noise.double()
+    assert_as_accurate(drawn, torch.exp(torch.tensor(-15.0)) * noise, truth)
+    moments[:, 1, 1:] = 0.0  # ten pixels of a standard normal, five at the clamp: 0.5 (exp(-30) - 1 + 30) each
+    moments.requires_grad_()
+    divergences = kl_divergence(moments)
+    truth = (5 * 0.5 * (torch.exp(torch.tensor([-30.0], dtype=torch.float64)) - 1 + 30)).detach()
+    assert_as_accurate(divergences.detach(), truth.float(), truth)
+    divergences.sum().backward()
+    assert moments.grad[:, 1].count_nonzero() == 0

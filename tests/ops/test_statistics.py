@@ -92,6 +92,8 @@ def _place_kernel(place_ptr, program, chunks, pixels, CHANNELS: tl.constexpr, CH
     tl.store(place_ptr + 2, block.to(tl.int64))
     tl.store(place_ptr + 3, statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS))
     tl.store(place_ptr + 4, statistics.rows_inside(chunk, pixels, CHUNK).to(tl.int64))
+    # An image counted in 32 bits would be stored right all the same; its products would not.
+    tl.store(place_ptr + 5, image * 65536 * 65536)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +105,11 @@ def test_addresses_beyond_32_bits(image, chunk, pixels, channels):
     """The same helpers place every load and store; run on numbers alone, they need no memory."""
     size = statistics.chunk_pixels(channels)
     chunks = min(statistics.chunk_count(pixels, channels), 2**30 - 1)
-    place = torch.zeros(5, dtype=torch.int64)
+    place = torch.zeros(6, dtype=torch.int64)
     _place_kernel[(1,)](place, (image * chunks + chunk) * 2 + 1, chunks, pixels, CHANNELS=channels, CHUNK=size)
     rows = min(size, pixels - chunk * size)
-    assert place.tolist() == [image, chunk, 1, (image * pixels + chunk * size) * channels, rows]
+    first = (image * pixels + chunk * size) * channels
+    assert place.tolist() == [image, chunk, 1, first, rows, image * 2**32]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def test_the_fold_adds_in_fp32():
     weight = torch.zeros(1, 1, 3, 3, dtype=torch.bfloat16)
     weight[0, 0, 0, :2] = torch.tensor([1, 2.0**-8])
     weight[0, 0, 1, 0] = -1
+    # In whichever order the rows and columns are added.
     assert fold_upsample_weights(weight)[0, 0, 2, 2] == 2.0**-8
+    assert fold_upsample_weights(weight.mT)[0, 0, 2, 2] == 2.0**-8
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "none" not in name])
