@@ -89,8 +89,9 @@ Diffusion's autoencoder, and no diffusion model was trained on its latents.
 **Training.** {pictures} pictures (each kept at up to four scales) from Debian's packages plasma-workspace-wallpapers,
 mate-backgrounds, gnome-backgrounds, lomiri-wallpapers and ukui-wallpapers (by file: GPL-2+, CC-BY-SA 3.0 and 4.0,
 CC-BY 4.0, CC0, Expat; their copyright files name the authors);
-{steps} steps of `examples/train_tiny.py` on two CPU cores: {phases}; squared error, KL weight 1e-6, AdamW, averaged
-weights. The scaling factor {scaling_factor:.4f} gives latents over the training photographs unit variance.
+{steps} steps of `examples/train_tiny.py` on CPU cores: {phases};
+squared error, KL weight 1e-6, AdamW, averaged weights. The scaling factor
+{scaling_factor:.4f} gives latents over the training photographs unit variance.
 
 **Figures.** Mean PSNR over scikit-image's astronaut, chelsea, coffee and rocket at 256 x 256, never trained on:
 
@@ -112,7 +113,7 @@ def write_model(vae: AutoencoderKL, source: CropSource, plan: TrainingPlan, pict
         millions=sum(p.numel() for p in saved.parameters()) / 1e6,
         pictures=pictures,
         steps=plan.steps,
-        phases=", ".join(f"{p.steps} of {p.batch_size} crops of {p.crop} pixels" for p in plan.phases),
+        phases=", ".join(f"{p.steps} of {p.batch_size} x {p.crop}²" for p in plan.phases),
         scaling_factor=saved.scaling_factor,
         by_photograph=", ".join(f"{name} {value:.2f}" for name, value in figures.by_photograph.items()),
         figures=figures,
