@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvae import AutoencoderKL
+from fastvae.latents import normalized
 from fastvae.metrics import psnr
 from fastvae.training import CropSource, Phase, TrainingPlan, train
 from fastvae.training.evaluation import LinearBaseline, square, thumbnail_baseline
@@ -72,7 +73,7 @@ def latent_deviation(vae: AutoencoderKL, source: CropSource) -> float:
     """The standard deviation of raw latents over the training photographs; its inverse is the scaling factor."""
     latents = []
     for step in range(32):
-        images = source.batch(step, batch_size=4, crop=256, seed=2).float() / 127.5 - 1
+        images = normalized(source.batch(step, batch_size=4, crop=256, seed=2))
         latents.append(vae.encode(images).latent_dist.mode())  # type: ignore[union-attr]
     return torch.cat(latents).std().item()
 

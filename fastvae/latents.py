@@ -233,7 +233,7 @@ def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto") -
     channels = vae.config.in_channels
     images = _to_nchw(images, channels, layout)
     if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1.0
+        return normalized(images)
     if not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     _check_finite("images", images, "as given")
@@ -243,6 +243,11 @@ def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto") -
             "give 0..255 as uint8, or divide by 127.5 and subtract 1"
         )
     return images
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape, [...] in 0..255, as the fp32 in [-1, 1] that an encoder takes."""
+    return pixels.float() / 127.5 - 1.0
 
 
 def _as_tensor(images: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvae.data.devices import DTYPES
 from fastvae.data.shards import HALF_MAXIMUM, LOGVAR_RANGE
+from fastvae.latents import normalized
 
 
 class MomentEncoder:
@@ -89,7 +90,7 @@ class MomentEncoder:
     def _upload(self, pixels: np.ndarray) -> Tensor:
         # [B, H, W, 3] seen as [B, 3, H, W] is channels_last without a copy.
         x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2)
-        return x.float() / 127.5 - 1.0
+        return normalized(x)
 
 
 def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvae.checkpoints.atomic import replace_atomically
+from fastvae.latents import normalized
 from fastvae.training.losses import vae_loss
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def train(
         for step in range(first, plan.steps):
             phase = plan.phase_at(step)
             batch = source.batch(step, batch_size=phase.batch_size, crop=phase.crop, seed=plan.seed)
-            images = (batch.float() / 127.5 - 1).to(vae.device, memory_format=torch.channels_last)
+            images = normalized(batch).to(vae.device, memory_format=torch.channels_last)
             loss = training_step(vae, optimizer, images, plan, step)
             _update_average(average, vae, min(plan.ema_decay, (step + 1) / (step + 10)))
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss

@@ -46,7 +46,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
     @property
     def downsample_factor(self) -> int:
         """How many pixels one latent spans in each direction: 8 for Stable Diffusion."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return latents.downsample_factor(self)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The posterior of ``x`` [B, in_channels, H, W], floats in [-1, 1], as ``.latent_dist``.
