@@ -1,42 +1,37 @@
 """The compile audit: every kernel at every shipped tile, compiled ahead of time for every target, without a GPU.
 
-Each module of fastvae_kernels with kernels exports ``audit_cases()``: an iterable of (label, call), where ``call()``
-makes tensors by torch.empty(..., device="cuda") and hands them to the module's launchers. The audit runs each call on
-fake tensors, with tiles.target_of answering the target at hand and Triton's launch recorded in place of run: so kernel,
-signature, divisibility, constants, warps and stages are the launcher's own, and no second list can differ from it.
+It runs under the oldest Triton that the package takes and under the newest, each in processes of its own
+(bench/launches.py), and kernels/AUDIT.md holds both. A version other than the environment's lies in
+build/triton-VERSION, where `make audit` installs it.
 
     python bench/audit.py                      compiles all and writes kernels/AUDIT.md (make audit)
-    python bench/audit.py --only residual --target sm_90 --print
+    python bench/audit.py --only residual --target sm_90 --triton 3.6.0 --print
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "kernels" / "fastvae_kernels"
 TABLE = ROOT / "kernels" / "AUDIT.md"
+# The oldest that pyproject.toml takes, which comes with torch 2.11, and the one that constraints.txt pins.
+VERSIONS = ("3.6.0", "3.9.0")
 # sm_86 takes the tiles of sm_89 and sm_120, which have as much shared memory.
 AUDITED = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-COLUMNS = ("kernel", "case", "target", "constants", "warps", "stages", "registers", "spilled bytes", "shared bytes",
-           "matrix instructions", "16-byte loads", "16-byte stores", "fast sine", "tf32")  # fmt: skip
-MATRIX = {
-    "wgmma": r"wgmma\.mma_async",
-    "tcgen05": r"tcgen05\.mma",
-    "mma.sync": r"mma\.sync",
-    "mfma": r"v_mfma",
-}
+# What names a compilation, the same under every Triton; and what the compiler made of it.
+NAMED = ("kernel", "case", "target", "constants", "warps", "stages")
+COLUMNS = (*NAMED, "registers", "spilled bytes", "shared bytes", "matrix instructions", "16-byte loads",
+           "16-byte stores", "fast sine", "tf32")  # fmt: skip
+BETWEEN = " / "
 
 
 def source_hash() -> str:
@@ -47,176 +42,69 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Launch:
-    """One launch as recorded: what triton.compile needs, and the label it came under."""
-
-    module: str
-    kernel: str
-    case: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: list[str]
-    options: dict[str, int]
-    key: tuple = field(init=False)
-
-    def __post_init__(self) -> None:
-        parts = (self.signature, self.constants, self.options)
-        self.key = (self.module, self.kernel, *(tuple(map(str, part.items())) for part in parts), *self.divisible)
+def compile_under(version: str, only: str, targets: list[str], jobs: int) -> list[dict[str, str]]:
+    """The rows of every launch, compiled in fresh processes under this version of Triton."""
+    # Read when a kernel is decorated: under the interpreter nothing compiles.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    given = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "build" / f"triton-{version}"), *given])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.json")
+        command = [sys.executable, str(ROOT / "bench" / "launches.py"), str(rows), "--triton", version]
+        command += ["--only", only, "--jobs", str(jobs), *(word for name in targets for word in ("--target", name))]
+        if subprocess.run(command, env=environment, check=False).returncode:
+            raise SystemExit(f"the audit under Triton {version} failed, as said above")
+        return json.loads(rows.read_text())
 
 
-def _value_type(value: Any) -> str:
-    import torch
+def merge(rows: list[dict[str, str]], versions: tuple[str, ...]) -> list[dict[str, str]]:
+    """One row for each compilation, in the order of the table; "a / b" where the versions of Triton differ.
 
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "uint8": "u8", "bool": "i1"}
-    if isinstance(value, torch.Tensor):
-        name = str(value.dtype).removeprefix("torch.")
-        return "*" + names.get(name, name.replace("uint", "u").replace("int", "i"))
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
-
-
-def describe(kernel: Any, case: str, args: tuple, kwargs: dict) -> Launch:
-    """What Triton would compile for this launch: types, constants and what it finds divisible by 16."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants, divisible = {}, {}, []
-    for param in kernel.params:
-        value = named.get(param.name, param.default)
-        special = not param.is_constexpr and not param.do_not_specialize
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if param.is_constexpr or value is None or (special and whole and value == 1):
-            signature[param.name], constants[param.name] = "constexpr", value
-            continue
-        signature[param.name] = _value_type(value)
-        # Fresh tensors of torch lie on 16 bytes and more.
-        if special and (signature[param.name].startswith("*") or (whole and value % 16 == 0)):
-            divisible.append(param.name)
-    return Launch(kernel.fn.__module__, kernel.fn.__name__, case, signature, constants, divisible, options)
-
-
-def record(target: Any, only: str = "") -> list[Launch]:
-    """The distinct launches of every module's audit cases on this target (a tiles.Target)."""
-    import torch
-    from fastvae_kernels import tiles
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from triton.runtime.jit import JITFunction
-
-    launches: dict[tuple, Launch] = {}
-    case = ""
-
-    def take(kernel, *args, grid, warmup, **kwargs):
-        launch = describe(kernel, case, args, kwargs)
-        launches.setdefault(launch.key, launch)
-
-    before = JITFunction.run, tiles.target_of
-    JITFunction.run, tiles.target_of = take, lambda device: target  # type: ignore[method-assign]
-    try:
-        for path in sorted(SOURCES.glob("*.py")):
-            if path.stem == "__init__" or only not in path.stem:
-                continue
-            module = importlib.import_module(f"fastvae_kernels.{path.stem}")
-            for case, call in getattr(module, "audit_cases", list)():  # noqa: B007 (take reads it)
-                with FakeTensorMode(), torch.device("cuda"):
-                    call()
-    finally:
-        JITFunction.run, tiles.target_of = before
-    return list(launches.values())
-
-
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        used = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return _number(r"REG:(\d+)", used.stdout), _number(r"STACK:(\d+)", used.stdout)
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"the compiler's report has no {pattern}")
-    return int(found[1])
-
-
-def compile_launch(launch: Launch, architecture: str) -> dict[str, str]:
-    """Compile one launch for one architecture; the row of the table."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    position = {name: index for index, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        launch.signature,
-        {(position[name],): value for name, value in launch.constants.items()},
-        {(position[name],): [["tt.divisibility", 16]] for name in launch.divisible},
-    )
-    amd = architecture.startswith("gfx")
-    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    text = compiled.asm["amdgcn" if amd else "ptx"]
-    if amd:
-        registers, spilled = (_number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
-        spilled *= 4 * 64
-        wide = [r"(global|buffer)_load_dwordx4", r"(global|buffer)_store_dwordx4"]
-    else:
-        registers, spilled = _cubin_resources(compiled.asm["cubin"])
-        wide = [r"ld\.global\S*\.(v4\.b32|v2\.b64|v8)|cp\.async\.(cg|bulk)", r"st\.global\S*\.(v4\.b32|v2\.b64|v8)"]
-    matrix = [name for name, pattern in MATRIX.items() if re.search(pattern, text)]
-    constants = " ".join(f"{n}={v}" for n, v in launch.constants.items())
-    values = (
-        launch.kernel, launch.case, architecture, constants, launch.options.get("num_warps", 4),
-        launch.options.get("num_stages", 3), registers, spilled, compiled.metadata.shared, " ".join(matrix) or "-",
-        *(len(re.findall(pattern, text)) for pattern in wide), "sin.approx" in text or "v_sin_f32" in text,
-        ".tf32" in text or "xf32" in text,
-    )  # fmt: skip
-    return {name: str(value) for name, value in zip(COLUMNS, values, strict=True)}
-
-
-def _row(job: tuple[Launch, str]) -> dict[str, str]:
-    try:
-        return compile_launch(*job)
-    except Exception as error:  # any failure of the compiler, with the kernel's name, in place of a bare trace
-        launch, architecture = job
-        raise RuntimeError(f"{launch.kernel} ({launch.case}) does not compile for {architecture}: {error}") from error
+    Raises ValueError when a compilation lacks a version, or has one twice.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in NAMED), []).append(row)
+    merged = []
+    for named, group in groups.items():
+        found = {row["triton"]: row for row in group}
+        if len(group) != len(versions) or set(found) != set(versions):
+            under = sorted(row["triton"] for row in group)
+            raise ValueError(f"{' | '.join(named)} was compiled under {under}, not once under each of {versions}")
+        cells = {name: [found[version][name] for version in versions] for name in COLUMNS}
+        merged.append({name: BETWEEN.join(each if len(set(each)) > 1 else each[:1]) for name, each in cells.items()})
+    return sorted(merged, key=lambda r: (r["kernel"], r["case"], AUDITED.index(r["target"]), r["constants"]))
 
 
 def read_table(path: Path = TABLE) -> tuple[str, list[dict[str, str]]]:
-    """(hash, rows) of an AUDIT.md."""
+    """(hash, rows) of an AUDIT.md: a row for each compilation under each Triton, which its "triton" names."""
     text = path.read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    found = re.search(r"sources: `(\w+)`", text)
+    found = re.search(r"^Triton (.+); sources: `(\w+)`$", text, flags=re.MULTILINE)
     if found is None:
-        raise ValueError(f"{path} states no hash of its sources")
-    return found[1], [dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]]
+        raise ValueError(f"{path} states no version of Triton and no hash of its sources")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    rows = []
+    for index, version in enumerate(found[1].split(BETWEEN)):
+        for line in lines[2:]:
+            cells = (each[index] if len(each) > 1 else each[0] for each in (cell.split(BETWEEN) for cell in line))
+            rows.append({"triton": version} | dict(zip(COLUMNS, cells, strict=True)))
+    return found[2], rows
 
 
-def write_table(rows: list[dict[str, str]], path: Path = TABLE) -> None:
-    """Write rows as the table that read_table reads."""
-    import triton
-
+def write_table(rows: list[dict[str, str]], versions: tuple[str, ...], sources: str, path: Path = TABLE) -> None:
+    """Write rows of these versions as the table that read_table reads, under the hash of their sources."""
     lines = [
         "# Compile audit",
         "",
         "Written by `make audit`: every kernel at every shipped tile, compiled ahead of time as its launcher would",
-        "launch it. Nothing here was run. The hash covers the kernel sources and the tile tables.",
+        "launch it. Nothing here was run. The hash covers the kernel sources and the tile tables. Where versions of",
+        "Triton differ, a cell holds a value for each, in their order.",
         "",
-        f"Triton {triton.__version__}; sources: `{source_hash()}`",
+        f"Triton {BETWEEN.join(versions)}; sources: `{sources}`",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows),
+        *("| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in merge(rows, versions)),
     ]
     path.write_text("\n".join(lines) + "\n")
 
@@ -225,27 +113,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="modules whose name holds this; the table is printed, not written")
     parser.add_argument("--target", action="append", choices=AUDITED, help="only this target (may be repeated)")
+    parser.add_argument("--triton", action="append", choices=VERSIONS, help="only this version (may be repeated)")
     parser.add_argument("--print", action="store_true", help="print the table, write no file")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     arguments = parser.parse_args()
-    # Read when a kernel is decorated: under the interpreter nothing compiles.
-    os.environ.pop("TRITON_INTERPRET", None)
-    sys.path.insert(0, str(ROOT / "kernels"))
-    from fastvae_kernels import tiles
-
-    targets = arguments.target or AUDITED
-    jobs = [(launch, name) for name in targets for launch in record(tiles.TARGETS[name], arguments.only)]
-    if arguments.jobs == 1:
-        rows = list(map(_row, jobs))
-    else:
-        with ProcessPoolExecutor(arguments.jobs) as pool:
-            rows = list(pool.map(_row, jobs, chunksize=4))
-    rows.sort(key=lambda row: (row["kernel"], row["case"], targets.index(row["target"]), row["constants"]))
-    if arguments.print or arguments.only or arguments.target:
-        for row in rows:
+    versions = tuple(version for version in VERSIONS if version in (arguments.triton or VERSIONS))
+    # Taken first: sources that change under the audit leave a table that the tests refuse.
+    sources = source_hash()
+    rows = []
+    for version in versions:
+        rows += compile_under(version, arguments.only, arguments.target or [], arguments.jobs)
+    if arguments.print or arguments.only or arguments.target or arguments.triton:
+        for row in merge(rows, versions):
             print(" | ".join(row[name] for name in COLUMNS))
     else:
-        write_table(rows)
+        write_table(rows, versions, sources)
         print(f"{len(rows)} compilations; {TABLE.relative_to(ROOT)} written")
     return 0
 

@@ -33,7 +33,7 @@ LIST = ROOT / "bench" / "mutations.toml"
 TABLE = ROOT / "kernels" / "MUTATIONS.md"
 SOURCES, TESTS = Path("kernels", "fastvae_kernels"), Path("tests", "ops")
 # What a process needs of the repository.
-COPIED = ("pyproject.toml", "kernels", "tests/conftest.py", "tests/accuracy.py", "tests/ops")
+COPIED = ("pyproject.toml", "kernels", "tests/conftest.py", "tests/accuracy.py", "tests/traffic.py", "tests/ops")
 TIMEOUT = 180
 # Each process is forked from one that has these, which takes 3 s by itself; none of them imports the kernels.
 PRELOADED = ("torch", "torch._dynamo", "triton", "triton.language", "triton.runtime.interpreter", "numpy", "pytest")

@@ -1,10 +1,9 @@
 """Attention of one head over the positions of an image: out = softmax(scale q k^T) v, for q, k, v [N, S, d].
 
-One program owns a tile of queries and walks the keys with the exact online softmax: running maximum and sum in fp32,
-base-2 exponent; d is padded to a power of two by masks. With keys = values (q' = x M, k = v = x, with the projections
-folded into their neighbours) one tensor is streamed in place of two. Long sequences go another way
-(attention_long), chosen by shape alone. The log-sum-exp [N, S], natural, is kept for the gradients.
-Traffic: q once, out once, k and v once for every tile of queries (from L2: they are S * d elements an image).
+Up to 256 channels one kernel does it (attention_flash), beyond them two products (attention_products), whatever S is.
+With keys = values (q' = x M, k = v = x, with the projections folded into their neighbours) one tensor is streamed in
+place of two. The log-sum-exp [N, S], natural, is kept for the gradients (attention_gradient). No tile and no order of
+sums hangs on the batch. Traffic: cost's docstring.
 """
 
 from __future__ import annotations
@@ -14,20 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae_kernels import tiles
-from fastvae_kernels.attention_gradient import gradients
-from fastvae_kernels.attention_long import attend_long
-from fastvae_kernels.attention_tiles import DTYPES, LN_2, LOG2_E, check, load_tile, store_tile, width_of
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels import attention_flash, attention_gradient, attention_products, tiles
+from fastvae_kernels.attention_tiles import DTYPES, check
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
-# From here on the two products win: predicted 500 TFLOP/s against 330 to 400 for the flash form on an H200 in bf16. One
-# image then has a tile for every multiprocessor, and above 256 channels the flash form's accumulator leaves no room.
-LONG_LENGTH, LONG_CHANNELS = 4096, 256
+# The most channels of the flash form. At 512 its accumulator leaves no room: on sm_90 64 queries a tile spill, and 32
+# are fewer than a wgmma takes. Predicted for an H200 in bf16: 330 to 400 TFLOP/s, where two products make 500.
+FLASH_CHANNELS = 256
 # How many queries the reference takes at a time, so that its memory is linear in S as well.
 REFERENCE_ROWS = 1024
-
-_LN_2 = tl.constexpr(LN_2)
-_LOG2_E = tl.constexpr(LOG2_E)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,96 +52,46 @@ def reference_backward(
     return [torch.cat([*grad_query, query[:, :0]], dim=1), grad_key, grad_value]
 
 
+def takes_products(channels: int) -> bool:
+    """Whether attention of ``channels`` channels goes by two products, at any length; else by the flash kernel."""
+    return channels > FLASH_CHANNELS
+
+
 def cost(query: Tensor, shared: bool = False) -> Cost:
     """The forward pass with every tensor crossing memory once: two products of 2 S^2 d operations an image.
 
-    What a kernel really reads: keys and values ceil(S / queries of a tile) times in the flash form.
+    What programs really load and store, before any cache (``traffic``), in bytes an image, at e bytes a value and
+    with c(S, n) = ceil(S / n):
+    flash, a tile of Q queries: e S d (2 + t c(S, Q)) + 4 S, with t = 1 tensor of keys and values, or 2
+    two products, tiles of Q x K scores and of R queries x C channels, of which c(d, C) stand side by side:
+    scores e S d (c(S, K) + c(S, Q)) + S c(S, K) (e K + 8), sums S (12 c(S, K) + 8),
+    output c(d, C) S (e S + 4 c(S, K) + 4) + e S d (c(S, R) + 1), its first S in whole steps of the product.
     """
     images, length, channels = query.shape
     tensors = 3 if shared else 4
-    launches = 1 if not is_long(length, channels) else 3 * images * -(-length // 4096)
+    launches = attention_products.count_launches(query) if takes_products(channels) else 1
     return Cost(tensors * size_in_bytes(query) + 4 * images * length, 4 * images * length * length * channels, launches)
 
 
-def is_long(length: int, channels: int) -> bool:
-    """Whether attention over ``length`` positions goes by two products; a pure function of the shape."""
-    return length >= LONG_LENGTH and channels > LONG_CHANNELS
+def traffic(query: Tensor, shared: bool = False, target: tiles.Target | None = None) -> int:
+    """The bytes that all programs of the forward pass load and store, each counting its own once; see ``cost``."""
+    target = target or tiles.target_of(query.device)
+    if takes_products(query.shape[2]):
+        return attention_products.traffic(query, target)
+    return attention_flash.traffic(query, shared, target)
+
+
+def backward_cost(query: Tensor, shared: bool = False) -> Cost:
+    """The gradients with every tensor crossing memory once: five products where the forward pass has two."""
+    images, length, channels = query.shape
+    # q, k, v, out, its gradient and the log-sum-exp read, three gradients written; two where keys are values.
+    moved = (6 if shared else 8) * size_in_bytes(query) + 4 * images * length
+    return Cost(moved, 10 * images * length * length * channels, attention_gradient.count_launches(query))
 
 
 def _lse_like(query: Tensor) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     return torch.empty(query.shape[:2], dtype=wide, device=query.device)
-
-
-@triton.jit(do_not_specialize=["length"])
-def _attention_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    out_ptr,
-    lse_ptr,
-    length,
-    scale,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SHARED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    blocks = tl.cdiv(length, QUERIES)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)  # [QUERIES]
-    base = image * length * CHANNELS
-    key_ptr += base
-    value_ptr += base
-    query = load_tile(query_ptr + base, rows, length, WIDTH, CHANNELS)
-    keys = tl.arange(0, KEYS)  # [KEYS], in the tile: the pointers walk on
-    largest = tl.full([QUERIES], -float("inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    out = tl.zeros([QUERIES, WIDTH], tl.float32)
-    for start in range(0, length, KEYS):
-        key = load_tile(key_ptr, keys, length - start, WIDTH, CHANNELS)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        scores = tl.where((keys < length - start)[None, :], scores * scale, -float("inf"))
-        grown = tl.maximum(largest, tl.max(scores, axis=1))
-        # To base 2 after the difference: logits of hundreds keep their last bits, and a lone key has weight 1.
-        shrink = tl.exp2((largest - grown) * _LOG2_E)
-        scores = tl.exp2((scores - grown[:, None]) * _LOG2_E)
-        largest = grown
-        total = total * shrink + tl.sum(scores, axis=1)
-        if SHARED:
-            value = key
-        else:
-            value = load_tile(value_ptr, keys, length - start, WIDTH, CHANNELS)
-        weight = scores.to(value.dtype)
-        out = tl.dot(weight, value, out * shrink[:, None], input_precision="ieee")
-        key_ptr += KEYS * CHANNELS
-        value_ptr += KEYS * CHANNELS
-    store_tile(out_ptr + base, out / total[:, None], rows, length, WIDTH, CHANNELS)
-    tl.store(lse_ptr + image * length + rows, largest + tl.log2(total) * _LN_2, mask=rows < length)
-
-
-def _launch_flash(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    images, length, channels = query.shape
-    tile = tiles.choose("spatial_attention", dtype=query.dtype, channels=channels, target=tiles.target_of(query.device))
-    out, lse = torch.empty_like(query), _lse_like(query)
-    _attention_kernel[(images * -(-length // tile.rows),)](
-        query,
-        key,
-        key if value is None else value,
-        out,
-        lse,
-        length,
-        scale,
-        CHANNELS=channels,
-        WIDTH=width_of(channels),
-        SHARED=value is None,
-        QUERIES=tile.rows,
-        KEYS=tile.columns,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return out, lse
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -157,9 +101,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> t
     value = None if value is None else value.contiguous()
     if not query.numel():
         return torch.empty_like(query), _lse_like(query)
-    if is_long(*query.shape[1:]):
-        return attend_long(query, key, key if value is None else value, scale)
-    return _launch_flash(query, key, value, scale)
+    if takes_products(query.shape[2]):
+        return attention_products.attend(query, key, key if value is None else value, scale)
+    return attention_flash.attend(query, key, value, scale)
 
 
 @torch.library.custom_op("fastvae::spatial_attention", mutates_args=())
@@ -230,7 +174,8 @@ def launch_backward(
     if query.dtype == torch.float64:
         return spatial_attention_backward._init_fn(grad, query, key, value, out, lse, scale)
     grad, query, key, out, lse = (values.contiguous() for values in (grad, query, key, out, lse))
-    return gradients(grad, query, key, None if value is None else value.contiguous(), out, lse, scale)
+    value = None if value is None else value.contiguous()
+    return attention_gradient.gradients(grad, query, key, value, out, lse, scale)
 
 
 @spatial_attention_backward.register_fake
@@ -256,19 +201,18 @@ spatial_attention_shared.register_autograd(_backward, setup_context=_keep)
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:
     """Every variant of the launches, as (name, call) on small tensors of a GPU, for the compile audit."""
 
-    def variant(dtype: torch.dtype, channels: int, form: str) -> Callable[[], object]:
+    def variant(dtype: torch.dtype, channels: int, shared: bool) -> Callable[[], object]:
         def call() -> None:
             query = torch.empty((2, 1024, channels), dtype=dtype, device="cuda")
-            value = None if form == "shared" else query
-            out, lse = attend_long(query, query, query, 0.1) if form == "long" else _attend(query, query, value, 0.1)
-            if form != "long":
-                gradients(out, query, query, value, out, lse, 0.1)
+            value = None if shared else query
+            out, lse = _attend(query, query, value, 0.1)
+            attention_gradient.gradients(out, query, query, value, out, lse, 0.1)
 
         return call
 
-    cases = [(dtype, channels, form) for dtype in DTYPES for channels in (512, 256, 96) for form in ("plain", "shared")]
-    cases += [(dtype, 512, "long") for dtype in DTYPES]
     return [
-        (f"{form} {channels} {str(dtype).removeprefix('torch.')}", variant(dtype, channels, form))
-        for dtype, channels, form in cases
+        (f"{form} {channels} {str(dtype).removeprefix('torch.')}", variant(dtype, channels, form == "shared"))
+        for dtype in DTYPES
+        for channels in (512, 256, 96, 64)
+        for form in ("plain", "shared")
     ]

@@ -1,12 +1,13 @@
-"""What the attention kernels share: tiles of a [length, CHANNELS] matrix in memory, and what the ops take.
+"""What the attention kernels share: tiles of a [length, CHANNELS] matrix in memory, rounds of launches, what ops take.
 
 A tile is [ROWS, WIDTH], WIDTH the power of two that holds the channels; what lies outside reads as zero and is never
-written.
+written. A round is as many images as fit in WORKSPACE with a chunk of their queries each.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,40 @@ MOST_CHANNELS = 512
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# 4096 queries of one image make 128 programs of a product at d = 512: one wave of 132 multiprocessors. The scores of a
+# chunk are then 8 KiB a token in half precision, 512 MiB at 65,536 tokens: linear in the sequence.
+CHUNK = 4096
+# Bytes of scores that a round may lay down, and one chunk where that alone is more: at 4096 tokens in half precision a
+# batch of eight is one round of three launches in place of eight. Larger rounds gain nothing, each product is then a
+# thousand programs.
+WORKSPACE = 256 * 2**20
+
+
+class Round(NamedTuple):
+    """One round: ``images`` images from ``begin`` on, and of each ``count`` queries from ``first`` on."""
+
+    begin: int
+    images: int
+    first: int
+    count: int
+
+
+def rounds_of(images: int, length: int, row_bytes: int) -> list[Round]:
+    """The rounds in their order, the largest first; ``row_bytes``: what one query lays down in the workspace."""
+    rows = max(1, min(CHUNK, length))
+    together = max(1, min(images, WORKSPACE // max(1, rows * row_bytes)))
+    return [
+        Round(begin, min(together, images - begin), first, min(rows, length - first))
+        for begin in range(0, images, together)
+        for first in range(0, length, rows)
+    ]
+
+
+@triton.jit
+def place_of(down, across):
+    """(image, tile down, tile across) of this program, of a grid of images x down x across; the image in int64."""
+    program = tl.program_id(0)
+    return (program // (down * across)).to(tl.int64), program // across % down, program % across
 
 
 @triton.jit

@@ -13,12 +13,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastvae_kernels.moments import (
+    BLOCK,
+    HIGHEST,
+    LOWEST,
+    NUM_WARPS,
+    dense,
+    format_of,
+    is_channels_last,
+    locate_moments,
+)
 from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
-LOWEST, HIGHEST = -30.0, 20.0
 CHUNK = 8192
-BLOCK = 1024
-NUM_WARPS = 4
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
 
@@ -35,8 +42,7 @@ def reference_backward(grad: Tensor, moments: Tensor) -> Tensor:
     mean, logvar = moments.to(grad.dtype).chunk(2, dim=1)
     free = (logvar >= LOWEST) & (logvar <= HIGHEST)
     slope = torch.cat([mean, torch.where(free, 0.5 * (logvar.exp() - 1.0), 0.0)], dim=1)
-    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
-    return (grad[:, None, None, None] * slope).to(moments.dtype, memory_format=form)
+    return (grad[:, None, None, None] * slope).to(moments.dtype, memory_format=format_of(moments))
 
 
 def cost(moments: Tensor) -> Cost:
@@ -47,10 +53,6 @@ def cost(moments: Tensor) -> Cost:
 
 def _chunks(moments: Tensor) -> int:
     return -(-moments.shape[1:].numel() // CHUNK)
-
-
-def _channels_last(moments: Tensor) -> bool:
-    return not moments.is_contiguous() and moments.is_contiguous(memory_format=torch.channels_last)
 
 
 def _check(moments: Tensor) -> None:
@@ -66,19 +68,17 @@ def _is_logvar(local, size, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr)
     return local % CHANNELS >= CHANNELS // 2 if CHANNELS_LAST else local >= size // 2
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["pixels"])
 def _chunk_kernel(
     moments_ptr,
     partial_ptr,
-    size,
+    pixels,
     CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    chunks = tl.cdiv(size, CHUNK)
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    start = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK
+    row, size, start = locate_moments(tl.program_id(0), pixels, CHANNELS, CHUNK)
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(0, CHUNK, BLOCK):
         local = start + block + tl.arange(0, BLOCK)  # [BLOCK]
@@ -100,19 +100,18 @@ def _sum_kernel(partial_ptr, divergence_ptr, chunks, BLOCK: tl.constexpr):
     tl.store(divergence_ptr + row, 0.5 * tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["pixels"])
 def _backward_kernel(
     grad_ptr,
     moments_ptr,
     grad_moments_ptr,
-    size,
+    pixels,
     CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(size, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    local = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    row, size, start = locate_moments(tl.program_id(0), pixels, CHANNELS, BLOCK)
+    local = start + tl.arange(0, BLOCK)  # [BLOCK]
     inside = local < size
     grad = tl.load(grad_ptr + row).to(tl.float32)
     moment = tl.load(moments_ptr + row * size + local, mask=inside, other=0.0).to(tl.float32)
@@ -120,6 +119,17 @@ def _backward_kernel(
     spread = tl.where(free, 0.5 * (tl.exp(moment) - 1.0), 0.0)
     slope = tl.where(_is_logvar(local, size, CHANNELS, CHANNELS_LAST), spread, moment)
     tl.store(grad_moments_ptr + row * size + local, (grad * slope).to(grad_moments_ptr.dtype.element_ty), mask=inside)
+
+
+def _layout(moments: Tensor) -> dict[str, int]:
+    """What both passes over dense moments are launched with."""
+    return {
+        "pixels": moments.shape[2:].numel(),
+        "CHANNELS": moments.shape[1],
+        "CHANNELS_LAST": is_channels_last(moments),
+        "BLOCK": BLOCK,
+        "num_warps": NUM_WARPS,
+    }
 
 
 @torch.library.custom_op("fastvae::kl_divergence", mutates_args=())
@@ -140,14 +150,12 @@ def launch(moments: Tensor) -> Tensor:
     _check(moments)
     if moments.dtype == torch.float64:
         return reference(moments)
-    layout = {"CHANNELS": moments.shape[1], "CHANNELS_LAST": _channels_last(moments)}
-    moments = moments if layout["CHANNELS_LAST"] else moments.contiguous()
+    moments = dense(moments)
     rows, chunks = moments.shape[0], _chunks(moments)
     divergence = torch.empty(rows, dtype=torch.float32, device=moments.device)
     partial = torch.empty((rows, chunks), dtype=torch.float32, device=moments.device)
     if rows and chunks:
-        size = moments.shape[1:].numel()
-        _chunk_kernel[(rows * chunks,)](moments, partial, size, **layout, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        _chunk_kernel[(rows * chunks,)](moments, partial, **_layout(moments), CHUNK=CHUNK)
     if rows:
         _sum_kernel[(rows,)](partial, divergence, chunks, BLOCK=128, num_warps=NUM_WARPS)
     return divergence
@@ -172,22 +180,17 @@ def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
     """kl_divergence_backward without the dispatcher."""
     if moments.dtype == torch.float64:
         return reference_backward(grad, moments)
-    layout = {"CHANNELS": moments.shape[1], "CHANNELS_LAST": _channels_last(moments)}
-    form = torch.channels_last if layout["CHANNELS_LAST"] else torch.contiguous_format
-    moments = moments.contiguous(memory_format=form)
-    grad_moments = torch.empty_like(moments, memory_format=form)
+    moments = dense(moments)
+    grad_moments = torch.empty_like(moments, memory_format=format_of(moments))
     if moments.numel():
-        size = moments.shape[1:].numel()
-        _backward_kernel[(moments.shape[0] * -(-size // BLOCK),)](
-            grad.contiguous(), moments, grad_moments, size, **layout, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        blocks = -(-moments.shape[1:].numel() // BLOCK)
+        _backward_kernel[(moments.shape[0] * blocks,)](grad.contiguous(), moments, grad_moments, **_layout(moments))
     return grad_moments
 
 
 @kl_divergence_backward.register_fake
 def _(grad, moments):
-    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
-    return torch.empty_like(moments, memory_format=form)
+    return torch.empty_like(moments, memory_format=format_of(moments))
 
 
 def _keep(ctx, inputs, output):

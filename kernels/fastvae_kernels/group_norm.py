@@ -22,12 +22,19 @@ def statistics_reference(x: Tensor) -> Tensor:
 
 
 def affine_reference(
-    partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, conv_bias: Tensor | None = None
+    partials: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    conv_bias: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     _check_affine(partials, weight, bias, groups, conv_bias)
     batch, _, _, channels = partials.shape
     added = torch.zeros_like(weight) if conv_bias is None else conv_bias
     weight, bias, added = (vector.to(partials.dtype) for vector in (weight, bias, added))
+    added, eps = added * factor, eps * factor**2
     count, mean, deviations = statistics.merged_reference(partials, (1,))  # [N, 1, C]
     grouped = torch.stack([count, mean + added, deviations], dim=-2)
     grouped = grouped.view(batch, 3, groups, channels // groups).transpose(1, 2)
@@ -38,10 +45,10 @@ def affine_reference(
     return scale, torch.addcmul(bias.expand_as(scale), added - mean, scale)
 
 
-def scale_shift_reference(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift_reference(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     _check_scale_shift(x, scale, shift)
     y = torch.addcmul(shift[:, :, None, None], x.to(scale.dtype), scale[:, :, None, None])
-    return statistics.same_layout(y.to(x.dtype))
+    return statistics.same_layout((y * factor).to(x.dtype))
 
 
 def scale_shift_silu_reference(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
@@ -56,10 +63,10 @@ def statistics_cost(x: Tensor) -> Cost:
 
 
 def affine_cost(partials: Tensor, weight: Tensor, bias: Tensor, conv_bias: Tensor | None = None) -> Cost:
-    """Partials and vectors read, scale and shift written; the folds of more than FOLD chunks beside that."""
+    """Partials and vectors read, scale and shift written; the folds of more than MERGED chunks beside that."""
     batch, chunks, _, channels = partials.shape
     total, launches = size_in_bytes(partials, weight, bias, conv_bias) + 8 * batch * channels, 1
-    while chunks > statistics.FOLD:
+    while chunks > statistics.MERGED:
         chunks = -(-chunks // statistics.FOLD)
         total, launches = total + 2 * 12 * batch * chunks * channels, launches + 1
     return Cost(total, 8 * partials.numel() // 3, launches)
@@ -89,9 +96,9 @@ def _check_scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> None:
             raise ValueError(f"{name} must be float32, got {value.dtype}")
 
 
-@triton.jit(do_not_specialize=["chunks", "eps"])
+@triton.jit(do_not_specialize=["chunks", "eps", "factor"])
 def _affine_kernel(
-    partials_ptr, weight_ptr, bias_ptr, conv_bias_ptr, scale_ptr, shift_ptr, chunks, eps,
+    partials_ptr, weight_ptr, bias_ptr, conv_bias_ptr, scale_ptr, shift_ptr, chunks, eps, factor,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     PER_GROUP: tl.constexpr = CHANNELS // GROUPS
@@ -100,7 +107,7 @@ def _affine_kernel(
     channel, inside = group * PER_GROUP + index, index < PER_GROUP
     added = tl.zeros([COLUMNS], tl.float32)
     if conv_bias_ptr is not None:
-        added += tl.load(conv_bias_ptr + channel, inside, 0.0).to(tl.float32)
+        added += tl.load(conv_bias_ptr + channel, inside, 0.0).to(tl.float32) * factor
     mean, inverse = statistics.group_moments(
         partials_ptr, added, image, group, chunks, eps, CHANNELS, PER_GROUP, COLUMNS, STEP
     )
@@ -128,7 +135,8 @@ def _scale_shift_kernel(
     x = tl.load(x_ptr + first + row * CHANNELS + channel, inside, 0.0).to(tl.float32)
     y = tl.fma(x, tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(shift[None, :], x.shape))
     if SILU:
-        y = y * tl.sigmoid(y) * factor
+        y = y * tl.sigmoid(y)
+    y *= factor
     tl.store(y_ptr + first + row * CHANNELS + channel, y.to(y_ptr.dtype.element_ty), inside)
 
 
@@ -156,20 +164,32 @@ def _(x: Tensor) -> Tensor:
 @torch.library.custom_op("fastvae::group_norm_affine", mutates_args=())
 @on_its_device
 def group_norm_affine(
-    partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, conv_bias: Tensor | None = None
+    partials: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    conv_bias: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 (scale, shift) [N, C] such that x * scale + shift is GroupNorm of x + conv_bias.
+    """fp32 (scale, shift) [N, C] such that x * scale + shift is GroupNorm of x / factor + conv_bias.
 
-    partials: those of x without conv_bias. weight, bias, conv_bias: [C] in any floating dtype. Where x carries a
-    factor s, eps must be s² times the layer's. Raises ValueError where shapes do not match.
+    partials: those of x without conv_bias. weight, bias, conv_bias: [C] in any floating dtype. factor: what x is
+    multiplied by, where it is carried scaled (a positive number). Raises ValueError where shapes do not match.
     """
-    return affine_reference(partials, weight, bias, groups, eps, conv_bias)
+    return affine_reference(partials, weight, bias, groups, eps, conv_bias, factor)
 
 
 @group_norm_affine.register_kernel(KERNEL_DEVICES)
 @on_its_device
 def launch_affine(
-    partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, conv_bias: Tensor | None = None
+    partials: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    conv_bias: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     _check_affine(partials, weight, bias, groups, conv_bias)
     batch, _, _, channels = partials.shape
@@ -179,14 +199,14 @@ def launch_affine(
         columns, step = statistics.group_block(channels // groups)
         _affine_kernel[(batch * groups,)](
             folded, weight.contiguous(), bias.contiguous(), None if conv_bias is None else conv_bias.contiguous(),
-            scale, shift, folded.shape[1], eps,
-            CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=1, num_stages=1,
+            scale, shift, folded.shape[1], eps * factor**2, factor,
+            CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=4, num_stages=1,
         )  # fmt: skip
     return scale, shift
 
 
 @group_norm_affine.register_fake
-def _(partials, weight, bias, groups, eps, conv_bias=None):
+def _(partials, weight, bias, groups, eps, conv_bias=None, factor=1.0):
     _check_affine(partials, weight, bias, groups, conv_bias)
     batch, _, _, channels = partials.shape
     return partials.new_empty(batch, channels), partials.new_empty(batch, channels)
@@ -211,24 +231,24 @@ def _launch(x: Tensor, scale: Tensor, shift: Tensor, factor: float, silu: bool) 
 
 @torch.library.custom_op("fastvae::scale_shift", mutates_args=())
 @on_its_device
-def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift in channels_last, for x [N, C, H, W] and fp32 scale, shift [N, C]; ValueError for others."""
-    return scale_shift_reference(x, scale, shift)
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
+    """(x * scale + shift) * factor in channels_last, rounded once, for x [N, C, H, W] and fp32 scale, shift [N, C].
+
+    factor: the power of two that the stream behind the next product carries. Raises ValueError for others.
+    """
+    return scale_shift_reference(x, scale, shift, factor)
 
 
 @scale_shift.register_kernel(KERNEL_DEVICES)
 @on_its_device
-def launch_scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return _launch(x, scale, shift, 1.0, silu=False)
+def launch_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
+    return _launch(x, scale, shift, factor, silu=False)
 
 
 @torch.library.custom_op("fastvae::scale_shift_silu", mutates_args=())
 @on_its_device
 def scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
-    """silu(x * scale + shift) * factor in channels_last, rounded once; as scale_shift otherwise.
-
-    factor: the power of two that the stream behind the next convolution carries.
-    """
+    """silu(x * scale + shift) * factor in channels_last, rounded once; as scale_shift otherwise."""
     return scale_shift_silu_reference(x, scale, shift, factor)
 
 
@@ -239,7 +259,7 @@ def launch_scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: flo
 
 
 @scale_shift.register_fake
-def _(x, scale, shift):
+def _(x, scale, shift, factor=1.0):
     _check_scale_shift(x, scale, shift)
     return statistics.new_channels_last(*x.shape, like=x)
 
@@ -259,7 +279,7 @@ def audit_cases():
                 x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
                 weight = torch.empty(channels, dtype=dtype)
                 scale, shift = launch_affine(launch_statistics(x), weight, weight, 32, 1e-6, weight)
-                launch_affine(torch.empty(1, 100, 3, channels), weight, weight, 32, 1e-6)
+                launch_affine(torch.empty(1, 2000, 3, channels), weight, weight, 32, 1e-6)
                 launch_scale_shift(x, scale, shift)
                 launch_scale_shift_silu(x, scale, shift, 0.5)
 

@@ -80,6 +80,21 @@ def stream_normals(seed: int, offset: int, count: int, threads: int) -> Tensor:
     return _normal(pair, cosine=lane % 2 == 1)
 
 
+def normals_like(values: Tensor, seeds: Tensor, offsets: Tensor | None = None, threads: int = 0) -> Tensor:
+    """What draw_normal gives every element of values [N, ...], in their shape, dtype and device.
+
+    seeds, offsets: int64 [N], the seeds by their bits; or [1] where one stream runs through the whole batch.
+    """
+    if offsets is None:
+        noise = normals(seeds, values.shape[1:].numel())
+    else:
+        count = values.numel() // max(len(seeds), 1)
+        drawn = zip(seed_list(seeds), offsets.tolist(), strict=True)
+        rows = [stream_normals(seed, offset, count, threads) for seed, offset in drawn]
+        noise = torch.cat(rows) if rows else torch.empty(0)
+    return noise.reshape(values.shape).to(values.device, values.dtype)
+
+
 def _check_offset(offset: int) -> None:
     if offset < 0 or offset % 4:
         raise ValueError(f"offset must be a multiple of 4 and not negative, got {offset}")
@@ -109,11 +124,7 @@ def split_seed(seed: int) -> Tensor:
 def seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
     """Seeds as unsigned Python integers; raises ValueError for one outside [0, 2^64) or no integer."""
     if isinstance(seeds, Tensor):
-        if seeds.ndim != 1 or seeds.is_floating_point() or seeds.dtype == torch.bool:
-            raise ValueError(f"seeds must be a vector of integers, got {seeds.dtype} of shape {tuple(seeds.shape)}")
-        if seeds.dtype == torch.uint64:
-            seeds = seeds.view(torch.int64)
-        return [int(seed) & 2**64 - 1 for seed in seeds.tolist()]
+        return [int(seed) & 2**64 - 1 for seed in _seed_bits(seeds).tolist()]
     if not isinstance(seeds, Iterable):
         raise ValueError(f"seeds must be a list of integers or a vector, got {seeds!r}")
     seeds = list(seeds)
@@ -146,9 +157,25 @@ def reserve(
 
 
 def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Seeds, unsigned 64-bit integers, as the int64 tensor of their bits; raises ValueError for any other."""
-    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seed_list(seeds)]
-    return torch.tensor(signed, dtype=torch.int64, device=device)
+    """Seeds, unsigned 64-bit integers, as the int64 tensor of their bits; raises ValueError for any other.
+
+    A tensor on a GPU is not read, and the host waits for nothing.
+    """
+    if isinstance(seeds, Tensor):
+        return _seed_bits(seeds).to(device)
+    return int64_tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seed_list(seeds)], device)
+
+
+def int64_tensor(values: Sequence[int], device: torch.device | str) -> Tensor:
+    """Integers as int64 [len(values)]; for a GPU without waiting for it, as torch.tensor would."""
+    # A copy from pageable memory has read its source when it returns, whether or not the device has come to it.
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+def _seed_bits(seeds: Tensor) -> Tensor:
+    if seeds.ndim != 1 or seeds.is_floating_point() or seeds.dtype == torch.bool:
+        raise ValueError(f"seeds must be a vector of integers, got {seeds.dtype} of shape {tuple(seeds.shape)}")
+    return seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds.to(torch.int64)
 
 
 @triton.jit
@@ -176,6 +203,27 @@ def normal_sine(word0, word1):
 def normal_cosine(word0, word1):
     """The normal that curand makes of two words with the cosine, fp32."""
     return _radius(word0) * _cosine(_angle(word1))
+
+
+@triton.jit
+def draw_normal(seeds_ptr, offsets_ptr, row, element, size, threads, seeds_step, STREAM: tl.constexpr):
+    """The normals of elements (int64, their logical index) of a row of ``size``: by the row's own seed, or of a stream.
+
+    seeds_step is 0 where one stream runs through the whole batch, and 1 where every row has its own.
+    """
+    seed = tl.load(seeds_ptr + row * seeds_step)
+    if STREAM:
+        step = tl.load(offsets_ptr + row * seeds_step) // 4
+        element += row * size * (1 - seeds_step)
+        threads = tl.cast(threads, tl.int64)
+        lane = element % (4 * threads) // threads
+        word0, word1, word2, word3 = draw_words(seed, step + element // (4 * threads), element % threads)
+        word0, word1 = tl.where(lane >= 2, word2, word0), tl.where(lane >= 2, word3, word1)
+        noise = tl.where(lane % 2 == 1, normal_cosine(word0, word1), normal_sine(word0, word1))
+    else:
+        word0, word1, _, _ = draw_words(seed, tl.zeros_like(seed), element)
+        noise = normal_sine(word0, word1)
+    return noise
 
 
 @triton.jit

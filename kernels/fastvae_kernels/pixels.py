@@ -1,4 +1,4 @@
-"""Pixels to the first convolution's output: y = conv3x3(pixels / 127.5 - 1) + bias, y [N, C, H, W] channels_last.
+"""Pixels to the first convolution's output: (conv3x3(pixels / 127.5 - 1) + bias) * factor, [N, C, H, W] channels_last.
 
 uint8 pixels are mapped to [-1, 1], floats are taken as they are; both are rounded to the weight's dtype, as they are
 when a network is handed them. The zeros of the padding stand beside the mapped pixels. Pixels lie in any strides.
@@ -18,9 +18,10 @@ from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in
 MOST_COLOURS = 8
 
 
-def reference(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def reference(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     _check(pixels, weight, bias)
-    y = F.conv2d(mapped(pixels, weight.dtype), weight, bias.to(weight.dtype), padding=1)
+    # The factor on the pixels and the bias: on the result it would come after an overflow.
+    y = F.conv2d(mapped(pixels, weight.dtype) * factor, weight, bias.to(weight.dtype) * factor, padding=1)
     return statistics.same_layout(y), statistics.reference(y)
 
 
@@ -30,12 +31,12 @@ def mapped(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return (pixels.to(wide) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels).to(dtype)
 
 
-def cost(pixels: Tensor, weight: Tensor, bias: Tensor) -> Cost:
+def cost(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> Cost:
     """Pixels and weights read, y and partials written."""
     batch, _, height, width = pixels.shape
     y = torch.empty(batch, weight.shape[0], height, width, dtype=weight.dtype, device="meta")
     total = size_in_bytes(pixels, weight, bias, y, statistics.new_partials(y))
-    return Cost(total, 2 * y.numel() * weight[0].numel(), 1)
+    return Cost(total, 2 * y.numel() * weight.shape[1:].numel(), 1)
 
 
 def _check(pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -53,10 +54,12 @@ def _check(pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"pixels must be uint8 or floating point, got {pixels.dtype}")
 
 
-@triton.jit(do_not_specialize=["count", "chunks", "height", "width", "image_stride", "colour_stride", "row_stride"])
+@triton.jit(
+    do_not_specialize=["count", "chunks", "height", "width", "image_stride", "colour_stride", "row_stride", "factor"]
+)
 def _conv_in_kernel(
     pixels_ptr, weight_ptr, bias_ptr, y_ptr, partials_ptr, count, chunks, height, width,
-    image_stride, colour_stride, row_stride, column_stride,
+    image_stride, colour_stride, row_stride, column_stride, factor,
     COLOURS: tl.constexpr, CHANNELS: tl.constexpr, BYTES: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +87,7 @@ def _conv_in_kernel(
             # Divided, not multiplied by the reciprocal: the bits of torch's x / 127.5 - 1. Beside the image stays 0.
             values = tl.where(there, tl.div_rn(values, 127.5) - 1.0, 0.0)
         product = tl.dot(values.to(weight.dtype), weight, input_precision="ieee")  # [ROWS, COLUMNS]
-        y = (product + bias).to(y_ptr.dtype.element_ty)
+        y = ((product + bias) * factor).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + first + (start + row) * CHANNELS + channel, y, inside & (channel < CHANNELS))
         anchor, seen, mean, deviations = statistics.take(
             anchor, seen, mean, deviations, y.to(tl.float32), inside, start, rows, ROWS
@@ -96,18 +99,18 @@ def _conv_in_kernel(
 
 @torch.library.custom_op("fastvae::pixels_conv_in", mutates_args=())
 @on_its_device
-def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(conv_in(pixels), its partial statistics); differentiable in weight, bias and float pixels.
+def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(conv_in(pixels) * factor, its partial statistics); differentiable in weight, bias and float pixels.
 
     pixels: [N, colours, H, W] in any strides, uint8 in 0..255 or float in [-1, 1]. weight: [C, colours, 3, 3], whose
-    dtype is the result's. bias: [C]. Raises ValueError for others.
+    dtype is the result's. bias: [C]. factor: the power of two that the stream carries. Raises ValueError for others.
     """
-    return reference(pixels, weight, bias)
+    return reference(pixels, weight, bias, factor)
 
 
 @pixels_conv_in.register_kernel(KERNEL_DEVICES)
 @on_its_device
-def launch(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def launch(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     _check(pixels, weight, bias)
     statistics.check_kernel_dtype("weight", weight)
     batch, colours, height, width = pixels.shape
@@ -120,7 +123,7 @@ def launch(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         columns, chunk = max(16, statistics.block_columns(tile.columns, channels)), statistics.chunk_pixels(channels)
         _conv_in_kernel[(batch * partials.shape[1] * triton.cdiv(channels, columns),)](
             pixels, weight.contiguous(), bias.contiguous(), y, partials,
-            height * width, partials.shape[1], height, width, *pixels.stride(),
+            height * width, partials.shape[1], height, width, *pixels.stride(), factor,
             COLOURS=colours, CHANNELS=channels, BYTES=pixels.dtype == torch.uint8, CHUNK=chunk,
             ROWS=min(tile.rows, chunk), COLUMNS=columns, DEPTH=max(16, triton.next_power_of_2(9 * colours)),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -129,7 +132,7 @@ def launch(pixels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 @pixels_conv_in.register_fake
-def _(pixels, weight, bias):
+def _(pixels, weight, bias, factor=1.0):
     _check(pixels, weight, bias)
     batch, _, height, width = pixels.shape
     y = statistics.new_channels_last(batch, weight.shape[0], height, width, like=weight)
@@ -137,20 +140,22 @@ def _(pixels, weight, bias):
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.factor = inputs
+    ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, dy, dpartials):
     pixels, weight, bias = ctx.saved_tensors
+    dy = dy if ctx.factor == 1.0 else dy * ctx.factor
     values = mapped(pixels, weight.dtype)
     needed = list(ctx.needs_input_grad)
     if values.shape[0] == 0:
-        return torch.zeros_like(values) if needed[0] else None, torch.zeros_like(weight), torch.zeros_like(bias)
+        return torch.zeros_like(values) if needed[0] else None, torch.zeros_like(weight), torch.zeros_like(bias), None
     dpixels, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, values, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed
+        dy, values, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed[:3]
     )
-    return dpixels.to(pixels.dtype) if needed[0] else None, dweight, dbias.to(bias.dtype) if needed[2] else None
+    return dpixels.to(pixels.dtype) if needed[0] else None, dweight, dbias.to(bias.dtype) if needed[2] else None, None
 
 
 pixels_conv_in.register_autograd(_backward, setup_context=_keep)

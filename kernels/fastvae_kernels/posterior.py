@@ -9,17 +9,22 @@ Traffic: moments once in, latents once out; the noise never exists in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae_kernels import philox
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, backend, libdevice, on_its_device, size_in_bytes, tl, triton
-
-LOWEST, HIGHEST = -30.0, 20.0
-BLOCK = 1024
-NUM_WARPS = 4
+from fastvae_kernels.moments import (
+    HIGHEST,
+    LOWEST,
+    dense,
+    exponential,
+    format_of,
+    locate_latents,
+    over_latents,
+)
+from fastvae_kernels.posterior_gradient import gradient
+from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, backend, on_its_device, size_in_bytes, tl, triton
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
 
@@ -36,7 +41,7 @@ def reference(
     mean, logvar = moments.chunk(2, dim=1)
     if seeds is not None:
         std = torch.exp(0.5 * logvar.clamp(LOWEST, HIGHEST))
-        mean = mean + std * _noise(mean, seeds, offsets, threads)
+        mean = mean + std * philox.normals_like(mean, seeds, offsets, threads)
     return _like_moments(((mean - shift) * scale), moments)
 
 
@@ -49,7 +54,7 @@ def reference_backward(
         return _like_moments(torch.cat([scaled, torch.zeros_like(scaled)], dim=1), moments)
     logvar = moments.chunk(2, dim=1)[1]
     free = (logvar >= LOWEST) & (logvar <= HIGHEST)
-    spread = torch.exp(0.5 * logvar.clamp(LOWEST, HIGHEST)) * _noise(logvar, seeds, offsets, threads)
+    spread = torch.exp(0.5 * logvar.clamp(LOWEST, HIGHEST)) * philox.normals_like(logvar, seeds, offsets, threads)
     return _like_moments(torch.cat([scaled, torch.where(free, 0.5 * scaled * spread, 0.0)], dim=1), moments)
 
 
@@ -60,24 +65,8 @@ def cost(moments: Tensor, seeds: Tensor | None = None) -> Cost:
     return Cost((2 if seeds is None else 3) * half + size_in_bytes(seeds), 2 * (moments.numel() // 2) + 108 * drawn, 1)
 
 
-def _noise(mean: Tensor, seeds: Tensor, offsets: Tensor | None, threads: int) -> Tensor:
-    rows = [int(seed) & 2**64 - 1 for seed in seeds.tolist()]
-    if offsets is None:
-        noise = philox.normals(rows, mean.shape[1:].numel())
-    else:
-        count = mean.numel() // max(len(rows), 1)
-        drawn = zip(rows, offsets.tolist(), strict=True)
-        noise = torch.cat([philox.stream_normals(seed, offset, count, threads) for seed, offset in drawn])
-    return noise.reshape(mean.shape).to(mean.device, mean.dtype)
-
-
-def _channels_last(moments: Tensor) -> bool:
-    return not moments.is_contiguous() and moments.is_contiguous(memory_format=torch.channels_last)
-
-
 def _like_moments(values: Tensor, moments: Tensor) -> Tensor:
-    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
-    return values.clone(memory_format=form)
+    return values.clone(memory_format=format_of(moments))
 
 
 def _check(moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int) -> None:
@@ -112,42 +101,6 @@ def _product(x, y):
     )
 
 
-# The library's exponential, as eager torch has it; tl.exp is the fast one.
-@triton.jit
-def _exponential(x):
-    return libdevice.exp(x) if backend() == "cuda" else tl.exp(x)
-
-
-@triton.jit
-def _place(local, size, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    # local counts the latents of a row in memory order. Returned: its logical index, its mean's place in the row of
-    # moments, and how far behind the log-variance lies.
-    if CHANNELS_LAST:
-        pixel, channel = local // CHANNELS, local % CHANNELS
-        element, place, to_logvar = channel * (size // CHANNELS) + pixel, pixel * (2 * CHANNELS) + channel, CHANNELS
-    else:
-        element, place, to_logvar = local, local, size
-    return element, place, to_logvar
-
-
-@triton.jit
-def _draw(seeds_ptr, offsets_ptr, row, element, size, threads, seeds_step, STREAM: tl.constexpr):
-    # seeds_step is 0 where one stream runs through the whole batch, and 1 where every row has its own.
-    seed = tl.load(seeds_ptr + row * seeds_step)
-    if STREAM:
-        step = tl.load(offsets_ptr + row * seeds_step) // 4
-        element += row * size * (1 - seeds_step)
-        threads = tl.cast(threads, tl.int64)
-        lane = element % (4 * threads) // threads
-        word0, word1, word2, word3 = philox.draw_words(seed, step + element // (4 * threads), element % threads)
-        word0, word1 = tl.where(lane >= 2, word2, word0), tl.where(lane >= 2, word3, word1)
-        noise = tl.where(lane % 2 == 1, philox.normal_cosine(word0, word1), philox.normal_sine(word0, word1))
-    else:
-        word0, word1, _, _ = philox.draw_words(seed, tl.zeros_like(seed), element)
-        noise = philox.normal_sine(word0, word1)
-    return noise
-
-
 @triton.jit(do_not_specialize=["pixels", "threads", "seeds_step", "shift", "scale"])
 def _sample_kernel(
     moments_ptr,
@@ -165,98 +118,26 @@ def _sample_kernel(
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A multiple of CHANNELS, which the compiler may know: that is what makes loads of more than one element safe.
-    size = tl.cast(pixels, tl.int64) * CHANNELS
-    blocks = tl.cdiv(size, BLOCK)
-    row = tl.program_id(0) // blocks  # int64, as size is
-    local = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = local < size
+    row, size, inside, element, latent_place, mean_place, logvar_place = locate_latents(
+        tl.program_id(0), pixels, CHANNELS, CHANNELS_LAST, BLOCK
+    )
     dtype: tl.constexpr = latents_ptr.dtype.element_ty
-    element, place, to_logvar = _place(local, size, CHANNELS, CHANNELS_LAST)
-    moments_ptr += row * size * 2
-    z = tl.load(moments_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(moments_ptr + mean_place, mask=inside, other=0.0).to(tl.float32)
     if DRAW:
-        logvar = tl.load(moments_ptr + place + to_logvar, mask=inside, other=0.0).to(tl.float32)
+        logvar = tl.load(moments_ptr + logvar_place, mask=inside, other=0.0).to(tl.float32)
         logvar = tl.minimum(tl.maximum(logvar, _LOWEST, tl.PropagateNan.ALL), _HIGHEST, tl.PropagateNan.ALL)
-        std = _exponential((0.5 * logvar).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        noise = _draw(seeds_ptr, offsets_ptr, row, element, size, threads, seeds_step, STREAM)
+        std = exponential((0.5 * logvar).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        noise = philox.draw_normal(seeds_ptr, offsets_ptr, row, element, size, threads, seeds_step, STREAM)
         noise = noise.to(dtype).to(tl.float32)
         z = (z + _product(std, noise).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     z = (z - shift).to(dtype).to(tl.float32) * scale
-    tl.store(latents_ptr + row * size + local, z.to(dtype), mask=inside)
-
-
-@triton.jit(do_not_specialize=["pixels", "threads", "seeds_step", "scale"])
-def _sample_backward_kernel(
-    grad_ptr,
-    moments_ptr,
-    seeds_ptr,
-    offsets_ptr,
-    grad_moments_ptr,
-    pixels,
-    threads,
-    seeds_step,
-    scale,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DRAW: tl.constexpr,
-    STREAM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # A multiple of CHANNELS, which the compiler may know: that is what makes loads of more than one element safe.
-    size = tl.cast(pixels, tl.int64) * CHANNELS
-    blocks = tl.cdiv(size, BLOCK)
-    row = tl.program_id(0) // blocks  # int64, as size is
-    local = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = local < size
-    dtype: tl.constexpr = grad_moments_ptr.dtype.element_ty
-    element, place, to_logvar = _place(local, size, CHANNELS, CHANNELS_LAST)
-    place += row * size * 2
-    grad = tl.load(grad_ptr + row * size + local, mask=inside, other=0.0).to(tl.float32) * scale
-    tl.store(grad_moments_ptr + place, grad.to(dtype), mask=inside)
-    if DRAW:
-        logvar = tl.load(moments_ptr + place + to_logvar, mask=inside, other=0.0).to(tl.float32)
-        std = _exponential(0.5 * tl.minimum(tl.maximum(logvar, _LOWEST), _HIGHEST))
-        noise = _draw(seeds_ptr, offsets_ptr, row, element, size, threads, seeds_step, STREAM)
-        noise = noise.to(dtype).to(tl.float32)
-        free = (logvar >= _LOWEST) & (logvar <= _HIGHEST)
-        grad_logvar = tl.where(free, 0.5 * grad * std * noise, 0.0)
-    else:
-        grad_logvar = tl.zeros_like(grad)
-    tl.store(grad_moments_ptr + place + to_logvar, grad_logvar.to(dtype), mask=inside)
-
-
-def _launch_over(kernel: Any, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, **rest: Any):
-    size = moments.shape[1:].numel() // 2
-    per_row = seeds is not None and (offsets is None or seeds.shape[0] == moments.shape[0])
-    kernel[(-(-size // BLOCK) * moments.shape[0],)](
-        **rest,
-        moments_ptr=moments,
-        # A pointer that is never followed: the mode draws nothing, and rows count from offset zero.
-        seeds_ptr=moments if seeds is None else seeds.contiguous(),
-        offsets_ptr=moments if offsets is None else offsets.contiguous(),
-        pixels=moments.shape[2:].numel(),
-        threads=threads,
-        seeds_step=int(per_row),
-        CHANNELS=moments.shape[1] // 2,
-        CHANNELS_LAST=_channels_last(moments),
-        DRAW=seeds is not None,
-        STREAM=offsets is not None,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    tl.store(latents_ptr + latent_place, z.to(dtype), mask=inside)
 
 
 def _latents_like(moments: Tensor) -> Tensor:
     rows, channels, height, width = moments.shape
-    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
-    return torch.empty(
-        (rows, channels // 2, height, width), dtype=moments.dtype, device=moments.device, memory_format=form
-    )
-
-
-def _dense(moments: Tensor) -> Tensor:
-    return moments if _channels_last(moments) else moments.contiguous()
+    shape = (rows, channels // 2, height, width)
+    return torch.empty(shape, dtype=moments.dtype, device=moments.device, memory_format=format_of(moments))
 
 
 @torch.library.custom_op("fastvae::sample_posterior", mutates_args=())
@@ -297,9 +178,8 @@ def launch(
     if moments.dtype == torch.float64:
         return reference(moments, seeds, offsets, threads, shift, scale)
     if latents.numel():
-        _launch_over(
-            _sample_kernel, _dense(moments), seeds, offsets, threads, latents_ptr=latents, shift=shift, scale=scale
-        )
+        rest = {"latents_ptr": latents, "shift": shift, "scale": scale}
+        over_latents(_sample_kernel, dense(moments), seeds, offsets, threads, **rest)
     return latents
 
 
@@ -326,28 +206,12 @@ def launch_backward(
     """sample_posterior_backward without the dispatcher."""
     if moments.dtype == torch.float64:
         return reference_backward(grad, moments, seeds, offsets, threads, scale)
-    moments = _dense(moments)
-    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
-    grad_moments = torch.empty_like(moments, memory_format=form)
-    if moments.numel():
-        grad = grad.contiguous(memory_format=form)
-        _launch_over(
-            _sample_backward_kernel,
-            moments,
-            seeds,
-            offsets,
-            threads,
-            grad_ptr=grad,
-            grad_moments_ptr=grad_moments,
-            scale=scale,
-        )
-    return grad_moments
+    return gradient(grad, moments, seeds, offsets, threads, scale)
 
 
 @sample_posterior_backward.register_fake
 def _(grad, moments, seeds, offsets, threads, scale):
-    form = torch.channels_last if _channels_last(moments) else torch.contiguous_format
-    return torch.empty_like(moments, memory_format=form)
+    return torch.empty_like(moments, memory_format=format_of(moments))
 
 
 def _keep(ctx, inputs, output):

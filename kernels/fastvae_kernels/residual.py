@@ -1,8 +1,9 @@
-"""The end of a residual block: y = h + bias + residual + residual_bias, [N, C, H, W] channels_last, and its statistics.
+"""The end of a residual block: y = h + residual + (bias + residual_bias) * factor, [N, C, H, W] channels_last.
 
-bias belongs to the convolution that made h, residual_bias to the shortcut's. The partial statistics are those of y as
-rounded, so the next norm needs no pass of its own. y may lie in any strides: with pad = 1 it is written into an
-[N, H + 1, W + 1, C] buffer whose last row and column are zeros, which is the padding of the downsample that follows.
+bias belongs to the convolution that made h, residual_bias to the shortcut's; factor is what h and residual are carried
+multiplied by. The partial statistics of y as rounded come with it, so the next norm needs no pass of its own. y may lie
+in any strides: with pad = 1 it is written into an [N, H + 1, W + 1, C] buffer whose last row and column are zeros,
+which is the padding of the downsample that follows.
 Traffic: h and residual read once, y written once. Source: diffusers.models.resnet.ResnetBlock2D, Downsample2D.
 """
 
@@ -17,19 +18,29 @@ from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in
 
 
 def reference(
-    h: Tensor, residual: Tensor, bias: Tensor | None = None, residual_bias: Tensor | None = None, pad: int = 0
+    h: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    pad: int = 0,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     _check(h, residual, bias, residual_bias, pad)
     y = h.to(torch.promote_types(h.dtype, torch.float32)) + residual
     for vector in (bias, residual_bias):
         if vector is not None:
-            y = y + vector.to(y.dtype)[:, None, None]
+            y = y + vector.to(y.dtype)[:, None, None] * factor
     y = y.to(h.dtype)
     return statistics.same_layout(F.pad(y, (0, pad, 0, pad))), statistics.reference(y)
 
 
 def cost(
-    h: Tensor, residual: Tensor, bias: Tensor | None = None, residual_bias: Tensor | None = None, pad: int = 0
+    h: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    pad: int = 0,
+    factor: float = 1.0,
 ) -> Cost:
     """h and residual read, y written with its border, partials written."""
     batch, channels, height, width = h.shape
@@ -51,10 +62,12 @@ def _check(h: Tensor, residual: Tensor, bias: Tensor | None, residual_bias: Tens
         raise ValueError(f"pad must be 0 or 1, got {pad}")
 
 
-@triton.jit(do_not_specialize=["pixels", "chunks", "height", "width", "image_step", "row_step", "column_step"])
+@triton.jit(
+    do_not_specialize=["pixels", "chunks", "height", "width", "image_step", "row_step", "column_step", "factor"]
+)
 def _residual_kernel(
     h_ptr, residual_ptr, bias_ptr, residual_bias_ptr, y_ptr, partials_ptr, pixels, chunks, height, width,
-    image_step, row_step, column_step,
+    image_step, row_step, column_step, factor,
     CHANNELS: tl.constexpr, PAD: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -65,9 +78,9 @@ def _residual_kernel(
     y_ptr += image * image_step * UNIT
     added = tl.zeros([COLUMNS], tl.float32)
     if bias_ptr is not None:
-        added += tl.load(bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32)
+        added += tl.load(bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32) * factor
     if residual_bias_ptr is not None:
-        added += tl.load(residual_bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32)
+        added += tl.load(residual_bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32) * factor
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, pixels, CHUNK)
     first = statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS)
@@ -100,30 +113,47 @@ def _residual_kernel(
 @torch.library.custom_op("fastvae::residual_add", mutates_args=())
 @on_its_device
 def residual_add(
-    h: Tensor, residual: Tensor, bias: Tensor | None = None, residual_bias: Tensor | None = None, pad: int = 0
+    h: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    pad: int = 0,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(h + bias + residual + residual_bias, its partial statistics); differentiable in the first four.
+    """(h + residual + (bias + residual_bias) * factor, its partial statistics); differentiable in the first four.
 
-    h, residual: [N, C, H, W] of one dtype; bias, residual_bias: [C]. pad: 1 gives y [N, C, H + 1, W + 1] with a last
+    h, residual: [N, C, H, W] of one dtype; bias, residual_bias: [C]. factor: what h and residual are carried multiplied
+    by. pad: 1 gives y [N, C, H + 1, W + 1] with a last
     row and column of zeros, which the statistics do not count. Raises ValueError where shapes or dtypes differ.
     """
-    return reference(h, residual, bias, residual_bias, pad)
+    return reference(h, residual, bias, residual_bias, pad, factor)
 
 
 @residual_add.register_kernel(KERNEL_DEVICES)
 @on_its_device
 def launch(
-    h: Tensor, residual: Tensor, bias: Tensor | None = None, residual_bias: Tensor | None = None, pad: int = 0
+    h: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    pad: int = 0,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     _check(h, residual, bias, residual_bias, pad)
     batch, channels, height, width = h.shape
     y = statistics.new_channels_last(batch, channels, height + pad, width + pad, like=h)
-    return y, launch_into(y, h, residual, bias, residual_bias, pad)
+    return y, launch_into(y, h, residual, bias, residual_bias, pad, factor)
 
 
 @on_its_device
 def launch_into(
-    y: Tensor, h: Tensor, residual: Tensor, bias: Tensor | None, residual_bias: Tensor | None, pad: int = 0
+    y: Tensor,
+    h: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    residual_bias: Tensor | None,
+    pad: int = 0,
+    factor: float = 1.0,
 ) -> Tensor:
     """Write into y [N, C, H + pad, W + pad], of any strides but 1 between channels, and return the partials."""
     statistics.check_kernel_dtype("h", h)
@@ -143,14 +173,14 @@ def launch_into(
             *(value.contiguous(memory_format=torch.channels_last) for value in (h, residual)),
             *(None if vector is None else vector.contiguous() for vector in (bias, residual_bias)),
             y, partials, height * width, partials.shape[1], height, width, *(stride // unit for stride in strides),
-            CHANNELS=channels, PAD=pad, UNIT=unit, CHUNK=chunk, ROWS=min(tile.rows, chunk), COLUMNS=columns,
+            factor, CHANNELS=channels, PAD=pad, UNIT=unit, CHUNK=chunk, ROWS=min(tile.rows, chunk), COLUMNS=columns,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return partials
 
 
 @residual_add.register_fake
-def _(h, residual, bias=None, residual_bias=None, pad=0):
+def _(h, residual, bias=None, residual_bias=None, pad=0, factor=1.0):
     _check(h, residual, bias, residual_bias, pad)
     batch, channels, height, width = h.shape
     y = statistics.new_channels_last(batch, channels, height + pad, width + pad, like=h)
@@ -158,7 +188,7 @@ def _(h, residual, bias=None, residual_bias=None, pad=0):
 
 
 def _keep(ctx, inputs, output):
-    _, _, bias, residual_bias, ctx.pad = inputs
+    _, _, bias, residual_bias, ctx.pad, ctx.factor = inputs
     ctx.dtypes = [None if vector is None else vector.dtype for vector in (bias, residual_bias)]
     ctx.mark_non_differentiable(output[1])
 
@@ -169,10 +199,10 @@ def _backward(ctx, dy, dpartials):
     # Arguments that were left out are not counted there.
     needed = (*ctx.needs_input_grad, False, False)[2:4]
     if not any(needed):
-        return dy, dy, None, None, None
-    summed = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32))
+        return dy, dy, None, None, None, None
+    summed = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)) * ctx.factor
     vectors = (summed.to(dtype) if wanted else None for wanted, dtype in zip(needed, ctx.dtypes, strict=True))
-    return dy, dy, *vectors, None
+    return dy, dy, *vectors, None, None
 
 
 residual_add.register_autograd(_backward, setup_context=_keep)

@@ -15,9 +15,9 @@ from fastvae_kernels import tiles
 from fastvae_kernels.runtime import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Chunks are merged this many to one until no more than that are left: at 1024² with 128 channels there are 4096, and
-# one program per group would read them alone at a few GB/s.
-FOLD = 64
+# The program that merges a group takes up to MERGED chunks alone (512² at 128 channels: 48 KiB). Of more, as at 1024²,
+# FOLD each are merged to one before: a single program reads at a few GB/s.
+MERGED, FOLD = 1024, 64
 
 
 def chunk_pixels(channels: int) -> int:
@@ -272,9 +272,9 @@ def block_columns(columns: int, channels: int) -> int:
 
 
 def group_block(per_group: int) -> tuple[int, int]:
-    """(channels, chunks at a time) of a program that merges one group: about 1024 triples, no more than FOLD chunks."""
+    """(channels, chunks at a time) of a program that merges one group: about 1024 triples."""
     columns = triton.next_power_of_2(per_group)
-    return columns, max(1, min(FOLD, 1024 // columns))
+    return columns, max(1, min(256, 1024 // columns))
 
 
 def measure(x: Tensor) -> Tensor:
@@ -294,8 +294,8 @@ def measure(x: Tensor) -> Tensor:
 
 
 def fold_chunks(partials: Tensor) -> Tensor:
-    """The same statistics in at most FOLD chunks, by as many launches as that takes (none up to FOLD chunks)."""
-    while partials.shape[1] > FOLD and partials.shape[0]:
+    """The same statistics in at most MERGED chunks, by as many launches as that takes (none up to MERGED chunks)."""
+    while partials.shape[1] > MERGED and partials.shape[0]:
         batch, chunks, _, channels = partials.shape
         columns = block_columns(32, channels)
         folded = partials.new_empty(batch, triton.cdiv(chunks, FOLD), 3, channels)

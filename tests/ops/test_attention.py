@@ -1,10 +1,18 @@
-"""Attention of one head, its long form and its gradients: against float64 as closely as torch's own."""
+"""Attention of one head, in both its forms, and its gradients: against float64 as closely as torch's own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from fastvae_kernels import attention, attention_gradient, attention_long, runtime, tiles
+from fastvae_kernels import (
+    attention,
+    attention_flash,
+    attention_gradient,
+    attention_products,
+    attention_tiles,
+    runtime,
+    tiles,
+)
 from fastvae_kernels.attention import spatial_attention, spatial_attention_backward, spatial_attention_shared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +48,9 @@ CASES = {
     "S=101, d=80: nothing divides anything": ((2, 101, 80), 1.0),
     "S=64: no tail at all": ((1, 64, 64), 1.0),
     "logits of hundreds: a missed rescale or maximum": ((1, 75, 96), 8.0),
+    "S=1, d=264: the two products, of one key": ((40, 1, 264), 1.0),
+    "d=320: channels end inside a tile and a step": ((2, 70, 320), 1.0),
+    "d=512, logits of hundreds": ((1, 75, 512), 4.0),
 }
 
 
@@ -80,31 +91,93 @@ def test_the_tail_of_the_keys_has_no_weight():
     query = query.abs() + 1
     out, lse = spatial_attention(query, -query * 50, value, 1.0)
     _check_forward((out, lse), query, -query * 50, value, 1.0)
-    long = attention_long.attend_long(query, -query * 50, value, 1.0)
-    _check_forward(long, query, -query * 50, value, 1.0)
+    by_products = attention_products.attend(query, -query * 50, value, 1.0)
+    _check_forward(by_products, query, -query * 50, value, 1.0)
 
 
-LONG = {
-    "one chunk, one tile": ((1, 50, 32), 4096, 1.0),
+PRODUCTS = {
+    "one round, one tile": ((1, 50, 32), 4096, 1.0),
     "chunks of 40, the last ragged": ((2, 101, 48), 40, 1.0),
     "several tiles of keys, large logits": ((1, 290, 96), 256, 6.0),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", LONG)
-def test_long_form_against_float64(case, dtype):
-    shape, chunk, spread = LONG[case]
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_two_products_against_float64(case, dtype, monkeypatch):
+    shape, chunk, spread = PRODUCTS[case]
+    monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
     query, key, value = _inputs(*shape, dtype, spread)
     scale = shape[2] ** -0.5
-    _check_forward(attention_long.attend_long(query, key, value, scale, chunk), query, key, value, scale)
+    _check_forward(attention_products.attend(query, key, value, scale), query, key, value, scale)
 
 
-def test_long_form_at_d_512_and_which_shapes_take_it():
-    query, key, value = _inputs(1, 70, 512, torch.bfloat16)
-    _check_forward(attention_long.attend_long(query, key, value, 0.044, 64), query, key, value, 0.044)
-    taken = {(length, d): attention.is_long(length, d) for length in (1024, 4096, 65536) for d in (64, 512)}
-    assert [shape for shape, long in taken.items() if long] == [(4096, 512), (65536, 512)]
+def test_the_form_hangs_on_the_channels_alone(monkeypatch):
+    """The flash kernel up to 256, the two products beyond, from one position on."""
+    taken = []
+    for name, module in {"flash": attention_flash, "products": attention_products}.items():
+        attend = module.attend
+        monkeypatch.setattr(module, "attend", lambda *given, n=name, a=attend: (taken.append(n), a(*given))[1])
+    for length in (1, 40):
+        for channels in (8, 256, 264, 512):
+            query, key, value = _inputs(1, length, channels)
+            spatial_attention(query, key, value, 0.1)
+            spatial_attention_shared(query, key, 0.1)
+    assert taken == (["flash"] * 4 + ["products"] * 4) * 2
+
+
+# (images, S, most queries at a time, rows of the workspace) and the rounds they make
+ROUNDS = {
+    "eight images of 512²: all at once": ((8, 4096, 4096, 32768), [(0, 8, 0, 4096)]),
+    "a ninth is a round of its own": ((9, 4096, 4096, 32768), [(0, 8, 0, 4096), (8, 1, 0, 4096)]),
+    "one image takes more than there is: its chunks, one by one": (
+        (2, 70, 32, 31),
+        [(0, 1, 0, 32), (0, 1, 32, 32), (0, 1, 64, 6), (1, 1, 0, 32), (1, 1, 32, 32), (1, 1, 64, 6)],
+    ),
+    "ragged both ways": ((3, 40, 32, 64), [(0, 2, 0, 32), (0, 2, 32, 8), (2, 1, 0, 32), (2, 1, 32, 8)]),
+    "no image": ((0, 40, 32, 64), []),
+    "no position": ((3, 0, 32, 64), []),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_rounds(case, monkeypatch):
+    (images, length, chunk, rows), rounds = ROUNDS[case]
+    monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
+    monkeypatch.setattr(attention_tiles, "WORKSPACE", rows * 2 * length)
+    assert attention_tiles.rounds_of(images, length, 2 * length) == rounds
+
+
+def test_a_batch_of_eight_is_three_launches_and_memory_is_linear():
+    """512² and 2048² as they are: fake tensors, the shipped chunk and workspace."""
+    assert attention.cost(torch.empty(8, 4096, 512, dtype=torch.bfloat16, device="meta")).launches == 3
+    for length in (16384, 65536):
+        (*_, rounds) = attention_products._plan(torch.empty(3, length, 512, device="meta"), tiles.TARGETS["sm_90"])
+        assert max(r.images * r.count for r in rounds) == 4096
+        assert len(rounds) == 3 * length // 4096
+
+
+def test_no_bit_hangs_on_how_images_and_queries_go_together(monkeypatch):
+    """Both forms of 5 images, alone and in rounds of 1 to 5 images; chunks hold whole tiles, as 4096 does."""
+    query, key, value, grad = _inputs(5, 150, 48, torch.float16, count=4)
+    whole = attention_products.attend(query, key, value, 0.2)
+    grads = spatial_attention_backward(grad, query, key, value, *whole, 0.2)
+    shared = spatial_attention_backward(grad, query, key, None, *whole, 0.2)
+    for rows in (1, 2 * 150, 3 * 150, 4 * 150):
+        monkeypatch.setattr(attention_tiles, "WORKSPACE", rows * 256 * 2)
+        for left, right in zip(attention_products.attend(query, key, value, 0.2), whole, strict=True):
+            assert torch.equal(left, right)
+        for left, right in zip(
+            spatial_attention_backward(grad, query, key, value, *whole, 0.2)
+            + spatial_attention_backward(grad, query, key, None, *whole, 0.2),
+            grads + shared,
+            strict=True,
+        ):
+            assert torch.equal(left, right)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_tiles, "CHUNK", 128)
+            for left, right in zip(attention_products.attend(query, key, value, 0.2), whole, strict=True):
+                assert torch.equal(left, right)
 
 
 GRADIENTS = {
@@ -118,9 +191,10 @@ GRADIENTS = {
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRADIENTS)
-def test_gradients_against_float64(case, dtype, shared):
+def test_gradients_against_float64(case, dtype, shared, monkeypatch):
     shape, chunk, spread = GRADIENTS[case]
-    _check_gradients(shape, chunk, spread, dtype, shared)
+    monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
+    _check_gradients(shape, spread, dtype, shared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,11 +212,11 @@ def test_a_lone_key_has_weight_one_and_no_slope(dtype):
 
 
 def test_gradients_at_d_512():
-    _check_gradients((1, 35, 512), 4096, 1.0, torch.bfloat16, True)
-    _check_gradients((1, 35, 512), 4096, 1.0, torch.float32, False)
+    _check_gradients((1, 35, 512), 1.0, torch.bfloat16, True)
+    _check_gradients((1, 35, 512), 1.0, torch.float32, False)
 
 
-def _check_gradients(shape, chunk, spread, dtype, shared):
+def _check_gradients(shape, spread, dtype, shared):
     *inputs, grad = _inputs(*shape, dtype, spread, count=4)
     inputs, grad = inputs[: 2 if shared else 3], grad / spread
     scale = shape[2] ** -0.5
@@ -154,7 +228,7 @@ def _check_gradients(shape, chunk, spread, dtype, shared):
     query, key = inputs[:2]
     value = None if shared else inputs[2]
     out, lse = spatial_attention(query, key, key if shared else value, scale)
-    ours = attention_gradient.gradients(grad, query, key, value, out, lse, scale, chunk)
+    ours = attention_gradient.gradients(grad, query, key, value, out, lse, scale)
     for our, eager, truth in zip(ours, eagers, truths, strict=True):
         assert_as_accurate(our, eager, truth)
 
@@ -195,7 +269,7 @@ def test_a_row_does_not_hang_on_the_batch():
     query, key, value, grad = _inputs(3, 41, 40, count=4)
     out, lse = spatial_attention(query, key, value, 0.2)
     grads = spatial_attention_backward(grad, query, key, value, out, lse, 0.2)
-    long, _ = attention_long.attend_long(query, key, value, 0.2, 32)
+    by_products, _ = attention_products.attend(query, key, value, 0.2)
     for image in range(3):
         one = slice(image, image + 1)
         alone, alone_lse = spatial_attention(query[one], key[one], value[one], 0.2)
@@ -207,16 +281,7 @@ def test_a_row_does_not_hang_on_the_batch():
             strict=True,
         ):
             assert torch.equal(left, right[one])
-        assert torch.equal(attention_long.attend_long(query[one], key[one], value[one], 0.2, 32)[0], long[one])
-
-
-def test_images_that_do_not_fit_together_are_taken_apart(monkeypatch):
-    query, key, value, grad = _inputs(3, 20, 16, count=4)
-    out, lse = spatial_attention(query, key, value, 0.2)
-    whole = attention_gradient.gradients(grad, query, key, value, out, lse, 0.2)
-    monkeypatch.setattr(attention_gradient, "SCORES", 2 * 20 * 20)
-    for left, right in zip(attention_gradient.gradients(grad, query, key, value, out, lse, 0.2), whole, strict=True):
-        assert torch.equal(left, right)
+        assert torch.equal(attention_products.attend(query[one], key[one], value[one], 0.2)[0], by_products[one])
 
 
 def test_shared_keys_give_what_two_copies_give():
@@ -253,7 +318,7 @@ def test_nothing_is_written_past_the_end():
     whole = torch.full((3, 21, 24), 7.0, device=DEVICE)
     lse = torch.full((3, 21), 7.0, device=DEVICE)
     tile = tiles.choose("spatial_attention", dtype=query.dtype, channels=24, target=tiles.target_of(query.device))
-    attention._attention_kernel[(-(-21 // tile.rows),)](
+    attention_flash._attention_kernel[(-(-21 // tile.rows),)](
         query, key, value, whole[1], lse[1], 21, 0.4, CHANNELS=24, WIDTH=32, SHARED=False,
         QUERIES=tile.rows, KEYS=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -317,15 +382,18 @@ def test_cost_counts_the_tensors_it_names():
     assert attention.cost(query).bytes == 4 * 2 * 64 * 32 * 2 + 4 * 2 * 64
     assert attention.cost(query, shared=True).bytes == 3 * 2 * 64 * 32 * 2 + 4 * 2 * 64
     assert attention.cost(query).flops == 4 * 2 * 64 * 64 * 32
+    assert attention.backward_cost(query).bytes == 8 * 2 * 64 * 32 * 2 + 4 * 2 * 64
+    assert attention.backward_cost(query, shared=True).bytes == 6 * 2 * 64 * 32 * 2 + 4 * 2 * 64
+    assert attention.backward_cost(query).flops == 10 * 2 * 64 * 64 * 32
 
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="the first of three kernels is launched alone, on the CPU")
-def test_the_long_forms_maxima_are_whole():
+def test_the_maxima_of_the_first_product_are_whole():
     """Powers of two: only then is it exact to scale the weights, in half precision, from one maximum to another."""
     query, length, keys = torch.randn(5, 32), 5, 16
     scores, largest, total = torch.zeros(5, keys), torch.zeros(5), torch.zeros(5)
-    attention_long._scores_kernel[(1,)](
-        query, query, scores, largest, total, length, 0, length, 0.3,
+    attention_products._scores_kernel[(1,)](
+        query, query, scores, largest, total, length, 0, 0, length, 0.3,
         CHANNELS=32, QUERIES=16, KEYS=keys, DEPTH=32, num_warps=4, num_stages=1,
     )  # fmt: skip
     assert torch.equal(largest, (query @ query.T * 0.3).max(dim=1).values.ceil())

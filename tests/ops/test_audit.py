@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,40 @@ import torch
 from fastvae_kernels import tiles
 
 ROOT = Path(__file__).parents[2]
-specification = importlib.util.spec_from_file_location("audit", ROOT / "bench" / "audit.py")
-audit = importlib.util.module_from_spec(specification)
-sys.modules["audit"] = audit
-specification.loader.exec_module(audit)
 
 
-@pytest.fixture(scope="module")
-def table():
-    return audit.read_table()
+def load(name):
+    """A module of bench/, which is no package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
-def test_the_table_is_of_these_sources(table):
-    assert table[0] == audit.source_hash(), "kernels or tiles have changed since: run `make audit`"
+audit, launches = load("audit"), load("launches")
+
+
+@pytest.fixture(scope="module", params=audit.VERSIONS)
+def table(request):
+    """(hash, rows) as compiled under one Triton: each test holds under each."""
+    sources, rows = audit.read_table()
+    return sources, [row for row in rows if row["triton"] == request.param]
+
+
+def test_the_table_is_of_these_sources():
+    assert audit.read_table()[0] == audit.source_hash(), "kernels or tiles have changed since: run `make audit`"
+
+
+def test_the_oldest_triton_and_the_newest_compile_the_same():
+    """The oldest that the package takes, and the one that is pinned; the Makefile installs the oldest."""
+    oldest, newest = audit.VERSIONS
+    assert f'"triton>={oldest.removesuffix(".0")};' in (ROOT / "pyproject.toml").read_text()
+    assert f"triton=={newest}\n" in (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^OLDEST_TRITON := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1] == oldest
+    rows = audit.read_table()[1]
+    compiled = [{tuple(r[name] for name in audit.NAMED) for r in rows if r["triton"] == v} for v in audit.VERSIONS]
+    assert compiled[0] == compiled[1] != set()
+    assert len(rows) == 2 * len(compiled[0])
 
 
 def test_every_target_is_covered_alike(table):
@@ -71,10 +93,6 @@ def test_the_first_convolution_uses_the_matrix_units(table):
 PRODUCTS = {"_attention_kernel", "_scores_kernel", "_weights_kernel", "_product_kernel", "_conv_in_kernel"}
 
 
-def is_short_attention_of_512(row):
-    return row["kernel"] == "_attention_kernel" and " 512 " in row["case"]
-
-
 def half_precision_products(rows):
     return [r for r in rows if r["kernel"] in PRODUCTS and r["target"] == "sm_90" and "bfloat16" in r["case"]]
 
@@ -82,39 +100,42 @@ def half_precision_products(rows):
 def test_hopper_multiplies_by_wgmma_and_fp32_stays_fp32(table):
     """What the interpreter does not show: the default precision of a product of fp32 is tf32 on sm_90."""
     assert all(row["tf32"] == "False" for row in table[1])
-    products = [row for row in half_precision_products(table[1]) if not is_short_attention_of_512(row)]
+    products = half_precision_products(table[1])
     assert products
     for row in products:
         assert "wgmma" in row["matrix instructions"], row
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a tile of 64 queries that reads by pointers spills at 512 channels; under 4096 tokens 32 x 32 is chosen, "
-    "which Triton multiplies by mma.sync; a kernel with bulk tensor copies would lift this",
-)
-def test_short_attention_of_512_channels_multiplies_by_wgmma(table):
-    for row in filter(is_short_attention_of_512, half_precision_products(table[1])):
+def test_every_product_of_attention_multiplies_by_wgmma_on_hopper(table):
+    """At every number of channels, in both half precisions, forward and backward."""
+    sources = [path.read_text() for path in audit.SOURCES.glob("attention*.py")]
+    functions = [part for source in sources for part in source.split("\ndef ")[1:]]
+    kernels = {part.split("(")[0] for part in functions if "_kernel(" in part.splitlines()[0] and "tl.dot(" in part}
+    assert len(kernels) == 6
+    rows = [row for row in table[1] if row["kernel"] in kernels and row["target"] == "sm_90"]
+    rows = [row for row in rows if "float32" not in row["case"]]
+    assert {row["kernel"] for row in rows} == kernels
+    for row in rows:
         assert "wgmma" in row["matrix instructions"], row
 
 
 def test_the_sampler_takes_the_fast_sine_where_it_draws(table):
     drawing = [row for row in table[1] if row["kernel"] == "_sample_kernel" and row["target"] != "gfx942"]
-    assert {row["case"] for row in drawing if row["fast sine"] == "True"} == {
-        row["case"] for row in drawing if "mode" not in row["case"]
-    }
+    assert drawing
+    for row in drawing:
+        assert row["fast sine"] == str("mode" not in row["case"]), row
 
 
 SIZES = """
 import sys
 sys.path[:0] = [{bench!r}, {kernels!r}]
-import audit, torch
+import launches, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, tiles, statistics
 seen = {{}}
 def take(kernel, *args, grid, warmup, **kwargs):
-    launch = audit.describe(kernel, "", args, kwargs)
+    launch = launches.describe(kernel, "", args, kwargs)
     seen.setdefault((launch.kernel, launch.constants.get("SILU"), launch.constants.get("PAD")), set()).add(launch.key)
 JITFunction.run, tiles.target_of = take, lambda device: tiles.TARGETS["sm_90"]
 with FakeTensorMode(), torch.device("cuda"):
@@ -167,7 +188,7 @@ def test_an_aligned_tensor_and_a_size_are_described_as_triton_sees_them():
             """Stands for the kernel's own function: its module and name are taken."""
 
     given = (torch.empty(2, dtype=torch.bfloat16), 32, 48, 1)
-    launch = audit.describe(Kernel, "case", given, {"WIDE": 64, "bias_ptr": None, "big": 2**31, "num_warps": 8})
+    launch = launches.describe(Kernel, "case", given, {"WIDE": 64, "bias_ptr": None, "big": 2**31, "num_warps": 8})
     assert launch.signature == {
         "x_ptr": "*bf16", "size": "i32", "stride": "i32", "unit": "constexpr", "WIDE": "constexpr",
         "bias_ptr": "constexpr", "big": "i64",
@@ -175,3 +196,35 @@ def test_an_aligned_tensor_and_a_size_are_described_as_triton_sees_them():
     assert launch.constants == {"unit": 1, "WIDE": 64, "bias_ptr": None}
     assert launch.divisible == ["x_ptr", "stride"]
     assert launch.options == {"num_warps": 8}
+
+
+def measured(triton, kernel="_residual_kernel", **differing):
+    """A row as bench/launches.py leaves it."""
+    fixed = dict.fromkeys(audit.COLUMNS, "8") | {"kernel": kernel, "target": "sm_90", "constants": "PAD=1 ROWS=64"}
+    return {"triton": triton} | fixed | differing
+
+
+def test_a_table_keeps_each_version_s_rows(tmp_path):
+    rows = [measured("3.6.0", registers="120"), measured("3.9.0", registers="128")]
+    rows += [measured(version, "_affine_kernel") for version in ("3.6.0", "3.9.0")]
+    audit.write_table(rows, ("3.6.0", "3.9.0"), "abc", tmp_path / "AUDIT.md")
+    lines = (tmp_path / "AUDIT.md").read_text().splitlines()
+    assert [line.split(" | ")[6] for line in lines[-2:]] == ["8", "120 / 128"]
+    sources, read = audit.read_table(tmp_path / "AUDIT.md")
+    assert sources == "abc"
+    assert sorted(map(str, read)) == sorted(map(str, rows))
+
+
+@pytest.mark.parametrize("found", [("3.6.0",), ("3.6.0", "3.6.0"), ("3.6.0", "3.9.0", "3.9.0")], ids=" ".join)
+def test_a_compilation_that_lacks_a_version_or_has_one_twice_is_refused(found):
+    with pytest.raises(ValueError, match=r"_residual_kernel .* was compiled under .*, not once under each of"):
+        audit.merge([measured(version) for version in found], ("3.6.0", "3.9.0"))
+
+
+def test_the_wrong_triton_is_refused(tmp_path):
+    """In place of a table that names one version and was compiled by another."""
+    command = [sys.executable, str(ROOT / "bench" / "launches.py"), str(tmp_path / "rows.json"), "--triton", "3.5.1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Triton 3.5.1 is to compile, and " in done.stderr
+    assert not (tmp_path / "rows.json").exists()

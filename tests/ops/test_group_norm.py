@@ -107,11 +107,13 @@ def test_the_convolutions_bias_folds_into_the_affine():
 
 
 def test_a_scaled_stream_gives_the_same_norm():
-    """x carried times s with eps s²: the same bits, because s is a power of two."""
-    x, weight, bias = torch.randn(1, 24, 5, 6), torch.randn(24), torch.randn(24)
+    """x carried times s, far below eps otherwise: the same bits, because s is a power of two."""
+    x, weight, bias, conv_bias = torch.randn(1, 24, 5, 6) / 300, torch.randn(24), torch.randn(24), torch.randn(24) / 300
     ys = []
-    for carried, eps in ((x, EPS), (x * 0.25, EPS / 16)):
-        affine = group_norm.group_norm_affine(group_norm.group_norm_statistics(carried), weight, bias, 8, eps)
+    for factor in (1.0, 0.25):
+        carried = x * factor
+        partials = group_norm.group_norm_statistics(carried)
+        affine = group_norm.group_norm_affine(partials, weight, bias, 8, EPS, conv_bias, factor)
         ys.append(group_norm.scale_shift(carried, *affine))
     assert torch.equal(*ys)
 
@@ -119,6 +121,7 @@ def test_a_scaled_stream_gives_the_same_norm():
 def test_many_chunks_fold_before_the_group(monkeypatch):
     """Folding two to one stands for 64 to one, which would take an image of 2^21 values."""
     monkeypatch.setattr(statistics, "FOLD", 2)
+    monkeypatch.setattr(statistics, "MERGED", 2)
     x, weight, bias, dy = torch.randn(2, 64, 50, 43) + 3, torch.randn(64), torch.randn(64), torch.randn(2, 64, 50, 43)
     partials = group_norm.group_norm_statistics(x)
     assert partials.shape[1] == 5, "three folds, with an odd chunk left in two of them"
@@ -291,7 +294,7 @@ def test_a_group_writes_its_own_channels_alone():
     columns, step = statistics.group_block(channels // groups)
     vector = torch.ones(channels)
     group_norm._affine_kernel[(1,)](
-        partials, vector, vector, None, scale, shift, partials.shape[1], 1e-6,
+        partials, vector, vector, None, scale, shift, partials.shape[1], 1e-6, 1.0,
         CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=1, num_stages=1,
     )  # fmt: skip
     for values in (scale, shift):

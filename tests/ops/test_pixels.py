@@ -168,3 +168,22 @@ def test_opcheck_and_one_graph():
     torch.library.opcheck(pixels_conv_in, (pixels, weight.clone().requires_grad_(), bias.clone().requires_grad_()))
     compiled = torch.compile(pixels_conv_in, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(pixels, weight, bias)[0], pixels_conv_in(pixels, weight, bias)[0])
+
+
+def test_a_factor_scales_the_result_to_the_bit():
+    """Before the result is rounded: what overflows half precision by itself does not with the factor."""
+    picture = torch.randint(0, 256, (1, 3, 6, 7), dtype=torch.uint8)
+    weight, bias = torch.randn(16, 3, 3, 3), torch.randn(16)
+    assert torch.equal(pixels_conv_in(picture, weight, bias, 1 / 64)[0] * 64, pixels_conv_in(picture, weight, bias)[0])
+    huge = (weight * 1e4).half()
+    assert not pixels_conv_in(picture, huge, bias.half())[0].isfinite().all()
+    assert pixels_conv_in(picture, huge, bias.half(), 1 / 64)[0].isfinite().all()
+
+
+def test_the_gradients_know_the_factor():
+    pixels, weight, bias = torch.randn(1, 3, 6, 7), torch.randn(16, 3, 3, 3), torch.randn(16)
+    given = [value.requires_grad_() for value in (pixels, weight, bias)]
+    plain = torch.autograd.grad(pixels_conv_in(*given)[0].square().sum(), given)
+    scaled = torch.autograd.grad(pixels_conv_in(*given, 0.25)[0].square().sum(), given)
+    for ours, eager in zip(scaled, plain, strict=True):
+        assert torch.equal(ours * 16, eager)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from fastvae_kernels import divergence, philox, posterior
+from fastvae_kernels import moments as layout
 from fastvae_kernels.divergence import kl_divergence
 from fastvae_kernels.posterior import sample_posterior
 
@@ -229,7 +230,8 @@ def test_nothing_is_written_past_the_end():
     moments = _moments((1, 2, 3, 5))
     buffer = torch.full((64,), 7.0, device=DEVICE)
     seeds = _seeds(1)
-    posterior._launch_over(posterior._sample_kernel, moments, seeds, None, 0, latents_ptr=buffer, shift=0.0, scale=1.0)
+    rest = {"latents_ptr": buffer, "shift": 0.0, "scale": 1.0}
+    layout.over_latents(posterior._sample_kernel, moments, seeds, None, 0, **rest)
     assert torch.equal(buffer[:15], posterior.launch(moments, seeds).flatten())
     assert (buffer[15:] == 7.0).all()
 
@@ -239,6 +241,8 @@ def test_empty_batches_and_empty_pictures(rows):
     moments = torch.zeros(rows, 8, 0 if rows else 4, 4, device=DEVICE, requires_grad=True)
     latents = sample_posterior(moments, _seeds(*[1] * rows))
     assert latents.shape == (rows, 4, *moments.shape[2:])
+    streams = _seeds(*[1] * rows), torch.zeros(rows, dtype=torch.int64, device=DEVICE), 256
+    assert posterior.reference(moments, *streams).shape == latents.shape
     divergences = kl_divergence(moments)
     assert torch.equal(divergences, torch.zeros(rows, device=DEVICE))
     (grad,) = torch.autograd.grad(latents.sum() + divergences.sum(), moments)

@@ -195,3 +195,14 @@ def test_opcheck_and_one_graph():
     with torch.no_grad():
         for one, two in zip(compiled(*leaves, 1), residual_add(*leaves, 1), strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_scaled_stream_keeps_its_bits():
+    """Carried times a power of two, the biases are too, and so is the sum: to the last bit."""
+    h, shortcut, bias, residual_bias = torch.randn(2, 24, 5, 6), torch.randn(2, 24, 5, 6), *torch.randn(2, 24)
+    plain, plain_partials = residual_add(h, shortcut, bias, residual_bias)
+    ours, partials = residual_add(h / 64, shortcut / 64, bias, residual_bias, 0, 1 / 64)
+    assert torch.equal(ours * 64, plain)
+    assert torch.equal(partials[:, :, 1] * 64, plain_partials[:, :, 1])
+    reference, _ = residual.reference(h / 64, shortcut / 64, bias, residual_bias, 0, 1 / 64)
+    assert torch.equal(reference * 64, residual.reference(h, shortcut, bias, residual_bias)[0])

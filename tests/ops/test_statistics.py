@@ -67,15 +67,15 @@ def test_op_and_launcher_give_the_same_bits():
     assert torch.equal(group_norm_statistics(x), launch_statistics(x))
 
 
-@pytest.mark.parametrize("chunks", [64, 65, 200, 4097])
+@pytest.mark.parametrize("chunks", [1024, 1025, 4097])
 def test_folding_keeps_the_statistics(chunks):
-    """Chunks of unequal counts far from 0, the last of one pixel, in one fold and in two."""
+    """Chunks of unequal counts far from 0, the last of one pixel, unfolded, in one fold and in a longer one."""
     count = torch.randint(1, 9, (2, chunks, 1, 5)).float()
     count[:, -1] = 1
     mean, deviations = 300 + torch.randn(2, chunks, 1, 5), torch.rand(2, chunks, 1, 5)
     partials = torch.cat([count, mean, deviations], 2)
     folded, plain = statistics.fold_chunks(partials), partials
-    while plain.shape[1] > statistics.FOLD:
+    while plain.shape[1] > statistics.MERGED:
         pieces = plain.split(statistics.FOLD, dim=1)
         plain = torch.cat([torch.stack(statistics.merged_reference(piece, (1,)), 2) for piece in pieces], 1)
     assert folded.shape == plain.shape
