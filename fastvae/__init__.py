@@ -17,9 +17,15 @@ _WHERE = {
     "DecoderOutput": "fastvae.models",
     "DiagonalGaussianDistribution": "fastvae.models",
     "LatentDataset": "fastvae.data.dataset",
+    "accelerate": "fastvae.fast.accelerate",
+    "calibrate": "fastvae.fast.calibration",
     "decode_latents": "fastvae.latents",
     "encode": "fastvae.data.encode",
     "encode_latents": "fastvae.latents",
+    "explain": "fastvae.fast.explain",
+    "fast_report": "fastvae.fast.accelerate",
+    "refresh": "fastvae.fast.accelerate",
+    "restore": "fastvae.fast.accelerate",
     "sample_posterior": "fastvae.latents",
     "scale_latents": "fastvae.latents",
     "unscale_latents": "fastvae.latents",
@@ -32,9 +38,15 @@ __all__ = [
     "DecoderOutput",
     "DiagonalGaussianDistribution",
     "LatentDataset",
+    "accelerate",
+    "calibrate",
     "decode_latents",
     "encode",
     "encode_latents",
+    "explain",
+    "fast_report",
+    "refresh",
+    "restore",
     "sample_posterior",
     "scale_latents",
     "unscale_latents",
@@ -43,6 +55,12 @@ __all__ = [
 if TYPE_CHECKING:
     from fastvae.data.dataset import LatentDataset as LatentDataset
     from fastvae.data.encode import encode as encode
+    from fastvae.fast.accelerate import accelerate as accelerate
+    from fastvae.fast.accelerate import fast_report as fast_report
+    from fastvae.fast.accelerate import refresh as refresh
+    from fastvae.fast.accelerate import restore as restore
+    from fastvae.fast.calibration import calibrate as calibrate
+    from fastvae.fast.explain import explain as explain
     from fastvae.latents import decode_latents as decode_latents
     from fastvae.latents import encode_latents as encode_latents
     from fastvae.latents import sample_posterior as sample_posterior

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from fastvae_kernels import philox
+from fastvae_kernels.posterior import sample_posterior as posterior_op
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Floats beyond this are not images in [-1, 1]; resampling overshoots by less.
 LARGEST_PIXEL = 1.5
+# Where an accelerated VAE keeps its fast path, a fastvae.fast.path.FastPath: looked for, and never imported, here.
+ACCELERATED = "_fastvae"
 
 
 class Autoencoder(Protocol):
@@ -59,21 +62,34 @@ def encode_latents(
         raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
     if posterior == "mode" and (seeds is not None or generator is not None):
         raise ValueError("the mode has no noise: leave out seeds and generator, or say posterior='sample'")
-    pixels = pixels_from_images(vae, images, layout=layout)
+    fast = vars(vae).get(ACCELERATED)
+    pixels = pixels_from_images(vae, images, layout=layout, keep_bytes=fast is not None)
     pixels = _fit(pixels, pixel_multiple(vae), pad)
     _check_noise(pixels.shape[0], seeds, generator)
     if pixels.shape[0] == 0:
         f = downsample_factor(vae)
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
-        return scale_latents(vae, _like_weights(vae, torch.empty(shape)))
-    distribution = vae.encode(_like_weights(vae, pixels)).latent_dist
-    if posterior == "mode":
-        z = distribution.mode()
+        return scale_latents(vae, like_weights(vae, torch.empty(shape)))
+    if fast is not None:
+        moments = fast.moments(vae, _beside_weights(vae, pixels), again_in_fp32=True)
     else:
-        z = sample_posterior(distribution.parameters, seeds=seeds, generator=generator)
+        moments = vae.encode(like_weights(vae, pixels)).latent_dist.parameters
+    if posterior == "mode":
+        z = moments.chunk(2, dim=1)[0].contiguous()
+    else:
+        z = sample_posterior(moments, seeds=seeds, generator=generator)
     z = scale_latents(vae, z)
     _check_finite("the latents", z, f"computed in {z.dtype}")
     return z
+
+
+def encode_moments(vae: Autoencoder, x: Tensor) -> Tensor:
+    """Mean and log-variance of the posterior, unsplit, [B, 2L, H / f, W / f], of pixels x [B, C, H, W] in [-1, 1].
+
+    The same as ``vae.encode(x).latent_dist.parameters``; an accelerated VAE folds its last two convolutions into one.
+    """
+    fast = vars(vae).get(ACCELERATED)
+    return vae.encode(x).latent_dist.parameters if fast is None else fast.moments(vae, x)
 
 
 @torch.no_grad()
@@ -87,7 +103,7 @@ def decode_latents(
     """Scaled latents to images: uint8 or float [B, C, H, W] (0..255, or about [-1, 1]), or a list of PIL images.
 
     size: (height, width) of the images before ``pad="reflect"``; what was added is cut off again. Raises ValueError for
-    another shape, dtype or output, for latents that are not finite, and for a size larger than the images.
+    another shape, dtype or output, for latents or images that are not finite, and for a size larger than the images.
     """
     if output not in ("uint8", "float", "pil"):
         raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
@@ -99,14 +115,15 @@ def decode_latents(
     ):
         raise ValueError(f"size must be (height, width) within the decoded {height} x {width}, got {size!r}")
     if z.shape[0]:
-        images = vae.decode(unscale_latents(vae, _like_weights(vae, z))).sample
+        raw, fast = unscale_latents(vae, like_weights(vae, z)), vars(vae).get(ACCELERATED)
+        images = vae.decode(raw).sample if fast is None else fast.images(vae, raw)
     else:
-        images = _like_weights(vae, torch.empty(0, vae.config.out_channels, height, width))
+        images = like_weights(vae, torch.empty(0, vae.config.out_channels, height, width))
     if size is not None:
         images = images[:, :, : size[0], : size[1]]
+    _check_finite("the decoded images", images, f"computed in {images.dtype}")
     if output == "float":
         return images.contiguous()
-    _check_finite("the decoded images", images, f"computed in {images.dtype}")
     # As diffusers' VaeImageProcessor: to [0, 1], clamped, times 255, rounded.
     images = (images.float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).contiguous()
     return images if output == "uint8" else _to_pil(images)
@@ -161,44 +178,24 @@ def sample_posterior(
         raise ValueError(f"moments must be [B, 2L, h, w], got shape {tuple(moments.shape)}")
     # Views of the moments, as in diffusers, so that the result has the same strides as there.
     mean, logvar = moments.chunk(2, dim=1)
-    noise = posterior_noise(mean.shape, mean.dtype, mean.device, generator=generator, seeds=seeds)
-    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
-
-
-def posterior_noise(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    seeds: Sequence[int] | Tensor | None = None,
-) -> Tensor:
-    """Standard normals of ``shape`` [B, ...]: by seed and row, or what diffusers' randn_tensor draws.
-
-    Raises ValueError for a number of seeds or generators other than B, both at once, or a generator that lives on a GPU
-    when the noise shall not. Source: diffusers.utils.torch_utils.randn_tensor.
-    """
-    numbers, generators = _check_noise(shape[0], seeds, generator)
+    numbers, generators = _check_noise(moments.shape[0], seeds, generator, moments.device)
     if numbers is not None:
-        return philox.normals(numbers, torch.Size(shape[1:]).numel()).view(*shape).to(dtype).to(device)
-    for one in generators:
-        if one is not None and one.device.type not in ("cpu", device.type):
-            raise ValueError(f"a generator on {one.device} cannot draw noise for {device}: take one on the CPU")
-    if len(generators) == 1:
-        return _randn(tuple(shape), generators[0], dtype, device)
-    if shape[0] == 0:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-    return torch.cat([_randn((1, *shape[1:]), one, dtype, device) for one in generators])
+        return _strided_as_eager(posterior_op(moments, numbers), mean)
+    if on_card := _card_generators(mean, generators):
+        return _strided_as_eager(posterior_op(moments, *_reserved(on_card, mean)), mean)
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * _randn_rows(mean, generators)
 
 
-def _check_noise(rows: int, seeds: Any, generator: Any) -> tuple[list[int] | None, Sequence[torch.Generator | None]]:
-    """Seeds as integers, or None, and the generators: one for the batch, or one for each row."""
+def _check_noise(
+    rows: int, seeds: Any, generator: Any, device: torch.device | str = "cpu"
+) -> tuple[Tensor | None, Sequence[torch.Generator | None]]:
+    """Seeds as the int64 of their bits, or None, and the generators: one for the batch, or one for each row."""
     if seeds is not None:
         if generator is not None:
             raise ValueError("seeds and generator exclude each other: give one of them")
-        numbers = philox.seed_list(seeds)
-        if len(numbers) != rows:
-            raise ValueError(f"seeds must hold one integer for each of the {rows} rows, got {len(numbers)}")
+        numbers = philox.seed_tensor(seeds, device)
+        if numbers.shape[0] != rows:
+            raise ValueError(f"seeds must hold one integer for each of the {rows} rows, got {numbers.shape[0]}")
         return numbers, ()
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     for one in generators:
@@ -210,11 +207,55 @@ def _check_noise(rows: int, seeds: Any, generator: Any) -> tuple[list[int] | Non
     return None, generators
 
 
-def _randn(
-    shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    drawn_on = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
+def _card_generators(mean: Tensor, generators: Sequence[torch.Generator | None]) -> list[torch.Generator]:
+    """The CUDA generators whose numbers the op draws itself, bit for bit; none of them where torch.randn must."""
+    # A compiled or captured graph would keep the offset read today for ever; torch.randn reads it at every replay.
+    if torch.compiler.is_compiling() or mean.device.type != "cuda" or not torch.cuda.is_initialized():
+        return []
+    if torch.cuda.is_current_stream_capturing():
+        return []
+    # Float64 takes two words a normal, ROCm has other normals, and 2 GiB and more are drawn in several launches;
+    # autocast takes the exponential, and all that follows, to fp32.
+    drawn_alike = mean.dtype in (torch.float32, torch.float16, torch.bfloat16) and torch.version.hip is None
+    if not drawn_alike or not 0 < mean.numel() * mean.itemsize < 2**31 or torch.is_autocast_enabled("cuda"):
+        return []
+    own = [torch.cuda.default_generators[mean.device.index] if one is None else one for one in generators]
+    return own if all(one.device == mean.device for one in own) else []
+
+
+def _reserved(generators: list[torch.Generator], mean: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(seeds, offsets, threads) of the next normals of CUDA generators, one for the batch or one for each row."""
+    card = torch.cuda.get_device_properties(mean.device)
+    count = mean.numel() // len(generators)
+    limits = card.multi_processor_count, card.max_threads_per_multi_processor
+    seeds, offsets, threads = zip(*(philox.reserve(one, count, *limits) for one in generators), strict=True)
+    return philox.seed_tensor(seeds, mean.device), philox.int64_tensor(offsets, mean.device), threads[0]
+
+
+def _randn_rows(mean: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """What diffusers' randn_tensor draws for mean [B, ...]. Source: diffusers.utils.torch_utils.randn_tensor."""
+    for one in generators:
+        if one is not None and one.device.type not in ("cpu", mean.device.type):
+            raise ValueError(f"a generator on {one.device} cannot draw noise for {mean.device}: take one on the CPU")
+    if not generators:
+        return torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+    shape = mean.shape if len(generators) == 1 else (1, *mean.shape[1:])
+    drawn_on = [mean.device if one is None else one.device for one in generators]
+    rows = [
+        torch.randn(shape, generator=one, device=device, dtype=mean.dtype).to(mean.device)
+        for one, device in zip(generators, drawn_on, strict=True)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _strided_as_eager(z: Tensor, mean: Tensor) -> Tensor:
+    """z in the strides that ``mean + noise`` has: the op writes NCHW and channels_last alone."""
+    like = torch.empty(mean.shape, dtype=mean.dtype, device="meta")
+    if not mean.is_contiguous():
+        like = torch.empty_strided(mean.shape, mean.stride(), dtype=mean.dtype, device="meta") + like
+    if z.stride() == like.stride():
+        return z
+    return torch.empty_strided(z.shape, like.stride(), dtype=z.dtype, device=z.device).copy_(z)
 
 
 def downsample_factor(vae: Autoencoder) -> int:
@@ -227,13 +268,16 @@ def pixel_multiple(vae: Autoencoder) -> int:
     return downsample_factor(vae) * _patch(vae)
 
 
-def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto") -> Tensor:
-    """Any accepted images as floats [B, C, H, W] in [-1, 1], checked where they lie; errors as in encode_latents."""
+def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", keep_bytes: bool = False) -> Tensor:
+    """Any accepted images as floats [B, C, H, W] in [-1, 1], checked where they lie; errors as in encode_latents.
+
+    keep_bytes: leave uint8 as it is, for who maps it to [-1, 1] later.
+    """
     images = _as_tensor(images)
     channels = vae.config.in_channels
     images = _to_nchw(images, channels, layout)
     if images.dtype == torch.uint8:
-        return normalized(images)
+        return images if keep_bytes else normalized(images)
     if not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     _check_finite("images", images, "as given")
@@ -320,6 +364,7 @@ def _fit(pixels: Tensor, multiple: int, pad: str) -> Tensor:
         return pixels.new_empty(0, pixels.shape[1], height + more[0], width + more[1])
     if more[0] >= height or more[1] >= width:
         raise ValueError(f"an image of {height} x {width} is too small to be reflected up to multiples of {multiple}")
+    pixels = normalized(pixels) if pixels.dtype == torch.uint8 else pixels  # torch reflects no bytes
     return F.pad(pixels, (0, more[1], 0, more[0]), mode="reflect")
 
 
@@ -339,13 +384,21 @@ def _check_finite(name: str, values: Tensor, how: str) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity in rows {bad[:8]} of {len(rows)}, {how}")
 
 
-def _weight(vae: Autoencoder) -> Tensor:
-    return next(parameter for parameter in vae.parameters() if parameter.is_floating_point())  # type: ignore[attr-defined]
+def _weight(vae: Any) -> Tensor:
+    # Weights of one byte are stored so and computed in another dtype, that of the norms (diffusers' layerwise casting).
+    weights = [weight for weight in vae.parameters() if weight.is_floating_point()]
+    return next((weight for weight in weights if weight.itemsize > 1), weights[0])
 
 
-def _like_weights(vae: Autoencoder, values: Tensor) -> Tensor:
-    weight = _weight(vae)
-    return values.to(device=weight.device).to(dtype=weight.dtype)
+def like_weights(vae: Any, values: Tensor) -> Tensor:
+    """Values [B, C, H, W] where a module's weights are, and in the dtype that it computes in."""
+    return _beside_weights(vae, values).to(dtype=_weight(vae).dtype)
+
+
+def _beside_weights(vae: Any, values: Tensor) -> Tensor:
+    # Offloaded weights have no place of their own: hooks take the values to wherever they will be.
+    device = _weight(vae).device
+    return values if device.type == "meta" else values.to(device)
 
 
 def _batch_norm(vae: Autoencoder) -> torch.nn.BatchNorm2d | None:

@@ -85,6 +85,7 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
 
     from fastvae.data.devices import DTYPES, default_dtype, settled_device
     from fastvae.data.settings import open_model
+    from fastvae.fast.accelerate import accelerate
 
     place = settled_device(device)
     is_given = vae is not None
@@ -104,7 +105,8 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
     _check_channels(dataset, model)
     if not _has_same_files(dataset, model):
         _compare(dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",)), name, is_given)
-    return model.to(device=place, memory_format=torch.channels_last)
+    model = model.requires_grad_(False).to(device=place, memory_format=torch.channels_last)
+    return model if place.type == "cpu" else accelerate(model, freeze=True)
 
 
 def _check_channels(dataset: LatentDataset, model: Any) -> None:

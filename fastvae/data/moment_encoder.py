@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastvae.data.devices import DTYPES
 from fastvae.data.shards import HALF_MAXIMUM, LOGVAR_RANGE
-from fastvae.latents import normalized
+from fastvae.fast.accelerate import accelerate, refresh
+from fastvae.latents import ACCELERATED, encode_moments, normalized
 
 
 class MomentEncoder:
     """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, keeping an fp32 copy for rows that come out wrong.
 
-    The caller's model is copied, not changed.
+    The caller's model is copied, not changed. On a GPU the copies take the fast path.
     """
 
     def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, posterior: str, store_dtype: str):
@@ -100,10 +101,16 @@ def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Modu
     for switch in ("use_tiling", "use_slicing"):  # the caller's, for other uses: a store's latents are made whole
         if hasattr(model, switch):
             setattr(model, switch, False)
-    return model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    if ACCELERATED in vars(model):  # the caller's settings; what was packed is of another dtype or device
+        return refresh(model)
+    # On a CPU there is no kernel to win by, and channels_last is all that the fast path would bring.
+    return model if device.type == "cpu" or not hasattr(model, "encoder") else accelerate(model, freeze=True)
 
 
 def _moments(model: Any, x: Tensor) -> Tensor:
+    if ACCELERATED in vars(model):
+        return encode_moments(model, x)
     if hasattr(model, "encode_moments"):
         return model.encode_moments(x)
     result = model.encoder(x)  # diffusers' class

@@ -54,13 +54,14 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         Raises ValueError for another rank, number of channels or dtype, RuntimeError for a model loaded without its
         encoder. Values are not looked at (encode_latents does).
         """
-        posterior = DiagonalGaussianDistribution(self.encode_moments(x))
+        self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
+        posterior = DiagonalGaussianDistribution(self._sliced(self._encode, x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def encode_moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance of the posterior of ``x``, unsplit: [B, 2L, H / f, W / f]. Errors as in encode."""
         self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
-        return self._sliced(self._encode, x)
+        return latents.encode_moments(self, x)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None

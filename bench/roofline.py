@@ -1,0 +1,107 @@
+"""The floor of the whole network: what an encode and a decode must move and multiply, counted on fake CUDA tensors.
+
+    python bench/roofline.py                      the table of docs/performance.md, for an assumed roof
+    python bench/roofline.py --bandwidth 4.3e12 --rate 790e12
+
+Nothing is run. Launches, bytes and operations are the sums of what each call states (fastvae.fast.trace); the floor of
+a call is the longer of its bytes over the bandwidth and its operations over the rate, caches left out of account.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+# ruff: noqa: E402
+import torch
+from fastvae_kernels import tiles
+from fastvae_kernels.runtime import Cost
+
+import fastvae
+from fastvae.fast import trace
+from fastvae.fast.derived import Derived
+from fastvae.fast.inference import Inference
+
+STABLE_DIFFUSION = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+# A copy and a matrix product on an H200 in bf16: assumed, until a run on the card says otherwise.
+BANDWIDTH, RATE = 4.3e12, 790e12
+# diffusers' eager pass in NCHW and bf16: (kernels, bytes) at 512² and batch 8, from its modules' shapes. cuDNN
+# transposes in and out of every convolution, ATen adds each bias, GroupNorm reads twice, SiLU, additions and divisions
+# by 1.0 are passes of their own.
+EAGER = {"encoder": (211, 73.3e9), "decoder": (275, 130.0e9)}
+SIZES = ((256, 1), (256, 8), (512, 1), (512, 8), (1024, 1), (2048, 1))
+
+
+def count(name: str, size: int, batch: int, frozen: bool = True, target: str = "sm_90") -> list[Cost]:
+    """The cost of every call of an encode or decode of ``batch`` square images in bf16, as on a GPU of this kind.
+
+    frozen: packed weights are there already; else every call lays them out and folds them.
+    """
+    with torch.device("meta"):
+        vae = fastvae.AutoencoderKL(**STABLE_DIFFUSION).to(torch.bfloat16).requires_grad_(False).eval()
+    part, shape = vae.encoder, (batch, 3, size, size)
+    if name == "decoder":
+        part, shape = vae.decoder, (batch, 4, size // 8, size // 8)
+    run = Inference(Derived(frozen), quant_conv=vae.quant_conv if name == "encoder" else None)
+    before, tiles.target_of = tiles.target_of, lambda device: tiles.TARGETS[target]
+    try:
+        with trace.fake_mode():
+            for module in vae.modules():
+                for key, weight in module._parameters.items():
+                    if weight is not None:
+                        fake = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
+                        module._parameters[key] = torch.nn.Parameter(fake, requires_grad=False)
+            x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+            if frozen:
+                trace.count(part, x, run)
+            counter, noted = trace.count(part, x, run)
+    finally:
+        tiles.target_of = before
+    fallen_back = [type(module).__name__ for module, reason in noted.items() if reason]
+    if fallen_back:
+        raise RuntimeError(f"these blocks would not be fused: {fallen_back}")
+    return [cost for _, _, cost in counter.calls]
+
+
+def floor(costs: list[Cost], bandwidth: float = BANDWIDTH, rate: float = RATE) -> float:
+    """Seconds below which no pass with these calls can be."""
+    return sum(max(cost.bytes / bandwidth, cost.flops / rate) for cost in costs)
+
+
+def table(bandwidth: float = BANDWIDTH, rate: float = RATE) -> str:
+    """Markdown: one row per pass, size and batch."""
+    lines = [
+        "| pass | images | launches | where weights may move | GB | TFLOP | floor, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("encoder", "decoder"):
+        for size, batch in SIZES:
+            costs = count(name, size, batch)
+            total = sum(costs, trace.NOTHING)
+            free = sum(count(name, size, batch, frozen=False), trace.NOTHING)
+            lines.append(
+                f"| {name} | {batch} x {size}² | {total.launches} | {free.launches} | {total.bytes / 1e9:.2f} "
+                f"| {total.flops / 1e12:.2f} | {1e3 * floor(costs, bandwidth, rate):.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes a second")
+    parser.add_argument("--rate", type=float, default=RATE, help="operations a second of a matrix product")
+    arguments = parser.parse_args()
+    print(table(arguments.bandwidth, arguments.rate))
+
+
+if __name__ == "__main__":
+    main()

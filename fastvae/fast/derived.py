@@ -1,0 +1,202 @@
+"""What is computed from weights alone: laid-out copies and small products. Kept only for who froze the weights.
+
+Writes through ``.data`` change nothing that could be watched, so without a promise nothing outlives a call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastvae_kernels.attention import reference
+from fastvae_kernels.upsample import fold_upsample_weights
+from torch import Tensor, nn
+
+from fastvae.fast import reasons
+from fastvae.fast.layers import Layer, hooked, is_fake
+from fastvae.latents import ACCELERATED
+
+
+class Derived:
+    """Weights as the fast path wants them: made anew at each call, or kept where ``frozen``."""
+
+    def __init__(self, frozen: bool = False):
+        self.frozen = frozen
+        # By dtype and device too: those of frozen weights change as well, within one call of SDXL's pipelines.
+        self.kept: dict[tuple[Layer, str, torch.dtype, torch.device], Any] = {}
+        self.shared: dict[tuple[Layer, torch.dtype], bool] = {}
+
+    def clear(self) -> None:
+        """Forget all: the weights have changed."""
+        self.kept.clear()
+        self.shared.clear()
+
+    def twin(self) -> Derived:
+        """One that decides alike and has packed nothing yet."""
+        twin = Derived(self.frozen)
+        twin.shared.update(self.shared)
+        return twin
+
+    def bytes(self) -> int:
+        """What the kept copies take."""
+        return sum(_bytes_of(entry) for entry in self.kept.values())
+
+    def _get(self, module: Layer, name: str, make: Callable[[], Any]) -> Any:
+        # Compiled, a kept copy would be one more thing to guard, and to compile again for when it comes.
+        if not self.frozen or torch.compiler.is_compiling():
+            return make()
+        weight = next(module.parameters())
+        key = (module, name, weight.dtype, weight.device)
+        if key not in self.kept:
+            with torch.no_grad():
+                self.kept[key] = make()
+        return self.kept[key]
+
+    def convolution(self, conv: Layer) -> Tensor:
+        """The weight in channels_last, as cuDNN takes it: itself where it lies so."""
+        if conv.weight.is_contiguous(memory_format=torch.channels_last):
+            return conv.weight
+        return self._get(conv, "weight", lambda: channels_last(conv.weight))
+
+    def part(self, part: Layer) -> Layer:
+        """A copy of an encoder or decoder whose weights lie in channels_last, for a CPU; itself where it may not be
+        kept, or where somebody listens to a layer of it."""
+        if not self.frozen or hooked(module for module in part.modules() if module is not part):
+            return part
+
+        def copied() -> Layer:
+            twin = copy.deepcopy(part, {id(vars(part).get(ACCELERATED)): None})
+            return twin.requires_grad_(False).to(memory_format=torch.channels_last)
+
+        return self._get(part, "whole", copied)
+
+    def upsample(self, conv: Layer) -> Tensor:
+        """The 4x4 weights of nearest 2x and this convolution as one (upsample.py)."""
+
+        def fold() -> Tensor:
+            return channels_last(fold_upsample_weights(conv.weight))
+
+        return self._get(conv, "folded", fold)
+
+    def shortcut_bias(self, conv: Layer, bias: Tensor | None) -> Tensor | None:
+        """The bias of a 1x1 convolution whose input lacks ``bias`` [C]: W bias + b, fp32 [D]."""
+        if bias is None:
+            return conv.bias
+
+        def fold() -> Tensor:
+            added = _wide(conv.weight).flatten(1) @ _wide(bias)
+            return added if conv.bias is None else added + _wide(conv.bias)
+
+        return self._get(conv, "bias", fold)
+
+    def output(self, conv: Layer, quant_conv: Layer | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of conv_out, and of quant_conv after it as one convolution."""
+        if quant_conv is None:
+            return self.convolution(conv), conv.bias
+
+        def fold() -> tuple[Tensor, Tensor]:
+            mix = _wide(quant_conv.weight).flatten(1)
+            weight = (mix @ _wide(conv.weight).flatten(1)).view(mix.shape[0], *conv.weight.shape[1:])
+            bias = _wide(conv.bias) if conv.bias is not None else torch.zeros_like(mix[0])
+            bias = mix @ bias
+            if quant_conv.bias is not None:
+                bias = bias + _wide(quant_conv.bias)
+            dtype = conv.weight.dtype
+            return channels_last(weight.to(dtype)), bias.to(dtype)
+
+        return self._get(conv, "with quant_conv", fold)
+
+    def shared_attention(self, attention: Layer) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(M, c, W, b) of the shared form: softmax((x M + c) x^T) x W^T + b, the same as q, k, v and to_out in turn.
+
+        What is constant along a row cancels in the softmax, so M = Wq^T Wk and c = bq Wk; behind it W = Wo Wv and
+        b = Wo bv + bo. Folded in fp32 and rounded once; b stays fp32.
+        """
+
+        def fold() -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+            (query, query_bias), (key, _), (value, value_bias) = weights_of(attention)
+            out = attention.to_out[0]
+            inward = _wide(query).mT @ _wide(key)
+            added = None if query_bias is None else _wide(query_bias) @ _wide(key)
+            outward = _wide(out.weight) @ _wide(value)
+            bias = None if out.bias is None else _wide(out.bias)
+            if value_bias is not None:
+                through = _wide(out.weight) @ _wide(value_bias)
+                bias = through if bias is None else bias + through
+            dtype = query.dtype
+            return inward.to(dtype), None if added is None else added.to(dtype), outward.to(dtype), bias
+
+        return self._get(attention, "shared", fold)
+
+    def takes_the_shared_form(self, attention: Layer) -> bool:
+        """Whether the shared form's error is no larger here: decided once per weights (``clear`` forgets)."""
+        return _decision(self, attention)
+
+
+def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:
+    """[(weight, bias)] of query, key and value."""
+    layers = list(reasons.projections_of(attention))
+    if len(layers) == 3:
+        return [(layer.weight, layer.bias) for layer in layers]
+    biases = (None,) * 3 if layers[0].bias is None else layers[0].bias.chunk(3)
+    return list(zip(layers[0].weight.chunk(3), biases, strict=True))
+
+
+# Compiled, it is decided on the real weights too, once, while the graph is traced.
+@torch.compiler.assume_constant_result
+def _decision(derived: Derived, attention: Layer) -> bool:
+    weight = attention.to_out[0].weight
+    if (attention, weight.dtype) not in derived.shared:
+        if is_fake(weight):  # no values to look at: what is traced is the shared form
+            return True
+        derived.shared[attention, weight.dtype] = shared_is_as_accurate(attention, derived)
+    return derived.shared[attention, weight.dtype]
+
+
+@torch.no_grad()
+def shared_is_as_accurate(attention: Layer, derived: Derived, tokens: int = 1024) -> bool:
+    """Whether the shared form errs no more than the plain one, in the weights' dtype, rms against float64.
+
+    On seeded normal tokens through the affine of the layer's GroupNorm, which is what the layer sees.
+    """
+    norm, dtype = attention.group_norm, attention.to_out[0].weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, norm.num_channels, generator=generator).to(norm.weight.device)
+    x = (x * norm.weight.float() + norm.bias.float()).to(dtype)
+
+    scale = weights_of(attention)[0][0].shape[0] ** -0.5
+
+    def plain(kind: torch.dtype) -> Tensor:
+        given = [(w.to(kind), None if b is None else b.to(kind)) for w, b in weights_of(attention)]
+        query, key, value = (nn.functional.linear(x.to(kind), *pair)[None] for pair in given)
+        out = attention.to_out[0]
+        mixed = reference(query, key, value, scale)[0]
+        return nn.functional.linear(mixed, out.weight.to(kind), None if out.bias is None else out.bias.to(kind))
+
+    def shared() -> Tensor:
+        inward, added, outward, bias = derived.shared_attention(attention)
+        query = x @ inward if added is None else torch.addmm(added, x, inward)
+        out = reference(query[None], x[None], x[None], scale)[0] @ outward.mT
+        return out if bias is None else out + bias.to(dtype)
+
+    truth = plain(torch.float64)
+    errors = [(values.double() - truth).square().mean().sqrt().item() for values in (shared(), plain(dtype))]
+    return errors[0] <= errors[1]  # false where the shared form is not finite
+
+
+def _bytes_of(entry: Any) -> int:
+    if isinstance(entry, nn.Module):
+        return sum(weight.nbytes for weight in entry.parameters())
+    return sum(value.nbytes for value in (entry if isinstance(entry, tuple) else (entry,)) if value is not None)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last: itself where it lies so. By clone, which can be traced without a GPU."""
+    is_so = values.is_contiguous(memory_format=torch.channels_last)
+    return values if is_so else values.clone(memory_format=torch.channels_last)

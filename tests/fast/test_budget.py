@@ -1,0 +1,59 @@
+"""Launches and bytes of the full Stable Diffusion network, counted on fake CUDA tensors, and held."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from fast.small_models import latents, pixels, small_model
+from fastvae_kernels.runtime import INTERPRETED
+from traffic import counted
+
+import fastvae
+from fastvae.fast import explain, trace
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import roofline  # noqa: E402
+
+LIMITS = {"encoder": (105, 0.40), "decoder": (136, 0.38)}
+
+
+def total(name, frozen):
+    return sum(roofline.count(name, 512, 8, frozen), trace.NOTHING)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_full_network_stays_within_its_budget(name):
+    """Of 8 images of 512²: launches, and bytes as a share of eager's."""
+    most, share = LIMITS[name]
+    cost = total(name, frozen=True)
+    assert cost.launches <= most
+    assert cost.bytes <= share * roofline.EAGER[name][1]
+    assert cost.flops > 8e12
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_weights_that_may_move_cost_launches_but_hardly_bytes(name):
+    """What freeze=True saves: layout changes and small folds, 1.2 % of the bytes and less."""
+    frozen, free = total(name, True), total(name, False)
+    assert free.launches > frozen.launches
+    assert free.bytes < 1.013 * frozen.bytes
+
+
+def test_the_documented_table_is_what_is_counted():
+    assert roofline.table() in (ROOT / "docs" / "performance.md").read_text(), "run: python bench/roofline.py"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own launches")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_explain_says_the_launches_that_are_made(frozen):
+    vae = fastvae.accelerate(small_model(), freeze=frozen)
+    x = pixels(vae)
+    told = explain.explain(vae, tuple(x.shape)).launches
+    if frozen:  # the first call packs
+        vae.encoder(x)
+    for name, call in (("encoder", lambda: vae.encoder(x)), ("decoder", lambda: vae.decoder(latents(vae, 2, 10, 6)))):
+        with counted() as launches:
+            call()
+        assert len(launches) == sum(number for op, number in told[name].items() if op.startswith("fastvae::"))
