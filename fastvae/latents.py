@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastvae_kernels import philox
 from fastvae_kernels.posterior import sample_posterior as posterior_op
+from fastvae_kernels.runtime import KERNEL_DEVICES
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -179,11 +180,17 @@ def sample_posterior(
     # Views of the moments, as in diffusers, so that the result has the same strides as there.
     mean, logvar = moments.chunk(2, dim=1)
     numbers, generators = _check_noise(moments.shape[0], seeds, generator, moments.device)
-    if numbers is not None:
+    # Through torch's own operations a gradient can be taken twice; the op's is taken once, so then it gives noise alone.
+    wants_gradient = torch.is_grad_enabled() and moments.requires_grad
+    if numbers is not None and not wants_gradient:
         return _strided_as_eager(posterior_op(moments, numbers), mean)
-    if on_card := _card_generators(mean, generators):
+    if not wants_gradient and (on_card := _card_generators(mean, generators)):
         return _strided_as_eager(posterior_op(moments, *_reserved(on_card, mean)), mean)
-    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * _randn_rows(mean, generators)
+    if numbers is None:
+        noise = _randn_rows(mean, generators)
+    else:
+        noise = posterior_op(torch.zeros_like(moments, requires_grad=False), numbers)
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
 
 
 def _check_noise(
@@ -212,7 +219,8 @@ def _card_generators(mean: Tensor, generators: Sequence[torch.Generator | None])
     # A compiled or captured graph would keep the offset read today for ever; torch.randn reads it at every replay.
     if torch.compiler.is_compiling() or mean.device.type != "cuda" or not torch.cuda.is_initialized():
         return []
-    if torch.cuda.is_current_stream_capturing():
+    # Without Triton the op is its reference, which would draw on the CPU.
+    if "cuda" not in KERNEL_DEVICES or torch.cuda.is_current_stream_capturing():
         return []
     # Float64 takes two words a normal, ROCm has other normals, and 2 GiB and more are drawn in several launches;
     # autocast takes the exponential, and all that follows, to fp32.

@@ -207,7 +207,7 @@ def test_the_op_draws_from_cuda_generators_alone(a_card):
         assert latents._card_generators(mean, given) == [], case
 
 
-@pytest.mark.parametrize("state", ["not initialised", "capturing", "compiling", "ROCm", "autocast"])
+@pytest.mark.parametrize("state", ["not initialised", "capturing", "compiling", "ROCm", "autocast", "no Triton"])
 def test_where_torch_must_draw_itself(state, a_card, monkeypatch):
     name, value = {
         "not initialised": ("torch.cuda.is_initialized", lambda: False),
@@ -215,6 +215,7 @@ def test_where_torch_must_draw_itself(state, a_card, monkeypatch):
         "compiling": ("torch.compiler.is_compiling", lambda: True),
         "ROCm": ("torch.version.hip", "6.2"),
         "autocast": ("torch.is_autocast_enabled", lambda kind: kind == "cuda"),
+        "no Triton": ("fastvae.latents.KERNEL_DEVICES", ()),
     }[state]
     assert latents._card_generators(fake_mean(), [None]) == [a_card]
     monkeypatch.setattr(name, value)
@@ -257,3 +258,15 @@ def test_on_a_gpu_a_captured_graph_draws_anew_at_every_replay():
         graph.replay()
         replays.append(drawn.clone())
     assert not torch.equal(*replays)
+
+
+def test_a_draw_by_seed_can_be_differentiated_twice():
+    """As one by generator: through torch's own operations, with the op's noise and the op's result."""
+    moments = torch.randn(2, 8, 3, 5, requires_grad=True)
+    drawn = latents.sample_posterior(moments, seeds=[1, 2])
+    assert torch.allclose(drawn.detach(), latents.sample_posterior(moments.detach(), seeds=[1, 2]))
+    (slope,) = torch.autograd.grad(drawn.square().sum(), moments, create_graph=True)
+    (again,) = torch.autograd.grad(slope.sum(), moments)
+    # d/dmean of the slopes 2 z + z (z - mean), with z - mean held by the log-variance: 2 + (z - mean).
+    mean = moments.detach().chunk(2, dim=1)[0]
+    assert torch.allclose(again[:, :4], 2 + drawn.detach() - mean)

@@ -1,12 +1,14 @@
-"""fastvae demo | encode | decode | info."""
+"""fastvae demo | encode | decode | info | bench | doctor."""
 
 from __future__ import annotations
 
 import click
 
 from fastvae import __version__
+from fastvae.cli.bench import bench
 from fastvae.cli.decode import decode
 from fastvae.cli.demo import demo
+from fastvae.cli.doctor import doctor
 from fastvae.cli.encode import encode
 from fastvae.cli.info import info
 
@@ -24,7 +26,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, encode, decode, info):
+for command in (demo, encode, decode, info, bench, doctor):
     cli.add_command(command)
 
 

@@ -38,7 +38,8 @@ def accelerate(
     graphs: from the second call of a shape on replay a captured CUDA graph; for small batches on a GPU, and without
     effect elsewhere, of which ``fast_report`` tells (``graph_replays``, and ``no_graph`` in words).
     freeze: you promise that the weights stay as they are; packed copies are kept (``fast_report`` states their bytes)
-    until ``refresh``.
+    until ``refresh``, and attention may take its shared form.
+    Gradients are given once; a gradient of a gradient raises RuntimeError, where eager without attention has one.
     Raises ValueError for another precision, and TypeError where there is no encoder and no decoder of this shape.
     """
     if precision not in ("fast", "exact"):

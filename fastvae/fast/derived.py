@@ -131,8 +131,12 @@ class Derived:
         return self._get(attention, "shared", fold)
 
     def takes_the_shared_form(self, attention: Layer) -> bool:
-        """Whether the shared form's error is no larger here: decided once per weights (``clear`` forgets)."""
-        return _decision(self, attention)
+        """Whether the shared form's error is no larger here: decided once for frozen weights, until ``clear``.
+
+        Never for weights that may move: of others it may err without bound (W_q^T W_k overflows where W_q and W_k do
+        not), and to decide takes longer than it saves.
+        """
+        return self.frozen and _decision(self, attention)
 
 
 def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:

@@ -95,15 +95,16 @@ class Graphs:
         The result is the caller's own. count is told of each result once, and must add up on the device.
         """
         why = why_not(part, x, run)
-        if why is None:
-            key = (type(part), tuple(x.shape), x.dtype, x.device, x.is_contiguous(), run.quant_conv is None)
+        if why is None and isinstance(run, Inference):
+            layout = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
+            key = (type(part), tuple(x.shape), x.dtype, x.device, layout, run.quant_conv is None)
             state = state_of(part, run)
             with self.lock, torch.cuda.device(x.device):
                 why = self._prepare(key, state, x, work, count)
                 if why is None:
                     self.replays += 1
                     return self._replay(self.held[key], x)
-        self.plain[why] += 1
+        self.plain[why or NoGraph.GRADIENT] += 1
         y = work(x)
         count(y)
         return y

@@ -144,14 +144,12 @@ class Inference:
     def _product(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, transposed: bool = False
     ) -> Tensor:
-        # Image by image: which algorithm cuDNN takes, and with it the order of its sums, hangs on the batch.
-        parts = x.split(1) if self.deterministic and x.shape[0] > 1 else (x,)
+        if not self.deterministic:
+            convolve = F.conv_transpose2d if transposed else F.conv2d
+            return convolve(x, weight, bias, stride, padding)
+        # Image by image: which algorithm cuDNN takes, and with it the order of its sums, hangs on the batch. Flags by
+        # the call, since the caller's are not ours to set; allow_tf32 without a name raises where conv's was set alone.
         cudnn = torch.backends.cudnn
-        done = [
-            torch.ops.aten._convolution(
-                part, weight, bias, [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1,
-                cudnn.benchmark, self.deterministic or cudnn.deterministic, cudnn.enabled, cudnn.allow_tf32,
-            )
-            for part in parts
-        ]  # fmt: skip
-        return done[0] if len(done) == 1 else torch.cat(done)
+        flags = cudnn.benchmark, True, cudnn.enabled, cudnn.conv.fp32_precision != "ieee"
+        sizes = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
+        return torch.cat([torch.ops.aten._convolution(part, weight, bias, *sizes, *flags) for part in x.split(1)])

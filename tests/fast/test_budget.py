@@ -35,10 +35,10 @@ def test_the_full_network_stays_within_its_budget(name):
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_weights_that_may_move_cost_launches_but_hardly_bytes(name):
-    """What freeze=True saves: layout changes and small folds, 1.2 % of the bytes and less."""
+    """What freeze=True saves: layout changes and small folds, 1.5 % of the bytes and less."""
     frozen, free = total(name, True), total(name, False)
     assert free.launches > frozen.launches
-    assert free.bytes < 1.013 * frozen.bytes
+    assert free.bytes < 1.015 * frozen.bytes
 
 
 def test_the_documented_table_is_what_is_counted():

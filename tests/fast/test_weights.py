@@ -200,7 +200,7 @@ def test_a_pickled_copy_comes_back_stock(hand, copied):
     assert torch.equal(twin.encoder(pixels()), tiny(hand).encoder(pixels()))
     with pytest.raises(ValueError, match="not accelerated"):
         fastvae.fast_report(twin)
-    fastvae.accelerate(twin)
+    fastvae.accelerate(twin, freeze=True)
     assert torch.equal(twin.encoder(pixels()), fast)
     assert fastvae.fast_report(twin)["rows"] == 1
 
@@ -228,3 +228,16 @@ def test_a_shared_weight_and_one_without_bias_are_taken():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.bias = None
     assert_computes(fastvae.accelerate(vae), other)
+
+
+def test_weights_that_cannot_take_the_shared_form_are_safe_without_a_refresh():
+    """W_q^T W_k leaves fp16's range where W_q and W_k do not: what moves never takes the form that multiplies them."""
+    vae, x = fastvae.accelerate(tiny().half()), pixels().half()
+    vae.encoder(x)
+    attention = vae.encoder.mid_block.attentions[0]
+    for projection in (attention.to_q, attention.to_k):
+        projection.weight.data.mul_(2000)
+    assert not (attention.to_q.weight.mT @ attention.to_k.weight).isfinite().all()
+    assert vae.encoder(x).isfinite().all()
+    frozen = fastvae.accelerate(vae, freeze=True)
+    assert frozen.encoder(x).isfinite().all(), "decided anew, for the plain form"

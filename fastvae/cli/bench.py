@@ -1,0 +1,123 @@
+"""fastvae bench"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, printable
+
+
+@click.command()
+@click.option(
+    "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
+)
+@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
+@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@click.option(
+    "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Side in pixels, may be repeated. Default: 256."
+)
+@click.option(
+    "--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Images a call, may be repeated. Default: 1."
+)
+@click.option(
+    "--task",
+    type=click.Choice(["encode", "decode", "both"]),
+    default="both",
+    show_default=True,
+    help="What is measured.",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
+@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile takes part; compiling takes a minute.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=15,
+    show_default=True,
+    help="About how long is measured; a slow model takes longer.",
+)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, writable=True), help="The report as one HTML file that fetches nothing."
+)
+@click.option(
+    "--json",
+    "json_file",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="-",
+    type=click.Path(dir_okay=False, writable=True, allow_dash=True),
+    help="One JSON document, in FILE or in place of the table.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No word of what is going on.")
+@click.pass_context
+@foreseen
+def bench(
+    context: click.Context,
+    sizes: tuple[int, ...],
+    batches: tuple[int, ...],
+    task: str,
+    html: str | None,
+    json_file: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """How fast encode and decode are on this machine: fastvae beside diffusers, on the same weights, checked first."""
+    for name, path in (("html", html), ("json", json_file)):
+        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{name} must be a file in a folder that is there, got {path!r}")
+    if html is not None:
+        from fastvae.report.page import check_extra
+
+        check_extra()  # before a minute is spent
+    from fastvae.report.benchmark import benchmark, is_right
+
+    results = benchmark(
+        sizes=sizes or (256,),
+        batches=batches or (1,),
+        tasks=("encode", "decode") if task == "both" else (task,),
+        say=(lambda line: None) if quiet else lambda line: complain(printable(line)),
+        **options,
+    )
+    if json_file == "-":
+        echo_json(results)
+    else:
+        for line in _lines(results):
+            echo(printable(line))
+    _write(results, html, json_file)
+    if not is_right(results):
+        context.exit(OTHER)
+
+
+def _write(results: dict[str, Any], html: str | None, json_file: str | None) -> None:
+    if json_file not in (None, "-"):
+        from fastvae.data.report import strict_json
+
+        Path(json_file).write_text(strict_json(results) + "\n", encoding="utf-8")
+    if html is not None:
+        from fastvae.report.page import page
+
+        Path(html).write_text(page(results), encoding="utf-8")
+
+
+def _lines(results: dict[str, Any]) -> list[str]:
+    from fastvae.report.figures import interval, megabytes, number
+
+    lines = []
+    for case in results["cases"]:
+        beside = f"x {case['baseline']}" if case["baseline"] else ""
+        lines.append(f"{case['name']}, {results['dtype']} on {results['device']}, medians of {case['rounds']} rounds")
+        lines.append(f"  {'':24}{'images/s':>10}  {'ms':>8}  {'95 % interval':>18}{beside:>14}{'MB':>14}{'error':>9}")
+        for row in case["rows"]:
+            if row["milliseconds"] is None:
+                lines.append(f"  {row['contestant']:24}{row['reason']}")
+                continue
+            rate, times = number(row["images_per_second"]), number(row["times_baseline"])
+            memory = "not measured" if row["memory_bytes"] is None else megabytes(row["memory_bytes"])
+            lines.append(
+                f"  {row['contestant']:24}{rate:>10}  {number(row['milliseconds']):>8}  "
+                f"{interval(row['milliseconds_interval']):>18}{times:>14}{memory:>14}{number(row['error'], 2):>9}"
+            )
+    return lines

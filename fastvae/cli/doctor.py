@@ -1,0 +1,39 @@
+"""fastvae doctor [FOLDER]"""
+
+from __future__ import annotations
+
+import click
+
+from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
+
+
+@click.command()
+@click.argument("folder", type=click.Path(), default=".")
+@click.option("--vae", default="tiny", show_default=True, help='A directory, a preset, a Hub id, or "tiny".')
+@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
+@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@click.option("--json", "as_json", is_flag=True, help="The findings as one JSON document.")
+@click.pass_context
+@foreseen
+def doctor(
+    context: click.Context, folder: str, vae: str, subfolder: str | None, revision: str | None, as_json: bool
+) -> None:
+    """Whether this machine is in order, what will be fast on it, and what will not; FOLDER is where latents would go.
+
+    Every line is ok, a note, or bad; exit code 1 if one is bad.
+    """
+    from fastvae.report.doctor import BAD, NOTE, examine
+
+    findings = []
+    for finding in examine(vae, folder, subfolder=subfolder, revision=revision):
+        findings.append(finding)
+        if not as_json:
+            echo(printable(f"{finding.state:5}{finding.name:9} {finding.sentence}"))
+    bad, notes = (sum(finding.state == state for finding in findings) for state in (BAD, NOTE))
+    if as_json:
+        listed = [{**vars(finding)} for finding in findings]
+        echo_json({"ok": not bad, "findings": listed})
+    else:
+        echo(f"{bad or 'nothing'} {'is' if bad < 2 else 'are'} bad, {notes or 'no'} note{'' if notes == 1 else 's'}")
+    if bad:
+        context.exit(OTHER)

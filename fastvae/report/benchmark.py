@@ -1,0 +1,220 @@
+"""What ``fastvae bench`` measures: rivals on the same weights and inputs, no time before the result was found right."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.data.devices import DTYPES, default_dtype, settled_device
+from fastvae.fast.explain import explain
+from fastvae.latents import pixel_multiple
+from fastvae.report import contestants
+from fastvae.report.contestants import COMPILED, DIFFUSERS, FASTVAE, PLAIN, TASKS, Contestant, first_line
+from fastvae.report.correctness import Truth, truth_of
+from fastvae.report.machine import machine, memory_bytes, versions
+from fastvae.report.timing import interleaved, median, median_interval, synchronised
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Row:
+    """What one contestant did: figures, or the ``reason`` for which there are none.
+
+    The intervals hold the median with a probability of 95 %. ``memory_bytes`` is the peak of a call on top of what lay
+    on the GPU before; None where it was not measured. ``error`` is the largest against float64.
+    """
+
+    contestant: str
+    reason: str | None = None
+    error: float | None = None
+    allowed_error: float | None = None
+    milliseconds: float | None = None
+    milliseconds_interval: tuple[float, float] | None = None
+    images_per_second: float | None = None
+    images_per_second_interval: tuple[float, float] | None = None
+    times_baseline: float | None = None
+    memory_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+def benchmark(
+    vae: str = "tiny",
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    sizes: Sequence[int] = (256,),
+    batches: Sequence[int] = (1,),
+    tasks: Sequence[str] = TASKS,
+    dtype: str | None = None,
+    device: str | None = None,
+    compiled: bool = False,
+    seconds: float = 15.0,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure fastvae, diffusers and, if asked, torch.compile; the result is what report.page shows and JSON takes.
+
+    seconds: about how long is measured altogether; loading, compiling and checking come on top. say: told what is
+    going on. Raises ValueError for sizes that the model cannot take or the memory cannot hold, and what opening the
+    model raises.
+    """
+    place = settled_device(device)
+    dtype = dtype or default_dtype(place)
+    model, weights = contestants.opened(vae, subfolder, revision)
+    cases = list(itertools.product(tasks, sizes, batches))
+    for _, size, batch in cases:
+        _check(model, size, batch, DTYPES[dtype], place)
+    plain = model.to(device=place, dtype=DTYPES[dtype])
+    say(f"bench   {vae}  {place}  {dtype}  " + ", ".join(_name(*case) for case in cases))
+    everybody = contestants.line_up(plain, compiled=compiled)
+    ours = next(one.model for one in everybody if one.name == FASTVAE)
+    measured = [_measured(plain, everybody, case, seconds / len(cases), say) for case in cases]
+    return {
+        "title": "fastvae bench",
+        "model": {
+            "source": vae,
+            "class": type(plain).__name__,
+            "parameters": sum(parameter.numel() for parameter in plain.parameters()),
+            "weights": weights,
+        },
+        "device": str(place),
+        "dtype": dtype,
+        "cases": measured,
+        "machine": machine(place),
+        "versions": versions(),
+        "explain": explained(ours, (batches[0], plain.config.in_channels, sizes[0], sizes[0])),
+        "notes": _notes(place, dtype, everybody),
+    }
+
+
+def is_right(result: dict[str, Any]) -> bool:
+    """Whether fastvae itself has a time in every case of a result."""
+    rows = [row for case in result["cases"] for row in case["rows"] if row["contestant"] == FASTVAE]
+    return all(row["reason"] is None for row in rows)
+
+
+def explained(vae: Any, shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
+    """fastvae.explain's rows for an accelerated model, in values that JSON takes."""
+    return [
+        {
+            "name": row.name,
+            "path": row.path,
+            "reason": f"{row.reason.name}: {row.reason.value}" if row.reason else None,
+            "launches": row.cost.launches,
+            "bytes": row.cost.bytes,
+        }
+        for row in explain(vae, shape).rows
+    ]
+
+
+def _name(task: str, size: int, batch: int) -> str:
+    return f"{task} {batch} x {size}x{size}"
+
+
+def _check(model: Any, size: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    multiple = pixel_multiple(model)
+    if size < multiple or size % multiple:
+        raise ValueError(f"size must be a multiple of the model's {multiple} pixels per latent, got {size}")
+    # One step holds about eight activations at full size; the check in float64 does one image.
+    needed = 8 * size**2 * int(model.config.block_out_channels[0]) * max(batch * dtype.itemsize, 8)
+    there = memory_bytes(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"size {size} in batches of {batch} needs about {needed / 1e9:.1f} GB, and {device} has {there / 1e9:.1f}"
+        )
+
+
+@torch.no_grad()
+def _measured(
+    plain: Any, everybody: list[Contestant], case: tuple[str, int, int], budget: float, say: Say
+) -> dict[str, Any]:
+    task, size, batch = case
+    x = contestants.images(plain, size, batch)
+    if task == "decode":
+        x = contestants.encoding(plain)(x).chunk(2, dim=1)[0].contiguous()
+    say(f"check   {_name(*case)}: against float64")
+    truth = truth_of(plain, task, x)
+    rows = [Row(one.name, reason=one.reason) for one in everybody]
+    calls: dict[str, Callable[[], Any]] = {}
+    for one, row in zip(everybody, rows, strict=True):
+        if one.model is not None and (call := _admitted(one, row, task, x, truth, say)):
+            calls[one.name] = call
+    say(f"measure {_name(*case)}: {', '.join(calls) or 'nobody'} in turns")
+    samples = interleaved(calls, x.device, budget)
+    baseline = next((name for name in (DIFFUSERS, PLAIN) if name in samples), None)
+    for row in rows:
+        if row.contestant in samples:
+            _fill(row, samples[row.contestant], batch, samples.get(baseline or ""))
+    return {
+        "name": _name(*case),
+        "task": task,
+        "size": size,
+        "batch": batch,
+        "rounds": max((len(taken) for taken in samples.values()), default=0),
+        "baseline": baseline,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _admitted(one: Contestant, row: Row, task: str, x: Tensor, truth: Truth, say: Say) -> Callable[[], Any] | None:
+    """The call that is measured, once its result is right; else None, and the row says why."""
+    run = one.call(task)
+    if one.compiled:
+        say(f"compile {task}: this takes a minute")
+    began = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            # What the compiler thinks of diffusers' code, many lines long, is nothing to a user.
+            warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)")
+            y = run(x)
+        row.memory_bytes = peak_bytes(run, x)
+    except RuntimeError as error:  # what torch raises where memory, a kernel for the dtype or a compiler is missing
+        row.reason = f"failed: {first_line(error)}"
+        return None
+    if one.compiled:
+        say(f"compile {task}: {time.perf_counter() - began:.0f} s")
+    row.error, row.allowed_error, row.reason = truth.judge(y)
+    return None if row.reason else lambda: run(x)
+
+
+def peak_bytes(run: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
+    """Bytes that a call needs at most, on top of what lies on the GPU before; None where there is no GPU."""
+    if x.device.type != "cuda":
+        return None
+    synchronised(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    run(x)
+    synchronised(x.device)
+    return torch.cuda.max_memory_allocated(x.device) - before
+
+
+def _fill(row: Row, samples: list[float], batch: int, baseline: list[float] | None) -> None:
+    low, high = median_interval(samples)
+    middle = median(samples)
+    row.seconds = samples
+    row.milliseconds, row.milliseconds_interval = 1e3 * middle, (1e3 * low, 1e3 * high)
+    row.images_per_second, row.images_per_second_interval = batch / middle, (batch / high, batch / low)
+    row.times_baseline = median(baseline) / middle if baseline else None
+
+
+def _notes(device: torch.device, dtype: str, everybody: list[Contestant]) -> list[str]:
+    notes = [
+        "Time is the wall's, launching included, of one call on inputs that lie on the device; the contestants took "
+        "turns in one process, and each was checked against float64 before.",
+        "The error allowed is twice that of plain torch in the same dtype, and one rounding.",
+    ]
+    if device.type != "cuda":
+        notes.append("Peak memory is not measured on a CPU.")
+    if device.type == "cuda" and dtype == "fp32" and torch.backends.cudnn.allow_tf32:
+        notes.append("Convolutions in fp32 use TF32 here, for everybody: that is torch's default.")
+    if any(one.name == COMPILED for one in everybody):
+        notes.append("Compiling is not part of any time.")
+    return notes

@@ -1,0 +1,60 @@
+"""The gate before every time: a result may be twice as far from float64 as plain torch's in the same dtype."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.report.contestants import decoding, encoding
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is right for some rows of a batch, in float64, and how far from it a result may be: at most, and in rms."""
+
+    rows: list[int]
+    values: Tensor
+    allowed: float
+    allowed_rms: float
+
+    def judge(self, y: Tensor) -> tuple[float | None, float, str | None]:
+        """The largest error of ``y`` [B, ...], the one allowed, and in a sentence what is wrong with it, or None."""
+        got = y[self.rows].double().to(self.values.device)
+        if got.shape != self.values.shape:
+            return None, self.allowed, f"wrong: its shape is {tuple(got.shape[1:])}, not {tuple(self.values.shape[1:])}"
+        if not torch.isfinite(y).all():
+            return None, self.allowed, f"wrong: its result in {y.dtype} is not finite, so no time is given"
+        error = (got - self.values).abs().max().item()
+        # So asked that a tolerance of NaN, from weights that are infinite, admits nobody.
+        if not (error <= self.allowed and _rms(got - self.values) <= self.allowed_rms):
+            return error, self.allowed, f"wrong: its largest error is {error:.2g}, so no time is given"
+        return error, self.allowed, None
+
+
+def truth_of(plain: Any, task: str, x: Tensor) -> Truth:
+    """``task`` on the first and the last row of x by the weights and inputs of ``plain``, rounded as they are.
+
+    The errors allowed are derived from plain torch's own in the same dtype: 2 max|eager - f64| + eps max|f64|, and
+    1.5 rms(eager - f64) + eps rms(f64). Where eager itself is not finite, bfloat16 stands in, which has the range.
+    """
+    make = encoding if task == "encode" else decoding
+    rows = sorted({0, x.shape[0] - 1})
+    # Image by image, as float64 takes four times the memory of half precision; and not every accelerator has it.
+    place = x.device if x.device.type == "cuda" else torch.device("cpu")
+    run = make(copy.deepcopy(plain).to(device=place, dtype=torch.float64))
+    values = torch.cat([run(x[row : row + 1].to(device=place, dtype=torch.float64)) for row in rows])
+    eager, eps = make(plain)(x)[rows].double().to(place), torch.finfo(x.dtype).eps
+    if not torch.isfinite(eager).all():
+        wide = make(copy.deepcopy(plain).to(torch.bfloat16))
+        eager, eps = wide(x.to(torch.bfloat16))[rows].double().to(place), torch.finfo(torch.bfloat16).eps
+    error = eager - values
+    largest = 2 * error.abs().max().item() + eps * values.abs().max().item()
+    return Truth(rows, values, largest, 1.5 * _rms(error) + eps * _rms(values))
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
