@@ -26,7 +26,7 @@ _WHERE = {
     "fast_report": "fastvae.fast.accelerate",
     "refresh": "fastvae.fast.accelerate",
     "restore": "fastvae.fast.accelerate",
-    "sample_posterior": "fastvae.latents",
+    "sample_posterior": "fastvae.sampling",
     "scale_latents": "fastvae.latents",
     "unscale_latents": "fastvae.latents",
 }
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
     from fastvae.fast.explain import explain as explain
     from fastvae.latents import decode_latents as decode_latents
     from fastvae.latents import encode_latents as encode_latents
-    from fastvae.latents import sample_posterior as sample_posterior
     from fastvae.latents import scale_latents as scale_latents
     from fastvae.latents import unscale_latents as unscale_latents
     from fastvae.models import AutoencoderKL as AutoencoderKL
@@ -71,6 +70,7 @@ if TYPE_CHECKING:
     from fastvae.models import AutoencoderKLOutput as AutoencoderKLOutput
     from fastvae.models import DecoderOutput as DecoderOutput
     from fastvae.models import DiagonalGaussianDistribution as DiagonalGaussianDistribution
+    from fastvae.sampling import sample_posterior as sample_posterior
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ ORDER = [
     ("fast",),
     ("models",),
     ("latents",),
-    ("checkpoints", "tiling", "metrics"),
+    ("checkpoints", "tiling", "metrics", "sampling"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
@@ -110,7 +110,15 @@ def test_the_face_is_light(command):
     assert done.returncode == 0, done.stderr
 
 
-ROOMS = ("fastvae", "fastvae.models", "fastvae.checkpoints", "fastvae.training", "fastvae.latents", "fastvae.tiling")
+ROOMS = (
+    "fastvae",
+    "fastvae.models",
+    "fastvae.checkpoints",
+    "fastvae.training",
+    "fastvae.latents",
+    "fastvae.sampling",
+    "fastvae.tiling",
+)
 
 
 def _public_functions():

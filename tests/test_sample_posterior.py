@@ -8,8 +8,8 @@ from accuracy import assert_as_accurate
 from fastvae_kernels import philox, posterior
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastvae import latents
-from fastvae.latents import sample_posterior
+from fastvae import sampling
+from fastvae.sampling import sample_posterior
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's CUDA generator needs a GPU")
@@ -139,7 +139,7 @@ def a_card(monkeypatch):
 def drawn_on_the_card(a_card, monkeypatch):
     """CPU moments take the way of a GPU's: what _card_generators answers is tested by itself below."""
     monkeypatch.setattr(
-        latents, "_card_generators", lambda mean, given: [a_card if one is None else one for one in given]
+        sampling, "_card_generators", lambda mean, given: [a_card if one is None else one for one in given]
     )
     return a_card
 
@@ -193,8 +193,8 @@ def fake_mean(dtype=torch.float32, device="cuda:0", shape=(2, 4, 3, 3)):
 def test_the_op_draws_from_cuda_generators_alone(a_card):
     one, elsewhere = CudaGenerator(1), CudaGenerator(1, device="cuda:1")
     for dtype in DTYPES:
-        assert latents._card_generators(fake_mean(dtype), [None]) == [a_card]
-    assert latents._card_generators(fake_mean(), [one, None]) == [one, a_card]
+        assert sampling._card_generators(fake_mean(dtype), [None]) == [a_card]
+    assert sampling._card_generators(fake_mean(), [one, None]) == [one, a_card]
     for case, mean, given in (
         ("a CPU's moments", fake_mean(device="cpu"), [None]),
         ("a CPU's generator", fake_mean(), [torch.Generator()]),
@@ -204,7 +204,7 @@ def test_the_op_draws_from_cuda_generators_alone(a_card):
         ("no element", fake_mean(shape=(0, 4, 3, 3)), []),
         ("2 GiB: several launches", fake_mean(shape=(2**13, 4, 128, 128)), [one]),
     ):
-        assert latents._card_generators(mean, given) == [], case
+        assert sampling._card_generators(mean, given) == [], case
 
 
 @pytest.mark.parametrize("state", ["not initialised", "capturing", "compiling", "ROCm", "autocast", "no Triton"])
@@ -215,11 +215,11 @@ def test_where_torch_must_draw_itself(state, a_card, monkeypatch):
         "compiling": ("torch.compiler.is_compiling", lambda: True),
         "ROCm": ("torch.version.hip", "6.2"),
         "autocast": ("torch.is_autocast_enabled", lambda kind: kind == "cuda"),
-        "no Triton": ("fastvae.latents.KERNEL_DEVICES", ()),
+        "no Triton": ("fastvae.sampling.KERNEL_DEVICES", ()),
     }[state]
-    assert latents._card_generators(fake_mean(), [None]) == [a_card]
+    assert sampling._card_generators(fake_mean(), [None]) == [a_card]
     monkeypatch.setattr(name, value)
-    assert latents._card_generators(fake_mean(), [None]) == []
+    assert sampling._card_generators(fake_mean(), [None]) == []
 
 
 @on_a_gpu
@@ -263,8 +263,8 @@ def test_on_a_gpu_a_captured_graph_draws_anew_at_every_replay():
 def test_a_draw_by_seed_can_be_differentiated_twice():
     """As one by generator: through torch's own operations, with the op's noise and the op's result."""
     moments = torch.randn(2, 8, 3, 5, requires_grad=True)
-    drawn = latents.sample_posterior(moments, seeds=[1, 2])
-    assert torch.allclose(drawn.detach(), latents.sample_posterior(moments.detach(), seeds=[1, 2]))
+    drawn = sampling.sample_posterior(moments, seeds=[1, 2])
+    assert torch.allclose(drawn.detach(), sampling.sample_posterior(moments.detach(), seeds=[1, 2]))
     (slope,) = torch.autograd.grad(drawn.square().sum(), moments, create_graph=True)
     (again,) = torch.autograd.grad(slope.sum(), moments)
     # d/dmean of the slopes 2 z + z (z - mean), with z - mean held by the log-variance: 2 + (z - mean).

@@ -51,8 +51,8 @@ def calibrate(vae_or_pipe: Any, images: Any, *, latents: Tensor | None = None) -
     images: a few typical ones, as encode_latents takes them. latents: scaled latents [B, L, h, w] for the decoder, by
     default the modes of the images. Each factor is the largest power of two, up to 1, at which sixteen times the
     largest value still fits; fast_report states it. A model whose values stay below 4,094 is then carried as it is,
-    with the full precision of fp16; one that reaches beyond 16 million keeps 2^-12, and rows that overflow then are done
-    again in fp32 wherever latents are handed out. Runs in fp32, image by image, on a copy of the model.
+    with the full precision of fp16; one that reaches beyond 16 million keeps 2^-12, and rows that overflow then are
+    done again in fp32 wherever latents are handed out. Runs in fp32, image by image, on a copy of the model.
     A model in another dtype overflows nowhere near here: nothing is measured or set, a warning says so, and {} is
     returned. Raises ValueError for a model that is not accelerated, for no images or what encode_latents refuses of
     them, and where activations are not finite in fp32.
@@ -148,6 +148,6 @@ def _measured(part: Layer, run: Measuring, x: Tensor) -> Tensor:
 
 
 def _factor(reached: float) -> float:
-    """The largest power of two up to 1 that carries what was reached and the headroom over it, and SMALLEST at least."""
+    """The largest power of two up to 1, and SMALLEST at least, that carries what was reached with its headroom."""
     fits = LARGEST / HEADROOM
     return 1.0 if reached <= fits else max(SMALLEST, 2.0 ** math.floor(math.log2(fits / reached)))

@@ -11,6 +11,8 @@ VAE overflows without). Inputs of products are scaled where they are normalised 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from fastvae_kernels.attention import spatial_attention, spatial_attention_shared
@@ -149,7 +151,7 @@ class Inference:
             return convolve(x, weight, bias, stride, padding)
         # Image by image: which algorithm cuDNN takes, and with it the order of its sums, hangs on the batch. Flags by
         # the call, since the caller's are not ours to set; allow_tf32 without a name raises where conv's was set alone.
-        cudnn = torch.backends.cudnn
+        cudnn: Any = torch.backends.cudnn
         flags = cudnn.benchmark, True, cudnn.enabled, cudnn.conv.fp32_precision != "ieee"
         sizes = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
         return torch.cat([torch.ops.aten._convolution(part, weight, bias, *sizes, *flags) for part in x.split(1)])

@@ -1,4 +1,4 @@
-"""On a CPU, where no kernel wins: channels_last, the same latents, and a reason that says so. Without the interpreter."""
+"""On a CPU, where no kernel wins: channels_last, the same latents, and a reason that says so; no interpreter."""
 
 import os
 import subprocess
