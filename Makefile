@@ -7,8 +7,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # The oldest that pyproject.toml takes; it lies beside the environment's own, and comes first on the path when asked for.
 OLDEST_TRITON := 3.6.0
 OLDEST_FOLDER := $(CURDIR)/build/triton-$(OLDEST_TRITON)
+RESULTS ?= bench/results/cpu/results.json
+BASE ?= HEAD
 
-.PHONY: demo test test-all test-oldest-triton check bench audit mutate clean
+.PHONY: demo test test-all test-oldest-triton check bench report bench-compare audit mutate clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -29,9 +31,18 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/.dev
-	$(BIN)/python bench/encode_folder.py --json bench/results/cpu/encode_folder.json
+# Ops, encoder, decoder and a folder of photographs beside their rivals, then the tables; within ten minutes.
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest bench -q -rfE -p no:logging --results $(RESULTS)
 	$(BIN)/python bench/tables.py
+
+# README's and docs/performance.md's tables, from bench/results.
+report: $(VENV)/.dev
+	$(BIN)/python bench/tables.py
+
+# This tree beside the commit BASE, in turns; red where an op or the encoder became slower.
+bench-compare: $(VENV)/.bench
+	$(BIN)/python bench/compare.py $(BASE)
 
 # Compiles every kernel for six targets under two Tritons; up to half an hour with a cold Triton cache.
 audit: $(VENV)/.dev $(OLDEST_FOLDER)/.done
@@ -55,6 +66,10 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
 $(OLDEST_FOLDER)/.done: | $(VENV)/bin/python

@@ -16,30 +16,28 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT / "tests")]
-# The tests' own settings: the interpreter where there is no GPU, and what mends it.
-specification = importlib.util.spec_from_file_location("settings_of_the_tests", ROOT / "tests" / "conftest.py")
-assert specification is not None
-assert specification.loader is not None
-specification.loader.exec_module(importlib.util.module_from_spec(specification))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 # ruff: noqa: E402
-# After the settings, which count only before torch and the kernels are imported.
+# Found by the paths above.
 import torch
 from audit import source_hash
-from stopwatch import Stopwatch, median
+from stopwatch import Stopwatch
+
+VERSIONS = ("torch", "triton", "pytest-benchmark", "diffusers", "onnxruntime", "openvino", "onnx", "numpy")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", default="", help="write the results to this JSON")
     parser.addoption("--dry", action="store_true", help="a few tiny cases: whether it runs, not how fast")
+    parser.addoption("--without", action="append", default=[], help="leave this contestant out (may be repeated)")
 
 
 def pytest_generate_tests(metafunc):
-    import cases
-
     if "case" in metafunc.fixturenames:
-        table = cases.DRY if metafunc.config.getoption("dry") else cases.CASES
+        kind = "dry" if metafunc.config.getoption("dry") else "cuda" if torch.cuda.is_available() else "cpu"
+        table = metafunc.module.TABLE[kind]
         metafunc.parametrize("case", table, ids=lambda case: case.name.replace(" ", "-"))
 
 
@@ -50,18 +48,31 @@ def _command(*words: str) -> str:
         return "unknown"
 
 
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def surroundings() -> dict[str, Any]:
     """What a result must carry to be worth anything later: commit, sources, versions, device, driver."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "pytest-benchmark")}
+    from fastvae.report.machine import processor
+
+    versions = {name: _version(name) for name in VERSIONS}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    # "-dirty" where files differ from the commit.
+    described = _command("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     found: dict[str, Any] = {
-        "commit": os.environ.get("COMMIT") or _command("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("COMMIT") or described,
         "kernel_sources": source_hash(),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
     }
     if not torch.cuda.is_available():
-        return found | {"device": "cpu", "processor": platform.processor() or platform.machine(), "driver": None}
+        return found | {"device": "cpu", "driver": None}
     properties = torch.cuda.get_device_properties(0)
     return found | {
         "device": properties.name,
@@ -74,7 +85,15 @@ def surroundings() -> dict[str, Any]:
 
 
 def pytest_configure(config):
-    config.results = {"cases": {}, "generator": {}, "failed": [], "roof": {}}
+    config.results = {"cases": {}, "networks": {}, "pipeline": {}, "generator": {}, "failed": [], "roof": {}}
+    if config.getoption("dry") or torch.cuda.is_available():
+        # The tests' own settings: the interpreter where there is no GPU, and what mends it. Before the kernels are
+        # imported; a measurement on a CPU has its own threads, and no interpreter.
+        path = ROOT / "tests" / "conftest.py"
+        specification = importlib.util.spec_from_file_location("settings_of_the_tests", path)
+        assert specification is not None
+        assert specification.loader is not None
+        specification.loader.exec_module(importlib.util.module_from_spec(specification))
 
 
 def pytest_runtest_logreport(report):
@@ -95,6 +114,22 @@ def pytest_sessionfinish(session, exitstatus):
         Path(path).write_text(json.dumps(whole, indent=1) + "\n")
 
 
+def said(row: dict[str, Any], dry: bool) -> str:
+    """One contestant's row in words."""
+    if "median_seconds" not in row:
+        return "; ".join(f"{key.replace('_', ' ')}: {row[key]}" for key in ("left_out", "failed") if key in row)
+    if dry:
+        return "right"
+    words = [f"{1e3 * row['median_seconds']:9.2f} ms"]
+    if row["interval"]:
+        words.append("[{:.2f}, {:.2f}]".format(*(1e3 * end for end in row["interval"])))
+    if row["times_diffusers"]:
+        words.append(f"x{row['times_diffusers']:.2f} diffusers")
+    if row.get("share_of_floor"):
+        words.append(f"{100 * row['share_of_floor']:.0f} % of the floor")
+    return ", ".join(words)
+
+
 def pytest_terminal_summary(terminalreporter):
     results = terminalreporter.config.results
     dry = terminalreporter.config.getoption("dry")
@@ -110,6 +145,11 @@ def pytest_terminal_summary(terminalreporter):
             f"{name:58} {1e6 * row['median_seconds']['ours']:10.1f} µs {row['rate'] / 1e12:8.3f} {row['unit']:8} "
             f"{100 * row['share_of_roof']:5.1f} % of the roof, eager {beside}"
         )
+    for name, entry in results["networks"].items():
+        for contestant, row in entry["contestants"].items():
+            terminalreporter.write_line(f"{name:44} {contestant:28} {said(row, dry)}")
+    for contestant, row in results["pipeline"].get("contestants", {}).items():
+        terminalreporter.write_line(f"{'pipeline':44} {contestant:28} {said(row, dry)}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 
@@ -122,6 +162,11 @@ def device():
 @pytest.fixture(scope="session")
 def dry(request):
     return request.config.getoption("dry")
+
+
+@pytest.fixture(scope="session")
+def without(request):
+    return request.config.getoption("without")
 
 
 @pytest.fixture(scope="session")
@@ -138,21 +183,27 @@ def results(request):
 def roof(device, dry, stopwatch, results):
     """What this device does at best, measured now: bytes copied a second, and products of each dtype."""
 
+    # A CPU has a hundredth of a GPU's rates, and 256 MB exceed its caches as 1 GB does a GPU's.
+    elements, side = (2**20, 128) if dry else (2**29, 8192) if device.type == "cuda" else (2**27, 2048)
+
     def copy() -> dict[str, Any]:
-        source = torch.randn(2**20 if dry else 2**29, device=device).bfloat16()
+        source = torch.randn(elements, device=device).bfloat16()
         target = torch.empty_like(source)
         return {"work": 2 * source.numel() * source.element_size(), "call": lambda: target.copy_(source)}
 
     def product(dtype: torch.dtype) -> dict[str, Any]:
-        side = 128 if dry else 8192
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         return {"work": 2 * side**3, "call": lambda: left @ right}
 
     made = {"bytes": copy}
-    made |= {name: lambda name=name: product(getattr(torch, name)) for name in ("bfloat16", "float16", "float32")}
+    dtypes = ["bfloat16", "float16", "float32"]
+    if device.type == "cpu" and not dry:
+        dtypes.remove("float16")  # no case has it there
+    made |= {name: lambda name=name: product(getattr(torch, name)) for name in dtypes}
     for name, make in made.items():
         measured = make()
         seconds = stopwatch.interleaved({"roof": [measured["call"]]})["roof"]
-        results["roof"][name] = {"rate": measured["work"] / median(seconds), "seconds": seconds}
+        # What it does at best: the fastest round.
+        results["roof"][name] = {"rate": measured["work"] / min(seconds), "seconds": seconds}
         del measured
     return {name: value["rate"] for name, value in results["roof"].items()}

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command on a machine with torch, triton, pytest and pytest-benchmark alone:
-#   bench/device.sh                 kernel tests, op benchmarks, bits of the generator; under 10 minutes
-#   bench/device.sh --only PART     tests, ops, philox or tune (may be repeated; tune runs only when named)
+#   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
+#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder or tune (may be repeated; tune only when named)
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter where there is no GPU
-# Results and logs go to $OUT, else to bench/results/<device>. Exits non-zero when a part failed, and names it.
+# Each part may take its share of the time that is left, so fewer parts have longer. A contestant that is not installed
+# is left out by name. Results and logs go to $OUT, else to bench/results/<device>. Exits non-zero when a part failed, and names it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -13,14 +14,14 @@ while (($#)); do
         --dry) dry=(--dry) ;;
         --only)
             case ${2:-} in
-                tests | ops | philox | tune) parts+=("$2") && shift ;;
-                *) echo "--only takes tests, ops, philox or tune, got '${2:-}'" >&2 && exit 2 ;;
+                tests | ops | philox | encoder | decoder | tune) parts+=("$2") && shift ;;
+                *) echo "--only takes tests, ops, philox, encoder, decoder or tune, got '${2:-}'" >&2 && exit 2 ;;
             esac ;;
         *) echo "unknown argument '$1': known are --dry and --only PART" >&2 && exit 2 ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(tests ops philox)
+((${#parts[@]})) || parts=(tests ops philox encoder decoder)
 if ((${#dry[@]})); then
     device=dry
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || export TRITON_INTERPRET=1
@@ -32,14 +33,25 @@ fi
 out=${OUT:-bench/results/$device}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/kernels:$PWD/bench:$PWD/tests:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly --benchmark-columns=median,iqr,rounds --color=no)
+pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging --benchmark-columns=median,iqr,rounds --color=no)
 tested=(tests/ops --durations=15)
 ((${#dry[@]})) && tested=(tests/ops/test_tiles.py)
+without=()
+if ((${#dry[@]})) || ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("diffusers") is None)'; then
+    without=(--without diffusers)
+fi
 
-failed=() lines=()
-part() { # name, seconds it may take, command
-    local name=$1 limit=$2 begin=$SECONDS status
-    shift 2
+# All parts together end inside ten minutes.
+whole=575
+declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [tune]=30)
+failed=() lines=() ahead=0
+for name in "${parts[@]}"; do ((ahead += share[$name])); done
+part() { # name, command
+    local name=$1 begin=$SECONDS status limit
+    limit=$(((whole - SECONDS) * share[$name] / ahead))
+    ((limit > 5)) || limit=5
+    ((ahead -= share[$name]))
+    shift
     # Interrupted rather than killed: pytest then still writes what it has.
     timeout --foreground -s INT -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
     status=$?
@@ -52,21 +64,35 @@ part() { # name, seconds it may take, command
     lines+=("$(printf '%-8s %-22s %4d s   %s' "$name" "$status" $((SECONDS - begin)) "$(grep -oE '[0-9]+ (passed|failed|error).* in [0-9.]+s' "$out/$name.log" | tail -1)")")
 }
 
+measure() { # name, file, further words
+    local name=$1 file=$2
+    shift 2
+    part "$name" "${pytest[@]}" "bench/$file.py" "$@" "${dry[@]}" --results "$out/$name.json" -q -rfE
+}
 for name in "${parts[@]}"; do
     case $name in
-        tests) part tests 290 "${pytest[@]}" "${tested[@]}" -q -rfEs ;;
-        ops) part ops 190 "${pytest[@]}" bench/test_ops.py -k "not generator" "${dry[@]}" --results "$out/ops.json" -q -rfE ;;
-        philox) part philox 60 "${pytest[@]}" bench/test_ops.py -k generator "${dry[@]}" --results "$out/philox.json" -q -rfE ;;
-        tune) part tune 500 "$PYTHON" bench/tune.py --copy "$out" ;;
+        tests) part tests "${pytest[@]}" "${tested[@]}" -q -rfEs ;;
+        ops) measure ops test_ops -k "not generator" ;;
+        philox) measure philox test_ops -k generator ;;
+        encoder | decoder) measure "$name" "test_$name" "${without[@]}" ;;
+        tune) part tune "$PYTHON" bench/tune.py --copy "$out" ;;
     esac
 done
+# Few files come back: the logs are one.
+declare -A said=()
+for name in "${parts[@]}"; do
+    said[$name]=$(cat "$out/$name.log")
+    printf '===== %s\n%s\n\n' "$name" "${said[$name]}"
+    rm "$out/$name.log"
+done >"$out/logs.txt"
 
 {
     for name in "${parts[@]}"; do
         case $name in
-            ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' "$out/ops.log" ;;
-            tests | philox) grep -E '^(FAILED|ERROR)' "$out/$name.log" | cut -c1-200 | head -40 ;;
-            tune) tail -40 "$out/tune.log" ;;
+            ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' <<<"${said[ops]}" ;;
+            encoder | decoder) grep -E '^(encoder|decoder) |^FAILED' <<<"${said[$name]}" | grep -v 'left out: \(takes\|this case\)' ;;
+            tests | philox) grep -E '^(FAILED|ERROR)' <<<"${said[$name]}" | cut -c1-200 | head -40 ;;
+            tune) tail -40 <<<"${said[tune]}" ;;
         esac
     done
     echo

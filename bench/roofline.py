@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -41,16 +43,20 @@ EAGER = {"encoder": (211, 73.3e9), "decoder": (275, 130.0e9)}
 SIZES = ((256, 1), (256, 8), (512, 1), (512, 8), (1024, 1), (2048, 1))
 
 
-def count(name: str, size: int, batch: int, frozen: bool = True, target: str = "sm_90") -> list[Cost]:
-    """The cost of every call of an encode or decode of ``batch`` square images in bf16, as on a GPU of this kind.
+def count(
+    name: str, size: int, batch: int, frozen: bool = True, target: str = "sm_90",
+    config: Mapping[str, Any] = STABLE_DIFFUSION, dtype: torch.dtype = torch.bfloat16,
+) -> list[Cost]:  # fmt: skip
+    """The cost of every call of an encode or decode of ``batch`` square images, as on a GPU of this kind.
 
-    frozen: packed weights are there already; else every call lays them out and folds them.
+    frozen: packed weights are there already; else every call lays them out and folds them. config: an AutoencoderKL's.
     """
     with torch.device("meta"):
-        vae = fastvae.AutoencoderKL(**STABLE_DIFFUSION).to(torch.bfloat16).requires_grad_(False).eval()
-    part, shape = vae.encoder, (batch, 3, size, size)
+        vae = fastvae.AutoencoderKL(**config).to(dtype).requires_grad_(False).eval()
+    part, shape = vae.encoder, (batch, vae.config.in_channels, size, size)
     if name == "decoder":
-        part, shape = vae.decoder, (batch, 4, size // 8, size // 8)
+        small = size // vae.downsample_factor
+        part, shape = vae.decoder, (batch, vae.config.latent_channels, small, small)
     run = Inference(Derived(frozen), quant_conv=vae.quant_conv if name == "encoder" else None)
     before, tiles.target_of = tiles.target_of, lambda device: tiles.TARGETS[target]
     try:
@@ -60,7 +66,7 @@ def count(name: str, size: int, batch: int, frozen: bool = True, target: str = "
                     if weight is not None:
                         fake = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
                         module._parameters[key] = torch.nn.Parameter(fake, requires_grad=False)
-            x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+            x = torch.empty(shape, dtype=dtype, device="cuda")
             if frozen:
                 trace.count(part, x, run)
             counter, noted = trace.count(part, x, run)
@@ -77,11 +83,16 @@ def floor(costs: list[Cost], bandwidth: float = BANDWIDTH, rate: float = RATE) -
     return sum(max(cost.bytes / bandwidth, cost.flops / rate) for cost in costs)
 
 
+def predicted(costs: list[Cost], share: float = 0.75) -> float:
+    """Seconds of a pass with products at ``share`` of RATE and memory at 4.0 TB/s: two guesses, no result."""
+    return floor(costs, 4.0e12, share * RATE)
+
+
 def table(bandwidth: float = BANDWIDTH, rate: float = RATE) -> str:
     """Markdown: one row per pass, size and batch."""
     lines = [
-        "| pass | images | launches | where weights may move | GB | TFLOP | floor, ms |",
-        "|---|---|---|---|---|---|---|",
+        "| pass | images | launches | where weights may move | GB | TFLOP | floor, ms | predicted, ms |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("encoder", "decoder"):
         for size, batch in SIZES:
@@ -90,7 +101,8 @@ def table(bandwidth: float = BANDWIDTH, rate: float = RATE) -> str:
             free = sum(count(name, size, batch, frozen=False), trace.NOTHING)
             lines.append(
                 f"| {name} | {batch} x {size}² | {total.launches} | {free.launches} | {total.bytes / 1e9:.2f} "
-                f"| {total.flops / 1e12:.2f} | {1e3 * floor(costs, bandwidth, rate):.2f} |"
+                f"| {total.flops / 1e12:.2f} | {1e3 * floor(costs, bandwidth, rate):.2f} "
+                f"| {1e3 * predicted(costs):.1f} |"
             )
     return "\n".join(lines)
 

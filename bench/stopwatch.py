@@ -48,11 +48,18 @@ def spread(seconds: Sequence[float]) -> float:
     return (third - first) / 2 / middle
 
 
+def interval(seconds: Sequence[float]) -> tuple[float, float] | None:
+    """Where the true median lies with a probability of 95 %, by the order of the samples; None for fewer than six."""
+    from fastvae.report.timing import FEWEST_ROUNDS, median_interval
+
+    return median_interval(seconds) if len(seconds) >= FEWEST_ROUNDS else None
+
+
 class Stopwatch:
     """Times named rivals in turns; each is a list of calls on inputs of their own, taken one after the other."""
 
-    def __init__(self, device: torch.device, rounds: int):
-        self.device, self.rounds = device, rounds
+    def __init__(self, device: torch.device, rounds: int, now: Callable[[], float] = time.perf_counter):
+        self.device, self.rounds, self.now = device, rounds, now
         self.host_seconds: dict[str, float] = {}
         self._rivals: dict[str, tuple[Iterator[Callable[[], Any]], int]] = {}
 
@@ -87,10 +94,10 @@ class Stopwatch:
 
     def _burst(self, name: str, turns: Iterator[Callable[[], Any]], count: int) -> float:
         if self.device.type != "cuda":
-            begin = time.perf_counter()
+            begin = self.now()
             for _ in range(count):
                 next(turns)()
-            self.host_seconds[name] = (time.perf_counter() - begin) / count
+            self.host_seconds[name] = (self.now() - begin) / count
             return self.host_seconds[name]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)

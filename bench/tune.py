@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "kernels"))
 sys.path.insert(0, str(ROOT / "bench"))
 
-import cases
+import operations
 import torch
 from accuracy import assert_as_accurate  # pyright: ignore[reportMissingImports]  (tests/ is put on the path above)
 from fastvae_kernels import tiles
@@ -45,7 +45,7 @@ class Search:
     """One table entry to find: the tile ``op`` takes in ``case``, which runs it. channels: the most it will serve."""
 
     op: str
-    case: cases.Case
+    case: operations.Case
     channels: int
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -68,16 +68,16 @@ def searches() -> list[Search]:
     for dtype in ("bfloat16", "float32"):
         for op, run in pointwise.items():
             for channels, side in ((128, 1024), (256, 512), (512, 256)):
-                case = cases.Case(run, (1, channels, side, side), dtype)
+                case = operations.Case(run, (1, channels, side, side), dtype)
                 found.append(Search(op, case, channels, (32, 64, 128, 256), (32, 64, 128)))
-        case = cases.Case("pixels_conv_in", (1, 3, 1024, 1024), dtype)
+        case = operations.Case("pixels_conv_in", (1, 3, 1024, 1024), dtype)
         found.append(Search("pixels_conv_in", case, 128, (32, 64, 128), (32, 64, 128)))
     # A tile for 256 channels would serve fewer as well: so those are searched too.
     for channels in (64, 128, 256):
-        case = cases.Case("spatial_attention", (8, 2048, channels))
+        case = operations.Case("spatial_attention", (8, 2048, channels))
         found.append(Search("spatial_attention", case, channels, (32, 64, 128), (16, 32, 64, 128), stages=(1, 2, 3)))
     forward, backward = (
-        cases.Case(f"spatial_attention{end}", (1, 16384 if not end else 4096, 512)) for end in ("", "_backward")
+        operations.Case(f"spatial_attention{end}", (1, 16384 if not end else 4096, 512)) for end in ("", "_backward")
     )
     product = {"depths": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)}
     found.append(Search("attention_scores", forward, 512, (64, 128), (128, 256), **product))
@@ -150,13 +150,13 @@ class Trial:
     def __init__(self, search: Search, device: torch.device):
         torch.manual_seed(0)
         self.search, self.device = search, device
-        operation = cases.OPERATIONS[search.case.op]
+        operation = operations.OPERATIONS[search.case.op]
         inputs = operation.make(search.case, device)
         # Two sets, each larger than the cache at these shapes.
-        self.calls = [operation.ours(*cases.copied(inputs)) for _ in range(2)]
+        self.calls = [operation.ours(*operations.copied(inputs)) for _ in range(2)]
         plain = operation.plain or operation.eager
         self.plain = _tensors((operation.plain or operation.eager)(*inputs)())
-        truth = (operation.truth or plain)(*cases.widened(inputs, torch.float64))
+        truth = (operation.truth or plain)(*operations.widened(inputs, torch.float64))
         self.truth = [value.double() for value in _tensors(truth())]
         self.refused: list[str] = []
 
@@ -178,7 +178,7 @@ class Trial:
     def careful(self, finalists: Sequence[Tile]) -> dict[Tile, list[float]]:
         """Fifteen samples of each, in turns."""
 
-        def bound(tile: Tile, call: cases.Call) -> cases.Call:
+        def bound(tile: Tile, call: operations.Call) -> operations.Call:
             def run() -> None:
                 with answering(self.search.op, tile):
                     call()

@@ -71,7 +71,8 @@ def encode_latents(
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
         return scale_latents(vae, like_weights(vae, torch.empty(shape)))
     if fast is not None:
-        moments = fast.moments(vae, _beside_weights(vae, pixels), again_in_fp32=True)
+        pixels = _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
+        moments = fast.moments(vae, pixels, again_in_fp32=True)
     else:
         moments = vae.encode(like_weights(vae, pixels)).latent_dist.parameters
     if posterior == "mode":

@@ -47,8 +47,11 @@ def accelerate(
     vae = vae_of(vae_or_pipe)
     if all(reasons.of_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
+    before = vars(vae).get(ACCELERATED)
     restore(vae)
     path = FastPath(precision, deterministic=deterministic, graphs=graphs, freeze=freeze)
+    if before is not None:
+        path.factors = before.factors  # what calibrate found is the model's, whatever the settings
     vars(vae)[ACCELERATED] = path
     for part in _parts(vae):
         if reasons.of_shape(part) is None and not layers.replaced(part):
@@ -85,7 +88,9 @@ def refresh(vae_or_pipe: Model) -> Model:
 
 
 def fast_report(vae_or_pipe: Any) -> dict[str, int | str]:
-    """What happened since ``accelerate``: calls and rows by path, rows that were not finite, rows done again in fp32.
+    """Rows that took the fused kernels since ``accelerate``, those not finite (fp16), those done again in fp32; the
+    bytes of packed copies, the factors of fp16 as binary logarithms; with ``graphs`` graphs, replays, and why there was
+    none.
 
     Reading it waits for the GPU. Raises ValueError for a model that is not accelerated, and TypeError for what is no
     VAE and holds none.

@@ -28,8 +28,8 @@ from fastvae.latents import ACCELERATED, pixels_from_images, unscale_latents
 LARGEST = torch.finfo(torch.float16).max
 # Other images reach further than those that were looked at: sixteen times as far are left to them.
 HEADROOM = 2.0**4
-# Smaller factors lose what they carry to fp16's subnormals: at 2^-14 the tiny model errs 2.6 times as much as eager, at
-# 2^-20 160 times. Beyond it values overflow instead, which is seen, and such rows are done again in fp32.
+# Smaller factors lose what they carry to fp16's subnormals: at 2^-14 the tiny model already errs 1.8 times as much as
+# eager (docs/numerics.md). Beyond it values overflow instead, which is seen, and such rows are done again in fp32.
 SMALLEST = 2.0**-12
 
 
@@ -71,8 +71,12 @@ def calibrate(vae_or_pipe: Any, images: Any, *, latents: Tensor | None = None) -
     pixels = pixels_from_images(vae, images).to(next(wide.parameters()))
     if not pixels.shape[0]:
         raise ValueError("images must hold at least one image, got none")
+    if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4 and latents.numel()):
+        raise ValueError(f"latents must be a tensor [B, L, h, w] of at least one row, got {type(latents).__name__}")
+    if latents is None and "encoder" not in runs:
+        raise ValueError("latents must be given for a model without its encoder, got None")
     raw = None if latents is None else unscale_latents(wide, latents.to(pixels))
-    modes = [wide.encode(row).latent_dist.mode() for row in pixels.split(1)]
+    modes = [wide.encode(row).latent_dist.mode() for row in pixels.split(1)] if "encoder" in runs else []
     if "decoder" in runs:
         for row in modes if raw is None else raw.split(1):
             wide.decode(row)

@@ -41,7 +41,7 @@ class Derived:
 
     def bytes(self) -> int:
         """What the kept copies take."""
-        return sum(_bytes_of(entry) for entry in self.kept.values())
+        return sum(_bytes_of(entry) for entry in list(self.kept.values()))  # another thread may be packing
 
     def _get(self, module: Layer, name: str, make: Callable[[], Any]) -> Any:
         # Compiled, a kept copy would be one more thing to guard, and to compile again for when it comes.
@@ -204,3 +204,8 @@ def channels_last(values: Tensor) -> Tensor:
     """[N, C, H, W] in channels_last: itself where it lies so. By clone, which can be traced without a GPU."""
     is_so = values.is_contiguous(memory_format=torch.channels_last)
     return values if is_so else values.clone(memory_format=torch.channels_last)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] lies in channels_last and not, for sizes of 1, in both ways."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

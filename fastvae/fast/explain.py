@@ -109,8 +109,8 @@ def _input(part: Layer, shape: Any, weight: Tensor) -> Tensor:
     channels = getattr(part.conv_in, "in_channels", 0)  # an adapter has none, and its part falls back
     if shape is None:
         shape = (1, channels, 32 * factor, 32 * factor)
-    if len(shape) != 4:
-        raise ValueError(f"shape must be (B, C, H, W) of the images, got {tuple(shape)}")
+    if not (isinstance(shape, (tuple, list)) and len(shape) == 4 and all(isinstance(n, int) and n >= 0 for n in shape)):
+        raise ValueError(f"shape must be (B, C, H, W) of the images, got {shape!r}")
     batch, _, height, width = shape
     if hasattr(part, "up_blocks"):
         height, width = height // factor, width // factor

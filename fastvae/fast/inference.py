@@ -2,11 +2,12 @@
 
 A convolution's bias is folded into the norm or the residual pass behind it; bias, residual and the next norm's
 statistics are one pass; the residual pass before a downsample writes the padding; attention reads one tensor for keys
-and values where that errs no more; nearest 2x and its convolution are one. All exact in real arithmetic.
+and values where weights are frozen and that errs no more; nearest 2x and its convolution are one. All of it is exact in
+real arithmetic.
 
 In half precision the residual stream is carried times a power of two, ``stream``, and what lies between conv1 and norm2
-times ``inner``: GroupNorm does not see the scale of its input, and values up to 65,504 / stream fit (DESIGN: the SDXL
-VAE overflows without). Inputs of products are scaled where they are normalised anyway, so no weight is touched.
+times ``inner``: GroupNorm does not see the scale of its input, and values up to 65,504 / stream fit (without, the
+SDXL VAE overflows: docs/numerics.md). Inputs of products are scaled where they are normalised anyway, and no weight is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastvae_kernels.residual import residual_add
 from torch import Tensor
 
 from fastvae.fast import layers, reasons, walk
-from fastvae.fast.derived import Derived, channels_last, weights_of
+from fastvae.fast.derived import Derived, channels_last, is_channels_last, weights_of
 from fastvae.fast.reasons import Layer, Reason
 from fastvae.fast.walk import Flow
 from fastvae.latents import normalized
@@ -45,11 +46,13 @@ class Inference:
         self.stream = stream
         self.inner = inner
         self.quant_conv = quant_conv
+        self.laid_out = False
 
     def note(self, module: Layer, reason: Reason | None) -> None:
         """Told of each block that is fused (None) or not; explain listens."""
 
     def begin(self, part: Layer, x: Tensor) -> Flow:
+        self.laid_out = is_channels_last(x)
         conv = part.conv_in
         if hasattr(part, "down_blocks") and conv.in_channels <= reasons.MOST_COLOURS and conv.bias is not None:
             return Flow(*pixels_conv_in(x, conv.weight, conv.bias, self.stream))
@@ -100,7 +103,15 @@ class Inference:
     def end(self, part: Layer, flow: Flow) -> Tensor:
         h = self._normalized(flow, part.conv_norm_out, True, self.stream, 1.0)
         weight, bias = self.derived.output(part.conv_out, self.quant_conv)
-        return self._product(h, weight, bias, 1, 1)
+        y = self._product(h, weight, None, 1, 1)
+        if bias is None:
+            return y if self.laid_out else y.contiguous()
+        # The bias and the layout of the input in one pass: `view` is what callers do with latents.
+        bias = bias.view(-1, 1, 1)
+        if torch.compiler.is_compiling():  # one pass by itself
+            return y + bias if self.laid_out else (y + bias).contiguous()
+        form = torch.channels_last if self.laid_out else torch.contiguous_format
+        return torch.add(y, bias, out=torch.empty_like(y, memory_format=form))
 
     def _normalized(self, flow: Flow, norm: Layer, silu: bool, carried: float, factor: float) -> Tensor:
         """act(GroupNorm(flow / carried)) * factor."""
@@ -135,9 +146,9 @@ class Inference:
         """x weight + bias * stream, for x [N, S, C] and weight [C, D]."""
         if bias is not None:
             bias = (bias if self.stream == 1.0 else bias * self.stream).to(x.dtype)
-        rows = x if self.deterministic else x.reshape(1, -1, x.shape[2])
+        rows = [part.reshape(-1, x.shape[2]) for part in (x.split(1) if self.deterministic else (x,))]
         done = [row @ weight if bias is None else torch.addmm(bias, row, weight) for row in rows]
-        return (torch.stack(done) if self.deterministic else done[0]).view(*x.shape[:2], weight.shape[1])
+        return (torch.cat(done) if len(done) > 1 else done[0]).view(*x.shape[:2], weight.shape[1])
 
     def _convolve(self, conv: Layer, x: Tensor) -> Tensor:
         """The convolution without its bias."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.fast import reasons, walk
-from fastvae.fast.derived import Derived, channels_last
+from fastvae.fast.derived import Derived, channels_last, is_channels_last
 from fastvae.fast.graphs import Graphs
 from fastvae.fast.inference import Inference
 from fastvae.fast.reasons import Layer, Reason
@@ -52,7 +52,9 @@ class FastPath:
     def __deepcopy__(self, memo: dict) -> FastPath:
         twin = FastPath.__new__(FastPath)
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        # What is derived is not copied: its keys are the modules of the whole VAE, and the copy may be of one part.
+        derived = {id(self.derived): Derived(self.derived.frozen)}
+        vars(twin).update(copy.deepcopy(vars(self), memo | derived))
         return twin
 
     def forget(self) -> None:
@@ -78,6 +80,8 @@ class FastPath:
     def run(self, part: Layer, x: Tensor) -> Tensor:
         """The part's output for x, on the fast path where it can; its rows are counted, and not looked at."""
         reason = self.why_not(part, x)
+        if not x.is_floating_point():
+            return type(part).forward(part, x)  # refused in torch's words, as ever: encode_latents takes bytes
         if reason is None:
             return self._walked(part, x)
         if self.graphs is not None and not torch.compiler.is_compiling():
@@ -86,17 +90,16 @@ class FastPath:
             # No kernel here wins; channels_last does (0.85 s for 1.1 s at 256² in fp32, two cores with AVX512).
             packed = part if reasons.needs_gradient(part, x) else self.derived.part(part)
             y = type(part).forward(packed, channels_last(x))
-            return y if _is_channels_last(x) or walk.attends(part) else y.contiguous()
+            return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)
 
     def _walked(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> Tensor:
         """The part's output by the fused kernels, with its rows counted; from a graph where there is one."""
         run = self.pass_for(part, x, quant_conv)
-        as_it_comes = _is_channels_last(x) or walk.attends(part)
 
         def work(x: Tensor) -> Tensor:
             y = walk.through(part, x, run)
-            return y if as_it_comes else y.contiguous()
+            return y if is_channels_last(x) else y.contiguous()
 
         if torch.compiler.is_compiling():
             y = work(x)
@@ -117,6 +120,8 @@ class FastPath:
         precision that are not finite are done again in fp32; this waits for the result.
         """
         encoder, quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
+        if encoder is None:
+            return vae.encode(x).latent_dist.parameters  # which says so
         whole = not (getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
         walked = whole and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x) is None
         if not walked or reasons.needs_gradient(encoder, x) or reasons.of_quant_conv(vae):
@@ -168,10 +173,6 @@ class FastPath:
 def name_of(part: Layer) -> str:
     """Under which name a VAE holds this part."""
     return "encoder" if hasattr(part, "down_blocks") else "decoder"
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _as_floats(encoder: Layer, x: Tensor) -> Tensor:

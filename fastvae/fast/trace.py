@@ -64,7 +64,8 @@ class Counter(TorchDispatchMode):
         if func.namespace == "fastvae":
             self._take(name, COSTS[name](*args, **kwargs))
             return func(*args, **kwargs)
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        read = {name: value for name, value in kwargs.items() if name != "out"}
+        tensors = [value for value in tree_flatten((args, read))[0] if isinstance(value, Tensor)]
         if not tensors or name in FREE or func.is_view:
             return func(*args, **kwargs)
         out = _shape_of_result(func, args, kwargs, tensors[0].device)

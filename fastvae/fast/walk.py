@@ -56,11 +56,6 @@ def blocks_of(part: Layer) -> list[Layer]:
     return [*part.down_blocks, *mid] if hasattr(part, "down_blocks") else [*mid, *part.up_blocks]
 
 
-def attends(part: Layer) -> bool:
-    """Whether there is attention in an encoder or decoder: the modules' own leaves channels_last behind it."""
-    return any(layer is not None for block in blocks_of(part) for layer in getattr(block, "attentions", None) or ())
-
-
 def through_block(block: Layer, flow: Flow, run: Pass) -> Flow:
     """Residual blocks, attention between them, and one change of size: a down, mid or up block."""
     reason = reasons.of_block(block)

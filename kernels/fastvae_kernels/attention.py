@@ -41,7 +41,9 @@ def reference_backward(
     """[dq, dk, dv], in plain torch and any dtype; half precision is widened to fp32."""
     grad, query, key, value, out = (values.to(lse.dtype) for values in (grad, query, key, value, out))
     delta = (grad * out).sum(dim=2, keepdim=True)
-    grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
+    # Not in the strides of key and value, which may be permuted: the fake promises contiguous gradients.
+    grad_key, grad_value = (torch.zeros_like(like, memory_format=torch.contiguous_format) for like in (key, value))
+    grad_query = []
     for first in range(0, query.shape[1], REFERENCE_ROWS):
         rows = slice(first, first + REFERENCE_ROWS)
         weight = (query[:, rows] @ key.mT * scale - lse[:, rows, None]).exp()

@@ -179,7 +179,10 @@ def _plan(query: Tensor) -> tuple[tiles.Tile, tiles.Tile, int, list[Round]]:
         for op in ("attention_weights", "attention_product")
     )
     across = -(-length // square.columns)
-    return square, tile, across, rounds_of(images, length, 2 * across * square.columns * query.element_size())
+    row_bytes = 2 * across * square.columns * query.element_size()
+    # The fp32 sums of dk and dv (half of that where keys are values): eight times what P and ds take, and more, at 64
+    # tokens of 512 channels.
+    return square, tile, across, rounds_of(images, length, row_bytes, image_bytes=8 * length * channels)
 
 
 def count_launches(query: Tensor) -> int:

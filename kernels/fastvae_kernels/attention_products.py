@@ -3,7 +3,8 @@
 P = 2^(scale log2(e) q k^T - m) by tiles, each with its own whole-numbered m per query; then out = sum over tiles of
 (2^(m - M) P) v / l. With d = 512 a score costs 2048 operations and P's 4 bytes of traffic are cheap beside them, while
 neither product needs the 64 x 512 accumulator that fills a multiprocessor in the flash form. Since m is whole, scaling
-P by 2^(m - M) is exact in half precision. Memory is linear in the sequence.
+P by 2^(m - M) is exact in bf16, and in fp16 where 2^-14 and more is left: below it a weight loses digits, and below
+2^-25 of its row's largest it is 0. Memory is linear in the sequence.
 Traffic: q, k, v, out, and P [chunk, S] once written and read d / (columns of the second tile) times.
 """
 

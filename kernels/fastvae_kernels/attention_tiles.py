@@ -21,8 +21,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # 4096 queries of one image make 128 programs of a product at d = 512: one wave of 132 multiprocessors. The scores of a
 # chunk are then 8 KiB a token in half precision, 512 MiB at 65,536 tokens: linear in the sequence.
 CHUNK = 4096
-# Bytes of scores that a round may lay down, and one chunk where that alone is more: at 4096 tokens in half precision a
-# batch of eight is one round of three launches in place of eight. Larger rounds gain nothing, each product is then a
+# Bytes that a round may lay down, and one chunk of one image where that alone is more: at 4096 tokens in half precision
+# a batch of eight is one round of three launches in place of eight. Larger rounds gain nothing, each product is then a
 # thousand programs.
 WORKSPACE = 256 * 2**20
 
@@ -36,10 +36,10 @@ class Round(NamedTuple):
     count: int
 
 
-def rounds_of(images: int, length: int, row_bytes: int) -> list[Round]:
-    """The rounds in their order, the largest first; ``row_bytes``: what one query lays down in the workspace."""
+def rounds_of(images: int, length: int, row_bytes: int, image_bytes: int = 0) -> list[Round]:
+    """The rounds in their order, the largest first; what one query and one image lay down in the workspace."""
     rows = max(1, min(CHUNK, length))
-    together = max(1, min(images, WORKSPACE // max(1, rows * row_bytes)))
+    together = max(1, min(images, WORKSPACE // max(1, rows * row_bytes + image_bytes)))
     return [
         Round(begin, min(together, images - begin), first, min(rows, length - first))
         for begin in range(0, images, together)

@@ -8,6 +8,8 @@ Source: torch.nn.GroupNorm; statistics.py has the layout of the partials.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -272,15 +274,20 @@ def _(x, scale, shift, factor=1.0):
 
 def audit_cases():
     """Launches for the compile audit (bench/audit.py)."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for channels in (96, 128, 256, 512):
+    for name, dtype, channels in tiles.audited():
 
-            def call(dtype=dtype, channels=channels):
-                x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
-                weight = torch.empty(channels, dtype=dtype)
-                scale, shift = launch_affine(launch_statistics(x), weight, weight, 32, 1e-6, weight)
-                launch_affine(torch.empty(1, 2000, 3, channels), weight, weight, 32, 1e-6)
-                launch_scale_shift(x, scale, shift)
-                launch_scale_shift_silu(x, scale, shift, 0.5)
+        def call(dtype=dtype, channels=channels):
+            x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
+            weight, groups = torch.empty(channels, dtype=dtype), math.gcd(32, channels)
+            scale, shift = launch_affine(launch_statistics(x), weight, weight, groups, 1e-6, weight)
+            launch_affine(torch.empty(1, 2000, 3, channels), weight, weight, groups, 1e-6)
+            launch_scale_shift(x, scale, shift)
+            launch_scale_shift_silu(x, scale, shift, 0.5)
 
-            yield f"{dtype} C={channels}".removeprefix("torch."), call
+        yield name, call
+
+    def widest():
+        weight = torch.empty(2048, dtype=torch.float16)
+        launch_affine(torch.empty(1, 9, 3, 2048), weight, weight, 1, 1e-6, weight)
+
+    yield "float16 C=2048 in one group", widest

@@ -145,7 +145,9 @@ def reserve(
     """(seed, offset, threads) of the next ``count`` normals of a CUDA generator, which is advanced as randn would.
 
     processors, threads_per_processor: multi_processor_count and max_threads_per_multi_processor of its device. The
-    seed is an unsigned 64-bit integer. Source: ATen/native/cuda/DistributionTemplates.h, calc_execution_policy.
+    seed is an unsigned 64-bit integer. Calls from several threads share no numbers; a torch.randn on the same generator
+    in another thread may fall between the reading of the offset and its advance, and draw the same ones.
+    Source: ATen/native/cuda/DistributionTemplates.h, calc_execution_policy.
     """
     # At least a block: an empty batch draws nothing, and its threads must still be some.
     threads = stream_threads(max(count, 1), processors, threads_per_processor)

@@ -163,12 +163,11 @@ pixels_conv_in.register_autograd(_backward, setup_context=_keep)
 
 def audit_cases():
     """Launches for the compile audit (bench/audit.py)."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for channels in (96, 128):
+    for name, dtype, channels in tiles.audited():
 
-            def call(dtype=dtype, channels=channels):
-                weight, bias = torch.empty(channels, 3, 3, 3, dtype=dtype), torch.empty(channels, dtype=dtype)
-                launch(torch.empty(2, 96, 96, 3, dtype=torch.uint8).permute(0, 3, 1, 2), weight, bias)
-                launch(torch.empty(2, 3, 96, 96, dtype=dtype), weight, bias)
+        def call(dtype=dtype, channels=channels):
+            weight, bias = torch.empty(channels, 3, 3, 3, dtype=dtype), torch.empty(channels, dtype=dtype)
+            launch(torch.empty(2, 96, 96, 3, dtype=torch.uint8).permute(0, 3, 1, 2), weight, bias)
+            launch(torch.empty(2, 3, 96, 96, dtype=dtype), weight, bias)
 
-            yield f"{dtype} C={channels}".removeprefix("torch."), call
+        yield name, call

@@ -73,7 +73,8 @@ def _residual_kernel(
 ):  # fmt: skip
     image, chunk, block = statistics.locate(tl.program_id(0), chunks, tl.cdiv(CHANNELS, COLUMNS))
     channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    # Strides in units of 16 values or of 1: specialised each by itself they would make a kernel for every other size.
+    # Strides in units of 8 values, the 16 bytes of a wide store, or of 1: specialised each by itself they would make a
+    # kernel for every other size.
     row_stride, column_stride = row_step.to(tl.int64) * UNIT, column_step.to(tl.int64) * UNIT
     y_ptr += image * image_step * UNIT
     added = tl.zeros([COLUMNS], tl.float32)
@@ -168,7 +169,7 @@ def launch_into(
         tile = tiles.choose("residual_add", dtype=h.dtype, channels=channels, target=tiles.target_of(h.device))
         columns, chunk = statistics.block_columns(tile.columns, channels), statistics.chunk_pixels(channels)
         strides = y.stride(0), y.stride(2), y.stride(3)
-        unit = 16 if all(stride % 16 == 0 for stride in strides) else 1
+        unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
         _residual_kernel[(batch * partials.shape[1] * triton.cdiv(channels, columns),)](
             *(value.contiguous(memory_format=torch.channels_last) for value in (h, residual)),
             *(None if vector is None else vector.contiguous() for vector in (bias, residual_bias)),
@@ -210,13 +211,12 @@ residual_add.register_autograd(_backward, setup_context=_keep)
 
 def audit_cases():
     """Launches for the compile audit (bench/audit.py)."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for channels in (96, 128, 256, 512):
+    for name, dtype, channels in tiles.audited():
 
-            def call(dtype=dtype, channels=channels):
-                h = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
-                bias = torch.empty(channels, dtype=dtype)
-                launch(h, h, bias, None)
-                launch(h, h, bias, bias, 1)
+        def call(dtype=dtype, channels=channels):
+            h = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
+            bias = torch.empty(channels, dtype=dtype)
+            launch(h, h, bias, None)
+            launch(h, h, bias, bias, 1)
 
-            yield f"{dtype} C={channels}".removeprefix("torch."), call
+        yield name, call

@@ -63,19 +63,27 @@ def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
         raise ValueError(f"{name} must have one value for each of {channels} channels, got {tuple(vector.shape)}")
 
 
+def _partial_counts(chunks: int) -> list[int]:
+    # How many partials an image of so many chunks may have: one for each, or what fold_chunks makes of them.
+    counts = [chunks]
+    while counts[-1] > MERGED:
+        counts.append((counts[-1] + FOLD - 1) // FOLD)
+    return counts
+
+
 def check_partials(partials: Tensor | None, x: Tensor) -> None:
     """Refuse, by ValueError, partials that are not those of x [N, C, H, W], folded or not."""
     if partials is None:
         return
     batch, channels, height, width = x.shape
-    most = chunk_count(height * width, channels)
+    counts = _partial_counts(chunk_count(height * width, channels))
     # float64 is the references' own.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rest = (partials.shape[0], *partials.shape[2:])
-    if partials.ndim != 4 or partials.dtype != wide or rest != (batch, 3, channels) or partials.shape[1] > most:
+    if partials.ndim != 4 or partials.dtype != wide or rest != (batch, 3, channels) or partials.shape[1] not in counts:
         raise ValueError(
-            f"partials must be {wide} [{batch}, {most} or fewer, 3, {channels}] for such an x, got {partials.dtype} of "
-            f"shape {tuple(partials.shape)}"
+            f"partials must be {wide} [{batch}, {' or '.join(map(str, counts))}, 3, {channels}] for such an x, got "
+            f"{partials.dtype} of shape {tuple(partials.shape)}"
         )
 
 

@@ -111,6 +111,15 @@ def choose(op: str, *, dtype: torch.dtype, channels: int, target: Target) -> Til
     )
 
 
+def audited() -> list[tuple[str, torch.dtype, int]]:
+    """(name, dtype, channels) that the compile audit takes of a pass over images: the networks' in every dtype, and
+    those that fill no block or have chunks of 32 pixels in the widest dtype and one of 16 bits."""
+    halves, full = [torch.bfloat16, torch.float16], [torch.float32]
+    variants = [(dtype, channels) for dtype in halves + full for channels in (128, 256, 512)]
+    variants += [(dtype, channels) for dtype in halves[1:] + full for channels in (24, 48, 80, 96, 1024)]
+    return [(f"{dtype} C={channels}".removeprefix("torch."), dtype, channels) for dtype, channels in variants]
+
+
 def clear() -> None:
     """Forget the tables read so far, for who changes them while running (bench/tune.py, tests)."""
     _table.cache_clear()

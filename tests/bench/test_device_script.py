@@ -1,5 +1,6 @@
 """bench/device.sh runs, writes what it promises and turns red on a wrong result; bench/tune.py chooses as it says."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -32,7 +33,9 @@ def test_a_dry_run_writes_its_results(tmp_path):
     done = run_script(tmp_path, "--dry")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all parts passed"
-    assert len(list(tmp_path.iterdir())) <= 8
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ops.json", "philox.json", "encoder.json", "decoder.json", "logs.txt", "summary.txt"
+    }  # fmt: skip
     ops, philox = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ops", "philox"))
     assert ops["dry"] is ops["passed"] is philox["passed"] is True
     assert ops["failed"] == []
@@ -45,6 +48,14 @@ def test_a_dry_run_writes_its_results(tmp_path):
         work = row["bytes"] if row["unit"] == "TB/s" else row["flops"]
         assert row["rate"] == pytest.approx(work / row["median_seconds"]["ours"])
         assert row["gate"] == "float64"
+    for part in ("encoder", "decoder"):
+        (entry,) = json.loads((tmp_path / f"{part}.json").read_text())["networks"].values()
+        rows = entry["contestants"]
+        assert "(--without)" in rows["diffusers"]["left_out"]
+        timed = {name for name, row in rows.items() if "median_seconds" in row}
+        assert timed == {"eager, NCHW", "eager, channels_last", "fastvae"}
+        assert all("left_out" in rows[name] for name in rows.keys() - timed), "a reason for everybody else"
+        assert f"{part} tiny" in done.stdout
     assert philox["generator"]
     assert all(row["largest_difference"] <= 2e-6 for row in philox["generator"].values())
 
@@ -78,11 +89,32 @@ def test_a_wrong_result_is_red_and_has_no_time(tmp_path):
     assert all("residual_add" in name for name in ops["failed"])
 
 
+WRONG_NETWORK = """
+def pytest_collection_finish(session):
+    from fastvae.fast import walk
+    right = walk.through
+    walk.through = lambda *given: right(*given) + 1
+"""
+
+
+@needs_bash
+def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
+    (tmp_path / "planted.py").write_text(WRONG_NETWORK)
+    out = tmp_path / "out"
+    done = run_script(out, "--dry", "--only", "encoder", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "failed: encoder"
+    assert "fastvae                      failed: AssertionError: largest error" in done.stdout
+    (entry,) = json.loads((out / "encoder.json").read_text())["networks"].values()
+    assert entry["contestants"]["fastvae"].keys() == {"failed"}
+    assert "median_seconds" in entry["contestants"]["eager, NCHW"], "the others are measured all the same"
+
+
 @needs_bash
 def test_what_the_script_does_not_know_is_refused_in_words(tmp_path):
     done = run_script(tmp_path, "--only", "everything")
     assert done.returncode == 2
-    assert "--only takes tests, ops, philox or tune, got 'everything'" in done.stderr
+    assert "--only takes tests, ops, philox, encoder, decoder or tune, got 'everything'" in done.stderr
     if not torch.cuda.is_available():
         done = run_script(tmp_path, "--only", "ops")
         assert done.returncode == 2
@@ -92,7 +124,7 @@ def test_what_the_script_does_not_know_is_refused_in_words(tmp_path):
 FULL_SIZE = """
 import sys
 sys.path[:0] = [{bench!r}, {kernels!r}, {tests!r}]
-import torch, cases, tune
+import torch, cases, operations, tune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 from fastvae_kernels import tiles
@@ -101,18 +133,18 @@ JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launched.append(
 tiles.target_of = lambda device: tiles.TARGETS["sm_90"]
 shapes = lambda result: [tuple(v.shape) for v in ([result] if isinstance(result, torch.Tensor) else result)]
 for case in [*cases.CASES, *(search.case for search in tune.searches())]:
-    operation = cases.OPERATIONS[case.op]
+    operation = operations.OPERATIONS[case.op]
     with FakeTensorMode():
         inputs = operation.make(case, torch.device("cpu"))
         assert operation.cost(*inputs).bytes > 0, case
-        ours = shapes(operation.ours(*cases.copied(inputs))())
-        for layout in cases.FORMATS:
-            operation.eager(*cases.copied(inputs, layout))()
+        ours = shapes(operation.ours(*operations.copied(inputs))())
+        for layout in operations.FORMATS:
+            operation.eager(*operations.copied(inputs, layout))()
         if case.op == "sample_posterior":  # its twin draws real numbers
             continue
         plain = operation.plain or operation.eager
         assert ours == shapes(plain(*inputs)()), case
-        assert ours == shapes((operation.truth or plain)(*cases.widened(inputs, torch.float64))()), case
+        assert ours == shapes((operation.truth or plain)(*operations.widened(inputs, torch.float64))()), case
 print(len(launched))
 """
 
@@ -136,6 +168,8 @@ def test_every_full_size_case_is_well_formed():
 @pytest.fixture(scope="module")
 def tune():
     specification = importlib.util.spec_from_file_location("tune", ROOT / "bench" / "tune.py")
+    assert specification is not None
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     before = list(sys.path)
     sys.modules["tune"] = module
@@ -214,11 +248,12 @@ def test_a_search_runs_what_asks_for_its_tile(tune, monkeypatch):
         return choose(op, **described)
 
     monkeypatch.setattr(tiles, "choose", recording)
+    cases = importlib.import_module("cases")
     for op, run in {(search.op, search.case.op) for search in tune.searches()}:
-        case = next(case for case in tune.cases.DRY if case.op == run)
+        case = next(case for case in cases.DRY if case.op == run)
         if op in ("attention_scores", "attention_product"):
-            case = tune.cases.Case(run, (1, 20, tune.cases.attention.FLASH_CHANNELS + 8))
-        operation = tune.cases.OPERATIONS[run]
+            case = tune.operations.Case(run, (1, 20, tune.operations.attention.FLASH_CHANNELS + 8))
+        operation = tune.operations.OPERATIONS[run]
         inputs = operation.make(case, torch.device("cpu"))
         asked.clear()
         operation.ours(*inputs)()

@@ -22,8 +22,8 @@ for hand in HANDS:
         fastvae.accelerate(vae, freeze=freeze)
         for _ in range(2):
             ours = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
-            for one, same, before in zip(ours, expected, plain):
-                assert torch.equal(one, same) and one.stride() == before.stride(), (hand, freeze)
+            for one, same in zip(ours, expected):
+                assert torch.equal(one, same) and one.is_contiguous(), (hand, freeze)
         assert set(fastvae.explain(vae).reasons.values()) == {{Reason.CPU}}
         assert (fastvae.fast_report(vae)["packed_bytes"] > 0) == freeze
         assert all(weight.is_contiguous() for weight in vae.parameters())

@@ -148,6 +148,16 @@ def test_rounds(case, monkeypatch):
     assert attention_tiles.rounds_of(images, length, 2 * length) == rounds
 
 
+def test_the_sums_of_the_gradients_are_in_the_workspace():
+    """Few tokens, many images: the fp32 sums of dk and dv take eight times what the weights and slopes do."""
+    for images, length, channels in ((20_000, 64, 512), (8, 4096, 512), (3, 16384, 512)):
+        query = torch.empty(images, length, channels, dtype=torch.bfloat16, device="meta")
+        square, _, across, rounds = attention_gradient._plan(query)
+        first = rounds[0]
+        image = 2 * across * square.columns * 2 * first.count + 2 * 4 * length * channels
+        assert first.images == 1 or first.images * image <= attention_tiles.WORKSPACE < (first.images + 1) * image
+
+
 def test_a_batch_of_eight_is_three_launches_and_memory_is_linear():
     """512² and 2048² as they are: fake tensors, the shipped chunk and workspace."""
     assert attention.cost(torch.empty(8, 4096, 512, dtype=torch.bfloat16, device="meta")).launches == 3
@@ -361,6 +371,16 @@ def test_opcheck():
     torch.library.opcheck(spatial_attention_shared, (query.half().detach(), key.half().detach(), 0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "reference"])
+def test_opcheck_of_permuted_inputs(dtype):
+    """Tokens of an NCHW image: outputs and gradients are contiguous, as the fakes say."""
+    query, key, value, grad = (x.mT for x in _inputs(2, 16, 9, dtype, count=4))
+    out, lse = spatial_attention(query, key, value, 0.5)
+    torch.library.opcheck(spatial_attention, (query, key, value, 0.5))
+    torch.library.opcheck(spatial_attention_backward, (grad, query, key, value, out, lse, 0.5))
+    torch.library.opcheck(spatial_attention_backward, (grad, query, key, None, out, lse, 0.5))
+
+
 def test_compiles_in_one_graph():
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def loss(query, key, value):
@@ -389,7 +409,7 @@ def test_cost_counts_the_tensors_it_names():
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="the first of three kernels is launched alone, on the CPU")
 def test_the_maxima_of_the_first_product_are_whole():
-    """Powers of two: only then is it exact to scale the weights, in half precision, from one maximum to another."""
+    """Powers of two: what scales the weights from one maximum to another costs no digit, in fp16 above 2^-14."""
     query, length, keys = torch.randn(5, 32), 5, 16
     scores, largest, total = torch.zeros(5, keys), torch.zeros(5), torch.zeros(5)
     attention_products._scores_kernel[(1,)](

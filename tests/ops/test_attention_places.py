@@ -122,7 +122,7 @@ def test_a_round_that_begins_beyond_32_bits(monkeypatch):
     near = attention_products.attend(query, key, value, 0.2)
     near_grads = attention_gradient.gradients(grad, query, key, value, *near, 0.2)
     for module in (attention_products, attention_gradient):
-        monkeypatch.setattr(module, "rounds_of", lambda *_: [Round(IMAGE, 1, 0, 33)])
+        monkeypatch.setattr(module, "rounds_of", lambda *_, **__: [Round(IMAGE, 1, 0, 33)])
     with seen_from(IMAGE, renumber=False):
         far = attention_products.attend(query, key, value, 0.2)
         far_grads = attention_gradient.gradients(grad, query, key, value, *near, 0.2)

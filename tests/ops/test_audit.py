@@ -62,6 +62,18 @@ def test_every_kernel_is_covered(table):
                 assert line[4:].split("(")[0] in found, f"{path.name}: no audit case launches it"
 
 
+def test_every_pass_over_images_is_covered_in_every_dtype_and_at_odd_channels(table):
+    """What the networks have, what fills no block, and chunks of 32 pixels."""
+    wanted = {name for name, *_ in tiles.audited()}
+    assert {name.split()[0] for name in wanted} == {"float32", "float16", "bfloat16"}
+    assert {int(name.split("=")[1]) for name in wanted} >= {24, 48, 80, 96, 128, 256, 512, 1024}
+    for kernel in ("_measure_kernel", "_scale_shift_kernel", "_normalize_kernel", "_gradient_sums_kernel",
+                   "_input_gradient_kernel", "_residual_kernel", "_conv_in_kernel"):  # fmt: skip
+        for target in audit.AUDITED:
+            found = {row["case"] for row in table[1] if (row["kernel"], row["target"]) == (kernel, target)}
+            assert wanted <= found, (kernel, target)
+
+
 def test_nothing_spills_and_everything_fits(table):
     for row in table[1]:
         assert row["spilled bytes"] == "0", row

@@ -84,6 +84,19 @@ def test_folding_keeps_the_statistics(chunks):
         assert_as_accurate(ours.float(), eager.float(), truth)
 
 
+def test_partials_are_those_of_the_image_or_folded_from_them():
+    """4,194,305 chunks, which fold to 65,537, 1025 and 17; another number is another image's, and none is nobody's."""
+    x = torch.empty(2, 1024, 32 * 4_194_305, 1, device="meta")
+    for chunks in (4_194_305, 65_537, 1025, 17):
+        statistics.check_partials(torch.empty(2, chunks, 3, 1024, device="meta"), x)
+    for chunks in (0, 1, 16, 18, 1024, 65_536, 4_194_304, 4_194_306):
+        with pytest.raises(ValueError, match=r"partials must be .* 4194305 or 65537 or 1025 or 17, 3, 1024\] for such"):
+            statistics.check_partials(torch.empty(2, chunks, 3, 1024, device="meta"), x)
+    few = torch.empty(2, 1024, 32 * 1000, 1, device="meta")
+    with pytest.raises(ValueError, match="1000, 3, 1024"):  # folding leaves 1000 chunks as they are
+        statistics.check_partials(torch.empty(2, 16, 3, 1024, device="meta"), few)
+
+
 @triton.jit(do_not_specialize=["program", "chunks", "pixels"])
 def _place_kernel(place_ptr, program, chunks, pixels, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
     image, chunk, block = statistics.locate(program, chunks, 2)
