@@ -25,17 +25,24 @@ def whitened(gradients, truth):
     sizes = [exact.square().mean().sqrt() for exact in truth]
     cancelled = [size < 1e-9 * max(sizes) for size in sizes]
     # The bias of the keys has no gradient in truth: what is constant along a row cancels in the softmax.
-    assert sum(cancelled) == 2
+    assert sum(cancelled) in (0, 2)
     for ours, is_nothing in zip(gradients, cancelled, strict=True):
         assert not is_nothing or ours.abs().max() < 1e-6 * max(sizes)
     pairs = zip(gradients, sizes, cancelled, strict=True)
     return torch.cat([(ours / size).flatten().to(ours.dtype) for ours, size, is_nothing in pairs if not is_nothing])
 
 
+SLOWER = [("FLUX: no quant_conv", "diffusers"), ("CogView: no attention, two residual blocks", "fastvae")]
+SLOWER += [("FLUX.2", "diffusers"), ("128 channels", "fastvae")]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
-@pytest.mark.parametrize("hand", HANDS)
-def test_gradients_are_those_of_eager(hand, checkpointing):
-    vae = small_model("SD", hand).requires_grad_(True).train()
+@pytest.mark.parametrize(
+    ("shape", "hand"),
+    [*(("SD", hand) for hand in HANDS), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)],
+)
+def test_gradients_are_those_of_eager(shape, hand, checkpointing):
+    vae = small_model(shape, hand).requires_grad_(True).train()
     x = pixels(vae, batch=1, height=12, width=8)
     eager, exact = copy.deepcopy(vae), copy.deepcopy(vae).double()
     if checkpointing:
