@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, posterior, residual, upsample
+from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, residual, upsample
 from fastvae_kernels.runtime import Cost, size_in_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,7 +39,6 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "fastvae::upsample_conv": upsample.cost,
     "fastvae::spatial_attention": lambda query, key, value, scale: attention.cost(query),
     "fastvae::spatial_attention_shared": lambda query, x, scale: attention.cost(query, shared=True),
-    "fastvae::sample_posterior": lambda moments, seeds, *rest, **named: posterior.cost(moments, seeds),
 }
 CONVOLUTIONS = ("aten::_convolution", "aten::convolution")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -86,10 +85,6 @@ class Counter(TorchDispatchMode):
     def _take(self, name: str, cost: Cost) -> None:
         self.calls.append((self.inside, name, cost))
 
-    def total(self, *prefixes: str) -> Cost:
-        """The sum over the calls whose name begins with one of ``prefixes``, or over all."""
-        return sum((cost for _, name, cost in self.calls if name.startswith(prefixes or ("",))), NOTHING)
-
 
 def count(part: Layer, x: Tensor, run: walk.Pass) -> tuple[Counter, dict[Layer, Reason | None]]:
     """(counter, {block: reason it is not fused, or None}) of one pass over ``part`` for a fake x.
@@ -116,8 +111,9 @@ def _module_of_the_same_shape(module: Layer, flow: Flow) -> Flow:
     down = bool(getattr(module, "downsamplers", None)) or type(module).__name__.startswith("Downsample")
     up = bool(getattr(module, "upsamplers", None)) or type(module).__name__.startswith("Upsample")
     height, width = (side // 2 if down else 2 * side if up else side for side in (height, width))
-    y = torch.empty((batch, norms[-1] if norms else channels, height, width), dtype=flow.x.dtype, device=flow.x.device)
-    return Flow(torch.empty_like(y, memory_format=torch.channels_last))
+    shape = batch, norms[-1] if norms else channels, height, width
+    like = {"dtype": flow.x.dtype, "device": flow.x.device}
+    return Flow(torch.empty(shape, **like, memory_format=torch.channels_last))
 
 
 def fake_mode() -> FakeTensorMode:
