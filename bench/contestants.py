@@ -106,21 +106,19 @@ def channels_last(x: Any) -> Any:
 
 
 def fastvae_accelerated(job: Job) -> Ready:
-    """One line, and channels_last images. On a CPU the weights are too, as `fastvae encode` lays them."""
-    return _fastvae(job, job.copy() if job.device.type == "cuda" else channels_last(job.copy()))
+    """One line, and channels_last images."""
+    return _fastvae(job)
 
 
 def fastvae_frozen(job: Job) -> Ready:
-    """With both promises that a service can make: weights that stay, shapes that come again."""
-    if job.device.type != "cuda":
-        raise LeftOut("nothing is packed or captured on a CPU")
-    return _fastvae(job, job.copy(), freeze=True, graphs=True)
+    """With both promises that a service can make: weights that stay, shapes that come again (for CUDA graphs)."""
+    return _fastvae(job, freeze=True, graphs=True)
 
 
-def _fastvae(job: Job, vae: Any, freeze: bool = False, graphs: bool = False) -> Ready:
+def _fastvae(job: Job, **promises: Any) -> Ready:
     import fastvae
 
-    vae = fastvae.accelerate(vae, freeze=freeze, graphs=graphs)
+    vae = fastvae.accelerate(job.copy(), **promises)
     return Ready(vae.encode_moments if job.case.part == "encoder" else job.call(vae), channels_last)
 
 
@@ -194,7 +192,7 @@ CONTESTANTS: dict[str, Callable[[Job], Ready]] = {
     EAGER[1]: eager_channels_last,
     COMPARED: diffusers_default,
     "fastvae": fastvae_accelerated,
-    "fastvae, frozen, graphs": fastvae_frozen,
+    "fastvae, frozen": fastvae_frozen,
     "torch.compile": functools.partial(compiled, mode="default"),
     "torch.compile, max-autotune": functools.partial(compiled, mode="max-autotune"),
     "ONNX Runtime": onnx_runtime,

@@ -19,7 +19,7 @@ from fastvae.latents import ACCELERATED, encode_moments, normalized
 class MomentEncoder:
     """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, keeping an fp32 copy for rows that come out wrong.
 
-    The caller's model is copied, not changed. On a GPU the copies take the fast path.
+    The caller's model is copied, not changed. The copies take the fast path, frozen.
     """
 
     def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, posterior: str, store_dtype: str):
@@ -104,8 +104,7 @@ def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Modu
     model = model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
     if ACCELERATED in vars(model):  # the caller's settings; what was packed is of another dtype or device
         return refresh(model)
-    # On a CPU there is no kernel to win by, and channels_last is all that the fast path would bring.
-    return model if device.type == "cpu" or not hasattr(model, "encoder") else accelerate(model, freeze=True)
+    return accelerate(model, freeze=True) if hasattr(model, "encoder") else model
 
 
 def _moments(model: Any, x: Tensor) -> Tensor:

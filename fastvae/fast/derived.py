@@ -5,7 +5,6 @@ Writes through ``.data`` change nothing that could be watched, so without a prom
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,7 @@ from fastvae_kernels.upsample import fold_upsample_weights
 from torch import Tensor, nn
 
 from fastvae.fast import reasons
-from fastvae.fast.layers import Layer, hooked, is_fake
-from fastvae.latents import ACCELERATED
+from fastvae.fast.layers import Layer, is_fake
 
 
 class Derived:
@@ -60,17 +58,15 @@ class Derived:
             return conv.weight
         return self._get(conv, "weight", lambda: channels_last(conv.weight))
 
-    def part(self, part: Layer) -> Layer:
-        """A copy of an encoder or decoder whose weights lie in channels_last, for a CPU; itself where it may not be
-        kept, or where somebody listens to a layer of it."""
-        if not self.frozen or hooked(module for module in part.modules() if module is not part):
-            return part
+    def blocked(self, conv: Layer) -> Tensor:
+        """The weight in the layout that oneDNN multiplies by, for a CPU; itself where it may not be kept."""
+        if not self.frozen or not takes_onednn(conv.weight):
+            return conv.weight
 
-        def copied() -> Layer:
-            twin = copy.deepcopy(part, {id(vars(part).get(ACCELERATED)): None})
-            return twin.requires_grad_(False).to(memory_format=torch.channels_last)
+        def reordered() -> Tensor:
+            return torch.ops.mkldnn._reorder_convolution_weight(conv.weight, conv.padding, conv.stride)
 
-        return self._get(part, "whole", copied)
+        return self._get(conv, "blocked", reordered)
 
     def upsample(self, conv: Layer) -> Tensor:
         """The 4x4 weights of nearest 2x and this convolution as one (upsample.py)."""
@@ -190,9 +186,18 @@ def shared_is_as_accurate(attention: Layer, derived: Derived, tokens: int = 1024
     return errors[0] <= errors[1]  # false where the shared form is not finite
 
 
+def takes_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN convolves by this weight on this machine."""
+    if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    half = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return weight.dtype == torch.float32 or (weight.dtype in half and half[weight.dtype]())
+
+
 def _bytes_of(entry: Any) -> int:
-    if isinstance(entry, nn.Module):
-        return sum(weight.nbytes for weight in entry.parameters())
     return sum(value.nbytes for value in (entry if isinstance(entry, tuple) else (entry,)) if value is not None)
 
 

@@ -171,8 +171,6 @@ def of_input(part: Layer, x: Tensor) -> Reason | None:
     weight = part.conv_in.weight
     if weight.device.type == "meta":
         return Reason.META
-    if x.device.type not in KERNEL_DEVICES:
-        return Reason.CPU
     if layers.transformed():
         return Reason.GRADIENT
     if torch.is_autocast_enabled(x.device.type):
@@ -181,7 +179,7 @@ def of_input(part: Layer, x: Tensor) -> Reason | None:
         return Reason.DTYPE
     if x.device != weight.device or (x.dtype != weight.dtype and x.dtype != torch.uint8):
         return Reason.MIXED_DTYPES
-    return None
+    return None if x.device.type in KERNEL_DEVICES else Reason.CPU
 
 
 def needs_gradient(part: Layer, x: Tensor) -> bool:

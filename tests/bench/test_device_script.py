@@ -53,7 +53,7 @@ def test_a_dry_run_writes_its_results(tmp_path):
         rows = entry["contestants"]
         assert "(--without)" in rows["diffusers"]["left_out"]
         timed = {name for name, row in rows.items() if "median_seconds" in row}
-        assert timed == {"eager, NCHW", "eager, channels_last", "fastvae"}
+        assert timed == {"eager, NCHW", "eager, channels_last", "fastvae", "fastvae, frozen"}
         assert all("left_out" in rows[name] for name in rows.keys() - timed), "a reason for everybody else"
         assert f"{part} tiny" in done.stdout
     assert philox["generator"]

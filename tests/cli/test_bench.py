@@ -19,12 +19,6 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(autouse=True)
-def as_a_users_cpu(monkeypatch):
-    """Without the interpreter that the tests run under, which takes seconds a call."""
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
-
-
 def run(*arguments, code=0):
     result = CliRunner().invoke(cli, ["bench", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -418,12 +418,12 @@ def test_a_hook_on_every_module_is_heard():
     assert called[1] == 2 * called[0]
 
 
-def test_without_a_gpu_the_modules_run_in_channels_last(monkeypatch):
+def test_without_a_gpu_no_kernel_runs(monkeypatch):
     monkeypatch.setattr(reasons, "KERNEL_DEVICES", ("cuda",))
-    vae, x = fastvae.accelerate(tiny("diffusers")), an_input("encoder")
+    vae = fastvae.accelerate(tiny("diffusers"))
     assert fastvae.explain(vae, SHAPE).reasons == dict.fromkeys(BOTH, Reason.CPU)
-    eager = tiny("diffusers").encoder(x.contiguous(memory_format=torch.channels_last))
-    assert torch.equal(vae.encoder(x), eager)
+    vae.encoder(an_input("encoder"))
+    assert fastvae.fast_report(vae)["rows"] == 0
 
 
 def test_autocast_is_left_to_the_layers():
