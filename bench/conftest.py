@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT / "tests")]
 
-# Read by torch at its first allocation, for every contestant that is torch's: large tensors on 2 MiB pages. Fresh memory
-# in pages of 4 KiB was a fifth of a bf16 encode on two cores.
+# Read by torch at its first allocation, for every contestant that is torch's: large tensors on 2 MiB pages. Fresh
+# memory in pages of 4 KiB was a fifth of a bf16 encode on two cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ruff: noqa: E402

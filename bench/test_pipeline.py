@@ -27,7 +27,7 @@ import fastvae
 from fastvae.data.devices import DTYPES, default_dtype
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
-PRESET, SIDE, IMAGES = "sd15", 256, {"cuda": 64, "cpu": 6}
+PRESET, SIDE, IMAGES = "sd15", 256, {"cuda": 64, "cpu": 10}
 PLAIN = "diffusers"
 # In a dry run: eight times smaller latents, as Stable Diffusion's, and next to no channels.
 TINY_CONFIG = {
