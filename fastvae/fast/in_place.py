@@ -48,7 +48,7 @@ class InPlace:
         return Flow(channels_last(layer(flow.x)))
 
     def downsample(self, sampler: Layer, flow: Flow) -> Flow:
-        return Flow(self._convolve(sampler.conv, F.pad(flow.x, (0, 1, 0, 1))))
+        return Flow(self._convolve(sampler.conv, _padded(flow.x)))
 
     def upsample(self, sampler: Layer, flow: Flow) -> Flow:
         return Flow(F.conv_transpose2d(flow.x, self.derived.upsample(sampler.conv), sampler.conv.bias, 2, 1))
@@ -76,6 +76,17 @@ class InPlace:
 
 def _activated(norm: Layer, x: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps), inplace=True)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x with a row and a column of zeros at its far ends. F.pad fills the whole with zeros first."""
+    batch, channels, height, width = x.shape
+    size = batch, channels, height + 1, width + 1
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y[:, :, :height, :width] = x
+    y[:, :, height] = 0
+    y[:, :, :, width] = 0
+    return y
 
 
 def _geometry(conv: Layer) -> tuple[list[int], list[int], list[int], int]:
