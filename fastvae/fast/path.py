@@ -87,9 +87,9 @@ class FastPath:
             return self._walked(part, x)
         if self.graphs is not None and not torch.compiler.is_compiling():
             self.graphs.plain[reason] += 1
-        if reason is Reason.CPU:
-            # No kernel here wins; channels_last does, and so does memory that is used again.
-            if reasons.needs_gradient(part, x) or torch.compiler.is_compiling():
+        if reason is Reason.CPU and x.device.type == "cpu":
+            # No kernel here wins; channels_last does, and so does memory that is used again. A trace wants torch's ops.
+            if reasons.needs_gradient(part, x) or torch.compiler.is_compiling() or torch.jit.is_tracing():
                 y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)

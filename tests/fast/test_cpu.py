@@ -114,6 +114,14 @@ def test_deterministic_rows_are_those_of_images_alone(dtype):
         assert torch.equal(whole, torch.cat(rows))
 
 
+def test_an_empty_batch_and_a_trace_are_torchs_own():
+    """Exporters read a trace, and know no operators but torch's."""
+    vae = fastvae.accelerate(small_model("SD"))
+    assert vae.encode(pixels(vae)[:0]).latent_dist.parameters.shape[0] == 0
+    trace = torch.jit.trace(vae.encoder, pixels(vae), check_trace=False)
+    assert not [node.kind() for node in trace.inlined_graph.nodes() if "mkldnn" in node.kind()]
+
+
 def test_this_torch_has_the_operators_by_their_names():
     """They are torch's own, and not of its public face: a release that drops them is to be noticed here."""
     assert torch.backends.mkldnn.is_available()
