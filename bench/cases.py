@@ -134,3 +134,9 @@ DECODERS = {
     "cpu": [Network("decoder", "sd15", 256, dtype="float32", exported=True)],
     "dry": [Network("decoder", TINY, 4, dtype="float32")],
 }
+# Whose time is taken apart, kernel by kernel.
+PROFILES = {
+    "cuda": [Network(part, "sd15", 512, 8) for part in ("encoder", "decoder")],
+    "cpu": [Network("encoder", "sd15", 256, dtype=dtype) for dtype in ("bfloat16", "float32")],
+    "dry": [Network("encoder", TINY, 4, dtype="float32")],
+}

@@ -1,6 +1,6 @@
 """A guard for speed: this tree beside another commit, on this machine, in turns; red where something became slower.
 
-    python bench/compare.py BASE [--threshold 1.1] [--rounds 21] [--only TEXT]      (make bench-compare BASE=main)
+    python bench/compare.py BASE [--threshold 1.1] [--rounds 21] [--only TEXT] [--dry]    (make bench-compare BASE=main)
 
 BASE is checked out beside this tree. Each tree has a process that makes a case ready (ops through their gate) and then
 waits; the two are called in turns, base first in every other round, so that one works while the other sleeps. A case
@@ -33,12 +33,14 @@ SAMPLE_SECONDS = 0.05
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def table() -> dict[str, Any]:
-    """Name -> case, of this device."""
+def table(dry: bool) -> dict[str, Any]:
+    """Name -> case, of this device; the encoder in miniature where it is ``dry``."""
     import cases
     import torch
 
-    if torch.cuda.is_available():
+    if dry:
+        chosen = [*cases.CPU, cases.Network("encoder", cases.TINY, 64, dtype="float32")]
+    elif torch.cuda.is_available():
         first = {case.op: case for case in reversed(cases.CASES)}
         chosen = [*first.values(), cases.ENCODERS["cuda"][0]]
     else:
@@ -51,14 +53,14 @@ def table() -> dict[str, Any]:
 class Bench:
     """What runs in a tree's process: cases made ready, and samples of them."""
 
-    def __init__(self, clock: str):
+    def __init__(self, clock: str, dry: bool):
         import torch
         from stopwatch import Stopwatch
 
         torch.set_grad_enabled(False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.stopwatch = Stopwatch(self.device, rounds=1, now=CLOCKS[clock])
-        self.cases = table()
+        self.cases = table(dry)
 
     def ready(self, name: str) -> dict[str, Any]:
         """Check it, call it once, and choose how many calls make a sample."""
@@ -100,7 +102,7 @@ class Bench:
         return lambda: ready.run(x)
 
 
-def work(clock: str) -> None:
+def work(clock: str, dry: bool) -> None:
     """A tree's process: a request a line in, an answer a line out."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the errors
@@ -108,7 +110,7 @@ def work(clock: str) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            bench = bench or Bench(clock)
+            bench = bench or Bench(clock, dry)
             answer = bench.ready(request["ready"]) if "ready" in request else bench.sample(request["calls"])
         except Exception as error:  # noqa: BLE001  the other side says it, and turns red
             words = str(error).strip().splitlines() or ["no words"]
@@ -119,12 +121,12 @@ def work(clock: str) -> None:
 class Tree:
     """One tree's process, as this one sees it."""
 
-    def __init__(self, root: Path, clock: str):
+    def __init__(self, root: Path, clock: str, dry: bool):
         # This tree's benchmarks, that tree's package.
         places = [str(place) for place in (root, root / "kernels", HERE, HERE.parent / "tests")]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(places)
-        command = [sys.executable, str(HERE / "compare.py"), "--work", "--clock", clock]
+        command = [sys.executable, str(HERE / "compare.py"), "--work", "--clock", clock, *(["--dry"] if dry else [])]
         self.process = subprocess.Popen(
             command, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -215,16 +217,19 @@ def main(arguments: Sequence[str] | None = None, root: Path = HERE.parent) -> in
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each tree; networks take a third")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of work, among other processes")
+    parser.add_argument(
+        "--dry", action="store_true", help="on a CPU: the ops of its table, and an encoder in miniature"
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.work:
-        work(chosen.clock)
+        work(chosen.clock, chosen.dry)
         return 0
-    names = [name for name in table() if chosen.only in name]
+    names = [name for name in table(chosen.dry) if chosen.only in name]
     verdicts: list[Verdict] = []
     try:
         with checked_out(root, chosen.base) as place, contextlib.ExitStack() as stack:
-            base, head = Tree(place, chosen.clock), Tree(root, chosen.clock)
+            base, head = (Tree(tree, chosen.clock, chosen.dry) for tree in (place, root))
             for tree in (base, head):
                 stack.callback(tree.close)
             for name in names:

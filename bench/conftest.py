@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +21,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # ruff: noqa: E402
 # Found by the paths above.
 import torch
-from audit import source_hash
 from stopwatch import Stopwatch
+from surroundings import surroundings
 
-VERSIONS = ("torch", "triton", "pytest-benchmark", "diffusers", "onnxruntime", "openvino", "onnx", "numpy")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -45,51 +40,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", table, ids=lambda case: case.name.replace(" ", "-"))
 
 
-def _command(*words: str) -> str:
-    try:
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def surroundings() -> dict[str, Any]:
-    """What a result must carry to be worth anything later: commit, sources, versions, device, driver."""
-    from fastvae.report.machine import processor
-
-    versions = {name: _version(name) for name in VERSIONS}
-    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
-    # "-dirty" where files differ from the commit.
-    described = _command("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-    found: dict[str, Any] = {
-        "commit": os.environ.get("COMMIT") or described,
-        "kernel_sources": source_hash(),
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "threads": torch.get_num_threads(),
-        "processor": processor(),
-    }
-    if not torch.cuda.is_available():
-        return found | {"device": "cpu", "driver": None}
-    properties = torch.cuda.get_device_properties(0)
-    return found | {
-        "device": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
-        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-    }
-
-
 def pytest_configure(config):
-    config.results = {"cases": {}, "networks": {}, "pipeline": {}, "generator": {}, "failed": [], "roof": {}}
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "roof")
+    config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The tests' own settings: the interpreter where there is no GPU, and what mends it. Before the kernels are
         # imported; a measurement on a CPU has its own threads, and no interpreter.
@@ -154,6 +107,11 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{name:44} {contestant:28} {said(row, dry)}")
     for contestant, row in results["pipeline"].get("contestants", {}).items():
         terminalreporter.write_line(f"{'pipeline':44} {contestant:28} {said(row, dry)}")
+    for name, entry in results["profiles"].items():
+        for contestant, row in entry["contestants"].items():
+            ranked = sorted(row["groups"].items(), key=lambda item: -item[1])
+            spent = ", ".join(f"{group} {1e3 * seconds:.2f}" for group, seconds in ranked[:6])
+            terminalreporter.write_line(f"{name:44} {contestant:28} {'right' if dry else f'ms: {spent}'}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 
@@ -175,7 +133,7 @@ def without(request):
 
 @pytest.fixture(scope="session")
 def stopwatch(device, dry):
-    return Stopwatch(device, rounds=1 if dry else 15)
+    return Stopwatch(device, rounds=1 if dry else 15, warm=not dry)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command on a machine with torch, triton, pytest and pytest-benchmark alone:
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
-#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder or tune (may be repeated; tune only when named)
+#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile or tune (may be repeated; tune only when named)
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter where there is no GPU
 # Each part may take its share of the time that is left, so fewer parts have longer. A contestant that is not installed
-# is left out by name. Results and logs go to $OUT, else to bench/results/<device>. Exits non-zero when a part failed, and names it.
+# is left out by name. results.json (merge.py: a part run again replaces its own data), logs.txt and summary.txt go to
+# $OUT, else to bench/results/<device>; `make report` writes the pages' tables and pictures from it. Exits non-zero when a
+# part failed, and names it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -14,14 +16,14 @@ while (($#)); do
         --dry) dry=(--dry) ;;
         --only)
             case ${2:-} in
-                tests | ops | philox | encoder | decoder | tune) parts+=("$2") && shift ;;
-                *) echo "--only takes tests, ops, philox, encoder, decoder or tune, got '${2:-}'" >&2 && exit 2 ;;
+                tests | ops | philox | encoder | decoder | profile | tune) parts+=("$2") && shift ;;
+                *) echo "--only takes tests, ops, philox, encoder, decoder, profile or tune, got '${2:-}'" >&2 && exit 2 ;;
             esac ;;
         *) echo "unknown argument '$1': known are --dry and --only PART" >&2 && exit 2 ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(tests ops philox encoder decoder)
+((${#parts[@]})) || parts=(tests ops philox encoder decoder profile)
 if ((${#dry[@]})); then
     device=dry
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || export TRITON_INTERPRET=1
@@ -33,7 +35,7 @@ fi
 out=${OUT:-bench/results/$device}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/kernels:$PWD/bench:$PWD/tests:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging --benchmark-columns=median,iqr,rounds --color=no)
+pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging -p no:hypothesispytest --benchmark-columns=median,iqr,rounds --color=no)
 tested=(tests/ops --durations=15)
 ((${#dry[@]})) && tested=(tests/ops/test_tiles.py)
 without=()
@@ -46,8 +48,8 @@ fi
 
 # All parts together end inside ten minutes.
 whole=575
-declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [tune]=30)
-failed=() lines=() ahead=0
+declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [tune]=30)
+failed=() lines=() statuses=() ahead=0
 for name in "${parts[@]}"; do ((ahead += share[$name])); done
 part() { # name, command
     local name=$1 begin=$SECONDS status limit
@@ -63,6 +65,7 @@ part() { # name, command
         124 | 137) status="stopped after $limit s" ;;
         *) status="FAILED (exit $status)" ;;
     esac
+    statuses+=("$name=$status")
     [[ $status == passed ]] || failed+=("$name")
     lines+=("$(printf '%-8s %-22s %4d s   %s' "$name" "$status" $((SECONDS - begin)) "$(grep -oE '[0-9]+ (passed|failed|error).* in [0-9.]+s' "$out/$name.log" | tail -1)")")
 }
@@ -78,9 +81,11 @@ for name in "${parts[@]}"; do
         ops) measure ops test_ops -k "not generator" ;;
         philox) measure philox test_ops -k generator ;;
         encoder | decoder) measure "$name" "test_$name" "${without[@]}" ;;
+        profile) measure profile test_profile ;;
         tune) part tune "$PYTHON" bench/tune.py --copy "$out" ;;
     esac
 done
+"$PYTHON" bench/merge.py "$out" "${statuses[@]}" "${dry[@]}" || failed+=(merge)
 # Few files come back: the logs are one.
 declare -A said=()
 for name in "${parts[@]}"; do
@@ -93,7 +98,7 @@ done >"$out/logs.txt"
     for name in "${parts[@]}"; do
         case $name in
             ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' <<<"${said[ops]}" ;;
-            encoder | decoder) grep -E '^(encoder|decoder) |^FAILED' <<<"${said[$name]}" | grep -v 'left out: \(takes\|this case\)' ;;
+            encoder | decoder | profile) grep -E '^(encoder|decoder) |^FAILED' <<<"${said[$name]}" | grep -v 'left out: \(takes\|this case\)' ;;
             tests | philox) grep -E '^(FAILED|ERROR)' <<<"${said[$name]}" | cut -c1-200 | head -40 ;;
             tune) tail -40 <<<"${said[tune]}" ;;
         esac

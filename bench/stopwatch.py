@@ -58,8 +58,10 @@ def interval(seconds: Sequence[float]) -> tuple[float, float] | None:
 class Stopwatch:
     """Times named rivals in turns; each is a list of calls on inputs of their own, taken one after the other."""
 
-    def __init__(self, device: torch.device, rounds: int, now: Callable[[], float] = time.perf_counter):
-        self.device, self.rounds, self.now = device, rounds, now
+    def __init__(
+        self, device: torch.device, rounds: int, now: Callable[[], float] = time.perf_counter, warm: bool = True
+    ):
+        self.device, self.rounds, self.now, self.warm = device, rounds, now, warm
         self.host_seconds: dict[str, float] = {}
         self._rivals: dict[str, tuple[Iterator[Callable[[], Any]], int]] = {}
 
@@ -68,7 +70,8 @@ class Stopwatch:
         self._rivals, self.host_seconds = {}, {}
         for name, calls in rivals.items():
             turns = itertools.cycle(calls)
-            next(turns)()
+            if self.warm or self.device.type == "cuda":
+                next(turns)()
             self.host_seconds[name] = 0.0
             if self.device.type != "cuda":
                 self._rivals[name] = turns, 1

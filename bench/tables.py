@@ -1,9 +1,10 @@
-"""The tables of results in README.md and docs/performance.md, written from the results themselves.
+"""The tables and pictures of results in README.md and docs/, written from the results themselves.
 
     python bench/tables.py          (make report)
 
 Between `<!-- results: FILE TABLE -->` and `<!-- end -->` stands what FILE holds; a test compares the two. TABLE is
-pipeline, ops, encoder or decoder.
+pipeline, ops, encoder, decoder or profile; devices stands for all of them, of every GPU whose results FILE (with a *)
+finds. Pictures go to docs/images, named after the results' folder.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pictures
+import profiles
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md")
 SECTION = re.compile(r"(<!-- results: (?P<file>\S+) (?P<table>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS, IMAGES = "bench/results/*/results.json", "docs/images"
 NOT_YET = "Not measured yet."
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def _seconds(value: float) -> str:
@@ -45,10 +49,9 @@ def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
         if entry["part"] != part:
             continue
         floor = f"{entry['rounds']} rounds; floor {_seconds(entry['floor_seconds'])} ms"
-        shape = f"{entry['batch']} x {entry['side']}², {DTYPES[entry['dtype']]}"
         beside = ", with torch.compile" if entry["compiled"] else ""
         lines += [
-            f"**{part}, {entry['preset']}, {shape}{beside}** ({floor})",
+            f"**{pictures.title(entry)}{beside}** ({floor})",
             "",
             "| | median, ms | 95 % interval | times diffusers | error | share of the floor | peak memory |",
             "|---|---|---|---|---|---|---|",
@@ -103,11 +106,40 @@ def pipeline_table(result: Mapping[str, Any]) -> list[str]:
     return [*lines, "", f"{entry['images']} photographs, medians of {entry['rounds']} rounds."]
 
 
-def origin(result: Mapping[str, Any]) -> str:
-    """Where the numbers come from: device, versions, commit."""
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS if result["versions"].get(name))
-    place = result["processor"] if result["device"] == "cpu" else f"{result['device']}, driver {result['driver']}"
-    return f"{result['threads']} threads of {place}; {versions}; commit {result['commit'][:12]}, {result['date']}."
+def profile_table(result: Mapping[str, Any]) -> list[str]:
+    """Where the time of a pass goes: a row for each group of operators or kernels, a column for each contestant."""
+    lines: list[str] = []
+    for entry in result.get("profiles", {}).values():
+        columns = profiles.shown(entry["contestants"])
+        totals = {name: sum(groups.values()) for name, groups in columns.items()}
+        lines += [
+            f"**{pictures.title(entry)}** (ms in {entry['counted']}; of {entry['calls']} calls the middle one)",
+            "",
+            f"| | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+        ]
+        for group in next(iter(columns.values())):
+            cells = (
+                f"{_seconds(told[group])} ({100 * told[group] / totals[name]:.0f} %)" for name, told in columns.items()
+            )
+            lines.append(f"| {group} | {' | '.join(cells)} |")
+        lines += [f"| together | {' | '.join(map(_seconds, totals.values()))} |", ""]
+    return lines
+
+
+def origin(result: Mapping[str, Any], table: str) -> str:
+    """Where the numbers come from: device, versions, commit; those of the part, where parts were run one by one."""
+    part = result.get("parts", {}).get(table, {})
+    facts = {**result, **part}
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS if facts["versions"].get(name))
+    on_cpu = facts["device"] == "cpu"
+    place = (
+        f"{facts['threads']} threads of {facts['processor']}"
+        if on_cpu
+        else f"{facts['device']}, driver {facts['driver']}"
+    )
+    failed = f" This part did not pass: {part['status']}." if part and not part["passed"] else ""
+    return f"{place}; {versions}; commit {facts['commit'][:12]}, {facts['date']}.{failed}"
 
 
 VERSIONS = ("torch", "triton", "diffusers", "onnxruntime", "openvino")
@@ -116,38 +148,88 @@ TABLES = {
     "ops": ops_table,
     "encoder": lambda result: network_tables(result, "encoder"),
     "decoder": lambda result: network_tables(result, "decoder"),
+    "profile": profile_table,
 }
+
+
+def _drawn(result: Mapping[str, Any], table: str) -> str:
+    """The SVG that belongs to a table; "" where there is nothing to draw."""
+    if table == "profile":
+        entries = list(result.get("profiles", {}).values())
+        return pictures.stacks(entries) if entries else ""
+    rows = [entry for entry in result.get("networks", {}).values() if entry["part"] == table]
+    timed = [entry for entry in rows if any("median_seconds" in row for row in entry["contestants"].values())]
+    return pictures.medians(timed) if timed else ""
+
+
+def section(path: Path, result: Mapping[str, Any], table: str) -> list[str]:
+    """A table, its picture if it has one, and where its numbers come from; nothing where nothing was measured."""
+    lines = TABLES[table](result)
+    if not lines:
+        return []
+    if _drawn(result, table):
+        lines = [*lines, f"![{table}: the table above as bars](images/{path.parent.name}-{table}.svg)", ""]
+    return [*lines, origin(result, table)]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    result = json.loads(path.read_text())
+    if result["dry"]:
+        raise ValueError(f"{path.parent.name}/{path.name} is of a dry run: it has no times")
+    return result
+
+
+def _devices(root: Path, pattern: str) -> list[str]:
+    """All tables of every GPU, each under its name."""
+    lines: list[str] = []
+    for path in sorted(root.glob(pattern)):
+        result = json.loads(path.read_text())
+        if result["dry"] or result["device"] == "cpu":
+            continue
+        sections = [section(path, result, table) for table in TABLES]
+        lines += [f"### {result['device']}", "", *(line for found in sections if found for line in [*found, ""])]
+    return lines[:-1]
 
 
 def with_results(text: str, root: Path = ROOT) -> str:
     """``text`` with every section of results written anew; where there is no result yet, it says so.
 
-    Raises ValueError for a result of a dry or failed run, and for a table that is none.
+    Raises ValueError for a result of a dry run, and for a table that is none.
     """
 
-    def written(section: re.Match) -> str:
-        if section["table"] not in TABLES:
-            raise ValueError(f"TABLE must be one of {', '.join(TABLES)}, got {section['table']!r}")
-        lines, path = [], root / section["file"]
-        if path.exists():
-            result = json.loads(path.read_text())
-            if result["dry"]:
-                raise ValueError(f"{section['file']} is of a dry run: it has no times")
-            lines = TABLES[section["table"]](result)
-            lines = [*lines, origin(result)] if lines else []
-        return section[1] + "\n".join(lines or [NOT_YET]) + f"\n{section[4]}"
+    def written(found: re.Match) -> str:
+        table, path = found["table"], root / found["file"]
+        if table == "devices":
+            lines = _devices(root, found["file"])
+        elif table in TABLES:
+            lines = section(path, _read(path), table) if path.exists() else []
+        else:
+            raise ValueError(f"TABLE must be one of {', '.join(TABLES)} or devices, got {table!r}")
+        return found[1] + "\n".join(lines or [NOT_YET]) + f"\n{found[4]}"
 
     return SECTION.sub(written, text)
 
 
+def drawings(root: Path = ROOT) -> dict[str, str]:
+    """Name -> SVG of every picture that the results give."""
+    made = {}
+    for path in sorted(root.glob(RESULTS)):
+        result = json.loads(path.read_text())
+        if not result["dry"]:
+            found = {table: _drawn(result, table) for table in TABLES}
+            made |= {f"{IMAGES}/{path.parent.name}-{table}.svg": svg for table, svg in found.items() if svg}
+    return made
+
+
 def write(root: Path = ROOT) -> list[str]:
-    """Write the tables of every page; the names of those that changed."""
+    """Write the tables of every page and the pictures; the names of what changed."""
+    made = {name: with_results((root / name).read_text(), root) for name in PAGES} | drawings(root)
     changed = []
-    for name in PAGES:
-        text = (root / name).read_text()
-        new = with_results(text, root)
-        if new != text:
-            (root / name).write_text(new)
+    for name, new in made.items():
+        path = root / name
+        if not path.exists() or path.read_text() != new:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(new)
             changed.append(name)
     return changed
 

@@ -1,4 +1,4 @@
-"""bench/compare.py sees a slower kernel and a wrong one, and is quiet about the same tree."""
+"""bench/compare.py sees a slower kernel, a slower network and a wrong result, and is quiet about the same tree."""
 
 import importlib
 import shutil
@@ -14,10 +14,10 @@ compare = importlib.import_module("compare")
 
 SLOWER = """
 
-_right = reference
+_right = {function}
 
 
-def reference(*given, **named):
+def {function}(*given, **named):
     import time
 
     begin = time.process_time()
@@ -50,19 +50,36 @@ def tree(tmp_path):
     return tmp_path
 
 
-def plant(tree, text):
-    path = tree / "kernels" / "fastvae_kernels" / "residual.py"
+RESIDUAL, WALK = "kernels/fastvae_kernels/residual.py", "fastvae/fast/walk.py"
+
+
+def plant(tree, text, where=RESIDUAL):
+    path = tree / where
     path.write_text(path.read_text() + text)
 
 
-def run(tree, capsys, threshold=1.1):
+def run(tree, capsys, only="residual_add 1x128x256x256"):
     # By the seconds of work of one thread: others on this machine do not count.
-    given = ["HEAD", "--only", "residual_add", "--clock", "cpu", "--rounds", "15", "--threshold", str(threshold)]
+    given = ["HEAD", "--only", only, "--clock", "cpu", "--rounds", "15", "--dry"]
     return compare.main(given, root=tree), capsys.readouterr().out
 
 
+def test_the_same_tree_is_not_slower(tree, capsys):
+    status, said = run(tree, capsys, only="encoder")
+    assert status == 0, said
+    assert said.startswith("encoder tiny 1x64x64 float32")
+    assert said.splitlines()[-1] == "1 cases, none slower than x1.10"
+
+
+def test_a_network_slower_by_a_fifth_is_seen(tree, capsys):
+    plant(tree, SLOWER.format(function="through"), WALK)
+    status, said = run(tree, capsys, only="encoder")
+    assert status == 1, said
+    assert said.splitlines()[-1].startswith("red: slower than x1.10: encoder tiny")
+
+
 def test_a_slow_down_of_a_fifth_is_seen(tree, capsys):
-    plant(tree, SLOWER)
+    plant(tree, SLOWER.format(function="reference"))
     status, said = run(tree, capsys)
     assert status == 1, said
     assert "SLOWER" in said

@@ -33,31 +33,38 @@ def test_a_dry_run_writes_its_results(tmp_path):
     done = run_script(tmp_path, "--dry")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all parts passed"
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "ops.json", "philox.json", "encoder.json", "decoder.json", "logs.txt", "summary.txt"
-    }  # fmt: skip
-    ops, philox = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ops", "philox"))
-    assert ops["dry"] is ops["passed"] is philox["passed"] is True
-    assert ops["failed"] == []
-    assert ops["versions"]["torch"] == torch.__version__
-    assert {"commit", "kernel_sources", "device", "driver", "date"} <= set(ops)
-    assert set(ops["roof"]) == {"bytes", "bfloat16", "float16", "float32"}
-    assert {row["op"] for row in ops["cases"].values()} >= {"group_norm_silu", "spatial_attention", "sample_posterior"}
-    for row in ops["cases"].values():
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "logs.txt", "summary.txt"}
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert whole["dry"] is whole["passed"] is True
+    assert whole["parts"].keys() == {"tests", "ops", "philox", "encoder", "decoder", "profile"}
+    for part in whole["parts"].values():
+        assert part["passed"] is True
+        assert (part["status"], part["failed"]) == ("passed", [])
+        assert part["versions"]["torch"] == torch.__version__
+        assert {"commit", "kernel_sources", "device", "driver", "date"} <= set(part)
+    assert set(whole["parts"]["ops"]["roof"]) == {"bytes", "bfloat16", "float16", "float32"}
+    assert {row["op"] for row in whole["cases"].values()} >= {
+        "group_norm_silu",
+        "spatial_attention",
+        "sample_posterior",
+    }
+    for row in whole["cases"].values():
         assert row["seconds"].keys() == row["median_seconds"].keys() == row["spread"].keys() >= {"ours"}
         work = row["bytes"] if row["unit"] == "TB/s" else row["flops"]
         assert row["rate"] == pytest.approx(work / row["median_seconds"]["ours"])
         assert row["gate"] == "float64"
     for part in ("encoder", "decoder"):
-        (entry,) = json.loads((tmp_path / f"{part}.json").read_text())["networks"].values()
+        (entry,) = (entry for entry in whole["networks"].values() if entry["part"] == part)
         rows = entry["contestants"]
         assert "(--without)" in rows["diffusers"]["left_out"]
         timed = {name for name, row in rows.items() if "median_seconds" in row}
         assert timed == {"eager, NCHW", "eager, channels_last", "fastvae", "fastvae, frozen"}
         assert all("left_out" in rows[name] for name in rows.keys() - timed), "a reason for everybody else"
         assert f"{part} tiny" in done.stdout
-    assert philox["generator"]
-    assert all(row["largest_difference"] <= 2e-6 for row in philox["generator"].values())
+    assert whole["generator"]
+    assert all(row["largest_difference"] <= 2e-6 for row in whole["generator"].values())
+    (profile,) = whole["profiles"].values()
+    assert profile["contestants"].keys() == {"eager, NCHW", "fastvae", "fastvae, frozen"}
 
 
 WRONG = """
@@ -82,11 +89,11 @@ def test_a_wrong_result_is_red_and_has_no_time(tmp_path):
     done = run_script(out, "--dry", "--only", "ops", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "failed: ops"
-    ops = json.loads((out / "ops.json").read_text())
-    assert ops["passed"] is False
-    assert ops["cases"] == {}
-    assert len(ops["failed"]) == 2
-    assert all("residual_add" in name for name in ops["failed"])
+    whole = json.loads((out / "results.json").read_text())
+    assert whole["passed"] is whole["parts"]["ops"]["passed"] is False
+    assert whole["cases"] == {}
+    assert len(whole["parts"]["ops"]["failed"]) == 2
+    assert all("residual_add" in name for name in whole["parts"]["ops"]["failed"])
 
 
 WRONG_NETWORK = """
@@ -105,7 +112,7 @@ def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "failed: encoder"
     assert "fastvae                      failed: AssertionError: largest error" in done.stdout
-    (entry,) = json.loads((out / "encoder.json").read_text())["networks"].values()
+    (entry,) = json.loads((out / "results.json").read_text())["networks"].values()
     assert entry["contestants"]["fastvae"].keys() == {"failed"}
     assert "median_seconds" in entry["contestants"]["eager, NCHW"], "the others are measured all the same"
 
@@ -114,7 +121,7 @@ def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
 def test_what_the_script_does_not_know_is_refused_in_words(tmp_path):
     done = run_script(tmp_path, "--only", "everything")
     assert done.returncode == 2
-    assert "--only takes tests, ops, philox, encoder, decoder or tune, got 'everything'" in done.stderr
+    assert "--only takes tests, ops, philox, encoder, decoder, profile or tune, got 'everything'" in done.stderr
     if not torch.cuda.is_available():
         done = run_script(tmp_path, "--only", "ops")
         assert done.returncode == 2
@@ -267,36 +274,6 @@ def test_a_tile_is_answered_to_its_op_alone(tune):
         assert tiles.choose("statistics", **described) == tile(8)
         assert tiles.choose("residual_add", **described) == before
     assert tiles.choose("statistics", **described) != tile(8)
-
-
-def test_the_stopwatch_on_a_gpu(tune, monkeypatch):
-    """Its arithmetic, with a device that needs 3 ms for every call of one rival and 1 ms for the other's."""
-    seconds = [0.0]
-
-    class Event:
-        def __init__(self, enable_timing):
-            self.at = None
-
-        def record(self):
-            self.at = seconds[0]
-
-        def synchronize(self):
-            assert self.at is not None
-
-        def elapsed_time(self, other):
-            return 1e3 * (other.at - self.at)
-
-    def call(taken):
-        seconds[0] += taken
-
-    slept = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
-    stopwatch = tune.Stopwatch(torch.device("cuda"), rounds=5)
-    samples = stopwatch.interleaved({"slow": [lambda: call(3e-3)] * 2, "fast": [lambda: call(1e-4)]})
-    assert samples == {"slow": pytest.approx([3e-3] * 5), "fast": pytest.approx([1e-4] * 5)}
-    assert len(slept) == 2 * (3 + 5), "the queue is filled before every burst"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

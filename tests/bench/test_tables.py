@@ -1,7 +1,8 @@
-"""The pages' tables are what the results say, and nothing else in them looks like a measurement."""
+"""The pages' tables and pictures are what the results say, and nothing else in them looks like a measurement."""
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,3 +86,23 @@ def test_the_pages_say_what_was_measured(page):
         rest = before + after.partition("<!-- end -->")[2]
     loose = [line for line in rest.splitlines() if line.startswith("|") and any(c.isdigit() for c in line)]
     assert not loose, "a table of numbers with no result behind it"
+
+
+def test_the_pictures_are_of_these_results():
+    made = tables.drawings()
+    assert {f"docs/images/cpu-{part}.svg" for part in ("encoder", "decoder")} <= made.keys()
+    for name, svg in made.items():
+        assert (ROOT / name).read_text() == svg, f"{name} is older than its data, run: make report"
+    there = {f"docs/images/{path.name}" for path in (ROOT / "docs" / "images").glob("*.svg")}
+    ours = {name for name in there if name.rpartition("-")[2] in {f"{table}.svg" for table in tables.TABLES}}
+    assert ours == made.keys(), "a picture whose data are gone"
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_every_picture_of_a_page_is_there(page):
+    text = (ROOT / page).read_text()
+    linked = [link for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if "://" not in link]
+    assert all(((ROOT / page).parent / link).is_file() for link in linked), linked
+    shown = {link.removeprefix("images/") for link in linked}
+    made = {Path(name).name for name in tables.drawings()}
+    assert page != "docs/performance.md" or made <= shown, "a picture that no page shows"
