@@ -7,10 +7,15 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # The oldest that pyproject.toml takes; it lies beside the environment's own, and comes first on the path when asked for.
 OLDEST_TRITON := 3.6.0
 OLDEST_FOLDER := $(CURDIR)/build/triton-$(OLDEST_TRITON)
+OLDEST_DIFFUSERS := 0.38.0
+DIFFUSERS_FOLDER := $(CURDIR)/build/diffusers-$(OLDEST_DIFFUSERS)
+# Beside the environment as well: Gradio takes no Pillow as new as the one that is pinned.
+DOORS := gradio==6.31.0 kernels==0.17.2
+DOORS_FOLDER := $(CURDIR)/build/doors
 RESULTS ?= bench/results/cpu/results.json
 BASE ?= HEAD
 
-.PHONY: demo test test-all test-oldest-triton check bench report bench-compare audit mutate clean
+.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-doors check bench report bench-compare audit mutate clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -18,7 +23,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev test-oldest-diffusers
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q -m "slow or not slow"
 
 # The kernels' tests under the interpreter of the oldest Triton; one to five minutes.
@@ -26,17 +31,34 @@ test-oldest-triton: $(VENV)/.dev $(OLDEST_FOLDER)/.done
 	PYTHONPATH=$(OLDEST_FOLDER) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
 	PYTHONPATH=$(OLDEST_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/ops
 
+# What swapping in promises, on the oldest diffusers; about a minute.
+test-oldest-diffusers: $(VENV)/.dev $(DIFFUSERS_FOLDER)/.done
+	PYTHONPATH=$(DIFFUSERS_FOLDER) $(BIN)/python -c "import diffusers as d; assert d.__version__ == '$(OLDEST_DIFFUSERS)', d"
+	PYTHONPATH=$(DIFFUSERS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/swap_in
+
+# diffusers' own tests of AutoencoderKL, each model accelerated: make test-diffusers DIFFUSERS=<a checkout of its sources>
+test-diffusers: $(VENV)/.dev
+	@test -d "$(DIFFUSERS)/tests/models" || { echo "DIFFUSERS must name a checkout of diffusers, got '$(DIFFUSERS)'"; exit 2; }
+	cd $(DIFFUSERS) && PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests $(ONE_THREAD) HF_HUB_OFFLINE=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -q -p swap_in.everywhere tests/models/autoencoders/test_models_autoencoder_kl.py
+
+# The page of examples/ in a browser, and the exported kernels in Hugging Face's own loader; half a minute.
+test-doors: $(VENV)/.dev $(DOORS_FOLDER)/.done
+	PYTHONPATH=$(DOORS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_hub_export.py tests/examples/test_compare_page.py
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Ops, encoder, decoder and a folder of photographs beside their rivals, then the tables; within ten minutes.
+# Ops, encoder, decoder and a folder of photographs beside their rivals, where an encode's time goes, then the tables and
+# which bars are held; within ten minutes.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -rfE -p no:logging --results $(RESULTS)
 	$(BIN)/python bench/tables.py
+	$(BIN)/python bench/bars.py $(RESULTS)
 
-# README's and docs/performance.md's tables, from bench/results.
+# README's and docs/performance.md's tables and pictures, from bench/results.
 report: $(VENV)/.dev
 	$(BIN)/python bench/tables.py
 
@@ -53,7 +75,7 @@ mutate: $(VENV)/.dev
 	$(BIN)/python bench/mutate.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(DOORS_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,4 +96,16 @@ $(VENV)/.bench: $(VENV)/.dev
 
 $(OLDEST_FOLDER)/.done: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) triton==$(OLDEST_TRITON)
+	touch $@
+
+# httpx and what it needs come with it: newer ones have another client.
+$(DIFFUSERS_FOLDER)/.done: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) diffusers==$(OLDEST_DIFFUSERS) \
+		httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
+	touch $@
+
+$(DOORS_FOLDER)/.done: constraints.txt | $(VENV)/bin/python
+	mkdir -p $(@D)
+	grep -v '^pillow==' constraints.txt > $(@D)/constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade --target $(@D) --constraint $(@D)/constraints.txt $(DOORS)
 	touch $@

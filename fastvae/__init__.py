@@ -14,16 +14,23 @@ _WHERE = {
     "AutoencoderKL": "fastvae.models",
     "AutoencoderKLFlux2": "fastvae.models",
     "AutoencoderKLOutput": "fastvae.models",
+    "BucketBatchSampler": "fastvae.data.sampler",
     "DecoderOutput": "fastvae.models",
     "DiagonalGaussianDistribution": "fastvae.models",
     "LatentDataset": "fastvae.data.dataset",
+    "LatentIterable": "fastvae.data.iterable",
+    "LatentLoader": "fastvae.data.loader",
     "accelerate": "fastvae.fast.accelerate",
+    "accelerated": "fastvae.fast.accelerate",
     "calibrate": "fastvae.fast.calibration",
+    "collate": "fastvae.data.collate",
+    "compare": "fastvae.report.compare",
     "decode_latents": "fastvae.latents",
     "encode": "fastvae.data.encode",
     "encode_latents": "fastvae.latents",
     "explain": "fastvae.fast.explain",
     "fast_report": "fastvae.fast.accelerate",
+    "noise_key": "fastvae.data.noise",
     "refresh": "fastvae.fast.accelerate",
     "restore": "fastvae.fast.accelerate",
     "sample_posterior": "fastvae.sampling",
@@ -35,16 +42,23 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderKLFlux2",
     "AutoencoderKLOutput",
+    "BucketBatchSampler",
     "DecoderOutput",
     "DiagonalGaussianDistribution",
     "LatentDataset",
+    "LatentIterable",
+    "LatentLoader",
     "accelerate",
+    "accelerated",
     "calibrate",
+    "collate",
+    "compare",
     "decode_latents",
     "encode",
     "encode_latents",
     "explain",
     "fast_report",
+    "noise_key",
     "refresh",
     "restore",
     "sample_posterior",
@@ -53,9 +67,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastvae.data.collate import collate as collate
     from fastvae.data.dataset import LatentDataset as LatentDataset
     from fastvae.data.encode import encode as encode
+    from fastvae.data.iterable import LatentIterable as LatentIterable
+    from fastvae.data.loader import LatentLoader as LatentLoader
+    from fastvae.data.noise import noise_key as noise_key
+    from fastvae.data.sampler import BucketBatchSampler as BucketBatchSampler
     from fastvae.fast.accelerate import accelerate as accelerate
+    from fastvae.fast.accelerate import accelerated as accelerated
     from fastvae.fast.accelerate import fast_report as fast_report
     from fastvae.fast.accelerate import refresh as refresh
     from fastvae.fast.accelerate import restore as restore
@@ -70,6 +90,7 @@ if TYPE_CHECKING:
     from fastvae.models import AutoencoderKLOutput as AutoencoderKLOutput
     from fastvae.models import DecoderOutput as DecoderOutput
     from fastvae.models import DiagonalGaussianDistribution as DiagonalGaussianDistribution
+    from fastvae.report.compare import compare as compare
     from fastvae.sampling import sample_posterior as sample_posterior
 
 

@@ -70,11 +70,7 @@ def encode_latents(
         f = downsample_factor(vae)
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
         return scale_latents(vae, like_weights(vae, torch.empty(shape)))
-    if fast is not None:
-        pixels = _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
-        moments = fast.moments(vae, pixels, again_in_fp32=True)
-    else:
-        moments = vae.encode(like_weights(vae, pixels)).latent_dist.parameters
+    moments = _moments(vae, pixels)
     if posterior == "mode":
         z = moments.chunk(2, dim=1)[0].contiguous()
     else:
@@ -82,6 +78,24 @@ def encode_latents(
     z = scale_latents(vae, z)
     _check_finite("the latents", z, f"computed in {z.dtype}")
     return z
+
+
+@torch.no_grad()
+def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
+    """Raw mean and log-variance, unsplit, [B, 2L, H / f, W / f], of images; images and errors as in encode_latents."""
+    pixels = pixels_from_images(vae, images, keep_bytes=vars(vae).get(ACCELERATED) is not None)
+    moments = _moments(vae, _fit(pixels, pixel_multiple(vae), "error"))
+    _check_finite("the moments", moments, f"computed in {moments.dtype}")
+    return moments
+
+
+def _moments(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    """Moments of what pixels_from_images gives; rows that come out of half precision not finite are done in fp32."""
+    fast = vars(vae).get(ACCELERATED)
+    if fast is None:
+        return vae.encode(like_weights(vae, pixels)).latent_dist.parameters
+    pixels = _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
+    return fast.moments(vae, pixels, again_in_fp32=True)
 
 
 def encode_moments(vae: Autoencoder, x: Tensor) -> Tensor:

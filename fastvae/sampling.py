@@ -18,14 +18,21 @@ from torch import Tensor
 
 def sample_posterior(
     moments: Tensor,
-    *,
+    logvar: Tensor | None = None,
     seeds: Sequence[int] | Tensor | None = None,
+    *,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """mean + std * noise from moments [B, 2L, h, w]: raw latents [B, L, h, w], differentiable.
 
-    seeds, generator and errors as in DiagonalGaussianDistribution.sample.
+    With logvar [B, L, h, w], ``moments`` is the mean alone, [B, L, h, w]: the two as a latent store's batches have
+    them, in whose space the latents are then. seeds, generator and errors as in DiagonalGaussianDistribution.sample.
     """
+    if logvar is not None:
+        if moments.shape != logvar.shape:
+            given = f"{tuple(moments.shape)} and {tuple(logvar.shape)}"
+            raise ValueError(f"mean and logvar must have one shape [B, L, h, w], got {given}")
+        moments = torch.cat([moments, logvar], dim=1)
     if moments.ndim != 4 or moments.shape[1] % 2:
         raise ValueError(f"moments must be [B, 2L, h, w], got shape {tuple(moments.shape)}")
     # Views of the moments, as in diffusers, so that the result has the same strides as there.

@@ -7,18 +7,36 @@ What every call does hangs on what it finds then (reasons.py); weights may move,
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from fastvae.fast import layers, reasons
+from fastvae.fast import copies, layers, reasons
 from fastvae.fast.path import FastPath
 from fastvae.fast.reasons import Reason
 from fastvae.latents import ACCELERATED
 
 Model = TypeVar("Model")
+# Held while forwards are exchanged: calls need none, since each finds either the one or the other.
+LOCK = threading.RLock()
+
+
+@dataclass(eq=False)
+class Block:
+    """One ``with accelerated``, and what the model and its parts go back to."""
+
+    vae: nn.Module
+    before: FastPath | None
+    parts: list[nn.Module]
+
+
+# Those not left yet, in the order in which they were entered.
+OPEN: list[Block] = []
 
 
 def accelerate(
@@ -27,37 +45,85 @@ def accelerate(
     *,
     deterministic: bool = False,
     graphs: bool = False,
+    compile: bool = False,
     freeze: bool = False,
 ) -> Model:
     """Let a VAE, or the VAE of a pipeline, compute on the fast path from now on; the same object is returned.
 
     vae_or_pipe: fastvae's or diffusers' AutoencoderKL, or any module whose ``encoder`` or ``decoder`` is built alike
-    (AutoencoderKLFlux2, the encoder of AsymmetricAutoencoderKL), or an object with such a ``vae``.
+    (AutoencoderKLFlux2, the encoder of AsymmetricAutoencoderKL), or an object with such a ``vae``; also inside the
+    wrappers of torch.compile and DistributedDataParallel. The replicas that DataParallel makes run as they stand.
     precision: "fast" takes every rewrite that is exact in real arithmetic; "exact" only what keeps eager's bits.
     deterministic: row i of a batch gets the bits that it gets alone; convolutions then run image by image.
     graphs: from the second call of a shape on replay a captured CUDA graph; for small batches on a GPU, and without
     effect elsewhere, of which ``fast_report`` tells (``graph_replays``, and ``no_graph`` in words).
+    compile: encoder and decoder go through torch.compile, each at its first call, which takes a minute; threads then
+    take turns. It chooses orders of summation and launches itself, so it goes with none of the three before.
     freeze: you promise that the weights stay as they are; packed copies are kept (``fast_report`` states their bytes)
     until ``refresh``, and attention may take its shared form.
-    Gradients are given once; a gradient of a gradient raises RuntimeError, where eager without attention has one.
-    Raises ValueError for another precision, and TypeError where there is no encoder and no decoder of this shape.
+    Called again, the settings are those of the last call. Gradients are given once; a gradient of a gradient raises
+    RuntimeError, where eager without attention has one.
+    Raises ValueError for another precision or settings that exclude each other, and TypeError where there is no encoder
+    and no decoder of this shape.
     """
     if precision not in ("fast", "exact"):
         raise ValueError(f"precision must be 'fast' or 'exact', got {precision!r}")
+    asked = {"precision='exact'": precision == "exact", "deterministic=True": deterministic, "graphs=True": graphs}
+    if compile and any(asked.values()):
+        raise ValueError(f"compile=True must come without {' and '.join(name for name in asked if asked[name])}")
     vae = vae_of(vae_or_pipe)
     if all(reasons.of_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
-    before = vars(vae).get(ACCELERATED)
-    restore(vae)
-    path = FastPath(precision, deterministic=deterministic, graphs=graphs, freeze=freeze)
-    if before is not None:
-        path.factors = before.factors  # what calibrate found is the model's, whatever the settings
-    vars(vae)[ACCELERATED] = path
-    for part in _parts(vae):
-        if reasons.of_shape(part) is None and not layers.replaced(part):
-            vars(part)[ACCELERATED] = path
-            vars(part)["forward"] = types.MethodType(forward, part)
+    path = FastPath(precision, deterministic=deterministic, graphs=graphs, compile=compile, freeze=freeze)
+    with LOCK:
+        before = vars(vae).get(ACCELERATED)
+        if before is not None:
+            path.factors = before.factors  # what calibrate found is the model's, whatever the settings
+        _put_in_place(vae, path, _parts(vae))
     return vae_or_pipe
+
+
+@contextlib.contextmanager
+def accelerated(vae_or_pipe: Model, precision: Literal["fast", "exact"] = "fast", **settings: bool) -> Iterator[Model]:
+    """``with fastvae.accelerated(vae):`` accelerates inside the block alone; ``vae_or_pipe`` is what it gives.
+
+    The arguments are those of ``accelerate``. After the block, left by an exception or not, the model is as it was
+    before: stock, or accelerated with what settings, counts and packed copies it had. Blocks may be nested, and left in
+    any order: the last one gives back what was before the first. The settings are the model's and not the thread's:
+    those of the block entered last. Raises what ``accelerate`` raises, before anything has changed.
+    """
+    vae = vae_of(vae_or_pipe)
+    with LOCK:
+        before = vars(vae).get(ACCELERATED)
+        parts = [part for part in _parts(vae) if vars(part).get(ACCELERATED) is before]
+        accelerate(vae, precision, **settings)
+        OPEN.append(block := Block(vae, before, parts))
+    try:
+        yield vae_or_pipe
+    finally:
+        with LOCK:
+            _leave(block)
+
+
+def _leave(block: Block) -> None:
+    place = OPEN.index(block)
+    later = next((other for other in OPEN[place + 1 :] if other.vae is block.vae), None)
+    del OPEN[place]
+    if later is not None:  # entered inside this one, as by another thread, and left after it
+        later.before, later.parts = block.before, block.parts
+        return
+    restore(block.vae)
+    if block.before is not None:
+        _put_in_place(block.vae, block.before, block.parts)
+
+
+def _put_in_place(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) -> None:
+    restore(vae)
+    vars(vae)[ACCELERATED] = path
+    for part in parts:
+        if reasons.of_shape(part) is None and _put_beneath_hooks(part):
+            vars(part)[ACCELERATED] = path
+            copies.put_on(part)
 
 
 def restore(vae_or_pipe: Model) -> Model:
@@ -66,15 +132,16 @@ def restore(vae_or_pipe: Model) -> Model:
     Nothing happens to a model that is not accelerated. Raises TypeError for what is no VAE and holds none.
     """
     vae = vae_of(vae_or_pipe)
-    for module in (vae, *_parts(vae)):
-        own = vars(module)
-        own.pop(ACCELERATED, None)
-        # A hook that came later keeps our forward as the one it wraps.
-        for name in ("forward", "_old_forward"):
-            if _is_ours(own.get(name)):
-                del own[name]
-                if name == "_old_forward":
-                    own[name] = types.MethodType(type(module).forward, module)
+    with LOCK:
+        for module in (vae, *_parts(vae)):
+            own = vars(module)
+            own.pop(ACCELERATED, None)
+            copies.take_off(module)
+            for holder, name in _places(module):
+                if _is(forward, holder.get(name)):
+                    holder[name] = types.MethodType(type(module).forward, module)
+            if _is(type(module).forward, own.get("forward")):
+                del own["forward"]
     return vae_or_pipe
 
 
@@ -109,7 +176,7 @@ def forward(self, sample, *args, **kwargs):
 def vae_of(vae_or_pipe: Any) -> nn.Module:
     """The VAE itself, or the one that a pipeline holds as ``vae``; TypeError where there is none."""
     held = getattr(vae_or_pipe, "vae", None)
-    vae = held if isinstance(held, nn.Module) else vae_or_pipe
+    vae = unwrapped(held if isinstance(held, nn.Module) else vae_or_pipe)
     if not isinstance(vae, nn.Module) or not list(_parts(vae)):
         raise TypeError(
             f"fastvae takes a VAE with an encoder or a decoder, or a pipeline with one, got a "
@@ -118,22 +185,47 @@ def vae_of(vae_or_pipe: Any) -> nn.Module:
     return vae
 
 
+def unwrapped(model: Any) -> Any:
+    """What torch.compile's and torch's data-parallel wrappers call, which keep it as ``_orig_mod`` or ``module``."""
+    while isinstance(model, nn.Module) and list(model._modules) in (["_orig_mod"], ["module"]):
+        model = next(model.children())
+    return model
+
+
 def out_of_reach(part: nn.Module, path: FastPath) -> Reason | None:
     """Why calls of an encoder or a decoder do not come to ``path``: its shape, or somebody's forward before ours."""
-    own = vars(part)
-    found = [own.get("forward")]
-    # What hooks that came later have put behind their own.
-    if "_hf_hook" in own:
-        found.append(own.get("_old_forward"))
-    for behind in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
-        found += [behind.forward, behind.original_forward]
-    if own.get(ACCELERATED) is path and any(_is_ours(function) for function in found):
+    reached = any(_is(forward, holder.get(name)) for holder, name in _places(part))
+    if vars(part).get(ACCELERATED) is path and reached:
         return None
-    return reasons.of_shape(part) or layers.behind(part)
+    late = Reason.LATE if not layers.replaced(part) else layers.behind(part)
+    return reasons.of_shape(part) or late
 
 
-def _is_ours(function: Any) -> bool:
-    return getattr(function, "__func__", None) is forward
+def _put_beneath_hooks(part: nn.Module) -> bool:
+    """Our forward in the place of the class's own, which hooks may wrap; False where another's stands there."""
+    own = vars(part)
+    if "forward" not in own:
+        own["forward"] = types.MethodType(type(part).forward, part)
+    places = [(holder, name) for holder, name in _places(part) if _is(type(part).forward, holder.get(name))]
+    for holder, name in places:
+        holder[name] = types.MethodType(forward, part)
+    return bool(places)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a module's forward may be kept: on the instance, and by accelerate's and diffusers' hooks behind theirs."""
+    own = vars(module)
+    yield own, "forward"
+    if "_hf_hook" in own:
+        yield own, "_old_forward"
+    for behind in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
+        yield vars(behind), "forward"
+        yield vars(behind), "original_forward"
+
+
+def _is(function: Any, bound: Any) -> bool:
+    """Whether a method is this function, bound to whatever instance."""
+    return getattr(bound, "__func__", None) is function
 
 
 def path_of(vae: nn.Module) -> FastPath:
@@ -146,6 +238,6 @@ def path_of(vae: nn.Module) -> FastPath:
 
 def _parts(vae: nn.Module) -> Iterator[nn.Module]:
     for name in ("encoder", "decoder"):
-        part = getattr(vae, name, None)
+        part = unwrapped(getattr(vae, name, None))
         if isinstance(part, nn.Module):
             yield part

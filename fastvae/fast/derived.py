@@ -22,6 +22,7 @@ class Derived:
 
     def __init__(self, frozen: bool = False):
         self.frozen = frozen
+        self.is_of_a_trace = False
         # By dtype and device too: those of frozen weights change as well, within one call of SDXL's pipelines.
         self.kept: dict[tuple[Layer, str, torch.dtype, torch.device], Any] = {}
         self.shared: dict[tuple[Layer, torch.dtype], bool] = {}
@@ -32,8 +33,9 @@ class Derived:
         self.shared.clear()
 
     def twin(self) -> Derived:
-        """One that decides alike and has packed nothing yet."""
+        """One for a trace, which decides alike and has packed nothing yet."""
         twin = Derived(self.frozen)
+        twin.is_of_a_trace = True
         twin.shared.update(self.shared)
         return twin
 
@@ -47,10 +49,14 @@ class Derived:
             return make()
         weight = next(module.parameters())
         key = (module, name, weight.dtype, weight.device)
-        if key not in self.kept:
+        kept = self.kept.get(key)  # not asked twice: another thread may forget them
+        if kept is None:
             with torch.no_grad():
-                self.kept[key] = make()
-        return self.kept[key]
+                kept = make()
+            # Under somebody's FakeTensorMode it has no values, which a real call after it would miss.
+            if self.is_of_a_trace or not any(map(is_fake, kept if isinstance(kept, tuple) else (kept,))):
+                self.kept[key] = kept
+        return kept
 
     def convolution(self, conv: Layer) -> Tensor:
         """The weight in channels_last, as cuDNN takes it: itself where it lies so."""
@@ -148,11 +154,12 @@ def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:
 @torch.compiler.assume_constant_result
 def _decision(derived: Derived, attention: Layer) -> bool:
     weight = attention.to_out[0].weight
-    if (attention, weight.dtype) not in derived.shared:
+    decided = derived.shared.get((attention, weight.dtype))  # not asked twice: another thread may forget them
+    if decided is None:
         if is_fake(weight):  # no values to look at: what is traced is the shared form
             return True
-        derived.shared[attention, weight.dtype] = shared_is_as_accurate(attention, derived)
-    return derived.shared[attention, weight.dtype]
+        decided = derived.shared[attention, weight.dtype] = shared_is_as_accurate(attention, derived)
+    return decided
 
 
 @torch.no_grad()

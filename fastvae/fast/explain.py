@@ -11,7 +11,7 @@ from fastvae_kernels.runtime import Cost
 from torch import Tensor
 
 from fastvae.fast import reasons, trace
-from fastvae.fast.accelerate import out_of_reach, path_of, vae_of
+from fastvae.fast.accelerate import out_of_reach, path_of, unwrapped, vae_of
 from fastvae.fast.inference import Inference
 from fastvae.fast.reasons import Layer, Reason
 
@@ -62,7 +62,7 @@ def explain(vae_or_pipe: Any, shape: tuple[int, int, int, int] | None = None) ->
     rows: list[Row] = []
     launches: dict[str, dict[str, int]] = {}
     for name in ("encoder", "decoder"):
-        part = getattr(vae, name, None)
+        part = unwrapped(getattr(vae, name, None))
         if part is not None:
             part_rows, tally = _explain_part(vae, name, part, path, shape)
             rows += part_rows

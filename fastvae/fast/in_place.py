@@ -25,6 +25,8 @@ ONEDNN: Any = torch.ops.mkldnn
 class InPlace:
     """One forward pass that nobody will differentiate (walk.Pass). Every flow owns its memory; none has a bias."""
 
+    differentiable = False
+
     def __init__(self, derived: Derived):
         self.derived = derived
 
@@ -58,6 +60,8 @@ class InPlace:
         return Flow(layers.as_module(module, flow.x).clone(memory_format=torch.channels_last))
 
     def end(self, part: Layer, flow: Flow) -> Tensor:
+        if flow.x.requires_grad:
+            return part.conv_out(part.conv_act(part.conv_norm_out(flow.x)))
         return self._convolve(part.conv_out, _activated(part.conv_norm_out, flow.x))
 
     def _convolve(self, conv: Layer, x: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ from fastvae.latents import normalized
 class Inference:
     """One forward pass that nobody will differentiate (walk.Pass)."""
 
+    differentiable = False
+
     def __init__(
         self,
         derived: Derived,
@@ -94,13 +96,15 @@ class Inference:
         return Flow(self._product(self._whole(flow), folded, None, 2, 1, transposed=True), bias=sampler.conv.bias)
 
     def as_module(self, module: Layer, flow: Flow) -> Flow:
-        x = self._whole(flow)
-        x = x if self.stream == 1.0 else x / self.stream
-        y = layers.as_module(module, x)
+        y = layers.as_module(module, self._unscaled(flow))
         y = y if self.stream == 1.0 else y * self.stream
         return Flow(channels_last(y))
 
     def end(self, part: Layer, flow: Flow) -> Tensor:
+        if flow.x.requires_grad:
+            y = part.conv_out(part.conv_act(part.conv_norm_out(self._unscaled(flow))))
+            y = y if self.quant_conv is None else self.quant_conv(y)
+            return y if self.laid_out else y.contiguous()
         h = self._normalized(flow, part.conv_norm_out, True, self.stream, 1.0)
         weight, bias = self.derived.output(part.conv_out, self.quant_conv)
         y = self._product(h, weight, None, 1, 1)
@@ -122,6 +126,11 @@ class Inference:
     def _whole(self, flow: Flow) -> Tensor:
         """The activation with its bias."""
         return flow.x if flow.bias is None else flow.x + (flow.bias * self.stream).to(flow.x.dtype)[:, None, None]
+
+    def _unscaled(self, flow: Flow) -> Tensor:
+        """The activation as eager has it."""
+        x = self._whole(flow)
+        return x if self.stream == 1.0 else x / self.stream
 
     def _is_shared(self, layer: Layer) -> bool:
         square = weights_of(layer)[0][0].shape[0] == layer.group_norm.num_channels

@@ -26,7 +26,7 @@ class Reason(StrEnum):
 
     EXACT = "precision='exact' was asked for"
     CPU = "no fused kernel runs on this device"
-    GRADIENT = "a gradient is needed that no fused kernel gives: in forward mode, or under a transform of torch.func"
+    GRADIENT = "a gradient is needed that no fused kernel gives: in forward mode, in torch.func, or of what a hook adds"
     AUTOCAST = "autocast chooses the dtype of each layer"
     DTYPE = "the weights are in a dtype that no kernel takes"
     MIXED_DTYPES = "input and weights differ in dtype or device"
@@ -34,6 +34,7 @@ class Reason(StrEnum):
     QUANTISED = "a weight is no plain tensor"
     HOOKS = "a hook is registered on it or a layer of it"
     REPLACED_FORWARD = "its forward was replaced"
+    LATE = "it came after accelerate, or as a shallow copy of what was accelerated"
     FOREIGN_FORWARD = "its class has a forward of its own"
     PEFT = "it has adapter layers"
     PARAMETRISED = "a weight is parametrised"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.fast import reasons, walk
+from fastvae.fast import compiled, reasons, walk
+from fastvae.fast.compiled import Compiled
 from fastvae.fast.derived import Derived, channels_last, is_channels_last
 from fastvae.fast.graphs import Graphs
 from fastvae.fast.in_place import InPlace
@@ -37,10 +38,13 @@ UNSCALED = Factors(1.0, 1.0)
 class FastPath:
     """The settings of one ``accelerate``, shared by a VAE and its parts."""
 
-    def __init__(self, precision: str = "fast", *, deterministic: bool, graphs: bool, freeze: bool):
+    def __init__(
+        self, precision: str = "fast", *, deterministic: bool, graphs: bool, freeze: bool, compile: bool = False
+    ):
         self.precision = precision
         self.deterministic = deterministic
         self.graphs = Graphs() if graphs else None
+        self.compiled = Compiled() if compile else None
         self.factors = {"encoder": Factors(), "decoder": Factors()}
         self.derived = Derived(frozen=freeze)
         self.counts: dict[str, Any] = {"rows": 0, "rows_again_in_fp32": 0}
@@ -62,6 +66,8 @@ class FastPath:
         """Drop all that hangs on the weights."""
         if self.graphs is not None:
             self.graphs.clear()  # first: they read what was derived
+        if self.compiled is not None:
+            self.compiled.clear()
         self.derived.clear()
 
     def why_not(self, part: Layer, x: Tensor) -> Reason | None:
@@ -80,6 +86,11 @@ class FastPath:
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
         """The part's output for x, on the fast path where it can; its rows are counted, and not looked at."""
+        if self.compiled is not None and compiled.by_itself():
+            return self.compiled.call(self._run, part, x)
+        return self._run(part, x)
+
+    def _run(self, part: Layer, x: Tensor) -> Tensor:
         reason = self.why_not(part, x)
         if not x.is_floating_point():
             return type(part).forward(part, x)  # refused in torch's words, as ever: encode_latents takes bytes
@@ -89,7 +100,7 @@ class FastPath:
             self.graphs.plain[reason] += 1
         if reason is Reason.CPU and x.device.type == "cpu":
             # No kernel here wins; channels_last does, and so does memory that is used again. A trace wants torch's ops.
-            if reasons.needs_gradient(part, x) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if reasons.needs_gradient(part, x) or not compiled.by_itself():
                 y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)
@@ -130,6 +141,8 @@ class FastPath:
         walked = whole and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x) is None
         if not walked or reasons.needs_gradient(encoder, x) or reasons.of_quant_conv(vae):
             moments = vae.encode(_as_floats(encoder, x)).latent_dist.parameters
+        elif self.compiled is not None and compiled.by_itself():
+            moments = self.compiled.call(self._walked, encoder, x, quant_conv)
         else:
             moments = self._walked(encoder, x, quant_conv)
         if not again_in_fp32:

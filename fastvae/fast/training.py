@@ -23,6 +23,8 @@ from fastvae.fast.walk import Flow
 class Training:
     """One forward pass through which a gradient will go (walk.Pass). Its flows carry no pending bias."""
 
+    differentiable = True
+
     def note(self, module: Layer, reason: Reason | None) -> None:
         """Told of each block that is fused (None) or not; explain listens."""
 

@@ -29,6 +29,8 @@ class Flow(NamedTuple):
 class Pass(Protocol):
     """How the blocks are computed. Each method takes a Flow and gives one; the last two begin and end it."""
 
+    differentiable: bool
+
     def begin(self, part: Layer, x: Tensor) -> Flow: ...
     def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow: ...
     def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow: ...
@@ -87,10 +89,16 @@ def _layers(block: Layer) -> list[Layer]:
 def _through_layer(layer: Layer, flow: Flow, run: Pass, pad: bool) -> Flow:
     is_attention = hasattr(layer, "to_out")
     reason = reasons.of_attention(layer, flow.x) if is_attention else reasons.of_resnet(layer, flow.x)
+    reason = reason or _gradient(flow, run)
     run.note(layer, reason)
     if reason is not None:
         return run.as_module(layer, flow)
     return run.attention(layer, flow, pad) if is_attention else run.resnet(layer, flow, pad)
+
+
+def _gradient(flow: Flow, run: Pass) -> Reason | None:
+    """Whether a module before this one, or a hook on it, brought in what requires a gradient, as no parameter does."""
+    return Reason.GRADIENT if flow.x.requires_grad and not run.differentiable else None
 
 
 def _fused_downsample(block: Layer, sampler: Layer, flow: Flow) -> bool:
@@ -101,6 +109,7 @@ def _fused_downsample(block: Layer, sampler: Layer, flow: Flow) -> bool:
 def _through_sampler(block: Layer, sampler: Layer, flow: Flow, run: Pass) -> Flow:
     is_down = bool(getattr(block, "downsamplers", None))
     reason = reasons.of_downsample(sampler, flow.x) if is_down else reasons.of_upsample(sampler, flow.x)
+    reason = reason or _gradient(flow, run)
     run.note(sampler, reason)
     if reason is not None:
         return run.as_module(sampler, flow)

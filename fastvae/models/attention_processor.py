@@ -46,7 +46,12 @@ class Attention(nn.Module):
         self.set_processor(AttnProcessor2_0() if processor is None else processor)
 
     def set_processor(self, processor: AttentionProcessor) -> None:
-        """Let ``processor(attn, hidden_states)`` compute this layer from now on."""
+        """Let ``processor(attn, hidden_states)`` compute this layer from now on. Raises ValueError for diffusers'."""
+        if type(processor).__module__.startswith("diffusers."):
+            raise ValueError(
+                f"processor must be one of fastvae.models', or yours, got diffusers' {type(processor).__name__}: it "
+                "computes the layers of diffusers' AutoencoderKL alone, which fastvae.accelerate takes as well"
+            )
         # A processor that is a module was registered as one; another value under that name must replace it.
         self._modules.pop("processor", None)
         self.processor = processor
@@ -131,7 +136,7 @@ class AttentionMixin(nn.Module):
     def set_attn_processor(self, processor: AttentionProcessor | dict[str, AttentionProcessor]) -> None:
         """Set one processor for all layers, or a dict with one for each name in ``attn_processors``.
 
-        Raises ValueError when the dict does not name exactly the layers there are.
+        Raises ValueError when the dict does not name exactly the layers there are, and for a processor of diffusers'.
         """
         layers = self._attention_layers()
         if isinstance(processor, dict):

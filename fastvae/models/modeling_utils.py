@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvae.checkpoints import loading, presets, reading, saving
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, FrozenConfig, validate_config
 from fastvae.checkpoints.report import LoadReport
+from fastvae.models.in_pipelines import InPipelines
 
 BOTH_PARTS = ("encoder", "decoder")
 
@@ -41,7 +42,7 @@ def register_to_config(init):
     return wrapper
 
 
-class ModelMixin(nn.Module):
+class ModelMixin(InPipelines, nn.Module):
     """A module that knows its config, its dtype and device, and how to checkpoint gradients.
 
     Source: diffusers.models.modeling_utils.ModelMixin.

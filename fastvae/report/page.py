@@ -1,4 +1,4 @@
-"""A benchmark's result as one HTML file that fetches nothing: tables, bars with their intervals, machine, fallbacks."""
+"""A benchmark's result, or a comparison's, as one HTML file that fetches nothing: tables, bars, machine, fallbacks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import base64
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvae.report.figures import interval, megabytes, number
+
+if TYPE_CHECKING:
+    from fastvae.report.compare import Comparison
 
 NEEDED = ("jinja2", "matplotlib")
 
@@ -31,15 +34,10 @@ def page(results: Mapping[str, Any]) -> str:
     missing. Raises ImportError naming the extra where jinja2 or matplotlib is missing, and ValueError for a result
     without title or cases.
     """
-    check_extra()
+    template = _template("page.html.jinja")
     missing = [name for name in ("title", "cases") if name not in results]
     if missing:
         raise ValueError(f"results must have a title and cases, got none called {missing[0]!r}")
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": number, "interval": interval, "megabytes": megabytes}
-    template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         title=results["title"],
         model=_facts(results, "model"),
@@ -50,6 +48,23 @@ def page(results: Mapping[str, Any]) -> str:
         settings=_settings(results),
         cases=[_case(case) for case in results["cases"]],
     )
+
+
+def comparison_page(source: str, found: Comparison) -> str:
+    """The HTML page of a comparison, whole in itself like ``page``. source: the model's name.
+
+    Raises ImportError naming the extra where jinja2 or matplotlib is missing.
+    """
+    return _template("comparison.html.jinja").render(source=source, found=found, hands=found.psnr)
+
+
+def _template(name: str) -> Any:
+    check_extra()
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": number, "interval": interval, "megabytes": megabytes}
+    return environment.from_string((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 def _settings(results: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from fast.small_models import CONFIGS, HANDS, latents, pixels, small_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastvae
 from fastvae.fast import in_place
@@ -120,6 +122,19 @@ def test_an_empty_batch_and_a_trace_are_torchs_own():
     assert vae.encode(pixels(vae)[:0]).latent_dist.parameters.shape[0] == 0
     trace = torch.jit.trace(vae.encoder, pixels(vae), check_trace=False)
     assert not [node.kind() for node in trace.inlined_graph.nodes() if "mkldnn" in node.kind()]
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
+def test_fake_tensors_and_symbolic_traces_are_torchs_own(freeze):
+    """Of oneDNN's operators torch knows no shapes."""
+    vae = fastvae.accelerate(small_model("SD"), freeze=freeze)
+    x = pixels(vae)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shape = vae.encode(torch.empty(x.shape)).latent_dist.parameters.shape
+    trace = make_fx(vae.encoder)(x)
+    assert not [node for node in trace.graph.nodes if "mkldnn" in str(node.target)]
+    assert vae.encode(x).latent_dist.parameters.isfinite().all()
+    assert shape == vae.encode(x).latent_dist.parameters.shape
 
 
 def test_this_torch_has_the_operators_by_their_names():

@@ -285,7 +285,7 @@ def test_the_command_lines_encoder_does_such_rows_again(fast, monkeypatch):
     if fast:
         fastvae.accelerate(vae, freeze=True)
         vae.encode(pixels(vae, 1, 4, 4))  # what is packed here is packed for fp16, and the copy for fp32 is not misled
-    moments, again = MomentEncoder(vae, "fp16", torch.device("cpu"), "dist", "fp16").moments(photo)
+    moments, again = MomentEncoder(vae, "fp16", torch.device("cpu")).moments(photo)
     assert np.isfinite(moments).all()
     assert again == (0 if fast else 1)
 

@@ -87,3 +87,24 @@ def test_frozen_parameters_leave_no_graph_whatever_grad_mode_says():
     assert torch.is_grad_enabled()
     assert not vae.encode(x).latent_dist.parameters.requires_grad
     assert {row.path for row in fastvae.explain(vae).rows} == {"fused"}
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "in place"])
+@pytest.mark.parametrize("where", ["down_blocks.0.resnets.0", "down_blocks.1", "mid_block.resnets.1"])
+def test_a_gradient_that_a_hook_asks_for_is_eagers(where, devices, monkeypatch):
+    """No parameter and no input wants one, and what a hook adds on the way does: guidance and control do this."""
+    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", devices)
+    vae = small_model("CogView: no attention, two residual blocks")
+    exact, eager = copy.deepcopy(vae).double(), copy.deepcopy(vae)
+    fastvae.accelerate(vae, freeze=True)
+    found = []
+    for model in (vae, eager, exact):
+        x = pixels(model, batch=1, height=8, width=8)
+        model.encoder(x)  # with nothing to differentiate: weights are packed
+        channels = 32 if where.startswith("down_blocks.0") else 96
+        added = torch.linspace(-1, 1, channels, dtype=x.dtype).view(-1, 1, 1).requires_grad_()
+        model.encoder.get_submodule(where).register_forward_hook(lambda module, given, y, added=added: y + added)
+        y = model.encode(x).latent_dist.parameters
+        found.append((y, torch.autograd.grad(y.square().sum(), added)[0]))
+    for ours, plain, truth in zip(*found, strict=True):
+        assert_as_accurate(ours.detach(), plain.detach(), truth.detach())

@@ -9,9 +9,10 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from diffusers.training_utils import EMAModel
-from fast.small_models import HANDS, TWO
+from fast.small_models import HANDS, TWO, small_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
 from fastvae.fast.reasons import Reason
@@ -152,6 +153,31 @@ def test_weights_packed_in_inference_mode_serve_outside_it():
     assert torch.equal(vae.encoder(pixels()), inside)
     x = pixels().requires_grad_()
     assert torch.autograd.grad(vae.encoder(x).sum(), x)[0].abs().max() > 0
+
+
+def test_weights_packed_under_a_fake_mode_are_not_kept():
+    """They have no values, and a call after it would give a fake tensor."""
+    vae, x = fastvae.accelerate(small_model("CogView: no attention, two residual blocks"), freeze=True), torch.ones(1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae.encoder(torch.empty(1, 3, 4, 4))
+    assert fastvae.fast_report(vae)["packed_bytes"] == 0
+    assert type(vae.encoder(x.expand(1, 3, 4, 4))) is torch.Tensor
+
+
+def test_a_refresh_by_another_thread_takes_nothing_from_a_call():
+    class Forgetful(dict):
+        """Somebody refreshes after every question whether something is there."""
+
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    vae = fastvae.accelerate(tiny(), freeze=True)
+    before = vae.encoder(pixels())
+    derived = vars(vae)["_fastvae"].derived
+    derived.kept, derived.shared = Forgetful(derived.kept), Forgetful(derived.shared)
+    assert torch.equal(vae.encoder(pixels()), before)
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])

@@ -67,11 +67,15 @@ class Browser:
 
     def open(self, path: Path, *, width: int = 1000, dark: bool = False) -> None:
         """Show a file in a window of so many pixels, and forget what happened before."""
+        self.visit(path.as_uri(), width=width, dark=dark)
+
+    def visit(self, url: str, *, width: int = 1000, dark: bool = False) -> None:
+        """The same for an address."""
         self.events.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=url)
         self._wait_for("Page.loadEventFired")
 
     def complaints(self) -> list[str]:

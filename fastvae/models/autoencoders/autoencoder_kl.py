@@ -20,6 +20,7 @@ from fastvae.models.autoencoders.vae import (
     DiagonalGaussianDistribution,
     Encoder,
 )
+from fastvae.models.in_pipelines import heeds_offload
 from fastvae.models.modeling_outputs import AutoencoderKLOutput
 from fastvae.models.modeling_utils import ModelMixin, register_to_config
 from fastvae.tiling import TilePlan, apply_tiled, blend
@@ -48,6 +49,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         """How many pixels one latent spans in each direction: 8 for Stable Diffusion."""
         return latents.downsample_factor(self)
 
+    @heeds_offload
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The posterior of ``x`` [B, in_channels, H, W], floats in [-1, 1], as ``.latent_dist``.
 
@@ -63,6 +65,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
         return latents.encode_moments(self, x)
 
+    @heeds_offload
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:

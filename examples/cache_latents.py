@@ -1,0 +1,194 @@
+"""Cache latents beside their pictures as kohya's sd-scripts does with ``--cache_latents_to_disk``, for it to train on.
+
+    python examples/cache_latents.py photographs/ --vae path/to/vae --family sdxl --side 1024
+
+One file a picture, NAME_WIDTHxHEIGHT_FAMILY.npz with the picture's own size, holding float32 ``latents`` [L, h, w],
+``original_size`` (width, height) and ``crop_ltrb``, and with --flip ``latents_flipped``. For SD3 and FLUX.1 each name
+ends in the latents' size, _HxW, so that a file holds several resolutions. SD, SDXL and SD3 latents are raw, FLUX.1's
+scaled and shifted: as those models' own code in sd-scripts hands them out.
+
+Buckets and crops follow its defaults, and like it this does not apply EXIF orientation. The pixels are not its own to
+the last bit (Pillow's Lanczos in place of OpenCV), nor is the noise, which here hangs on a picture's name alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fastvae
+from fastvae.latents import moments_of_images
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Families whose files hold several resolutions, and those whose latents are kept as the model wants them.
+SEVERAL_SIZES, SCALED = {"sd3", "flux"}, {"flux"}
+Size = tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A picture, its own size and the size that it is brought to."""
+
+    path: Path
+    size: Size
+    bucket: Size
+
+    def cache(self, family: str) -> Path:
+        """Where its latents are kept."""
+        width, height = self.size
+        return self.path.with_name(f"{self.path.stem}_{width:04d}x{height:04d}_{family}.npz")
+
+
+def bucket_sizes(side: int, step: int = 64, least: int = 256, most: int | None = None) -> list[Size]:
+    """Sizes of about side² pixels, their sides multiples of ``step`` from ``least`` to ``most``."""
+    most = max(side, 1024) if most is None else most
+    square = side // step * step
+    sizes = {(square, square)}
+    for one in range(least, most + 1, step):
+        other = min(most, side * side // one // step * step)
+        if other >= least:
+            sizes |= {(one, other), (other, one)}
+    return sorted(sizes)
+
+
+def bucket_for(size: Size, sizes: list[Size]) -> Size:
+    """The size itself where it is one of them, else the one of nearest aspect ratio."""
+    aspect = size[0] / size[1]
+    return size if size in sizes else min(sizes, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+
+
+def crop_ltrb(size: Size, bucket: Size) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the whole picture as it would lie inside its bucket."""
+    aspect = size[0] / size[1]
+    wider = bucket[0] / bucket[1] > aspect
+    width, height = (bucket[1] * aspect, bucket[1]) if wider else (bucket[0], bucket[0] / aspect)
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def pixels_of(picture: Planned) -> Tensor:
+    """The picture scaled to cover its bucket and cropped in the middle: uint8 [3, H, W]."""
+    (width, height), (wanted_width, wanted_height) = picture.size, picture.bucket
+    scale = max(wanted_width / width, wanted_height / height)
+    covering = int(width * scale + 0.5), int(height * scale + 0.5)
+    left, top = (covering[0] - wanted_width) // 2, (covering[1] - wanted_height) // 2
+    with Image.open(picture.path) as image:
+        scaled = image.convert("RGB").resize(covering, Image.Resampling.LANCZOS)
+    cropped = scaled.crop((left, top, left + wanted_width, top + wanted_height))
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
+
+
+def plan(folder: Path, sizes: list[Size]) -> list[Planned]:
+    """Every picture under ``folder``, those of one bucket together.
+
+    Raises ValueError for two that differ by extension alone, whose caches would have one name.
+    """
+    planned = []
+    seen: dict[tuple[Path, Size], Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES:
+            with Image.open(path) as image:  # reads the header alone
+                size = image.size
+            other = seen.setdefault((path.with_suffix(""), size), path)
+            if other != path:
+                raise ValueError(f"{other} and {path} would share one cache: rename one of them")
+            planned.append(Planned(path, size, bucket_for(size, sizes)))
+    return sorted(planned, key=lambda picture: picture.bucket)
+
+
+def draw(vae: fastvae.AutoencoderKL, pixels: Tensor, seeds: list[int], family: str) -> np.ndarray:
+    """A draw from each picture's posterior, float32 [B, L, h, w]; rows that overflow fp16 are done again in fp32."""
+    latents = fastvae.sample_posterior(moments_of_images(vae, pixels), seeds=seeds)
+    if family in SCALED:
+        latents = vae.scale_latents(latents)
+    return latents.float().cpu().numpy()
+
+
+def seed_of(name: str, seed: int) -> int:
+    """An unsigned 64-bit seed of the picture's own: no batch and no order changes its latents."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+
+
+def keep(path: Path, values: dict[str, np.ndarray]) -> None:
+    """Write a cache, with what it holds of other resolutions; whole or not at all."""
+    held = {}
+    if path.exists():
+        with np.load(path) as file:
+            held = dict(file)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    with partial.open("wb") as file:
+        np.savez(file, **{**held, **values})  # type: ignore[arg-type]
+    partial.replace(path)
+
+
+def is_kept(path: Path, names: list[str]) -> bool:
+    """Whether a cache holds all of these arrays."""
+    if not path.exists():
+        return False
+    with np.load(path) as held:
+        return set(names) <= set(held.files)
+
+
+def cache(
+    vae: fastvae.AutoencoderKL, pictures: list[Planned], family: str, *, batch: int, flip: bool = False, seed: int = 0
+) -> int:
+    """Encode the pictures that have no cache yet, and say how many they were."""
+    done = 0
+    for bucket, group in groupby(pictures, key=lambda picture: picture.bucket):
+        f = vae.downsample_factor
+        ending = f"_{bucket[1] // f}x{bucket[0] // f}" if family in SEVERAL_SIZES else ""
+        names = [f"{name}{ending}" for name in ("latents", "original_size", "crop_ltrb", *["latents_flipped"] * flip)]
+        missing = (picture for picture in group if not is_kept(picture.cache(family), names))
+        while rows := list(islice(missing, batch)):
+            pixels = torch.stack([pixels_of(picture) for picture in rows])
+            seeds = [seed_of(picture.path.name, seed) for picture in rows]
+            drawn = [draw(vae, pixels, seeds, family)]
+            drawn += [draw(vae, pixels.flip(3), seeds, family)] if flip else []
+            for picture, *latents in zip(rows, *drawn, strict=True):
+                values = [latents[0], np.array(picture.size), np.array(crop_ltrb(picture.size, bucket)), *latents[1:]]
+                keep(picture.cache(family), dict(zip(names, values, strict=True)))
+            done += len(rows)
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path, help="a folder of pictures, read recursively; caches lie beside them")
+    parser.add_argument("--vae", required=True, help="a directory or a Hub id")
+    parser.add_argument("--family", choices=["sd", "sdxl", "sd3", "flux"], required=True)
+    parser.add_argument("--side", type=int, default=1024, help="as sd-scripts' --resolution")
+    parser.add_argument("--step", type=int, default=64, help="as its --bucket_reso_steps")
+    parser.add_argument("--least", type=int, default=256, help="as its --min_bucket_reso")
+    parser.add_argument("--most", type=int, help="as its --max_bucket_reso; by default 1024, or the side if larger")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--flip", action="store_true", help="the mirrored picture's latents too, for its --flip_aug")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    sizes = bucket_sizes(arguments.side, arguments.step, arguments.least, arguments.most)
+    pictures = plan(arguments.photographs, sizes)
+    if not pictures:
+        parser.error(f"there is no picture ({', '.join(sorted(SUFFIXES))}) under {arguments.photographs}")
+
+    cuda = torch.cuda.is_available()
+    vae = fastvae.AutoencoderKL.from_pretrained(
+        arguments.vae,
+        torch_dtype=torch.float16 if cuda else torch.float32,
+        device="cuda" if cuda else "cpu",
+        parts=("encoder",),
+    )
+    fastvae.accelerate(vae, freeze=True)
+    done = cache(vae, pictures, arguments.family, batch=arguments.batch, flip=arguments.flip, seed=arguments.seed)
+    print(f"{done} of {len(pictures)} pictures encoded, in {len({picture.bucket for picture in pictures})} buckets")
+
+
+if __name__ == "__main__":
+    main()

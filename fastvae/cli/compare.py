@@ -1,0 +1,52 @@
+"""fastvae compare IMAGE..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
+
+
+@click.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
+)
+@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
+@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
+@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, writable=True), help="The table as one HTML file that fetches nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document in place of the table.")
+@click.pass_context
+@foreseen
+def compare(context: click.Context, images: tuple[str, ...], html: str | None, as_json: bool, **options: Any) -> None:
+    """How far the fast path is from eager torch and from float64, stage by stage, on these images.
+
+    Images are cropped to what the model takes, and otherwise as large as they are: float64 takes its time. The exit
+    code is 1 where a stage is further from float64 than twice eager's own error and one rounding.
+    """
+    if html is not None and not Path(html).absolute().parent.is_dir():
+        raise ValueError(f"html must be a file in a folder that is there, got {html!r}")
+    if html is not None:
+        from fastvae.report.page import check_extra
+
+        check_extra()  # before a minute is spent
+    from fastvae.report.compare import compare_files
+
+    source, found = compare_files(images, **options)
+    if as_json:
+        echo_json({"vae": source, **found.facts()})
+    else:
+        echo(printable(f"{source}: {found}"))
+    if html is not None:
+        from fastvae.report.page import comparison_page
+
+        Path(html).write_text(comparison_page(source, found), encoding="utf-8")
+    if not found.is_right:
+        context.exit(OTHER)

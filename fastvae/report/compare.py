@@ -1,0 +1,258 @@
+"""fastvae.compare: how far the fast path is from eager torch and from float64, stage by stage, on images at hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.data.devices import DTYPES, default_dtype, settled_device
+from fastvae.data.images import read_image
+from fastvae.fast.accelerate import unwrapped, vae_of
+from fastvae.fast.path import FastPath
+from fastvae.latents import ACCELERATED, like_weights, pixel_multiple, pixels_from_images
+from fastvae.report import contestants, stages
+from fastvae.report.correctness import tolerance
+from fastvae.report.figures import number
+
+HANDS = ("fast", "eager", "float64")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two activations are apart, over all images: NaN where one of them is not finite."""
+
+    largest: float
+    mean: float
+    rms: float
+    cosine: float
+    """1 - the cosine of the angle between them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The distances at one place of the network; each side goes on with its own values, so they add up on the way."""
+
+    name: str
+    path: str
+    """How the fast path comes here: "fused", "in place", or the reason for which it runs the layers as they stand."""
+    fast_eager: Distance
+    fast_float64: Distance
+    eager_float64: Distance
+    allowed: float
+    allowed_rms: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the fast path is within twice eager's own error and one rounding (where eager is not finite, finite).
+
+        Eager may lie in memory either way, NCHW or channels_last.
+        """
+        if not math.isfinite(self.eager_float64.largest):
+            return math.isfinite(self.fast_float64.largest)
+        return self.fast_float64.largest <= self.allowed and self.fast_float64.rms <= self.allowed_rms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found; ``str`` of it is a table."""
+
+    stages: list[Stage]
+    psnr: dict[str, float]
+    """Of the round trip through the posterior's mode, in dB, the mean over the images: "fast", "eager", "float64"."""
+    images: int
+    dtype: str
+    device: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every stage is."""
+        return all(stage.is_right for stage in self.stages)
+
+    def facts(self) -> dict[str, Any]:
+        """The same in values that JSON takes."""
+        rows = [{**asdict(stage), "is_right": stage.is_right} for stage in self.stages]
+        return {**asdict(self), "stages": rows, "is_right": self.is_right}
+
+    def __str__(self) -> str:
+        width = max(len(stage.name) for stage in self.stages)
+        images = f"{self.images} image" + "s" * (self.images != 1)
+        lines = [
+            f"{images}, {self.dtype} on {self.device}; the largest, mean and cosine error of each pair",
+            f"{'':{width}}  {'fast and eager':28}{'fast and float64':28}{'eager and float64':28}path",
+        ]
+        for stage in self.stages:
+            pairs = (stage.fast_eager, stage.fast_float64, stage.eager_float64)
+            cells = "".join(f"{_cell(pair):28}" for pair in pairs)
+            lines.append(f"{stage.name:{width}}  {cells}{stage.path}{'' if stage.is_right else '  TOO FAR'}")
+        there_and_back = ", ".join(f"{hand} {number(self.psnr[hand], 4)} dB" for hand in HANDS)
+        return "\n".join([*lines, f"round trip, PSNR: {there_and_back}"])
+
+
+def compare(vae_or_pipe: Any, images: Any) -> Comparison:
+    """Run images through a VAE three ways, and say at every stage how far they are apart.
+
+    vae_or_pipe: fastvae's or diffusers' autoencoder, or a pipeline with one. One that is accelerated is compared with
+    its own settings, another with those of a plain ``accelerate``; it is left as it is. images: as ``encode_latents``
+    takes them, or files (one path, or several of any sizes); sides are cropped to what the model takes.
+    Fast and eager run in the model's dtype on its device, without tiling, graphs or torch.compile, and float64 on a
+    copy, on the CPU where the device has none; image by image, so a batch changes nothing.
+    Raises ValueError for no images and what ``encode_latents`` refuses of them, for a model without encoder or decoder
+    and for weights on the meta device, ImageError for a file that cannot be read, and TypeError for what is no VAE.
+    """
+    vae = _whole(vae_or_pipe)
+    weight = next(vae.parameters())
+    path = vars(vae).get(ACCELERATED) or FastPath(deterministic=False, graphs=False, freeze=False)
+    wide = copy.deepcopy(vae, {id(path): None})
+    # torch's own cast: diffusers' warns of modules to be kept in fp32 even where a model has none.
+    place = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+    torch.nn.Module.to(wide, device=place, dtype=torch.float64)
+    gaps: dict[str, list[_Gap]] = {}
+    paths: dict[str, str] = {}
+    psnr: dict[str, list[float]] = {hand: [] for hand in HANDS}
+    count = 0
+    with torch.no_grad():
+        for x in _one_by_one(vae, images):
+            count += 1
+            paths |= {name: stages.kind_of(path, unwrapped(getattr(vae, name)), x) for name in ("encoder", "decoder")}
+            _measure(vae, wide, path, x, gaps, psnr)
+    if not count:
+        raise ValueError("images must hold at least one image, got none")
+    return Comparison(
+        stages=[_stage(name, paths.get(name.split(".")[0], "as it stands"), gaps[name], weight.dtype) for name in gaps],
+        psnr={hand: sum(values) / len(values) for hand, values in psnr.items()},
+        images=count,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+    )
+
+
+def compare_files(
+    images: Sequence[str],
+    vae: str = "tiny",
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> tuple[str, Comparison]:
+    """What ``fastvae compare`` measures: the model's name, and the comparison on these files.
+
+    vae: a directory, a preset (random weights), a Hub id, or "tiny". dtype and device: by default what suits this
+    machine. Raises what ``compare`` and from_pretrained raise, and ValueError for a device that is not there.
+    """
+    place = settled_device(device)
+    model, weights = contestants.opened(vae, subfolder, revision)
+    model = model.to(device=place, dtype=DTYPES[dtype or default_dtype(place)])
+    return f"{vae} (weights: {weights})", compare(model, list(images))
+
+
+def _whole(vae_or_pipe: Any) -> Any:
+    vae = vae_of(vae_or_pipe)
+    for name in ("encoder", "decoder"):
+        if getattr(vae, name, None) is None:
+            raise ValueError(f"compare needs a model with an encoder and a decoder, got one without its {name}")
+    if any(weight.device.type == "meta" for weight in vae.parameters()):
+        raise ValueError("compare needs weights that are in place, got some on the meta device: take off the offload")
+    return vae
+
+
+class _Gap:
+    """Sums over images from which a Distance is made, in float64, and the size of what was compared to."""
+
+    def __init__(self):
+        self.largest = self.total = self.squares = self.count = 0.0
+        self.product = self.own = self.other = 0.0
+        self.largest_other = 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        a, b = a.double().flatten(), b.double().flatten()
+        error = (a - b).abs()
+        self.largest = _larger(self.largest, error.max().item())
+        self.largest_other = _larger(self.largest_other, b.abs().max().item())
+        self.total += error.sum().item()
+        self.squares += error.square().sum().item()
+        self.count += error.numel()
+        self.product += (a @ b).item()
+        self.own += (a @ a).item()
+        self.other += (b @ b).item()
+
+    def distance(self) -> Distance:
+        lengths = math.sqrt(self.own * self.other)
+        cosine = self.product / lengths if lengths else 1.0
+        if not math.isfinite(self.total):
+            return Distance(*[math.nan] * 4)
+        return Distance(
+            self.largest, self.total / self.count, math.sqrt(self.squares / self.count), max(0.0, 1 - cosine)
+        )
+
+
+def _measure(
+    vae: Any, wide: Any, path: FastPath, x: Tensor, gaps: dict[str, list[_Gap]], psnr: dict[str, list[float]]
+) -> None:
+    """One image [1, C, H, W] through all three, and eager in channels_last, side by side."""
+    weight = next(wide.parameters())
+    laid_out = x.contiguous(memory_format=torch.channels_last)
+    side_by_side = [
+        stages.through(vae, x, path),
+        stages.through(vae, x, None),
+        stages.through(wide, x.to(weight), None),
+    ]
+    last: list[Tensor] = []
+    for *reached, (_, other) in zip(*side_by_side, stages.through(vae, laid_out, None), strict=True):
+        fast, eager, truth = last = [values.to(weight.device) for _, values in reached]
+        pairs = (fast, eager), (fast, truth), (eager, truth), (other.to(weight.device), truth)
+        for gap, pair in zip(gaps.setdefault(reached[0][0], [_Gap() for _ in pairs]), pairs, strict=True):
+            gap.add(*pair)
+    for hand, image in zip(HANDS, last, strict=True):
+        psnr[hand].append(_psnr(image, x.to(weight)))
+
+
+def _stage(name: str, path: str, gaps: list[_Gap], dtype: torch.dtype) -> Stage:
+    fast_eager, fast_float64, eager_float64, other = (gap.distance() for gap in gaps)
+    size, eps = gaps[2], torch.finfo(dtype).eps
+    # In channels_last, where the fast path computes, torch's own GroupNorm errs several times as much in fp32 on a CPU.
+    eager = max(eager_float64.largest, other.largest), max(eager_float64.rms, other.rms)
+    allowed = tolerance(*eager, size.largest_other, math.sqrt(size.other / size.count), eps)
+    return Stage(name, path, fast_eager, fast_float64, eager_float64, *allowed)
+
+
+def _one_by_one(vae: Any, images: Any) -> Iterator[Tensor]:
+    """Each image as pixels [1, C, H, W] in [-1, 1], like the weights, cropped to what the model takes."""
+    one = isinstance(images, (str, os.PathLike))
+    batches = [images]
+    if one or (isinstance(images, (list, tuple)) and images and isinstance(images[0], (str, os.PathLike))):
+        batches = ([read_image(Path(path)).image] for path in ([images] if one else images))
+    multiple = pixel_multiple(vae)
+    for batch in batches:
+        pixels = pixels_from_images(vae, batch)
+        if not pixels.shape[0]:
+            continue
+        height, width = (side - side % multiple for side in pixels.shape[2:])
+        if not (height and width):
+            raise ValueError(f"images must be at least {multiple} x {multiple} pixels, got {tuple(pixels.shape[2:])}")
+        for row in pixels[:, :, :height, :width].split(1):
+            yield like_weights(vae, row).contiguous()
+
+
+def _psnr(image: Tensor, x: Tensor) -> float:
+    """dB between two images in [-1, 1], the first clamped to it."""
+    if image.shape != x.shape:
+        return math.nan
+    error = (image.double().clamp(-1, 1) - x).div(2).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def _larger(a: float, b: float) -> float:
+    return b if math.isnan(b) else max(a, b)
+
+
+def _cell(distance: Distance) -> str:
+    return "  ".join(f"{value:.1e}" for value in (distance.largest, distance.mean, distance.cosine))

@@ -1,0 +1,59 @@
+"""A pytest plugin under which every AutoencoderKL of diffusers is accelerated as soon as it is built.
+
+For tests that know nothing of fastvae, diffusers' own above all: what they assert of a stock model must hold as well.
+``python -m pytest -p swap_in.everywhere <files>``, with this folder's parent on the path; make test-diffusers does it.
+"""
+
+import functools
+
+import diffusers
+
+import fastvae
+from fastvae.fast.path import FastPath
+
+COUNTS = {"models": 0, "calls": 0}
+
+
+def accelerate_at_construction(kind):
+    """Let a class accelerate each instance it makes; what is returned undoes that."""
+    stock = kind.__init__
+
+    # By its signature and names it stays what it was: configs are made from them.
+    @functools.wraps(stock)
+    def init(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        fastvae.accelerate(self)
+        COUNTS["models"] += 1
+
+    def undo():
+        kind.__init__ = stock
+
+    kind.__init__ = init
+    return undo
+
+
+def count_calls():
+    """Count the encoders' and decoders' calls that come to the fast path; what is returned undoes that."""
+    run = FastPath.run
+
+    def counted(self, part, x):
+        COUNTS["calls"] += 1
+        return run(self, part, x)
+
+    def undo():
+        FastPath.run = run
+
+    FastPath.run = counted
+    return undo
+
+
+def pytest_configure(config):
+    for undo in (accelerate_at_construction(diffusers.AutoencoderKL), count_calls()):
+        config.add_cleanup(undo)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much was really run so: a suite that builds no model would pass as well."""
+    terminalreporter.write_line(
+        "fastvae: {models} models accelerated at construction, {calls} calls on the fast path".format(**COUNTS)
+    )

@@ -1,0 +1,111 @@
+"""A tiny VAE beside its stock twin: what every test of the contract compares, and how it sees which path was taken."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from fast.small_models import smallest_model
+
+import fastvae
+from fastvae.fast import walk
+from fastvae.latents import ACCELERATED
+
+# A mark for tests of group offload.
+offloads_groups = pytest.mark.skipif(
+    diffusers.__version__.startswith("0.38.") and not torch.accelerator.is_available(),
+    reason="diffusers 0.38 offloads no group without an accelerator, stock models neither",
+)
+
+
+def tiny(hand="diffusers", seed=0, **config):
+    """The smallest frozen model with a block of every kind."""
+    return smallest_model(hand, seed, **config)
+
+
+def pixels(batch=1, size=16, dtype=torch.float32):
+    return (torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(dtype)
+
+
+def latents(batch=1, size=8, dtype=torch.float32):
+    return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def moments_of(vae, x):
+    return vae.encode(x).latent_dist.parameters
+
+
+def both_ways(vae, dtype=torch.float32, batch=1, size=16):
+    """Moments and image of a model, in this dtype."""
+    return moments_of(vae, pixels(batch, size, dtype)), vae.decode(latents(batch, size // 2, dtype)).sample
+
+
+def assert_same_bits(vae, stock, dtype=torch.float32):
+    for ours, plain in zip(both_ways(vae, dtype), both_ways(stock, dtype), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def assert_computes_like(vae, stock, dtype=torch.float32, batch=1, size=16):
+    """The outputs of a model are as accurate as those of stock; its eager twin in channels_last, as our layers are."""
+    plain = copy.deepcopy(stock).to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(stock).double()
+    wanted = both_ways(plain, dtype, batch, size), both_ways(exact, torch.float64, batch, size)
+    # The same rounded inputs for the truth.
+    if dtype != torch.float32:
+        x, z = pixels(batch, size, dtype).double(), latents(batch, size // 2, dtype).double()
+        wanted = wanted[0], (moments_of(exact, x), exact.decode(z).sample)
+    for values in zip(both_ways(vae, dtype, batch, size), *wanted, strict=True):
+        assert_as_accurate(*(value.detach() for value in values))
+
+
+class Walks:
+    """Counts the encoders and decoders that were walked block by block, which no module's own forward is."""
+
+    def __init__(self, monkeypatch):
+        self.parts, through = [], walk.through
+
+        def counted(part, x, run):
+            self.parts.append(type(part).__name__)
+            return through(part, x, run)
+
+        monkeypatch.setattr(walk, "through", counted)
+
+    def taken(self):
+        """The names of the parts that were walked since last asked."""
+        parts, self.parts = self.parts, []
+        return parts
+
+
+def is_accelerated(vae):
+    return ACCELERATED in vars(vae)
+
+
+def tiny_pipeline(vae=None):
+    """A text-to-image pipeline without its text encoder; its VAE is the tiny one."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return diffusers.StableDiffusionPipeline(
+        vae=tiny() if vae is None else vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet.eval().requires_grad_(False),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def fast_and_stock(hand="diffusers", **options):
+    """An accelerated model and its stock twin."""
+    return fastvae.accelerate(tiny(hand), **options), tiny(hand)
