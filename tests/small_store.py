@@ -1,11 +1,17 @@
 """What the tests of data and cli share: a VAE of a few thousand parameters, and folders of generated pictures."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from fastvae.data.leases import Leases
+from fastvae.data.records import PlannedRow
+from fastvae.data.shards import Row
+from fastvae.data.sources import SourceFile
+from fastvae.data.store import Store
 from fastvae.models import AutoencoderKL
 
 SIDE = 32
@@ -40,3 +46,60 @@ def write_pictures(folder: Path, count: int, suffix: str = ".png") -> list[str]:
     for index, name in enumerate(names):
         picture(index).save(folder / name)
     return names
+
+
+def moments_of(key: str, variant: int, bucket: tuple[int, int], channels: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and log-variance, fp16 [L, h, w], that write_store gives a row: no two names have the same."""
+    seed = int.from_bytes(hashlib.sha256(f"{variant} {key}".encode("utf-8", "surrogateescape")).digest()[:8], "little")
+    shape = (2, channels, bucket[0] // 8, bucket[1] // 8)
+    mean, logvar = np.random.default_rng(seed).normal(0, 5, shape)
+    return mean.astype(np.float16), logvar.astype(np.float16)
+
+
+def write_store(
+    path: Path,
+    rows_by_bucket: dict[tuple[int, int], list[str | tuple[str, int]]],
+    *,
+    rows_per_unit: int = 4,
+    columns: dict[str, dict] | None = None,
+    **changes,
+) -> Path:
+    """A store of generated moments: the keys, or (key, variant), of each bucket; ``changes`` are its scaling's.
+
+    A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves it out.
+    """
+    logvar, posterior = changes.pop("logvar", "fp16"), changes.pop("posterior", "dist")
+    scaling = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": None, "latents_std": None}
+    layout = {
+        "buckets": [f"{height}x{width}" for height, width in rows_by_bucket],
+        "latent_channels": 4,
+        "downsample_factor": 8,
+        "scaling": {**scaling, "batch_norm": False, **changes},
+        "metadata": {"fvl": "1"},
+        "source": {"vae": "generated"},
+        "created_by": "tests",
+    }
+    numerics = {"dtype": "fp32", "posterior": posterior, "mean": "fp16", "logvar": logvar}
+    identity = {"model": {"encoder_weights_sha256": "0"}, "numerics": numerics, "preprocess": {}}
+    path.mkdir(parents=True, exist_ok=True)
+    with Leases(path / "leases") as leases:
+        store = Store.create_or_open(path, identity, layout, leases)
+        fresh = []
+        for bucket, names in rows_by_bucket.items():
+            for key, variant in ((name, 0) if isinstance(name, str) else name for name in names):
+                file = SourceFile(key, 1, 0, columns=(columns or {}).get(key, {}))
+                fresh.append((bucket, PlannedRow(file, variant, bucket)))
+        for unit in store.extend_plan(fresh, lambda bucket: rows_per_unit):
+            store.commit(unit, [_row(planned, unit.bucket, logvar, posterior) for planned in unit.rows])
+    return path
+
+
+def _row(planned: PlannedRow, bucket: tuple[int, int], encoding: str, posterior: str) -> Row:
+    mean, logvar = moments_of(*planned.name, bucket)
+    extent = None
+    if encoding == "u8":
+        extent = np.array([logvar.min(), logvar.max()], np.float32)
+        logvar = np.round((logvar - extent[0]) * (255 / (extent[1] - extent[0]))).astype(np.uint8)
+    if posterior != "dist":
+        logvar = extent = None
+    return Row(planned.file.key, mean, logvar, bucket, (0, 0, *bucket), planned.variant, extent)

@@ -10,20 +10,42 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
 
 
 @click.command()
-@click.argument("src", type=click.Path(exists=True, file_okay=False))
+@click.argument("src", nargs=-1, required=True)
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", which is built in.')
 @click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
 @click.option("--revision", help="A branch, tag or commit of the Hub repository.")
-@click.option("--buckets", default="256", show_default=True, help="Side in pixels: scaled to cover, centre-cropped.")
+@click.option(
+    "--buckets",
+    default="256",
+    show_default=True,
+    help="Sizes by aspect ratio: a side in pixels, sdxl, flux, a JSON file, or scaled as in sdxl@256.",
+)
+@click.option(
+    "--crop",
+    type=click.Choice(["centre", "random"]),
+    default="centre",
+    show_default=True,
+    help="What is cut out of an image that covers its bucket.",
+)
+@click.option("--variants", type=click.IntRange(min=1), default=1, show_default=True, help="Random crops an image.")
+@click.option("--flip", is_flag=True, help="Encode each mirrored as well.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random crops and of --posterior sample.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
 @click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
 @click.option(
     "--posterior",
-    type=click.Choice(["dist", "mean"]),
+    type=click.Choice(["dist", "mean", "sample"]),
     default="dist",
     show_default=True,
-    help="Store mean and log-variance, or the mean alone.",
+    help="Store mean and log-variance, the mean alone, or one draw.",
+)
+@click.option(
+    "--logvar",
+    type=click.Choice(["fp16", "u8"]),
+    default="fp16",
+    show_default=True,
+    help="How log-variances are stored.",
 )
 @click.option(
     "--store-dtype",
@@ -53,16 +75,24 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
     help="Lay transparency over white, or drop it.",
 )
 @click.option("--max-pixels", type=Count(), default="178M", show_default=True, help="Larger images are refused unread.")
+@click.option("--image-column", default="image", show_default=True, help="Of a Parquet file or manifest.")
+@click.option("--key-column", default="key", show_default=True, help="Of a Parquet file or manifest.")
+@click.option("--scheme", "schemes", multiple=True, help="A URL scheme that a manifest may name, as in https.")
+@click.option("--dry-run", is_flag=True, help="Plan, report, and write nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first N images only.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No plan, no progress bar.")
 @click.pass_context
 @foreseen
-def encode(context: click.Context, src: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Encode the images under the folder SRC into the latent store OUT, or go on where a run stopped."""
+def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Encode the images of SRC into the latent store OUT, or go on where a run stopped.
+
+    SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, on this machine or wherever fsspec
+    reaches. Any number of these commands may share one OUT.
+    """
     from fastvae.data.encode import encode as run
 
-    report = run(src, out, progress=not quiet, **options)
+    report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **options)
     if as_json:
         echo(report.to_json())
     else:

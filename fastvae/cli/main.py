@@ -1,4 +1,4 @@
-"""fastvae demo | encode | decode | info | bench | doctor."""
+"""fastvae demo | encode | decode | info | bench | compare | doctor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import click
 
 from fastvae import __version__
 from fastvae.cli.bench import bench
+from fastvae.cli.compare import compare
 from fastvae.cli.decode import decode
 from fastvae.cli.demo import demo
 from fastvae.cli.doctor import doctor
@@ -22,13 +23,13 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 a store is damaged or is none, or something else went wrong, 2 a wrong argument,
-    3 more failures than allowed, 4 the store was made by another model or other settings, 5 another run is
-    writing the store, 6 no space left, 75 interrupted: run it again. FASTVAE_DEBUG=1 in the environment shows
-    where an error came from.
+    3 more failures than allowed, 4 the store was made by another model or other settings, 5 another run has
+    been planning the store for half an hour, 6 no space left, 75 interrupted: run it again. FASTVAE_DEBUG=1 in
+    the environment shows where an error came from.
     """
 
 
-for command in (demo, encode, decode, info, bench, doctor):
+for command in (demo, encode, decode, info, bench, compare, doctor):
     cli.add_command(command)
 
 

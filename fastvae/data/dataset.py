@@ -2,48 +2,81 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastvae.data.buckets import Size, parse_size
+from fastvae.data.collate import Rows
+from fastvae.data.mapped_shards import Mapped, map_shard
+from fastvae.data.noise import checked, draw, noise_keys
+from fastvae.data.shards import sample_id
+from fastvae.data.space import Space
 from fastvae.data.store import Store, StoreError
 
-# Handles kept open by each process. A shard is about 256 MB, so this covers half a terabyte before any is reopened.
+# Maps kept by each process. A shard is about 256 MB, so this covers half a terabyte before any is made again.
 OPEN_SHARDS = 2048
+ITEM = ("mean", "logvar", "latents", "noise_key", "key", "original_hw", "crop_tlhw", "bucket", "variant", "sample_id")
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """The rows of the store at ``path``, in the order of their keys' shards.
+    """The rows of the store at ``path``, in the order of their shards.
 
-    Item: ``mean`` and ``logvar`` [L, h, w] (``logvar`` missing when only means were stored), ``key``, ``original_hw``
-    (height, width of the upright source), ``crop_tlhw`` (top, left, height, width in the scaled image), ``bucket``
-    (height, width in pixels), ``variant`` and ``sample_id`` (torch.uint64, which default collation can stack). As
-    stored, latents are raw, in the store's dtype (fp16); with ``scaled=True`` they are fp32 and ready to train on: the
-    mean is shifted and scaled as scale_latents does, and 2 ln(scale) is added to the log-variance, so that sampling
+    Item: ``mean`` and ``logvar`` [L, h, w] (``logvar`` missing when only means were stored); ``noise_key``
+    (torch.uint64), the row's seed for sample_posterior in this epoch, from ``seed``, the epoch, the key and the variant
+    alone; ``key``, ``original_hw`` (height, width of the upright source), ``crop_tlhw`` (top, left, height, width in
+    the scaled image), ``bucket`` (height, width in pixels), ``variant`` and ``sample_id`` (torch.uint64).
+    As stored, latents are raw, in the store's dtype (fp16); with ``scaled=True`` they are fp32 and ready to train on:
+    the mean is shifted and scaled as scale_latents does, and 2 ln(scale) is added to the log-variance, so that sampling
     commutes with scaling.
-    Raises StoreError (a ValueError) if ``path`` is not a store, holds no committed row, or cannot be scaled.
+    posterior: "dist" for all that is stored; "mean" for the means alone; "sample" for ``latents`` [L, h, w] in place of
+    both, fp32, drawn on the CPU. A store of single draws has them as ``latents``, in its own dtype.
+    columns: names of columns of the source, such as captions, that items carry too; None in a row that lacks one.
+    A batch sampler's rows are read together, and ``collate`` takes them as they lie.
+    Raises StoreError (a ValueError) if ``path`` is not a store, holds no committed row or not what ``posterior`` needs,
+    or cannot be scaled; ValueError for another posterior, seed or column.
     """
 
-    def __init__(self, path: str | os.PathLike[str], scaled: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        scaled: bool = False,
+        *,
+        posterior: Literal["dist", "mean", "sample"] = "dist",
+        seed: int = 0,
+        columns: Sequence[str] = (),
+    ):
         self.path = Path(path)
         self.scaled = scaled
+        if posterior not in ("dist", "mean", "sample"):
+            raise ValueError(f"posterior must be 'dist', 'mean' or 'sample', got {posterior!r}")
+        self.posterior = posterior
+        self.seed = checked("seed", seed)
         store = Store.open(self.path)
-        index, _ = store.resolve()
+        index = store.resolve()
         if not index:
             raise StoreError(f"{self.path} holds no committed latents: run fastvae encode, or let it finish")
-        self._keys = list(index)
-        self._places = list(index.values())
         self._facts = store.facts
-        self._has_logvar = store.facts["identity"]["numerics"]["posterior"] == "dist"
-        self._factor, self._shift = _affine(store.facts["scaling"]) if scaled else (None, None)
-        self._handles: dict[str, Any] = {}
-        self._handles_of = os.getpid()
+        self._stored = store.facts["identity"]["numerics"]["posterior"]
+        if posterior not in ("dist", self._stored) and self._stored != "dist":
+            raise StoreError(f"{self.path} has no posterior {posterior!r}: it was made with {self._stored!r}")
+        self._with_logvar = self._stored == "dist" and posterior != "mean"
+        self._space = Space(store.facts["scaling"], scaled)
+        self._keys = [key for key, _ in index]
+        self._variants = np.array([variant for _, variant in index])
+        names, self._shard_of = np.unique([shard for shard, _ in index.values()], return_inverse=True)
+        self._names: list[str] = names.tolist()
+        self._row_of = np.array([row for _, row in index.values()])
+        self._columns = _named_columns(store, columns, self._keys)
+        # Shared memory: set_epoch then reaches workers that live on.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._maps: dict[int, Mapped] = {}
+        self._maps_of = os.getpid()
 
     @property
     def scaling(self) -> dict[str, Any]:
@@ -56,10 +89,9 @@ class LatentDataset(torch.utils.data.Dataset):
         return self._facts["downsample_factor"]
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(L, h, w) of every row."""
-        channels, height, width = self._facts["latent_shape"]
-        return channels, height, width
+    def latent_channels(self) -> int:
+        """L, the channels of every row's mean."""
+        return self._facts["latent_channels"]
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -71,77 +103,119 @@ class LatentDataset(torch.utils.data.Dataset):
         """The sha256 that the store's identity gives the encoder's weights."""
         return self._facts["identity"]["model"]["encoder_weights_sha256"]
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that noise keys are of."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw from now on the noise of ``epoch``, 0 or more; workers that live on take it with their next batch."""
+        self._epoch.fill_(checked("epoch", epoch, 63))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same noise: the epoch, and the seed to compare."""
+        return {"epoch": self.epoch, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the epoch of ``state``; raises ValueError if it is of another seed."""
+        if state["seed"] != self.seed:
+            raise ValueError(f"the state is of seed {state['seed']}, this dataset has seed {self.seed}")
+        self.set_epoch(state["epoch"])
+
     def keys(self) -> list[str]:
-        """The key of every row, in row order: the source file's path relative to the encoded folder."""
+        """The key of every row, in row order; one with several variants comes once for each."""
         return list(self._keys)
+
+    def shards(self) -> list[tuple[tuple[int, int], Tensor]]:
+        """The bucket (height, width in pixels) and the row numbers, int64 [N], of each shard, in order."""
+        order = np.argsort(self._shard_of, kind="stable")
+        rows = np.split(order, np.cumsum(np.bincount(self._shard_of, minlength=len(self._names)))[:-1])
+        return [(_bucket(name), torch.from_numpy(each)) for name, each in zip(self._names, rows, strict=True)]
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard_name, row = self._places[index]  # a list's own IndexError ends a for loop over the dataset
-        shard = self._open(shard_name)
-        try:
-            mean = shard["mean"][row]
-            logvar = shard["logvar"][row] if self._has_logvar else None
-        except SafetensorError as error:
-            raise StoreError(f"row {row} of {self.path / 'shards' / shard_name} cannot be read: {error}") from error
-        if self._factor is not None and self._shift is not None:
-            mean = (mean.float() - self._shift) * self._factor
-            logvar = None if logvar is None else logvar.float() + 2 * self._factor.abs().log()
-        item = {
-            "mean": mean,
-            "key": self._keys[index],
-            "original_hw": shard["original_hw"][row],
-            "crop_tlhw": shard["crop_tlhw"][row],
-            "bucket": torch.tensor([side * self.downsample_factor for side in mean.shape[1:]], dtype=torch.int32),
-            "variant": int(shard["variant"][row]),
-            "sample_id": shard["sample_id"][row],
-        }
-        return item if logvar is None else {**item, "logvar": logvar}
+        if not -len(self) <= index < len(self):  # an IndexError ends a for loop over the dataset
+            raise IndexError(f"index must be within the dataset's {len(self)} rows, got {index}")
+        return self._read(np.array([index % len(self)]))[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
+        """The items of ``indices``; those of one bucket are read as one batch, which collate takes as it is."""
+        numbers = np.asarray(indices, dtype=np.int64)
+        buckets = {_bucket(self._names[shard]) for shard in np.unique(self._shard_of[numbers])}
+        return self._read(numbers) if len(buckets) == 1 else [self[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_maps": {}}
 
-    def _open(self, name: str) -> dict[str, Any]:
-        """The shard's latents as memory-mapped slices and its small columns whole, opened once in each process."""
-        if self._handles_of != os.getpid():  # after a fork: a map of the parent's is not shared with it
-            self._handles, self._handles_of = {}, os.getpid()
-        if name not in self._handles:
-            if len(self._handles) >= OPEN_SHARDS:
-                self._handles.clear()
+    def _read(self, numbers: np.ndarray) -> Rows:
+        """Rows of one bucket, by their numbers, none negative."""
+        shards, rows = self._shard_of[numbers], self._row_of[numbers]
+        parts = [self._map(shard) for shard in shards.tolist()]
+        keys = [self._keys[number] for number in numbers.tolist()]
+        seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
+        stored = {name: _gathered(parts, rows, name) for name in parts[0].columns}
+        batch: dict[str, Any] = {"mean": self._space.mean(stored["mean"])}
+        if self._with_logvar:
+            extent = stored.get("logvar_range")
+            batch["logvar"] = self._space.logvar(stored["logvar"], extent, stored["mean"].dtype)
+        if self._stored == "sample":
+            batch = {"latents": batch["mean"]}
+        elif self.posterior == "sample":
+            batch = {"latents": draw(batch["mean"], batch["logvar"], seeds)}
+        batch["noise_key"] = torch.tensor(seeds, dtype=torch.uint64)
+        batch["key"] = keys
+        sample, variant, original, crop = stored["about"].split([1, 1, 2, 4], dim=1)
+        batch["original_hw"], batch["crop_tlhw"] = original.to(torch.int32), crop.to(torch.int32)
+        batch["variant"], batch["sample_id"] = variant[:, 0].clone(), sample[:, 0].clone().view(torch.uint64)
+        batch["bucket"] = torch.tensor([_bucket(self._names[shards[0]])], dtype=torch.int32).repeat(len(keys), 1)
+        batch |= {name: [values.get(key) for key in keys] for name, values in self._columns.items()}
+        return Rows(batch)
+
+    def _map(self, shard: int) -> Mapped:
+        """The shard's tensors, mapped once in each process, and seen to hold the rows that were listed."""
+        if self._maps_of != os.getpid():  # after a fork: a map of the parent's is not shared with it
+            self._maps, self._maps_of = {}, os.getpid()
+        if shard not in self._maps:
+            if len(self._maps) >= OPEN_SHARDS:
+                self._maps.clear()
+            name = self._names[shard]
+            sides = tuple(side // self.downsample_factor for side in _bucket(name))
             path = self.path / "shards" / name
-            try:
-                self._handles[name] = _columns(path, self._has_logvar)
-            except (OSError, SafetensorError) as error:
-                raise StoreError(f"{path} cannot be read: {error}") from error
-        return self._handles[name]
+            mapped = map_shard(path, (self.latent_channels, *sides), self._with_logvar)
+            own = np.flatnonzero(self._shard_of == shard)
+            listed = {
+                int(self._row_of[number]): (sample_id(self._keys[number]), int(self._variants[number]))
+                for number in own.tolist()
+            }
+            if not mapped.holds(listed):
+                raise StoreError(f"{path} holds other rows than when it was listed: open the dataset again")
+            self._maps[shard] = mapped
+        return self._maps[shard]
 
 
-def _columns(path: Path, has_logvar: bool) -> dict[str, Any]:
-    handle = safe_open(os.fspath(path), framework="pt")
-    small = safe_open(os.fspath(path), framework="np")
-    columns: dict[str, Any] = {"mean": handle.get_slice("mean")}
-    if has_logvar:
-        columns["logvar"] = handle.get_slice("logvar")
-    for name in ("original_hw", "crop_tlhw", "sample_id"):
-        columns[name] = torch.from_numpy(small.get_tensor(name))
-    columns["variant"] = small.get_tensor("variant").tolist()
-    return columns
+def _gathered(parts: list[Mapped], rows: np.ndarray, name: str) -> Tensor:
+    """Column ``name`` of each row of its part, copied into one tensor [B, ...]."""
+    if all(part is parts[0] for part in parts):
+        return parts[0].columns[name].index_select(0, torch.from_numpy(rows))
+    return torch.stack([part.columns[name][row] for part, row in zip(parts, rows.tolist(), strict=True)])
 
 
-def _affine(scaling: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """factor and shift [L or 1, 1, 1] with scaled = (raw - shift) * factor."""
-    if scaling["batch_norm"]:
-        advice = "read with scaled=False, and pass what is sampled through fastvae.scale_latents(vae, z)"
-        raise StoreError(f"this store's model normalises patches of latents by its batch norm: {advice}")
-    factor = float(scaling["scaling_factor"])
-    mean: Sequence[float] | None = scaling["latents_mean"]
-    std: Sequence[float] | None = scaling["latents_std"]
-    if mean is not None and std is not None:
-        shifts, factors = list(mean), [factor / deviation for deviation in std]
-    else:
-        shifts, factors = [float(scaling["shift_factor"] or 0.0)], [factor]
-    if not all(math.isfinite(value) and value != 0 for value in factors):
-        raise StoreError(f"the store's scaling must be finite and not zero, got {factors}")
-    return torch.tensor(factors).view(-1, 1, 1), torch.tensor(shifts).view(-1, 1, 1)
+def _bucket(shard: str) -> Size:
+    """Height and width in pixels, by the shard's name."""
+    return parse_size(shard.removesuffix(".safetensors").rsplit("-", 1)[-1])
+
+
+def _named_columns(store: Store, names: Sequence[str], keys: list[str]) -> dict[str, dict[str, Any]]:
+    """Values by key of each column of the source in ``names``."""
+    if taken := sorted({*names} & {*ITEM}):
+        raise ValueError(f"columns must not have the name of another part of an item, got {', '.join(taken)}")
+    if not names:
+        return {}
+    given = store.columns()
+    found = {name: {key: given[key][name] for key in keys if name in given.get(key, {})} for name in names}
+    if missing := [name for name in names if not found[name]]:
+        there = sorted({name for key in keys for name in given.get(key, {})})
+        raise ValueError(f"columns must be among those of the source, {', '.join(there) or 'none'}, got {missing[0]}")
+    return found

@@ -110,7 +110,7 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
 
 
 def _check_channels(dataset: LatentDataset, model: Any) -> None:
-    channels, taken = dataset.latent_shape[0], model.config.latent_channels
+    channels, taken = dataset.latent_channels, model.config.latent_channels
     if taken != channels:
         raise ValueError(f"the model decodes {taken} latent channels, the store has {channels}")
     if model.config.out_channels not in CHANNELS:

@@ -1,78 +1,74 @@
-"""A folder of images to a latent store: the run behind ``fastvae encode``."""
+"""A source of images to a latent store: the run behind ``fastvae encode``."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from fastvae import __version__
-from fastvae.data.console import Stderr, say
+from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, Batches, check_memory, positive, settle_workers
+from fastvae.data.buckets import Buckets, size_name
 from fastvae.data.devices import settled_device
 from fastvae.data.images import DEFAULT_MAX_PIXELS
+from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
 from fastvae.data.moment_encoder import MomentEncoder
-from fastvae.data.pipeline import BackgroundWriter, Chunk, Reading, chunks_of, decode_chunk, encoded_chunks
-from fastvae.data.preprocess import bucket_side
-from fastvae.data.reasons import ImageError
+from fastvae.data.noise import checked
+from fastvae.data.pipeline import Encoding
+from fastvae.data.plan import count_by_bucket, fresh_files, needed_bytes, rows_of
+from fastvae.data.preprocess import CROPS, Variants
+from fastvae.data.reading import Reading
+from fastvae.data.records import Unit
 from fastvae.data.report import EncodeReport, parse_limit
-from fastvae.data.settings import (
-    MAX_BATCH,
-    MAX_WORKERS,
-    Settings,
-    check_choices,
-    check_memory,
-    decided,
-    identity_of,
-    layout_of,
-    load_model,
-    positive,
-    settle_workers,
-)
-from fastvae.data.sources import SourceFile, list_folder
-from fastvae.data.store import Commit, Failure, Store, Unit
+from fastvae.data.run import Run, announce, execute, finish
+from fastvae.data.settings import Settings, check_choices, decided, identity_of, layout_of, load_model
+from fastvae.data.sources import Listing, SourceFile, open_source
+from fastvae.data.store import Store
+from fastvae.data.storing import LOGVARS, POSTERIORS, Storing
 from fastvae.latents import downsample_factor, pixel_multiple
 
-# How many files may be unreadable before the dtype's error is measured on fewer images than a batch, or on none.
-TRIED_IN_VAIN = 16
+SourceName = str | os.PathLike[str]
 
 
-@dataclass
-class _Run:
-    """One run's resolved settings and parts."""
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for, made definite, before the output is touched."""
 
-    store: Store
+    out: Path
+    model: Any
+    made_with: dict[str, Any]
     settings: Settings
-    encoder: MomentEncoder
     reading: Reading
-    report: EncodeReport
-    on_error: str
-    progress: bool
+    listing: Listing
+    files: list[SourceFile]
+    identity: dict[str, Any]
+    layout: dict[str, Any]
 
 
 def encode(
-    src: str | os.PathLike[str],
+    src: SourceName | Sequence[SourceName],
     out: str | os.PathLike[str],
     *,
     vae: str | os.PathLike[str] | torch.nn.Module = "tiny",
     subfolder: str | None = None,
     revision: str | None = None,
-    buckets: int | str = 256,
+    buckets: int | str | os.PathLike[str] = 256,
+    crop: str = "centre",
+    variants: int = 1,
+    flip: bool = False,
+    seed: int = 0,
     dtype: str | None = None,
     posterior: str = "dist",
     store_dtype: str = "fp16",
+    logvar: str = "fp16",
     batch: int | str = "auto",
     workers: int | str = "auto",
     shard_mb: float = 256,
@@ -80,68 +76,77 @@ def encode(
     on_error: str = "quarantine",
     alpha: str = "white",
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    image_column: str = "image",
+    key_column: str = "key",
+    schemes: Collection[str] = (),
     device: str | torch.device | None = None,
     progress: bool = True,
     limit: int | None = None,
+    dry_run: bool = False,
 ) -> EncodeReport:
-    """Encode every image under the folder ``src`` into the latent store ``out``, or go on where a run stopped.
+    """Encode every image of ``src`` into the latent store ``out``, or go on where a run stopped.
 
-    vae: a directory, a Hub id (with ``subfolder``, ``revision``), "tiny", or a model, which is copied. buckets: the
-    side in pixels of the square that images are scaled to cover and centre-cropped to. dtype: "fp32", "bf16" or "fp16";
-    by default the store's own, else fp16 on a GPU, bf16 on a CPU that computes in it, fp32 on others. posterior: "dist"
-    stores mean and log-variance, "mean" the mean; store_dtype: the mean as "fp16" or "fp32". batch: images a step (1 on
-    a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two. max_failures: rows that may
-    fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or "fail" to stop at the first.
-    alpha, max_pixels: see read_image. progress: a plan line and a bar on stderr. limit: the first N images only.
-    Images that fail are listed in OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an
-    argument or an empty source, StoreError when ``out`` is damaged or holds other things, StoreLocked when another run
-    writes it, IdentityMismatch when it was made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when
-    the disk is full. Whatever is raised, committed shards stay valid, and the same call resumes.
+    src, image_column, key_column, schemes: see open_source. vae: a directory, a Hub id (with ``subfolder``,
+    ``revision``), "tiny", or a model, which is copied. buckets: the sizes that images are scaled to cover and cropped
+    to, by aspect ratio: a side in pixels for one square, "sdxl", "flux", a JSON file, or one of these scaled down as in
+    "sdxl@256". crop: "centre", or "random", drawn by ``seed`` from [0, 2^64) and stored; variants: how many such crops
+    an image; flip: each mirrored as well. dtype: "fp32", "bf16" or "fp16"; by default the store's own, else fp16 on a
+    GPU, bf16 on a CPU that computes in it, fp32 on others. posterior: "dist" stores mean and log-variance, "mean" the
+    mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
+    batch: images a step (1 on a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two.
+    max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
+    "fail" to stop at the first. alpha, max_pixels: see read_image. progress: a plan line and a bar on stderr. limit:
+    the first N images only. dry_run: plan, report and write nothing.
+    Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
+    OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
+    StoreError when ``out`` is damaged or holds other things, StoreLocked when another run plans it for too long,
+    IdentityMismatch when it was made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when the disk is
+    full. Whatever is raised, committed shards stay valid, and the same call resumes.
     """
     check_choices(
-        posterior=(posterior, ("dist", "mean")),
+        posterior=(posterior, POSTERIORS),
         store_dtype=(store_dtype, ("fp16", "fp32")),
+        logvar=(logvar, LOGVARS),
+        crop=(crop, CROPS),
         on_error=(on_error, ("quarantine", "fail")),
         alpha=(alpha, ("white", "drop")),
         dtype=(dtype, (None, "fp32", "bf16", "fp16")),
     )
     _check_amounts(shard_mb, limit, max_failures, max_pixels, batch, workers)
-    if os.path.exists(out) and os.path.exists(src) and os.path.samefile(src, out):
-        raise ValueError(f"out must be another folder than src, both are {os.fspath(src)!r}")
+    source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
+    if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
+        raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     place = settled_device(device)
-    listing = list_folder(src, exclude=out)
-    model, source = load_model(vae, subfolder, revision)
-    factor = downsample_factor(model)
-    side = bucket_side(buckets, factor, pixel_multiple(model) // factor)
-    settings = decided(Path(out), Settings(dtype, posterior, store_dtype, side, factor, alpha, place))
+    kinds = _variants(crop, variants, flip, seed)
+    listing = source.listing(exclude=out)
+    model, made_with = load_model(vae, subfolder, revision)
+    table = Buckets.named(buckets, pixel_multiple(model))
+    storing = Storing(posterior, store_dtype, logvar, seed)
+    factor, channels = downsample_factor(model), int(model.config.latent_channels)
+    wanted = Settings(dtype, storing, table, kinds, alpha, factor, channels, place)
+    settings = decided(Path(out), wanted)
     check_memory(model, settings, batch)
-    identity, layout = identity_of(model, settings), layout_of(model, source, settings)
-    reading = Reading(Path(src), settings.side, alpha, max_pixels)
+    reading = Reading(source, table, kinds, alpha, max_pixels)
+    identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
+    job = _Job(Path(out), model, made_with, settings, reading, listing, listing.files[:limit], identity, layout)
     # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
-    files = listing.files[:limit]
-    existing = Store.check(Path(out), identity)
-    count = len(files)
-    if existing is not None:
-        commits = existing.commits()
-        unfinished = _count([unit for unit in existing.units() if unit.number not in commits])
-        count = unfinished + len(_fresh(existing, listing.files, files, reading))
-    _check_room(Path(out), settings, layout, count)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with locked(Path(out)):
-        store = Store.create_or_open(Path(out), identity, layout)
-        encoder = MomentEncoder(model, str(settings.dtype), place, posterior, store_dtype)
-        report = EncodeReport(os.fspath(out), store.facts["identity_digest"], str(settings.dtype), None)
-        report.ignored_files, report.unreadable_places = listing.ignored, listing.unreadable
-        run = _Run(store, settings, encoder, reading, report, on_error, progress)
-        fresh = _fresh(store, listing.files, files, reading)
-        store.extend_plan(fresh, max(1, int(shard_mb * 1e6) // settings.row_size(layout["latent_shape"][0])))
-        commits = store.commits(whole=True)
-        report.resumed = sum(commit.rows for commit in commits.values())
-        todo = [unit for unit in store.units() if unit.number not in commits]
-        settle_workers(report, encoder, settings.side, _count(todo), batch, workers)
-        _announce(run, todo, source["vae"])
-        _execute(run, todo)
-        _finish(run, max_failures)
+    existing = _foreseen(job)
+    report = _report(job)
+    if dry_run:
+        return _planned(job, existing, report)
+    with contextlib.ExitStack() as held:
+        job.out.mkdir(parents=True, exist_ok=True)
+        with locked(job.out):
+            leases = held.enter_context(Leases(job.out / "leases"))
+            store, todo = _plan(job, leases, shard_mb, report)
+        encoder = MomentEncoder(model, str(settings.dtype), place)
+        batches = Batches(batch, encoder)
+        run = Run(store, leases, settings, reading, Encoding(encoder, storing, batches), report, on_error, progress)
+        settle_workers(report, batches, encoder, count_by_bucket(todo), workers)
+        announce(run, todo, made_with["vae"], _free(job.out))
+        execute(run, todo)
+        with locked(job.out):
+            finish(run, max_failures)
     return report
 
 
@@ -165,37 +170,66 @@ def _check_amounts(
     parse_limit(max_failures, 1)
 
 
-def _fresh(store: Store, listed: list[SourceFile], files: list[SourceFile], reading: Reading) -> list[SourceFile]:
-    """Those of ``files`` that need a unit, among them failures whose cause may be gone.
-
-    A failure is in the file's bytes, but for two: what could not be read and can be now, and what was too large for a
-    lower limit than today's.
-    Raises ValueError if nothing ``listed`` shares a key with the plan: its rows would mix with another folder's.
-    """
-    known = {file.key for unit in store.units() for file in unit.files}
-    if known and known.isdisjoint(file.key for file in listed):
-        raise ValueError(f"{store.path} was made from another folder: none of its {len(known)} keys is in the source")
-
-    def again(failure: Failure, commit: Commit) -> bool:
-        if failure.reason == "unreadable":
-            return _opens(reading.root / failure.key)
-        return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)
-
-    return store.fresh(files, again)
+def _variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
+    most = 2**15  # a variant's number, mirrored ones included, is stored in 16 bits
+    if isinstance(crops, bool) or not isinstance(crops, int) or not 1 <= crops <= most:
+        raise ValueError(f"variants must be from 1 to {most}, got {crops!r}")
+    if crop == "centre" and crops > 1:
+        raise ValueError(f"variants must be 1 with crop='centre', where all would be the same, got {crops}")
+    return Variants(crop, crops, bool(flip), checked("seed", seed))
 
 
-def _opens(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError:
-        return False
-    return True
+def _foreseen(job: _Job) -> Store | None:
+    """The store that is there; raises what can be told of it, and of the disk, without writing anything."""
+    existing = Store.check(job.out, job.identity)
+    files, done = job.files, 0
+    if existing is not None:
+        commits = existing.commits()
+        done = sum(len(unit.rows) for unit in existing.units() if unit.number not in commits)
+        files = fresh_files(existing, job.listing.files, job.files, job.reading)
+    count = done + len(files) * job.reading.variants.count
+    # The images' buckets are not known yet: at least this much.
+    _check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
+    return existing
 
 
-def _check_room(out: Path, settings: Settings, layout: dict[str, Any], count: int) -> None:
-    """Raises OSError, ENOSPC, if ``count`` rows do not fit where ``out`` is or will be."""
-    needed = count * settings.row_size(layout["latent_shape"][0])
+def _plan(job: _Job, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:
+    """The store with a plan for every file, and the units without a commit; by the holder of the lock."""
+    store = Store.create_or_open(job.out, job.identity, job.layout, leases)
+    fresh = rows_of(fresh_files(store, job.listing.files, job.files, job.reading), job.reading)
+    row_size = job.settings.row_size
+    _check_room(job.out, sum(row_size(bucket) for bucket, _ in fresh))
+    store.extend_plan(fresh, lambda bucket: max(1, int(shard_mb * 1e6) // row_size(bucket)), job.files)
+    commits = store.commits(whole=True)
+    report.resumed = sum(commit.rows for commit in commits.values())
+    return store, [unit for unit in store.units() if unit.number not in commits]
+
+
+def _planned(job: _Job, existing: Store | None, report: EncodeReport) -> EncodeReport:
+    """The report of a dry run."""
+    commits = existing.commits() if existing is not None else {}
+    report.resumed = sum(commit.rows for commit in commits.values())
+    counts = count_by_bucket([unit for unit in existing.units() if unit.number not in commits] if existing else [])
+    files = fresh_files(existing, job.listing.files, job.files, job.reading) if existing else job.files
+    for bucket, row in rows_of(files, job.reading):
+        counts[bucket] = counts.get(bucket, 0) + 1
+        report.unreadable_headers += not all(row.original_hw)
+    report.planned = {size_name(bucket): count for bucket, count in counts.items()}
+    report.planned_bytes = needed_bytes(counts, job.settings.row_size)
+    return report
+
+
+def _report(job: _Job) -> EncodeReport:
+    from fastvae.data.identity import digest
+
+    report = EncodeReport(os.fspath(job.out), digest(job.identity), str(job.settings.dtype), None)
+    report.ignored_files, report.unreadable_places = job.listing.ignored, job.listing.unreadable
+    report.duplicate_keys, report.notes = job.listing.duplicates, list(job.listing.notes)
+    return report
+
+
+def _check_room(out: Path, needed: int) -> None:
+    """Raises OSError, ENOSPC, if ``needed`` bytes do not fit where ``out`` is or will be."""
     free = _free(out)
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
@@ -204,111 +238,3 @@ def _check_room(out: Path, settings: Settings, layout: dict[str, Any], count: in
 def _free(out: Path) -> int:
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
-
-
-def _count(units: list[Unit]) -> int:
-    return sum(len(unit.files) for unit in units)
-
-
-def _announce(run: _Run, todo: list[Unit], source: str) -> None:
-    """Measure the dtype's error, and say what will be done."""
-    report, store = run.report, run.store
-    report.dtype_error = _measured_error(run, todo)
-    if not run.progress:
-        return
-    count = _count(todo)
-    needed = count * run.settings.row_size(store.facts["latent_shape"][0])
-    error = "" if report.dtype_error is None else f" (error vs fp32 {100 * report.dtype_error:.2g} %)"
-    say(
-        f"encode  {source}  {report.dtype}{error}  {run.settings.posterior}  bucket {store.bucket}  "
-        f"{count} images  ~{needed / 1e6:.1f} MB (free {_free(store.path) / 1e6:.0f} MB)  "
-        f"{report.workers} workers of batch {report.batch}\n"
-    )
-    if report.resumed:
-        say(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
-
-
-def _measured_error(run: _Run, todo: list[Unit]) -> float | None:
-    """The dtype's error on the run's first batch of images that can be read, at the bucket's size."""
-    if run.report.dtype == "fp32":
-        return None
-    pixels: list[np.ndarray] = []
-    files = (file for unit in todo for file in unit.files)
-    for file in itertools.islice(files, run.report.batch + TRIED_IN_VAIN):
-        chunk = decode_chunk(Chunk(todo[0], (file,), True), run.reading)
-        pixels += [item.pixels for item in chunk.decoded]
-        if len(pixels) == run.report.batch:
-            break
-    return run.encoder.error_against_fp32(np.stack(pixels)) if pixels else None
-
-
-def _execute(run: _Run, todo: list[Unit]) -> None:
-    if not todo:
-        return
-    report = run.report
-    started = time.perf_counter()
-    encoded = encoded_chunks(
-        chunks_of(todo, report.batch), run.reading, run.encoder, report.workers, report.threads_per_worker
-    )
-    shown = Stderr()
-    bar = tqdm(
-        total=_count(todo), unit="image", disable=not (run.progress and shown.is_there), file=shown, dynamic_ncols=True
-    )
-    # Left from right to left: the threads end, then the units that are complete are written, whatever happened.
-    with BackgroundWriter() as writer, contextlib.closing(encoded) as chunks, bar:
-        gathered: list[Chunk] = []
-        for chunk in chunks:
-            if chunk.failures and run.on_error == "fail":
-                raise ImageError(chunk.failures[0].reason, chunk.failures[0].detail)
-            gathered.append(chunk)
-            bar.update(len(chunk.files))
-            if chunk.last:
-                writer.submit(_write(run, gathered))
-                gathered = []
-    report.write_seconds = writer.seconds
-    report.seconds = time.perf_counter() - started
-
-
-def _write(run: _Run, gathered: list[Chunk]) -> Callable[[], None]:
-    """The write of one finished unit, to be called by the writer's thread."""
-
-    def write() -> None:
-        report = run.report
-        rows = [row for chunk in gathered for row in chunk.rows]
-        failed = [failure for chunk in gathered for failure in chunk.failures]
-        flags: dict[str, int] = {}
-        for chunk in gathered:
-            for flag, count in chunk.flags.items():
-                flags[flag] = flags.get(flag, 0) + count
-            report.decode_seconds += chunk.decode_seconds
-            report.encode_seconds += chunk.encode_seconds
-            report.redone_fp32 += chunk.redone
-        seconds = sum(chunk.decode_seconds + chunk.encode_seconds for chunk in gathered)
-        commit = run.store.commit(
-            gathered[0].unit,
-            rows,
-            failed=failed,
-            redone=sum(chunk.redone for chunk in gathered),
-            flags=flags,
-            seconds=round(seconds, 3),
-            versions={"fastvae": __version__, "torch": str(torch.__version__)},
-            max_pixels=int(run.reading.max_pixels),
-        )
-        report.ok += len(rows)
-        report.failed += len(failed)
-        report.bytes_written += commit.bytes
-        for flag, count in flags.items():
-            report.flags[flag] = report.flags.get(flag, 0) + count
-
-    return write
-
-
-def _finish(run: _Run, max_failures: str | float | int) -> None:
-    report, store = run.report, run.store
-    store.write_derived()
-    index, failures = store.resolve()
-    for failure in failures.values():
-        report.reasons[failure.reason] = report.reasons.get(failure.reason, 0) + 1
-    report.failed_before = len(failures) - report.failed
-    report.exceeded = len(failures) > parse_limit(max_failures, len(index) + len(failures))
-    report.judge(on_cpu=run.settings.device.type == "cpu")

@@ -12,14 +12,18 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     ``bytes_per_row`` is what the shards take on disk; ``latent_bytes_per_row`` what their latents alone need.
     """
+    from fastvae.data.buckets import size_name
     from fastvae.data.store import Store
 
     store = Store.open(Path(path))
     units, commits = store.units(), store.commits()
-    index, failures = store.resolve()
+    index, failures = store.resolve(), store.failures()
     numerics = store.facts["identity"]["numerics"]
-    channels, height, width = store.facts["latent_shape"]
-    elements = channels * height * width
+    by_bucket: dict[str, int] = {}
+    buckets = {unit.number: unit.bucket for unit in units}
+    for number, commit in commits.items():
+        name = size_name(buckets[number])
+        by_bucket[name] = by_bucket.get(name, 0) + commit.rows
     rows = sum(commit.rows for commit in commits.values())
     size = sum(commit.bytes for commit in commits.values())
     reasons: dict[str, int] = {}
@@ -32,13 +36,12 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "failed": len(failures),
         "reasons": reasons,
         "units": {"planned": len(units), "committed": len(commits)},
-        "planned_rows": len({file.key for unit in units for file in unit.files}),
+        "planned_rows": len({row.name for unit in units for row in unit.rows}),
         "bytes": size,
         "bytes_per_row": round(size / rows, 1) if rows else None,
-        "latent_bytes_per_row": elements * (4 if numerics["mean"] == "fp32" else 2)
-        + (2 * elements if numerics["posterior"] == "dist" else 0),
-        "bucket": store.facts["bucket"],
-        "latent_shape": store.facts["latent_shape"],
+        "latent_bytes_per_row": round(_latent_bytes(store.facts, by_bucket) / rows, 1) if rows else None,
+        "buckets": by_bucket,
+        "latent_channels": store.facts["latent_channels"],
         "space": "raw",
         "scaling": store.facts["scaling"],
         "numerics": numerics,
@@ -47,6 +50,21 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "identity": store.facts["identity_digest"],
         "created_by": store.facts["created_by"],
     }
+
+
+def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
+    """What the latents alone of so many rows in each bucket need."""
+    from fastvae.data.buckets import parse_size
+
+    numerics = facts["identity"]["numerics"]
+    width = 4 if numerics["mean"] == "fp32" else 2
+    if numerics["posterior"] == "dist":
+        width += 1 if str(numerics["logvar"]).startswith("u8") else 2
+    elements = 0
+    for name, rows in by_bucket.items():
+        sides = [side // facts["downsample_factor"] for side in parse_size(name)]
+        elements += rows * facts["latent_channels"] * sides[0] * sides[1]
+    return elements * width
 
 
 def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:

@@ -8,22 +8,22 @@ follows the ``alpha`` policy, and a cut file is never taken for a whole one.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from fastvae.data.colour import to_srgb
-from fastvae.data.reasons import ImageError
-from fastvae.data.signatures import damaged_png_chunk, describe_refused, ends_early, identify
+from fastvae.data.jpeg import decoded_by_simplejpeg
+from fastvae.data.reasons import ImageError, check_bytes, unreadable
+from fastvae.data.signatures import damaged_png_chunk, describe_refused, ends_early, has_late_png_text, identify
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,28 +77,73 @@ def read_image(
     *,
     alpha: str = "white",
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    at_least: int | None = None,
+    at_least: int | tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Picture:
     """The first frame of ``source`` (a path, or a file's bytes) as upright 8-bit sRGB.
 
     ``alpha``: "white" composites over white, "drop" takes the colours as they are. ``max_pixels`` is compared with the
     header's width times height before anything is decoded. ``at_least``: a JPEG may be decoded at 1/2, 1/4 or 1/8 of
-    its size as long as both sides stay at least this long. ``name`` stands for the file in messages.
-    Raises ImageError for every file that cannot be used, ValueError for another ``alpha``.
+    its size as long as the upright image stays at least this (height, width), or both sides this long. ``name`` stands
+    for the file in messages.
+    Raises ImageError for every file that cannot be used, ValueError for another ``alpha`` or ``at_least``.
     """
     if alpha not in ("white", "drop"):
         raise ValueError(f"alpha must be 'white' or 'drop', got {alpha!r}")
-    name = name or ("these bytes" if isinstance(source, bytes) else os.fspath(source))
-    data = source if isinstance(source, bytes) else _read_bytes(source, name, max_pixels)
-    if not data:
-        raise ImageError("empty", f"{name} holds no bytes")
-    image_format = identify(data[:4096])
-    if image_format is None:
-        found = describe_refused(data[:64])
-        raise ImageError("unsupported", f"{name} is not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF: it holds {found}")
+    cover = (at_least, at_least) if isinstance(at_least, int) else at_least
+    if cover is not None and (len(cover) != 2 or min(cover) < 1):
+        raise ValueError(f"at_least must be a length or (height, width) in pixels, got {at_least!r}")
+    name = _name_of(source, name)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        with _opened(source, name, max_pixels) as file, unreadable(name):
+            data = file.read()
+    image_format = _format_of(data[:4096], name)
     with quiet_pillow():
-        return _decode(data, image_format, name, alpha, max_pixels, at_least)
+        return _decode(data, image_format, name, alpha, max_pixels, cover)
+
+
+def image_size(
+    source: str | os.PathLike[str] | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
+) -> tuple[int, int]:
+    """(height, width) in pixels that read_image would find, upright, from the header alone.
+
+    Pixels are decoded only for a PNG that states its orientation behind them. What is wrong behind the header is not
+    seen. Raises ImageError for what read_image would refuse by its header.
+    """
+    name = _name_of(source, name)
+    with io.BytesIO(source) if isinstance(source, bytes) else _opened(source, name, max_pixels) as file:
+
+        def all_bytes() -> bytes:
+            file.seek(0)
+            return file.read()
+
+        with unreadable(name):
+            image_format = _format_of(file.read(4096), name)
+            file.seek(0)
+        with quiet_pillow(), _parsing(all_bytes, image_format, name):
+            image = _open(file, image_format, name)
+            width, height = image.size
+            check_size(width, height, name, max_pixels)
+            if image_format == "PNG" and has_late_png_text(file):
+                image.load()
+            orientation = 1 if image_format == "TIFF" else _orientation(image, [])  # a TIFF's size is upright already
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _name_of(source: str | os.PathLike[str] | bytes, name: str | None) -> str:
+    return name or ("these bytes" if isinstance(source, bytes) else os.fspath(source))
+
+
+def _format_of(head: bytes, name: str) -> str:
+    if not head:
+        raise ImageError("empty", f"{name} holds no bytes")
+    image_format = identify(head)
+    if image_format is None:
+        found = describe_refused(head[:64])
+        raise ImageError("unsupported", f"{name} is not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF: it holds {found}")
+    return image_format
 
 
 @contextlib.contextmanager
@@ -119,23 +164,18 @@ def quiet_pillow() -> Iterator[None]:
                 _quiet_filters.close()
 
 
-def _read_bytes(path: str | os.PathLike[str], name: str, max_pixels: int) -> bytes:
-    most = 8 * max_pixels + 2**26  # four 16-bit channels uncompressed, and 64 MiB of metadata
-    try:
-        size = Path(path).stat().st_size
-        if size > most:
-            raise ImageError("too_large", f"{name} has {size} bytes, more than {max_pixels} pixels can need")
-        return Path(path).read_bytes()
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # this machine's trouble, not the file's
-        raise ImageError("unreadable", f"{name} cannot be read: {error.strerror}") from error
+def _opened(path: str | os.PathLike[str], name: str, max_pixels: int) -> BinaryIO:
+    with unreadable(name):
+        check_bytes(Path(path).stat().st_size, max_pixels, name)
+        return Path(path).open("rb")
 
 
-def _decode(data: bytes, image_format: str, name: str, alpha: str, max_pixels: int, at_least: int | None) -> Picture:
+def _decode(
+    data: bytes, image_format: str, name: str, alpha: str, max_pixels: int, cover: tuple[int, int] | None
+) -> Picture:
     flags: list[str] = []
-    with _parsing(data, image_format, name):
-        image = _open(data, image_format, name)
+    with _parsing(lambda: data, image_format, name):
+        image = _open(io.BytesIO(data), image_format, name)
     width, height = image.size
     check_size(width, height, name, max_pixels)
     if ends_early(image_format, data):
@@ -143,20 +183,35 @@ def _decode(data: bytes, image_format: str, name: str, alpha: str, max_pixels: i
     if image_format == "PNG" and (chunk := damaged_png_chunk(data)):
         raise ImageError("decode_error", f"{name} has a damaged {chunk} chunk")
     with _large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
-        with _parsing(data, image_format, name):
-            if image_format == "JPEG" and at_least is not None:
-                image.draft(None, (at_least, at_least))
-            elif image_format != "JPEG" and getattr(image, "is_animated", False):
-                flags.append("first_frame")
-            image.load()
-        orientation = _orientation(image, flags)
+        with _parsing(lambda: data, image_format, name):
+            if image_format == "JPEG":
+                orientation = _orientation(image, flags)
+                image = _jpeg(image, data, cover, orientation)
+            else:
+                if getattr(image, "is_animated", False):
+                    flags.append("first_frame")
+                image.load()
+                # Read after load(): Pillow has turned a TIFF by then, and reports 1; a PNG may state it at its end.
+                orientation = _orientation(image, flags)
         rgb = _upright(to_srgb(image, image_format, alpha, flags, name), orientation)
     original_hw = (width, height) if orientation >= 5 else (height, width)
     return Picture(rgb, original_hw, tuple(flags))
 
 
+def _jpeg(image: Image.Image, data: bytes, cover: tuple[int, int] | None, orientation: int) -> Image.Image:
+    """The pixels of an opened JPEG, as stored, at the smallest scale that covers (height, width) once upright."""
+    if cover is not None:
+        height, width = cover[::-1] if orientation >= 5 else cover
+        image.draft(None, (width, height))
+    quick = decoded_by_simplejpeg(image, data)
+    if quick is not None:
+        return quick
+    image.load()
+    return image
+
+
 @contextlib.contextmanager
-def _parsing(data: bytes, image_format: str, name: str) -> Iterator[None]:
+def _parsing(all_bytes: Callable[[], bytes], image_format: str, name: str) -> Iterator[None]:
     """Around Pillow's parsers alone, whose errors become ImageErrors: a bug of ours is no damaged photograph."""
     from PIL.Image import DecompressionBombError
 
@@ -168,7 +223,7 @@ def _parsing(data: bytes, image_format: str, name: str) -> Iterator[None]:
         raise ImageError("too_large", f"{name}: {error}") from error
     except PARSER_ERRORS as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        if ends_early(image_format, data) or "truncated" in said.lower():
+        if "truncated" in said.lower() or ends_early(image_format, all_bytes()):
             raise ImageError("truncated", f"{name} ends before its {image_format} data does ({said})") from error
         raise ImageError("decode_error", f"{name} is not readable as {image_format}: {said}") from error
 
@@ -183,20 +238,23 @@ def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError("too_thin", f"{name} is {width}x{height}, thinner than 1:{LARGEST_ASPECT}")
 
 
-def _open(data: bytes, image_format: str, name: str) -> Image.Image:
+def _open(file: BinaryIO, image_format: str, name: str) -> Image.Image:
     """Pillow's reader of this one format, called directly: no other plugin sees the bytes, no global limit applies."""
     from PIL import Image
 
     import_module(f"PIL.{PLUGINS[image_format]}")
     if image_format not in Image.OPEN:
         raise ImageError("unsupported", f"{name} is {image_format}, which this Pillow was built without")
-    return Image.OPEN[image_format][0](io.BytesIO(data), "")
+    return Image.OPEN[image_format][0](file, "")
 
 
 def _orientation(image: Image.Image, flags: list[str]) -> int:
-    """EXIF's orientation, 1 to 8. Read after load(): Pillow has turned a TIFF by then, and reports 1."""
+    """EXIF's orientation, 1 to 8."""
+    from PIL import Image
+
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        # The base class's: a PNG's own decodes every pixel to look for text behind them.
+        orientation = Image.Image.getexif(image).get(0x0112, 1)
     except PARSER_ERRORS:
         flags.append("broken_exif")
         return 1

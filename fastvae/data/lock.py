@@ -1,10 +1,11 @@
-"""One writer for a store: a lock that the system takes back when its process ends, however it ends."""
+"""One process at a time in a folder: a lock that the system takes back when its process ends, however it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,16 @@ except ImportError:  # Windows: no such lock, and the user sees to one process a
 LOCK_NAME = ".lock"
 # What file systems without locks answer (some network mounts): there too the user sees to it.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+# A plan over millions of images takes minutes; whoever holds the lock for longer is stuck.
+PATIENCE, PAUSE = 1800.0, 0.05
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which exists; raises StoreLocked, naming the holder's pid, while another does."""
+    """Hold the lock of ``folder``, which exists, waiting for it.
+
+    Raises StoreLocked, naming the holder's pid, when another process has held it for PATIENCE seconds.
+    """
     path = folder / LOCK_NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
@@ -36,13 +42,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _take(descriptor: int, folder: Path) -> None:
     if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
-        whose = f"process {holder}" if holder.isdigit() else "another process"
-        raise StoreLocked(f"{folder} is locked: {whose} is writing it; wait for it, or end it") from None
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+        return None
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                whose = f"process {holder}" if holder.isdigit() else "another process"
+                raise StoreLocked(f"{folder} is locked: {whose} has been planning it for {PATIENCE:.0f} s") from None
+            time.sleep(PAUSE)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastvae.data.devices import DTYPES
-from fastvae.data.shards import HALF_MAXIMUM, LOGVAR_RANGE
 from fastvae.fast.accelerate import accelerate, refresh
 from fastvae.latents import ACCELERATED, encode_moments, normalized
 
@@ -22,42 +21,35 @@ class MomentEncoder:
     The caller's model is copied, not changed. The copies take the fast path, frozen.
     """
 
-    def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, posterior: str, store_dtype: str):
+    def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device):
         self.device = device
         self.channels = 2 * int(vae.config.latent_channels)  # type: ignore
         self.widest = int(vae.config.block_out_channels[0])  # channels at full size  # type: ignore
         self.dtype = DTYPES[dtype]
-        self.with_logvar = posterior == "dist"
-        self.store_dtype = np.float32 if store_dtype == "fp32" else np.float16
+        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reference = _placed(vae, torch.float32, device)
         self.model = self.reference if self.dtype == torch.float32 else _placed(vae, self.dtype, device)
+
+    def start(self, pixels: np.ndarray) -> Pending:
+        """Begin to encode uint8 ``pixels`` [B, H, W, 3]; on a GPU this returns before it is done.
+
+        Raises torch.OutOfMemoryError where the device has too little memory for them.
+        """
+        with torch.inference_mode():
+            return Pending(self, pixels, *self._to_host(self._run(self.model, self._upload(pixels), self.dtype)))
 
     def moments(self, pixels: np.ndarray) -> tuple[np.ndarray, int]:
         """fp32 [B, 2L, h, w] of uint8 ``pixels`` [B, H, W, 3], and how many rows had to be done again in fp32.
 
         Only rows whose first result is not finite are; those that still are not stay so, for the caller to see.
         """
+        return self.start(pixels).result()
+
+    def in_fp32(self, pixels: np.ndarray) -> Tensor:
+        """fp32 [B, 2L, h, w] of uint8 ``pixels`` on the CPU, one after another: a batch that fits may not in fp32."""
         with torch.inference_mode():
-            result = self._run(self.model, self._upload(pixels), self.dtype)
-            bad = (~torch.isfinite(result).flatten(1).all(1)).nonzero().flatten().tolist()
-            if bad and self.model is not self.reference:
-                result[bad] = self._run(self.reference, self._upload(pixels[bad]), torch.float32)
-                return result.numpy(), len(bad)
-        return result.numpy(), 0
-
-    def split(self, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, str | None]:
-        """One row's mean and log-variance as stored, and the reason for which it cannot be ("non_finite", "overflow").
-
-        The log-variance is clamped to [-30, 20], as the posterior does before any use of it, so it fits half precision;
-        a mean beyond half precision is refused rather than stored as infinity.
-        """
-        mean, logvar = np.split(moments, 2, axis=0)
-        if not np.isfinite(moments).all():
-            return mean, None, "non_finite"
-        if self.store_dtype is np.float16 and np.abs(mean).max() > HALF_MAXIMUM:
-            return mean, None, "overflow"
-        clamped = np.clip(logvar, *LOGVAR_RANGE).astype(np.float16) if self.with_logvar else None
-        return mean.astype(self.store_dtype), clamped, None
+            images = [self._upload(image[None]) for image in pixels]
+            return torch.cat([self._run(self.reference, image, torch.float32).cpu() for image in images])
 
     def error_against_fp32(self, pixels: np.ndarray) -> float | None:
         """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself.
@@ -68,10 +60,8 @@ class MomentEncoder:
         if self.model is self.reference:
             return None
         with torch.inference_mode():
-            x = self._upload(pixels)
-            ours = self._run(self.model, x, self.dtype).chunk(2, dim=1)[0]
-            # One image after another: a batch that fills the GPU in half precision does not fit there in fp32.
-            exact = torch.cat([self._run(self.reference, image[None], torch.float32) for image in x]).chunk(2, 1)[0]
+            ours = self._run(self.model, self._upload(pixels), self.dtype).cpu().chunk(2, dim=1)[0]
+            exact = self.in_fp32(pixels).chunk(2, dim=1)[0]
         finite = (torch.isfinite(ours) & torch.isfinite(exact)).flatten(1).all(1)
         if not finite.any():
             return None
@@ -86,12 +76,61 @@ class MomentEncoder:
                 f"vae must give mean and log-variance [B, {self.channels}, h, w], got {type(model).__name__}, which "
                 f"gives {tuple(result.shape)}"
             )
-        return result.float().cpu().contiguous()
+        return result.float().contiguous()
 
     def _upload(self, pixels: np.ndarray) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(pixels))
+        if self._uploads is not None:
+            # Pinned, and on a stream of its own: it is copied while the batch before is computed.
+            with torch.cuda.stream(self._uploads):
+                x = host.pin_memory().to(self.device, non_blocking=True)
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self._uploads)
+            x.record_stream(computing)
+        else:
+            x = host.to(self.device)
         # [B, H, W, 3] seen as [B, 3, H, W] is channels_last without a copy.
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2)
-        return normalized(x)
+        return normalized(x.permute(0, 3, 1, 2))
+
+    def _to_host(self, moments: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self.device.type != "cuda":
+            return moments.cpu(), None
+        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+        host.copy_(moments, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return host, copied
+
+
+class Pending:
+    """Moments on their way from the device; ``result`` waits for them."""
+
+    def __init__(
+        self, encoder: MomentEncoder, pixels: np.ndarray, moments: Tensor, copied: torch.cuda.Event | None
+    ) -> None:
+        self._encoder, self._pixels, self._moments, self._copied = encoder, pixels, moments, copied
+
+    def result(self) -> tuple[np.ndarray, int]:
+        """What MomentEncoder.moments returns."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        bad = (~torch.isfinite(self._moments).flatten(1).all(1)).nonzero().flatten().tolist()
+        if not bad or self._encoder.model is self._encoder.reference:
+            return self._moments.numpy(), 0
+        moments = self._moments.numpy().copy()
+        moments[bad] = self._encoder.in_fp32(self._pixels[bad]).numpy()
+        return moments, len(bad)
+
+
+class Finished:
+    """Moments that are there already, in Pending's place."""
+
+    def __init__(self, moments: np.ndarray, redone: int) -> None:
+        self._result = moments, redone
+
+    def result(self) -> tuple[np.ndarray, int]:
+        """The moments, and how many were done again in fp32."""
+        return self._result
 
 
 def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -1,40 +1,91 @@
-"""Upright pixels to a square bucket: scale until the bucket is covered, then crop its centre."""
+"""Upright pixels to a bucket: mirror if the variant says so, scale until the bucket is covered, then crop."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+
 import numpy as np
 
+from fastvae.data.buckets import Buckets, Size
 from fastvae.data.images import Picture
+from fastvae.data.shards import key_bytes
 
-SMALLEST_BUCKET = 8
-LARGEST_BUCKET = 65_536
+CROPS = ("centre", "random")
 
 
-def to_bucket(picture: Picture, side: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Pixels uint8 [side, side, 3] of ``picture``, and where they were cut out: (top, left, height, width).
+@dataclass(frozen=True)
+class Variants:
+    """How many rows an image has, and what makes them differ.
 
-    The cut is stated in pixels of the scaled image, whose shorter side is ``side``: SDXL's crop coordinates are its
-    first two. The filter is Pillow's Lanczos, which widens with the scale and so does not alias.
+    ``crops`` of them are cut out, one from the centre, or ``crops`` where (``seed``, key, number) say; with ``flip``
+    each is there twice, the second time mirrored. Variant v is the crop v // 2, mirrored where v is odd; without
+    ``flip`` it is the crop v.
+    """
+
+    crop: str = "centre"
+    crops: int = 1
+    flip: bool = False
+    seed: int = 0
+
+    @property
+    def count(self) -> int:
+        """Rows an image."""
+        return self.crops * (2 if self.flip else 1)
+
+    def is_mirrored(self, variant: int) -> bool:
+        """Whether this variant shows the image mirrored, left for right."""
+        return self.flip and variant % 2 == 1
+
+    def corner(self, key: str, variant: int, free_hw: Size) -> Size:
+        """Top and left of the cut in the scaled and mirrored image; ``free_hw``: how far it can move, in pixels."""
+        if self.crop == "centre":
+            top, left = free_hw[0] // 2, free_hw[1] // 2
+        else:
+            number = variant // 2 if self.flip else variant
+            text = f"fastvae crop\n{self.seed}\n{number}\n".encode("ascii") + key_bytes(key)
+            drawn = hashlib.sha256(text).digest()
+            top, left = (int.from_bytes(drawn[at : at + 8], "little") for at in (0, 8))
+            top, left = top * (free_hw[0] + 1) >> 64, left * (free_hw[1] + 1) >> 64
+        return top, free_hw[1] - left if self.is_mirrored(variant) else left
+
+
+SINGLE = Variants()
+
+
+def to_bucket(
+    picture: Picture, bucket: Size | int, variants: Variants = SINGLE, variant: int = 0, key: str = ""
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Pixels uint8 [H, W, 3] of ``picture``, and where they were cut out: (top, left, height, width).
+
+    ``bucket``: (H, W), or the side of a square. The cut is stated in pixels of the scaled image, which covers the
+    bucket, after it was mirrored if the variant is: SDXL's crop coordinates are its first two. The filter is Pillow's
+    Lanczos, which widens with the scale and so does not alias.
     """
     from PIL import Image
 
-    height, width = scaled_size(picture.original_hw, side)
+    size = _sides(bucket)
+    height, width = scaled_size(picture.original_hw, size)
     image = picture.image
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    top, left = (height - side) // 2, (width - side) // 2
-    cut = image.crop((left, top, left + side, top + side))
-    return np.array(cut), (top, left, side, side)
+    if variants.is_mirrored(variant):
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    top, left = variants.corner(key, variant, (height - size[0], width - size[1]))
+    cut = image.crop((left, top, left + size[1], top + size[0]))
+    return np.array(cut), (top, left, *size)
 
 
-def scaled_size(original_hw: tuple[int, int], side: int) -> tuple[int, int]:
-    """(height, width) after scaling the shorter side to ``side``: the longer one rounded to the nearest pixel."""
-    shorter = min(original_hw)
-    height, width = ((2 * length * side + shorter) // (2 * shorter) for length in original_hw)
-    return height, width
+def scaled_size(original_hw: Size, bucket: Size | int) -> Size:
+    """(height, width) after scaling until ``bucket`` is covered: one side exactly, the other to the nearest pixel."""
+    height, width = original_hw
+    rows, columns = _sides(bucket)
+    if rows * width >= columns * height:
+        return rows, (2 * width * rows + height) // (2 * height)
+    return (2 * height * columns + width) // (2 * width), columns
 
 
-def preprocess_identity(side: int, alpha: str) -> dict[str, object]:
+def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str) -> dict[str, object]:
     """Everything between a file's bytes and the model's input that changes pixels, for the identity of a store."""
     return {
         "decoder": "pillow",
@@ -45,26 +96,15 @@ def preprocess_identity(side: int, alpha: str) -> dict[str, object]:
         "16-bit": "grey by round(v / 257); colour by Pillow, its high byte",
         "alpha": alpha,
         "frames": "first",
-        "buckets": [f"{side}x{side}"],
+        "buckets": buckets.names,
+        "bucket_of": "nearest aspect ratio",
         "resize": "lanczos, to cover",
-        "crop": "centre",
+        "crop": "centre" if variants.crop == "centre" else f"random, seed {variants.seed}",
         "range": "v / 127.5 - 1",
-        "variants": 1,
+        "variants": variants.crops,
+        "flip": variants.flip,
     }
 
 
-def bucket_side(buckets: int | str, factor: int, patch: int = 1) -> int:
-    """The side in pixels that ``buckets`` names; raises ValueError unless whole patches of latents cover it.
-
-    ``factor``: pixels per latent; ``patch``: latents per patch, in each direction.
-    """
-    text = str(buckets)
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"buckets must be one side in pixels such as 256, got {buckets!r}")
-    if len(text) > len(str(LARGEST_BUCKET)) or int(text) > LARGEST_BUCKET:
-        raise ValueError(f"buckets must be at most {LARGEST_BUCKET}, got {text[:20]}")
-    side = int(text)
-    if side < SMALLEST_BUCKET or side % (factor * patch):
-        per = "latent" if patch == 1 else f"{patch}x{patch} patch of latents"
-        raise ValueError(f"buckets must be a multiple of the model's {factor * patch} pixels per {per}, got {side}")
-    return side
+def _sides(bucket: Size | int) -> Size:
+    return (bucket, bucket) if isinstance(bucket, int) else bucket

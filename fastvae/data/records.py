@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvae.data.buckets import Size, size_name
+from fastvae.data.json_text import json_value
 from fastvae.data.sources import SourceFile
 
 # Of these names a store makes files; what has another is the user's.
@@ -44,14 +46,40 @@ class Failure:
     key: str
     reason: str
     detail: str
+    variant: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One row to make: an image's file, its variant, and its upright (height, width) by the header, 0 if unreadable."""
+
+    file: SourceFile
+    variant: int = 0
+    original_hw: Size = (0, 0)
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """What tells a row from all others: the key and the variant."""
+        return self.file.key, self.variant
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The work of one shard: its number and its files, in order."""
+    """The work of one shard: its number, its bucket (height, width) in pixels, and its rows, in order."""
 
     number: int
-    files: tuple[SourceFile, ...]
+    bucket: Size
+    rows: tuple[PlannedRow, ...]
+
+    @property
+    def stem(self) -> str:
+        """The name of its shard and commit record, without their suffixes."""
+        return f"{self.number:06d}-{size_name(self.bucket)}"
+
+    @property
+    def lease(self) -> str:
+        """The name of its lease."""
+        return f"{self.number:06d}"
 
 
 @dataclass
@@ -76,16 +104,18 @@ class Commit:
     max_pixels: int | None = None
 
     def belongs_to(self, unit: Unit | None) -> bool:
-        """Whether every file of ``unit`` has a row or a failure here, as far as the record alone can say."""
-        if unit is None or self.rows + len(self.failed) != len(unit.files) or (self.rows > 0) != bool(self.shard):
+        """Whether every row of ``unit`` is here or has failed, as far as the record alone can say."""
+        if unit is None or self.rows + len(self.failed) != len(unit.rows) or (self.rows > 0) != bool(self.shard):
             return False
-        return {failure.key for failure in self.failed} <= {file.key for file in unit.files}
+        if self.shard not in (None, f"{unit.stem}.safetensors"):
+            return False
+        return {(failure.key, failure.variant) for failure in self.failed} <= {row.name for row in unit.rows}
 
 
 def read_facts(path: Path) -> Any:
     """The JSON of ``path``, which has no NaN in it; raises StoreError for anything else."""
     try:
-        return json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+        return json_value(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not readable as JSON: {error}") from error
 
@@ -94,11 +124,12 @@ def check_facts(facts: Any, path: Path) -> None:
     """Raises StoreError unless ``facts``, read from ``path``, has what every reader of a store needs."""
     if not isinstance(facts, dict) or facts.get("fvl") != FORMAT:
         raise StoreError(f'{path} must have "fvl": {FORMAT}')
-    kinds = {"identity": dict, "identity_digest": str, "bucket": str, "latent_shape": list, "downsample_factor": int}
+    kinds = {"identity": dict, "identity_digest": str, "buckets": list, "latent_channels": int}
+    kinds |= {"downsample_factor": int}
     kinds |= {"scaling": dict, "metadata": dict, "source": dict, "created_by": str}
     wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
     if not wrong:
-        identity, shape = facts["identity"], facts["latent_shape"]
+        identity = facts["identity"]
         parts = {"model": identity.get("model"), "preprocess": identity.get("preprocess")}
         wrong += [f"identity.{name}" for name, part in parts.items() if not isinstance(part, dict)]
         if not wrong:
@@ -106,32 +137,11 @@ def check_facts(facts: Any, path: Path) -> None:
         numerics = identity.get("numerics")
         given = numerics if isinstance(numerics, dict) else {}
         wrong += [f"identity.numerics.{name}" for name in ("dtype", "posterior", "mean") if name not in given]
-        wrong += [] if len(shape) == 3 and all(map(_is_count, shape)) else ["latent_shape"]
         names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm")
         wrong += [f"scaling.{name}" for name in names if name not in facts["scaling"]]
         wrong += [] if "vae" in facts["source"] else ["source.vae"]
     if wrong:
         raise StoreError(f"{path} is damaged: it lacks {', '.join(wrong)}")
-
-
-def plan_number(path: Path) -> int:
-    """The number in a plan file's name."""
-    return int(path.stem.removeprefix("units-"))
-
-
-def read_plan(path: Path) -> list[tuple[int, SourceFile]]:
-    """(unit, file) of each line of a plan file; raises StoreError for one that cannot be read."""
-    entries = []
-    try:
-        for line in path.read_text("utf-8").splitlines():
-            entry = json.loads(line)
-            unit, file = entry["unit"], SourceFile(entry["key"], entry["size"], entry["mtime_ns"])
-            if not isinstance(file.key, str) or not all(_is_count(n) for n in (unit, file.size)):
-                raise ValueError(f"unexpected values in {line[:200]}")
-            entries.append((unit, file))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{path} is damaged: {error!r}") from error
-    return entries
 
 
 def read_commit(path: Path) -> Commit | None:
@@ -142,7 +152,7 @@ def read_commit(path: Path) -> Commit | None:
         commit = Commit(**fields, failed=failed)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if not all(_is_count(number) for number in (commit.unit, commit.bytes, commit.rows)):
+    if not all(is_count(number) for number in (commit.unit, commit.bytes, commit.rows)):
         return None
     # A shard has its record's own name: a record leads to no other file.
     own = commit.shard is None or commit.shard == f"{path.stem}.safetensors"
@@ -155,9 +165,6 @@ def is_own(name: str, names: str) -> bool:
     return re.fullmatch(names, name) is not None
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number that is not negative."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -1,9 +1,8 @@
-"""What an encode run is asked for, made definite: the model, the store it may go into, the workers."""
+"""What an encode run is asked for, made definite: the model, and the store it may go into."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,14 @@ from fastvae import __version__
 from fastvae.checkpoints.atomic import sha256_of
 from fastvae.checkpoints.loading import TINY
 from fastvae.data.accepted import check_model
+from fastvae.data.buckets import Buckets, Size
 from fastvae.data.devices import DTYPES, default_dtype
 from fastvae.data.identity import model_identity
-from fastvae.data.moment_encoder import MomentEncoder
-from fastvae.data.preprocess import preprocess_identity
-from fastvae.data.report import EncodeReport
-from fastvae.data.shards import LOGVAR_RANGE, row_bytes
+from fastvae.data.preprocess import Variants, preprocess_identity
+from fastvae.data.shards import row_bytes
+from fastvae.data.space import scaling_of
 from fastvae.data.store import Store
-
-MAX_BATCH, MAX_WORKERS = 65_536, 1024
-GPU_BATCH_PIXELS = 16 * 512 * 512  # one batch on a GPU: 16 images of 512x512, 1 of 2048x2048
+from fastvae.data.storing import Storing
 
 
 @dataclass(frozen=True)
@@ -32,21 +29,18 @@ class Settings:
     """What decides a store's identity, the model apart. ``dtype`` None: not decided yet."""
 
     dtype: str | None
-    posterior: str
-    store_dtype: str
-    side: int
-    factor: int
+    storing: Storing
+    buckets: Buckets
+    variants: Variants
     alpha: str
+    factor: int  # pixels per latent
+    latent_channels: int
     device: torch.device
 
-    @property
-    def latent_side(self) -> int:
-        """Height and width of a latent."""
-        return self.side // self.factor
-
-    def row_size(self, latent_channels: int) -> int:
-        """About how many bytes a row of the store takes."""
-        return row_bytes(latent_channels, self.latent_side, self.store_dtype, self.posterior == "dist")
+    def row_size(self, bucket: Size) -> int:
+        """About how many bytes a row of ``bucket`` takes in the store."""
+        height, width = (side // self.factor for side in bucket)
+        return row_bytes(self.latent_channels, height, width, self.storing.mean, self.storing.logvar_dtype)
 
 
 def check_choices(**choices: tuple[Any, tuple[Any, ...]]) -> None:
@@ -110,27 +104,21 @@ def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
         "model": model_identity(model),
         "numerics": {
             "dtype": settings.dtype,
-            "posterior": settings.posterior,
-            "mean": settings.store_dtype,
-            "logvar": f"fp16, clamped to {list(LOGVAR_RANGE)}" if settings.posterior == "dist" else None,
+            **settings.storing.identity(),
             "tiling": None,
         },
-        "preprocess": preprocess_identity(settings.side, settings.alpha),
+        "preprocess": preprocess_identity(settings.buckets, settings.variants, settings.alpha),
     }
 
 
 def layout_of(model: Any, source: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What store.json holds beside the identity: where the model came from, and what readers need."""
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    scaling: dict[str, Any] = {name: getattr(model.config, name, None) for name in names}
-    scaling["batch_norm"] = hasattr(model, "bn")
-    shape = [model.config.latent_channels, settings.latent_side, settings.latent_side]
-    bucket = f"{settings.side}x{settings.side}"
+    scaling = scaling_of(model)
     metadata = {name: json.dumps(value) for name, value in scaling.items()}
-    metadata |= {"fvl": "1", "space": "raw", "latent_shape": json.dumps(shape), "bucket": bucket}
+    metadata |= {"fvl": "1", "space": "raw"}
     return {
-        "bucket": bucket,
-        "latent_shape": shape,
+        "buckets": settings.buckets.names,
+        "latent_channels": settings.latent_channels,
         "downsample_factor": settings.factor,
         "scaling": scaling,
         "metadata": metadata,
@@ -147,66 +135,3 @@ def weight_files(model: Any) -> list[dict[str, str]]:
     """Name and sha256 of the files that the weights were read from, for whoever wants to find them again."""
     files = getattr(getattr(model, "load_report", None), "files", None) or []
     return [{"name": Path(file).name, "sha256": sha256_of(Path(file))} for file in files if Path(file).is_file()]
-
-
-def settle_workers(
-    report: EncodeReport, encoder: MomentEncoder, side: int, count: int, batch: int | str, workers: int | str
-) -> None:
-    """Fill the report's batch, workers and threads_per_worker for ``count`` images of side ``side``."""
-    on_cpu = encoder.device.type == "cpu"
-    cores = torch.get_num_threads()  # what the user or OMP_NUM_THREADS allows, else every core
-    automatic_batch = 1 if on_cpu else max(1, GPU_BATCH_PIXELS // side**2)
-    report.batch = automatic_batch if batch == "auto" else positive("batch", batch, MAX_BATCH)
-    if workers != "auto":
-        report.workers = positive("workers", workers, MAX_WORKERS)
-    elif on_cpu:
-        # Streams that do not fit in memory become threads.
-        stream = _stream_bytes(report.batch, side, encoder.widest, encoder.dtype)
-        report.workers = max(1, min(cores, math.ceil(count / report.batch), _free_memory() // (2 * stream)))
-    else:
-        report.workers = max(2, min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8))
-    report.threads_per_worker = max(1, cores // report.workers) if on_cpu else cores
-
-
-def positive(name: str, value: int | str, most: int) -> int:
-    """``value`` as a number from 1 to ``most``; raises ValueError, naming the argument, for anything else."""
-    text = str(value)
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
-        raise ValueError(f"{name} must be 'auto' or at least 1, got {value!r}")
-    if int(text) > most:
-        raise ValueError(f"{name} must be at most {most}, got {text}")
-    return int(text)
-
-
-def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
-    """Raises ValueError for a bucket and batch that the device's whole memory could not hold for one step."""
-    size = 1 if batch == "auto" else positive("batch", batch, MAX_BATCH)
-    widest = int(model.config.block_out_channels[0])
-    needed = _stream_bytes(size, settings.side, widest, DTYPES[str(settings.dtype)])
-    there = _whole_memory(settings.device)
-    if needed > there:
-        raise ValueError(
-            f"buckets of {settings.side} pixels in batches of {size} need about {needed / 1e9:.1f} GB a step, and "
-            f"{settings.device} has {there / 1e9:.1f} GB"
-        )
-
-
-def _stream_bytes(batch: int, side: int, widest: int, dtype: torch.dtype) -> int:
-    # One step holds about eight activations at full size.
-    return 8 * batch * side**2 * widest * dtype.itemsize
-
-
-def _whole_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
-        return 2**63
-
-
-def _free_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
-        return 2**63

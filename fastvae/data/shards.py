@@ -1,9 +1,11 @@
 """The bytes of one shard: a safetensors file whose rows are latents of one size, readable without this package.
 
-Tensors, for N rows: mean [N, L, h, w] F16 or F32 and logvar [N, L, h, w] F16 (left out for posterior "mean"), raw as
-the model gives them, log-variance clamped to [-30, 20] as every sampler does; sample_id [N] U64, the first 8 bytes,
-little-endian, of the key's sha256; original_hw [N, 2] I32, after rotation; crop_tlhw [N, 4] I32; variant [N] U16;
-row_crc32 [N] U32 over the row's mean and logvar bytes; key_utf8 U8 with key_offset [N + 1] I64.
+Tensors, for N rows: mean [N, L, h, w] F16 or F32 (the draw, for posterior "sample") and, for posterior "dist", logvar
+[N, L, h, w] F16, raw as the model gives them, log-variance clamped to [-30, 20] as every sampler does; or logvar U8
+with logvar_range [N, 2] F32, the row's least and greatest: logvar = least + u8 / 255 (greatest - least). sample_id [N]
+U64, the first 8 bytes, little-endian, of the key's sha256; original_hw [N, 2] I32, after rotation; crop_tlhw [N, 4]
+I32; variant [N] U16; row_crc32 [N] U32 over the row's mean, logvar and logvar_range bytes; key_utf8 U8 with key_offset
+[N + 1] I64.
 The header is written here and not by the safetensors package, which orders metadata at random: equal rows give equal
 bytes.
 """
@@ -14,7 +16,6 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,6 +45,7 @@ class Row:
     original_hw: tuple[int, int]
     crop_tlhw: tuple[int, int, int, int]
     variant: int = 0
+    logvar_range: np.ndarray | None = None
 
 
 def sample_id(key: str) -> int:
@@ -70,12 +72,13 @@ def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:
         "original_hw": np.array([row.original_hw for row in rows], "<i4"),
         "crop_tlhw": np.array([row.crop_tlhw for row in rows], "<i4"),
         "variant": np.array([row.variant for row in rows], "<u2"),
-        "row_crc32": np.array([row_checksum(row.mean, row.logvar) for row in rows], "<u4"),
+        "row_crc32": np.array([row_checksum(row.mean, row.logvar, row.logvar_range) for row in rows], "<u4"),
         "key_utf8": np.frombuffer(b"".join(keys), "u1"),
         "key_offset": np.cumsum([0, *map(len, keys)], dtype="<i8"),
     }
-    if rows[0].logvar is not None:
-        tensors["logvar"] = np.stack([row.logvar for row in rows if row.logvar is not None])
+    for name in ("logvar", "logvar_range"):
+        if getattr(rows[0], name) is not None:
+            tensors[name] = np.stack([getattr(row, name) for row in rows])
     # Widest elements first keeps every tensor aligned to its own element.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -94,24 +97,31 @@ def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little"), text, *(tensors[name].data for name in order)]
 
 
-def row_checksum(mean: np.ndarray, logvar: np.ndarray | None) -> int:
-    """The CRC-32 of a row's mean bytes, continued over its log-variance bytes."""
-    checksum = zlib.crc32(np.ascontiguousarray(mean).data)
-    return checksum if logvar is None else zlib.crc32(np.ascontiguousarray(logvar).data, checksum)
+def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
+    """The CRC-32 of a row's mean bytes, continued over its log-variance's and their range's where they are there."""
+    checksum = 0
+    for array in (mean, *others):
+        if array is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    return checksum
 
 
-def read_keys(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The keys of a shard, in row order."""
+def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
+    """(key, variant) of each row of a shard, in order."""
     from safetensors import safe_open
 
     with safe_open(os.fspath(path), framework="np") as shard:
         text = shard.get_tensor("key_utf8").tobytes()
         offsets = shard.get_tensor("key_offset").tolist()
-    for start, end in pairwise(offsets):
-        yield key_text(text[start:end])
+        variants = shard.get_tensor("variant").tolist()
+    return list(zip((key_text(text[start:end]) for start, end in pairwise(offsets)), variants, strict=True))
 
 
-def row_bytes(latent_channels: int, side: int, store_dtype: str, with_logvar: bool) -> int:
-    """About how many bytes one row takes: its tensors, and 200 for its sizes and key."""
-    elements = latent_channels * side * side
-    return elements * (4 if store_dtype == "fp32" else 2) + (2 * elements if with_logvar else 0) + 200
+def row_bytes(latent_channels: int, height: int, width: int, store_dtype: str, logvar: str | None) -> int:
+    """About how many bytes one row takes: its tensors, of latents ``height`` by ``width``, and 200 for its columns.
+
+    ``logvar``: "fp16", "u8", or None where it is not stored.
+    """
+    elements = latent_channels * height * width
+    widths = {"fp32": 4, "fp16": 2, "u8": 1}
+    return elements * (widths[store_dtype] + (widths[logvar] if logvar else 0)) + 200

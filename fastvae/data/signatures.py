@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import BinaryIO
 
 REFUSED_SIGNATURES = (
     (b"%!PS", "PostScript (EPS)"),
@@ -31,6 +32,7 @@ JPEG_SEGMENT_STARTS = {
     0xEE: (b"Adob",),
 }
 JPEG_SEGMENT_SIZES = {0xDB: 2 + 4 * 129, 0xC4: 2 + 8 * 273, 0xDD: 4, 0xC0: 20, 0xC1: 20, 0xC2: 20}
+PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_STRIP_TAGS = {273: 279, 324: 325}  # offsets of strips or tiles: their lengths
 TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
@@ -98,6 +100,22 @@ def damaged_png_chunk(data: bytes) -> str | None:
             return name.decode("ascii")
         position = end + 4
     return None
+
+
+def has_late_png_text(file: BinaryIO) -> bool:
+    """Whether a PNG states metadata behind its pixels, where a reader of the header does not see them."""
+    before = file.tell()
+    position, pixels_seen, found = 8, False, False
+    while not found:
+        file.seek(position)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            break
+        pixels_seen |= head[4:] == b"IDAT"
+        found = pixels_seen and head[4:] in PNG_METADATA
+        position += 12 + int.from_bytes(head[:4], "big")
+    file.seek(before)
+    return found
 
 
 def _is_avif(head: bytes) -> bool:

@@ -4,16 +4,18 @@
     plan/units-00000.jsonl          the work list; later files only ever append units
     shards/000017-256x256.safetensors
     shards/000017-256x256.json      the commit record; a shard without one does not exist
+    leases/000017.lease             a unit that a running process works on
     failures.jsonl, index.jsonl     derived from the commit records
 
-A key in a later unit replaces the same key of an earlier one: that is how an edited image is encoded again.
+A key in a later unit replaces the same key of an earlier one, as soon as it is planned: that is how an edited image is
+encoded again, and its old latents are served no more.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from safetensors import SafetensorError
 from fastvae.checkpoints.atomic import is_leftover, sweep, write_atomically
 from fastvae.checkpoints.report import first_few
 from fastvae.data import identity as identities
+from fastvae.data.buckets import Size, size_name
+from fastvae.data.json_text import json_bytes
+from fastvae.data.leases import Leases
 from fastvae.data.lock import LOCK_NAME
 from fastvae.data.records import (
     DERIVED,
@@ -33,17 +38,17 @@ from fastvae.data.records import (
     Commit,
     Failure,
     IdentityMismatch,
+    PlannedRow,
     StoreError,
     Unit,
     check_facts,
     is_own,
-    plan_number,
     read_commit,
     read_facts,
-    read_plan,
 )
-from fastvae.data.shards import Row, pack, read_keys
+from fastvae.data.shards import Row, pack, read_names
 from fastvae.data.sources import SourceFile
+from fastvae.data.worklist import WorkList
 
 __all__ = ["Commit", "Failure", "IdentityMismatch", "Store", "StoreError", "Unit"]
 
@@ -54,6 +59,7 @@ class Store:
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path = path
         self.facts = facts
+        self._work = WorkList(path / "plan")
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -89,38 +95,51 @@ class Store:
         return None
 
     @classmethod
-    def create_or_open(cls, path: str | Path, identity: dict[str, Any], layout: dict[str, Any]) -> Store:
+    def create_or_open(
+        cls, path: str | Path, identity: dict[str, Any], layout: dict[str, Any], leases: Leases
+    ) -> Store:
         """The store at ``path``, made if it is not there; ``layout`` is what readers need beside the identity.
 
-        Raises as check does. To be called by the holder of the folder's lock.
+        Raises as check does, and IdentityMismatch where another process is making a store of another identity. To be
+        called by the holder of the folder's lock, inside its ``leases``.
         """
         path = Path(path)
         store = cls.check(path, identity)
         if store is None:
+            if leases.live() and (path / "store.json").exists():
+                other = cls.open(path).facts["identity"]
+                raise IdentityMismatch(
+                    path, identities.differences(other, json.loads(identities.canonical_json(identity)))
+                )
             path.mkdir(parents=True, exist_ok=True)
             facts = {"fvl": 1, "identity": identity, "identity_digest": identities.digest(identity), **layout}
-            content = _json_bytes(facts, indent=1)
+            content = json_bytes(facts, indent=1)
             store = cls(path, json.loads(content))
-            store._sweep()
+            store._sweep(leases)
             store._forget()
             write_atomically(path / "store.json", [content])
-        store._sweep()
+        store._sweep(leases)
+        leases.sweep()
         (path / "plan").mkdir(exist_ok=True)
         (path / "shards").mkdir(exist_ok=True)
         return store
 
-    @property
-    def bucket(self) -> str:
-        """Height and width of the pixels behind every row, as in a shard's name: 256x256."""
-        return self.facts["bucket"]
-
     def units(self) -> list[Unit]:
         """The work list of every plan file, in order; raises StoreError for one that cannot be read."""
-        files: dict[int, list[SourceFile]] = {}
-        for path in self._plan_files():
-            for number, file in read_plan(path):
-                files.setdefault(number, []).append(file)
-        return [Unit(number, tuple(files[number])) for number in sorted(files)]
+        return self._work.units()
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """The columns that came with each key, such as its caption, as they were when the plan was last extended."""
+        return self._work.columns()
+
+    def extend_plan(
+        self,
+        fresh: Sequence[tuple[Size, PlannedRow]],
+        rows_per_unit: Callable[[Size], int],
+        files: Iterable[SourceFile] = (),
+    ) -> list[Unit]:
+        """See WorkList.extend."""
+        return self._work.extend(fresh, rows_per_unit, files)
 
     def fresh(
         self, files: Iterable[SourceFile], again: Callable[[Failure, Commit], bool] = lambda failure, commit: False
@@ -130,141 +149,142 @@ class Store:
         ``again`` is asked for each failure that the latest unit of a file committed.
         """
         units, commits = self.units(), self.commits()
-        planned = {file.key: file for unit in units for file in unit.files}
-        latest = {file.key: unit.number for unit in units for file in unit.files}
+        planned = {row.file.key: row.file for unit in units for row in unit.rows}
+        latest = _latest(units)
         retried = {
             failure.key
             for commit in commits.values()
             for failure in commit.failed
-            if latest[failure.key] == commit.unit and again(failure, commit)
+            if latest[failure.key, failure.variant] == commit.unit and again(failure, commit)
         }
         return [file for file in files if planned.get(file.key) != file or file.key in retried]
-
-    def extend_plan(self, fresh: list[SourceFile], rows_per_unit: int) -> list[Unit]:
-        """Append units for the ``fresh`` files; returns them. No plan file is ever replaced."""
-        if not fresh:
-            return []
-        units, plan = self.units(), self._plan_files()
-        first = units[-1].number + 1 if units else 0
-        added = [
-            Unit(first + index, tuple(fresh[start : start + rows_per_unit]))
-            for index, start in enumerate(range(0, len(fresh), rows_per_unit))
-        ]
-        lines = [
-            _json_bytes({"unit": unit.number, "row": row, "bucket": self.bucket, **asdict(file)}) + b"\n"
-            for unit in added
-            for row, file in enumerate(unit.files)
-        ]
-        number = plan_number(plan[-1]) + 1 if plan else 0
-        write_atomically(self.path / "plan" / f"units-{number:05d}.jsonl", lines, exclusive=True)
-        return added
 
     def commits(self, whole: bool = False) -> dict[int, Commit]:
         """The commit records that can be trusted, by unit.
 
-        They are readable, of this identity, speak of as many files as their unit has, and their shard has the stated
+        They are readable, of this identity, speak of as many rows as their unit has, and their shard has the stated
         size; with ``whole`` its keys are read as well, and a shard that is damaged there counts as not committed.
         """
         trusted = {}
-        units = {unit.number: unit for unit in self.units()}
-        for path in self._files("shards", RECORD):
-            commit = read_commit(path)
-            if commit is None or commit.identity != self.facts["identity_digest"]:
-                continue
-            unit = units.get(commit.unit)
-            if unit is None or not commit.belongs_to(unit):
-                continue
-            if commit.shard is not None:
-                shard = self.path / "shards" / commit.shard
-                if not shard.is_file() or shard.stat().st_size != commit.bytes:
-                    continue
-                if whole and not self._is_whole(commit, unit):
-                    continue
-            trusted[commit.unit] = commit
-        return dict(sorted(trusted.items()))
+        for unit in self.units():
+            commit = self.commit_of(unit, whole)
+            if commit is not None:
+                trusted[unit.number] = commit
+        return trusted
+
+    def commit_of(self, unit: Unit, whole: bool = False) -> Commit | None:
+        """The commit record of ``unit`` if it is there and can be trusted, as in commits."""
+        try:
+            commit = read_commit(self.path / "shards" / f"{unit.stem}.json")
+        except FileNotFoundError:
+            return None
+        if commit is None or commit.identity != self.facts["identity_digest"] or not commit.belongs_to(unit):
+            return None
+        if commit.shard is not None:
+            shard = self.path / "shards" / commit.shard
+            if not shard.is_file() or shard.stat().st_size != commit.bytes:
+                return None
+            if whole and not self._is_whole(commit, unit):
+                return None
+        return commit
 
     def commit(self, unit: Unit, rows: list[Row], **facts: Any) -> Commit:
         """Write the shard of ``unit`` and then its commit record; ``facts`` are the record's other fields."""
-        stem = f"{unit.number:06d}-{self.bucket}"
         shard, size, digest = None, 0, None
         if rows:
-            shard = f"{stem}.safetensors"
+            shard = f"{unit.stem}.safetensors"
             metadata = {**self.facts["metadata"], "identity": self.facts["identity_digest"]}
+            metadata |= {"bucket": size_name(unit.bucket), "latent_shape": json.dumps(rows[0].mean.shape)}
             size, digest = write_atomically(self.path / "shards" / shard, pack(rows, metadata))
         commit = Commit(
             unit.number, shard, size, digest, len(rows), self.facts["identity_digest"], host=platform.node(), **facts
         )
-        write_atomically(self.path / "shards" / f"{stem}.json", [_json_bytes(asdict(commit), indent=1)])
+        write_atomically(self.path / "shards" / f"{unit.stem}.json", [json_bytes(asdict(commit), indent=1)])
         return commit
 
     def write_derived(self) -> None:
-        """Rewrite index.jsonl (key, shard, row of every row served) and failures.jsonl from the commit records."""
-        index, failures = self.resolve()
-        rows = [_json_bytes({"key": key, "shard": shard, "row": row}) + b"\n" for key, (shard, row) in index.items()]
+        """Rewrite index.jsonl (key, variant, shard, row of every row served) and failures.jsonl from the records."""
+        index, failures = self._served()
+        rows = [
+            json_bytes({"key": key, "variant": variant, "shard": shard, "row": row}) + b"\n"
+            for (key, variant), (shard, row) in index.items()
+        ]
         write_atomically(self.path / "index.jsonl", rows)
-        lines = [_json_bytes(asdict(failure)) + b"\n" for failure in failures.values()]
+        lines = [json_bytes(asdict(failure)) + b"\n" for failure in failures.values()]
         write_atomically(self.path / "failures.jsonl", lines)
 
-    def resolve(self) -> tuple[dict[str, tuple[str, int]], dict[str, Failure]]:
-        """Where each key's row is, as (shard, row), and which keys failed; the latest unit of a key decides.
+    def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
+        """Where each row is: (key, variant) to (shard, row). The latest unit that a row was planned in decides.
 
         Raises StoreError for a committed shard that cannot be read.
         """
-        index: dict[str, tuple[str, int]] = {}
-        failures: dict[str, Failure] = {}
+        return self._served()[0]
+
+    def failures(self) -> dict[tuple[str, int], Failure]:
+        """Which rows failed in the latest unit that they were planned in, by (key, variant)."""
+        return self._served()[1]
+
+    def _served(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
+        index: dict[tuple[str, int], tuple[str, int]] = {}
+        failures: dict[tuple[str, int], Failure] = {}
+        latest = _latest(self.units())
         for commit in self.commits().values():
             for failure in commit.failed:
-                index.pop(failure.key, None)
-                failures[failure.key] = failure
+                if latest[failure.key, failure.variant] == commit.unit:
+                    failures[failure.key, failure.variant] = failure
             if commit.shard is not None:
-                for row, key in enumerate(self._keys(commit)):
-                    failures.pop(key, None)
-                    index[key] = (commit.shard, row)
+                for row, name in enumerate(self._names(commit)):
+                    if latest.get(name) == commit.unit:
+                        index[name] = (commit.shard, row)
         return index, failures
 
-    def _keys(self, commit: Commit) -> list[str]:
+    def _names(self, commit: Commit) -> list[tuple[str, int]]:
         shard = self.path / "shards" / str(commit.shard)
         try:
-            keys = list(read_keys(shard))
+            names = read_names(shard)
         # ValueError: offsets that are no numbers of bytes. TypeError: a tensor of another type.
         except (SafetensorError, ValueError, TypeError) as error:
             raise StoreError(f"{shard} is damaged: {error}; run the same fastvae encode again") from error
-        if len(keys) != commit.rows:
-            raise StoreError(f"{shard} is damaged: {len(keys)} keys for {commit.rows} rows; run fastvae encode again")
-        return keys
+        if len(names) != commit.rows:
+            raise StoreError(f"{shard} is damaged: {len(names)} keys for {commit.rows} rows; run fastvae encode again")
+        return names
 
     def _is_whole(self, commit: Commit, unit: Unit) -> bool:
         try:
-            keys = self._keys(commit)
+            names = self._names(commit)
         except StoreError:
             return False
-        return sorted([*keys, *(failure.key for failure in commit.failed)]) == sorted(file.key for file in unit.files)
+        failed = [(failure.key, failure.variant) for failure in commit.failed]
+        return sorted([*names, *failed]) == sorted(row.name for row in unit.rows)
 
     def _files(self, folder: str, names: str) -> list[Path]:
         inside = self.path / folder
         return sorted(path for path in inside.iterdir() if is_own(path.name, names)) if inside.is_dir() else []
 
-    def _plan_files(self) -> list[Path]:
-        return sorted(self._files("plan", PLAN), key=plan_number)
-
     def _has_records(self) -> bool:
         return bool(self._files("shards", RECORD))
 
-    def _sweep(self) -> None:
-        for inside, names in ((".", TOP), ("plan", PLAN), ("shards", f"{SHARD}|{RECORD}")):
-            if (self.path / inside).is_dir():
-                sweep(self.path / inside, names)
+    def _sweep(self, leases: Leases) -> None:
+        """Delete what killed runs left, but not what the holder of a live lease is writing."""
+        for folder, names in ((".", TOP), ("plan", PLAN)):  # written by the lock's holder alone
+            if (self.path / folder).is_dir():
+                sweep(self.path / folder, names)
+        shards = self.path / "shards"
+        for path in shards.iterdir() if shards.is_dir() else ():
+            # Asked now and not before: whoever writes took the lease first.
+            if is_leftover(path, f"{SHARD}|{RECORD}") and not leases.is_live(path.name.split("-")[0]):
+                path.unlink(missing_ok=True)
 
     def _forget(self) -> None:
         """Delete the plan, and shards without a record, of a store that never had a commit."""
-        for path in (*self._files(".", DERIVED), *self._files("shards", SHARD), *self._plan_files()):
+        for path in (*self._files(".", DERIVED), *self._files("shards", SHARD), *self._work.files()):
             path.unlink()
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name == LOCK_NAME or is_leftover(path, TOP)
+    return path.name in (LOCK_NAME, "leases") or is_leftover(path, TOP)
 
 
-def _json_bytes(value: Any, indent: int | None = None) -> bytes:
-    # ASCII with \u escapes carries the lone surrogates that stand for file names that are not UTF-8.
-    return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False).encode("ascii")
+def _latest(units: list[Unit]) -> dict[tuple[str, int], int]:
+    """The number of the latest unit of each row."""
+    return {row.name: unit.number for unit in units for row in unit.rows}

@@ -67,6 +67,31 @@ def test_encode_info_decode(pictures, model, tmp_path):
     assert shown == f"{tmp_path / 'png'}/000000-000.png.png  000.png\n"
 
 
+def test_buckets_variants_and_a_dry_run(pictures, model, tmp_path):
+    picture(7, 30, 90).save(Path(pictures) / "tall.png")
+    more = ["--vae", model, "--buckets", "sdxl@64", "--dtype", "fp32", "--crop", "random", "--variants", 2, "--flip"]
+    more += ["--seed", 3, "--logvar", "u8"]
+    result = run("encode", pictures, tmp_path / "out", *more, "--dry-run")
+    assert result.stdout.startswith("planned 20 rows to encode")
+    assert "bucket  " in result.stdout
+    assert not (tmp_path / "out").exists()
+    result = run("encode", pictures, tmp_path / "out", *more)
+    assert "buckets sdxl@64 (23)  20 rows, 4 an image" in result.stderr.splitlines()[0]
+    facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
+    assert facts["rows"] == sum(facts["buckets"].values()) == 20
+    assert len(facts["buckets"]) == 2
+    assert facts["preprocess"]["crop"] == "random, seed 3"
+
+
+def test_a_manifest_is_a_source_with_columns_of_any_name(pictures, model, tmp_path):
+    lines = [json.dumps({"id": f"k{n}", "file": f"in/00{n}.png"}) for n in range(3)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    encode(tmp_path / "list.jsonl", out, model, "--image-column", "file", "--key-column", "id", "--posterior", "sample")
+    index = [json.loads(line)["key"] for line in (out / "index.jsonl").read_text().splitlines()]
+    assert index == ["k0", "k1", "k2"]
+
+
 def test_a_second_run_resumes(pictures, model, tmp_path):
     encode(pictures, tmp_path / "out", model)
     result = encode(pictures, tmp_path / "out", model)
@@ -160,7 +185,7 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
     def interrupt(self, pixels):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastvae.data.moment_encoder.MomentEncoder.moments", interrupt)
+    monkeypatch.setattr("fastvae.data.moment_encoder.MomentEncoder.start", interrupt)
     result = encode(pictures, tmp_path / "out", model, code=75)
     assert result.stderr.splitlines()[-1] == "fastvae: interrupted; run the same command again to go on"
 
@@ -169,18 +194,18 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
     ("arguments", "words"),
     [
         (
-            ["encode", "{in}", "{out}", "--buckets", "sdxl"],
-            "buckets must be one side in pixels such as 256, got 'sdxl'",
+            ["encode", "{in}", "{out}", "--buckets", "sd"],
+            "buckets must be a side in pixels such as 512, 'sdxl', 'flux' or a JSON file, scaled down as in",
         ),
         (["encode", "{in}", "{out}", "--buckets", "36"], "buckets must be a multiple of the model's 8 pixels"),
         (["encode", "{empty}", "{out}"], "no images under"),
         (["encode", "{in}", "{in}"], "out must be another folder than src"),
-        (["encode", "{in}/nothing", "{out}"], "does not exist"),
+        (["encode", "{in}/nothing", "{out}"], "the source must be a folder of images"),
         (["encode", "{in}", "{out}", "--max-pixels", "lots"], "expected a count such as 178M, got 'lots'"),
         (["encode", "{in}", "{out}", "--max-failures", "some"], "max_failures must be"),
         (["encode", "{in}", "{out}", "--batch", "0"], "batch must be 'auto' or at least 1"),
         (["decode", "{empty}", "{out}", "--rows", "x"], "rows must look like 0:16"),
-        (["encode"], "Missing argument 'SRC'"),
+        (["encode"], "Missing argument 'SRC...'"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -278,7 +303,7 @@ def test_as_a_process_without_torch_for_help(pictures, model, tmp_path):
     assert done.stderr == ""
     done = subprocess.run([*command, "--buckets", "7"], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels per latent, got 7\n"
+    assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels, got 7 in '7'\n"
 
 
 def process(*arguments, **options):
@@ -324,12 +349,13 @@ def test_a_closed_stderr_stops_nothing(pictures, model, tmp_path):
     assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
 
 
-def test_a_store_that_another_run_writes_is_exit_code_5(pictures, model, tmp_path):
+def test_a_store_that_another_run_plans_for_ever_is_exit_code_5(pictures, model, tmp_path, monkeypatch):
     pytest.importorskip("fcntl", reason="this system has no such lock")
     encode(pictures, tmp_path / "out", model, "--limit", 1)
+    monkeypatch.setattr("fastvae.data.lock.PATIENCE", 0.1)
     with locked(tmp_path / "out"):
         result = encode(pictures, tmp_path / "out", model, code=5)
-    assert f"is locked: process {os.getpid()} is writing it" in result.stderr
+    assert f"is locked: process {os.getpid()} has been planning it" in result.stderr
     assert "5 another run" in run("--help").stdout
 
 

@@ -123,18 +123,40 @@ def test_a_run_that_is_stopped_keeps_the_shards_that_were_complete(tmp_path, mon
         raised = pytest.raises(ImageError, match=r"empty: 002\.png holds no bytes")
     else:
         calls = iter(range(5))
-        moments = MomentEncoder.moments
+        start = MomentEncoder.start
 
         def interrupted(encoder, pixels):
             if next(calls) == 2:
                 raise KeyboardInterrupt
-            return moments(encoder, pixels)
+            return start(encoder, pixels)
 
-        monkeypatch.setattr(MomentEncoder, "moments", interrupted)
+        monkeypatch.setattr(MomentEncoder, "start", interrupted)
         raised = pytest.raises(KeyboardInterrupt)
     with raised:
         encode(tmp_path / "in", tmp_path / "out", vae=vae, on_error="fail", workers=1, shard_mb=0.001, **OPTIONS)
     assert sorted(latents(tmp_path / "out")) == ["000.png", "001.png"]
+
+
+def test_a_slow_disk_does_not_hold_the_encoder_up(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "in", 6)
+    calls, later = [], threading.Event()
+    start, commit, waited = MomentEncoder.start, Store.commit, []
+
+    def counted(encoder, pixels):
+        calls.append(1)
+        if len(calls) == 4:
+            later.set()
+        return start(encoder, pixels)
+
+    def slow(store, *arguments, **facts):
+        # One worker is three images ahead of a main thread that waits for a write, and four ahead of one that does not.
+        waited.append(later.wait(5))
+        return commit(store, *arguments, **facts)
+
+    monkeypatch.setattr(MomentEncoder, "start", counted)
+    monkeypatch.setattr(Store, "commit", slow)
+    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), workers=1, shard_mb=0.0001, **OPTIONS)
+    assert waited == [True] * 6
 
 
 def test_every_orientation_gives_the_same_latents(tmp_path):
@@ -407,7 +429,12 @@ def test_another_folders_rows_are_not_mixed_in(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"posterior": "sample"}, "posterior must be one of 'dist', 'mean', got 'sample'"),
+        ({"posterior": "draw"}, "posterior must be one of 'dist', 'mean', 'sample', got 'draw'"),
+        ({"crop": "left"}, "crop must be one of 'centre', 'random', got 'left'"),
+        ({"logvar": "fp32"}, "logvar must be one of 'fp16', 'u8', got 'fp32'"),
+        ({"variants": 0}, "variants must be from 1 to 32768, got 0"),
+        ({"variants": 2}, "variants must be 1 with crop='centre'"),
+        ({"seed": -1}, "seed must be an integer from 0"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"buckets": 30}, "buckets must be a multiple"),
         ({"batch": 0}, "batch must be 'auto' or at least 1, got 0"),

@@ -107,7 +107,7 @@ def test_flux2_takes_whole_patches(source, tmp_path):
         key: value for key, value in small_vae().config.items() if key.startswith(("block", "norm", "down", "up"))
     }
     vae = fastvae.AutoencoderKLFlux2(**config, latent_channels=8, layers_per_block=1)
-    with pytest.raises(ValueError, match="multiple of the model's 16 pixels per 2x2 patch of latents, got 24"):
+    with pytest.raises(ValueError, match="multiple of the model's 16 pixels, got 24"):
         encode(source, tmp_path / "out", vae=vae, **OPTIONS | {"buckets": 24})
     assert not (tmp_path / "out").exists()
 
@@ -115,7 +115,7 @@ def test_flux2_takes_whole_patches(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"buckets": 65_536}, r"buckets of 65536 pixels in batches of 1 need about .* GB a step"),
+        ({"buckets": 65_536}, r"buckets of 65536x65536 in batches of 1 need about .* GB a step"),
         ({"buckets": 10**30}, "buckets must be at most 65536"),
         ({"batch": 10**6}, "batch must be at most"),
         ({"workers": 10**6}, "workers must be at most"),
@@ -127,7 +127,7 @@ def test_flux2_takes_whole_patches(source, tmp_path):
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_refusals_come_before_the_output_is_touched(source, tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr("fastvae.data.settings._whole_memory", lambda device: 2**36)
+    monkeypatch.setattr("fastvae.data.batches._whole_memory", lambda device: 2**36)
     with pytest.raises(ValueError, match=words):
         encode(source, tmp_path / "out", vae=small_vae(), **OPTIONS | change)
     assert not (tmp_path / "out").exists()
@@ -161,11 +161,12 @@ def test_a_folder_with_another_file_is_not_empty_whatever_its_name(source, tmp_p
     assert encode(source, out, vae=small_vae(), **OPTIONS).ok == 2
 
 
-def test_a_store_is_written_by_one_process_at_a_time(source, tmp_path):
+def test_a_store_that_is_planned_for_ever_is_not_waited_for(source, tmp_path, monkeypatch):
     pytest.importorskip("fcntl", reason="this system has no such lock")
     out = tmp_path / "out"
     encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
-    with locked(out), pytest.raises(StoreLocked, match=f"is locked: process {os.getpid()} is writing it"):
+    monkeypatch.setattr("fastvae.data.lock.PATIENCE", 0.1)
+    with locked(out), pytest.raises(StoreLocked, match=f"is locked: process {os.getpid()} has been planning it"):
         encode(source, out, vae=small_vae(), **OPTIONS)
     assert encode(source, out, vae=small_vae(), **OPTIONS).ok == 1
 
@@ -227,7 +228,7 @@ def test_a_store_without_commits_may_become_another(source, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastvae.data.moment_encoder.MomentEncoder.moments", interrupt)
+        patch.setattr("fastvae.data.moment_encoder.MomentEncoder.start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             encode(source, out, vae=small_vae(), **OPTIONS)
     assert encode(source, out, vae=small_vae(1), **OPTIONS | {"buckets": 64}).ok == 2
@@ -240,16 +241,16 @@ def test_a_store_without_commits_may_become_another(source, tmp_path, monkeypatc
 
 
 def test_what_could_not_be_read_is_tried_again(source, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", Path.read_bytes
+    out, real = tmp_path / "out", Path.open
     locked_file = source / "001.png"
 
-    def denied(path):
+    def denied(path, *arguments, **named):
         if path == locked_file:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path)
+        return real(path, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", denied)
+        patch.setattr(Path, "open", denied)
         assert encode(source, out, vae=small_vae(), **OPTIONS).reasons == {"unreadable": 1}
     report = encode(source, out, vae=small_vae(), **OPTIONS)
     assert (report.ok, report.resumed, report.failed_before, report.reasons) == (1, 1, 0, {})

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageCms, ImageFile
 from small_store import picture
 
-from fastvae.data.images import LARGEST_ASPECT, SMALLEST_SIDE, check_size, read_image
-from fastvae.data.preprocess import bucket_side, scaled_size, to_bucket
+from fastvae.data.images import LARGEST_ASPECT, SMALLEST_SIDE, check_size, image_size, read_image
+from fastvae.data.preprocess import scaled_size, to_bucket
 from fastvae.data.reasons import ImageError
 
 
@@ -353,12 +353,97 @@ def test_any_size_is_refused_or_covers_the_bucket(width, height, side):
     assert abs(scaled[0] * width - scaled[1] * height) <= max(width, height) / 2 + side  # half a pixel of rounding
 
 
-@pytest.mark.parametrize("buckets", ["256x512", "sdxl", "-8", "٢٥٦", 12, 0, 4])
-def test_buckets_are_one_multiple_of_the_factor(buckets):
-    with pytest.raises(ValueError, match="buckets must be"):
-        bucket_side(buckets, 8)
-
-
 def test_another_alpha_policy_is_refused():
     with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'mask'"):
         read_image(EVERY_KIND["png"], alpha="mask")
+
+
+# Sizes from headers
+
+
+def oriented(image_format: str, orientation: int, width: int, height: int, **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture(3, width, height), image_format, exif=exif, **options)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+def test_the_header_tells_the_upright_size_that_decoding_finds(tmp_path, image_format):
+    for orientation in range(1, 9):
+        data = oriented(image_format, orientation, 40, 24)
+        (tmp_path / "x").write_bytes(data)
+        found = read_image(data).original_hw
+        assert found == ((24, 40) if orientation < 5 else (40, 24)), orientation
+        assert image_size(data) == image_size(tmp_path / "x") == found, orientation
+
+
+def test_every_kind_is_the_same_from_bytes_and_from_a_path(tmp_path):
+    for kind, data in EVERY_KIND.items():
+        (tmp_path / "x").write_bytes(data)
+        assert image_size(data) == image_size(tmp_path / "x") == read_image(data).original_hw == (16, 24), kind
+        assert np.array_equal(np.asarray(read_image(tmp_path / "x").image), pixels(data)), kind
+
+
+def test_a_header_is_read_without_decoding_and_an_orientation_behind_the_pixels_is_seen(monkeypatch):
+    plain = oriented("PNG", 6, 40, 24)
+    place = plain.index(b"eXIf") - 4
+    length = 12 + struct.unpack_from(">I", plain, place)[0]
+    end = plain.index(b"IEND") - 4
+    late = plain[:place] + plain[place + length : end] + plain[place : place + length] + plain[end:]
+    assert image_size(late) == read_image(late).original_hw == (40, 24)
+    decoded = []
+    real = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(self.format), real(self))[1])
+    assert image_size(plain) == (40, 24)
+    for data in EVERY_KIND.values():
+        image_size(data)
+    assert not decoded
+    image_size(late)
+    assert decoded == ["PNG"]
+
+
+def test_what_the_header_shows_to_be_unusable_has_read_images_reason(tmp_path):
+    for data, reason in REFUSED.values():
+        if reason == "decode_error" or data in (REFUSED["floats"][0], REFUSED["32-bit integers"][0]):
+            continue  # not in the header
+        (tmp_path / "x").write_bytes(data)
+        for source in (data, tmp_path / "x"):
+            with pytest.raises(ImageError, match=r"holiday\.jpg") as caught:
+                image_size(source, name="holiday.jpg")
+            assert caught.value.reason == reason
+    with pytest.raises(ImageError, match="more than 100 pixels"):
+        image_size(EVERY_KIND["png"], max_pixels=100)
+    with pytest.raises(ImageError, match="cannot be read: No such file"):
+        image_size(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_cut_header_has_read_images_reason_or_a_size(kind):
+    data = EVERY_KIND[kind]
+    for cut in range(1, len(data), max(1, len(data) // 100)):
+        try:
+            found = image_size(data[:cut])
+        except ImageError as error:
+            found = error.reason
+        assert found in ((16, 24), reason_of(data[:cut])), cut
+
+
+# Scaled decoding
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_decode_covers_what_was_asked_for_once_upright(orientation):
+    data = oriented("JPEG", orientation, 640, 400)
+    height, width = read_image(data).original_hw
+    for cover in ((50, 80), (80, 50), (100, 160), (101, 160), (100, 161), (200, 10), (10, 320), (400, 640), (1, 1)):
+        read = read_image(data, at_least=cover)
+        assert read.original_hw == (height, width)
+        scale = max(s for s in (1, 2, 4, 8) if s == 1 or (height // s >= cover[0] and width // s >= cover[1]))
+        assert (read.image.height, read.image.width) == (-(-height // scale), -(-width // scale)), cover
+        assert np.array_equal(np.asarray(read_image(data, at_least=50).image), pixels(data, at_least=(50, 50)))
+
+
+@pytest.mark.parametrize("at_least", [0, (0, 8), (8,), (1, 2, 3)])
+def test_a_size_to_cover_is_two_lengths(at_least):
+    with pytest.raises(ValueError, match="at_least must be a length or \\(height, width\\)"):
+        read_image(EVERY_KIND["jpeg"], at_least=at_least)

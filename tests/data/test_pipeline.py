@@ -3,7 +3,6 @@
 import threading
 import time
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,14 +10,19 @@ import pytest
 import torch
 from small_store import SIDE, small_vae, write_pictures
 
+from fastvae.data.batches import Batches, settle_workers
+from fastvae.data.buckets import Buckets
 from fastvae.data.devices import default_dtype, settled_device
 from fastvae.data.moment_encoder import MomentEncoder
-from fastvae.data.pipeline import BackgroundWriter, Reading, chunks_of, encoded_chunks, ordered_map
+from fastvae.data.pipeline import Encoding, chunks_of, encoded_chunks
+from fastvae.data.preprocess import Variants
+from fastvae.data.reading import Reading
 from fastvae.data.reasons import ImageError
+from fastvae.data.records import PlannedRow, Unit
 from fastvae.data.report import EncodeReport
-from fastvae.data.settings import settle_workers
-from fastvae.data.sources import list_folder
-from fastvae.data.store import Unit
+from fastvae.data.sources import open_source
+from fastvae.data.storing import Storing
+from fastvae.data.threads import BackgroundWriter, ordered_map
 
 
 def test_results_come_in_order_and_not_far_ahead():
@@ -111,33 +115,106 @@ def test_an_interruption_while_a_unit_waits_loses_no_finished_unit(monkeypatch):
     assert done == ["first", "second"]
 
 
-def test_the_way_of_a_gpu_gives_the_same_rows(tmp_path):
-    """One thread feeds the model batches that a pool decoded: here the model is the CPU's, under another device."""
+class Launches:
+    """A stand-in for the encoder of a GPU: it starts on what it is given and takes ``most`` images a step."""
+
+    device = torch.device("cuda")
+    widest, dtype = 8, torch.float32
+
+    def __init__(self, real, most=65_536):
+        self.real, self.most = real, most
+        self.callers, self.log, self.sizes = set(), [], []
+
+    def start(self, pixels):
+        if len(pixels) > self.most:
+            raise torch.OutOfMemoryError(f"{len(pixels)} do not fit")
+        self.callers.add(threading.get_ident())
+        number = len(self.sizes)
+        self.log.append(("start", number))
+        self.sizes.append(len(pixels))
+        pending = self.real.start(pixels)
+        return SimpleNamespace(result=lambda: (self.log.append(("finish", number)), pending.result())[1])
+
+
+@pytest.fixture
+def reading(tmp_path):
     write_pictures(tmp_path / "in", 7)
     (tmp_path / "in" / "003.png").write_bytes(b"spoilt")
-    unit = Unit(0, tuple(list_folder(tmp_path / "in").files))
-    reading = Reading(Path(tmp_path / "in"), SIDE, "white", 10**6)
-    real = MomentEncoder(small_vae(), "fp32", torch.device("cpu"), "dist", "fp16")
-    callers = set()
+    return Reading(open_source(tmp_path / "in"), Buckets.named(SIDE, 8), Variants(), "white", 10**6)
 
-    def moments(pixels):
-        callers.add(threading.get_ident())
-        return real.moments(pixels)
 
-    other = SimpleNamespace(device=torch.device("cuda"), moments=moments, split=real.split)
+@pytest.fixture
+def real():
+    return MomentEncoder(small_vae(), "fp32", torch.device("cpu"))
+
+
+def one_unit(reading):
+    return Unit(0, (SIDE, SIDE), tuple(map(PlannedRow, reading.source.listing().files)))
+
+
+def encoded(reading, encoder, batch):
+    encoding = Encoding(encoder, Storing(), Batches(batch, encoder))
+    units = [one_unit(reading)]
+    return list(encoded_chunks(chunks_of(units, encoding.batches), reading, encoding, 2, 1)), encoding.batches
+
+
+def test_the_way_of_a_gpu_gives_the_same_rows(reading, real):
+    """One thread feeds the model batches that a pool decoded: here the model is the CPU's, under another device."""
+    keys = [row.file.key for row in one_unit(reading).rows]
     rows = {}
-    for encoder, batch in ((real, 1), (other, 1), (other, 3)):
-        done = list(encoded_chunks(chunks_of([unit], batch), reading, encoder, workers=2, threads=1))
-        assert [file.key for chunk in done for file in chunk.files] == [file.key for file in unit.files]
+    for encoder, batch in ((real, 1), (Launches(real), 1), (Launches(real), 3)):
+        done, _ = encoded(reading, encoder, batch)
+        assert [row.file.key for chunk in done for row in chunk.planned] == keys
         assert [chunk.last for chunk in done] == [False] * (len(done) - 1) + [True]
         assert [failure.key for chunk in done for failure in chunk.failures] == ["003.png"]
         rows[encoder is real, batch] = {row.key: row for chunk in done for row in chunk.rows}
-    assert callers == {threading.get_ident()}
+        if encoder is not real:
+            assert encoder.callers == {threading.get_ident()}
     for key, row in rows[True, 1].items():
         assert np.array_equal(row.mean, rows[False, 1][key].mean)
         # Another batch may be summed in another order: fp32 differences, seen as at most one step of half precision.
         step = np.spacing(np.abs(row.mean).max())
         assert np.abs(row.mean - rows[False, 3][key].mean).max() <= step
+
+
+def test_a_gpu_begins_a_batch_before_the_one_before_is_collected(reading, real):
+    encoder = Launches(real)
+    encoded(reading, encoder, 2)
+    finished = [encoder.log.index(("finish", number)) for number in range(3)]
+    started = [encoder.log.index(("start", number)) for number in range(1, 4)]
+    assert [begin < end for begin, end in zip(started, finished, strict=True)] == [True] * 3
+    assert [encoder.log.index(("start", n + 2)) > finished[n] for n in range(2)] == [True] * 2  # and no further ahead
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_good(reading, real):
+    encoder = Launches(real, most=2)
+    done, batches = encoded(reading, encoder, 6)
+    assert sorted(row.key for chunk in done for row in chunk.rows) == [f"{n:03d}.png" for n in (0, 1, 2, 4, 5, 6)]
+    # Of the first six five can be read: 5 and 3 do not fit, then 2, 1 and 2 do, and later batches begin at 2.
+    assert encoder.sizes == [2, 1, 2, 1]
+    assert batches.halved == 2
+    assert batches.taken() == {f"{SIDE}x{SIDE}": 2}
+    whole, _ = encoded(reading, Launches(real), 1)
+    wanted = {row.key: row.mean for chunk in whole for row in chunk.rows}
+    for chunk in done:
+        for row in chunk.rows:
+            assert np.abs(row.mean - wanted[row.key]).max() <= np.spacing(np.abs(row.mean).max())
+
+
+def test_a_single_image_that_does_not_fit_is_an_error(reading, real):
+    with pytest.raises(torch.OutOfMemoryError, match="1 do not fit"):
+        encoded(reading, Launches(real, most=0), 4)
+
+
+def test_automatic_batches_follow_the_memory_that_is_free(monkeypatch):
+    encoder = SimpleNamespace(device=torch.device("cuda"), widest=128, dtype=torch.float16)
+    monkeypatch.setattr("fastvae.data.batches.free_memory", lambda device: 2**40)
+    batches = Batches("auto", encoder)
+    assert (batches.of((512, 512)), batches.of((256, 1024)), batches.of((4096, 4096))) == (16, 16, 1)
+    # 8 activations of 128 channels at 512x512 in fp16 are 512 MiB an image.
+    monkeypatch.setattr("fastvae.data.batches.free_memory", lambda device: 4 * 2**30)
+    assert Batches("auto", encoder).of((512, 512)) == 5
+    assert Batches(7, encoder).of((512, 512)) == 7
 
 
 @pytest.mark.parametrize(
@@ -146,19 +223,20 @@ def test_the_way_of_a_gpu_gives_the_same_rows(tmp_path):
 )
 def test_a_cpus_cores_are_shared_out(count, workers, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr("fastvae.data.batches.free_memory", lambda device: 2**40)
     encoder = SimpleNamespace(device=torch.device("cpu"), widest=8, dtype=torch.float32)
-    report = EncodeReport("out", "id", "fp32", None)
-    settle_workers(report, encoder, 64, count, "auto", workers)
+    report, batches = EncodeReport("out", "id", "fp32", None), Batches("auto", encoder)
+    settle_workers(report, batches, encoder, {(64, 64): count} if count else {}, workers)
     assert (report.workers, report.threads_per_worker) == expected
-    assert report.batch == 1
+    assert batches.of((64, 64)) == 1
 
 
 def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr("fastvae.data.settings._free_memory", lambda: 2**30)
+    monkeypatch.setattr("fastvae.data.batches.free_memory", lambda device: 2**30)
     encoder = SimpleNamespace(device=torch.device("cpu"), widest=128, dtype=torch.float32)
     report = EncodeReport("out", "id", "fp32", None)
-    settle_workers(report, encoder, 256, 100, "auto", "auto")
+    settle_workers(report, Batches("auto", encoder), encoder, {(256, 256): 100, (64, 64): 100}, "auto")
     # 8 activations of 128 channels at 256x256 in fp32 are 256 MiB; with as much again in reserve, two streams fit.
     assert (report.workers, report.threads_per_worker) == (2, 4)
 

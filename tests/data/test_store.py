@@ -137,7 +137,7 @@ def test_leftovers_are_swept(made, tmp_path):
         (None, "has no store.json"),
         ("{", "not readable as JSON"),
         ('{"fvl": 2}', r'must have "fvl": 1'),
-        ('{"fvl": 1}', "is damaged: it lacks identity, identity_digest, bucket"),
+        ('{"fvl": 1}', "is damaged: it lacks identity, identity_digest, buckets, latent_channels"),
         ('{"fvl": 1, "scaling": NaN}', "not readable as JSON: NaN is no JSON"),
         ("lacks a mean", r"is damaged: it lacks identity\.numerics\.mean, scaling\.batch_norm"),
         ("[]", r'must have "fvl": 1'),

@@ -1,0 +1,73 @@
+"""A shard's tensors as they lie on disk, mapped into memory and checked against what a store promises."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastvae.data.store import StoreError
+
+# What each column holds beside the rows: the shape of one row, None for that of a latent; and its types.
+SMALL = {
+    "sample_id": ((), (torch.uint64,)),
+    "variant": ((), (torch.uint16,)),
+    "original_hw": ((2,), (torch.int32,)),
+    "crop_tlhw": ((4,), (torch.int32,)),
+}
+LARGE = {
+    "mean": (None, (torch.float16, torch.float32)),
+    "logvar": (None, (torch.float16, torch.float32, torch.uint8)),
+    "logvar_range": ((2,), (torch.float32,)),
+}
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A shard: mean, logvar and logvar_range as they are stored, not read before they are indexed, and ``about``.
+
+    That is int64 [N, 8], since one gather is cheaper than four: sample_id by its bits, variant, original_hw, crop_tlhw.
+    """
+
+    columns: dict[str, Tensor]
+
+    def holds(self, listed: dict[int, tuple[int, int]]) -> bool:
+        """Whether each row of ``listed`` has the sample_id and the variant that it gives."""
+        there = [(name % 2**64, variant) for name, variant in self.columns["about"][:, :2].tolist()]
+        return all(row < len(there) and there[row] == given for row, given in listed.items())
+
+
+def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool) -> Mapped:
+    """The columns of the shard at ``path``, whose latents are [L, h, w]; raises StoreError for anything else."""
+    try:
+        # On a CPU these are views of one private map of the file, however large it is.
+        with safe_open(os.fspath(path), framework="pt") as shard:
+            there = set(shard.keys())
+            columns = {name: shard.get_tensor(name) for name in _wanted(there, with_logvar)}
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    rows = len(columns["mean"])
+    for name, column in columns.items():
+        each, dtypes = {**SMALL, **LARGE}[name]
+        wanted = (rows, *(latent if each is None else each))
+        if tuple(column.shape) != wanted or column.dtype not in dtypes:
+            raise StoreError(
+                f"{path} is damaged: {name} is {str(column.dtype).removeprefix('torch.')} {list(column.shape)}, and "
+                f"should be [{', '.join(map(str, wanted))}]"
+            )
+    if with_logvar and columns["logvar"].dtype == torch.uint8 and "logvar_range" not in columns:
+        raise StoreError(f"{path} is damaged: it lacks logvar_range, without which eight bits of logvar mean nothing")
+    small = {name: columns.pop(name) for name in SMALL}
+    small["sample_id"] = small["sample_id"].view(torch.int64)
+    columns["about"] = torch.cat([column.to(torch.int64).view(rows, -1) for column in small.values()], dim=1)
+    return Mapped(columns)
+
+
+def _wanted(there: set[str], with_logvar: bool) -> list[str]:
+    large = ["mean", "logvar"] if with_logvar else ["mean"]
+    optional = ["logvar_range"] if with_logvar and "logvar_range" in there else []
+    return [*large, *optional, *SMALL]

@@ -1,0 +1,57 @@
+"""The key of a row's noise, the same wherever and whenever the row is drawn, and draws by it on the CPU.
+
+A key is the first 8 bytes, little-endian, of the sha256 of: b"fastvae noise 1" and a zero byte; seed and epoch, 8 bytes
+each, and the variant, 4 bytes, all unsigned and little-endian; the row's key in UTF-8 (the bytes of a file name that is
+not UTF-8 as they are on disk). It is a seed of sample_posterior. Nothing else enters it: no position, batch or worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+
+from fastvae_kernels import philox
+from fastvae_kernels.moments import HIGHEST, LOWEST
+from torch import Tensor
+
+from fastvae.data.shards import key_bytes
+
+PREFIX = b"fastvae noise 1\0"
+
+
+def noise_key(seed: int, epoch: int, key: str, variant: int = 0) -> int:
+    """The seed, an unsigned 64-bit integer, of the noise of row (``key``, ``variant``) in ``epoch`` under ``seed``.
+
+    Raises ValueError for a seed or epoch outside [0, 2^64), or a variant outside [0, 2^32).
+    """
+    return noise_keys(seed, epoch, [(key, variant)])[0]
+
+
+def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[int]:
+    """noise_key of each row, (key, variant)."""
+    head = hashlib.sha256(PREFIX + struct.pack("<QQ", checked("seed", seed), checked("epoch", epoch)))
+    numbers = []
+    for key, variant in rows:
+        digest = head.copy()
+        digest.update(struct.pack("<I", checked("variant", variant, 32)) + key_bytes(key))
+        numbers.append(int.from_bytes(digest.digest()[:8], "little"))
+    return numbers
+
+
+def checked(name: str, value: int, bits: int = 64) -> int:
+    """``value`` if it is an unsigned integer of so many bits; raises ValueError, naming the argument, otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
+        raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1, got {value!r}")
+    return value
+
+
+def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
+    """mean + std * noise on the CPU, fp32 [B, L, h, w], from mean and logvar [B, L, h, w] of any float dtype.
+
+    keys: the noise key of each row. The noise is sample_posterior's. A row's bits are its own, whatever the batch.
+    """
+    noise = philox.normals(keys, mean.shape[1:].numel()).view(mean.shape)
+    # In double, then rounded: torch's fp32 exponential differs between the body of a vector loop and its tail.
+    std = logvar.double().clamp_(LOWEST, HIGHEST).mul_(0.5).exp_().float()
+    return noise.mul_(std).add_(mean)

@@ -1,0 +1,69 @@
+"""Files to rows: which images need work, in which bucket, and how many rows make a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fastvae.data.buckets import Size
+from fastvae.data.reading import Reading
+from fastvae.data.records import Commit, Failure, PlannedRow, Unit
+from fastvae.data.sources import SourceFile
+from fastvae.data.store import Store
+from fastvae.data.threads import ordered_map
+
+# Headers are waited for, not computed: more threads than cores.
+HEADER_THREADS = 16
+
+
+def fresh_files(store: Store, listed: list[SourceFile], files: list[SourceFile], reading: Reading) -> list[SourceFile]:
+    """Those of ``files`` that need a unit, among them failures whose cause may be gone.
+
+    A failure is in the file's bytes, but for two: what could not be read and can be now, and what was too large for a
+    lower limit than today's.
+    Raises ValueError if nothing ``listed`` shares a key with the plan: its rows would mix with another folder's.
+    """
+    known = {row.file.key for unit in store.units() for row in unit.rows}
+    if known and known.isdisjoint(file.key for file in listed):
+        raise ValueError(f"{store.path} was made from another folder: none of its {len(known)} keys is in the source")
+    by_key = {file.key: file for file in files}
+
+    def again(failure: Failure, commit: Commit) -> bool:
+        if failure.key not in by_key:
+            return False
+        if failure.reason == "unreadable":
+            return reading.opens(by_key[failure.key])
+        return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)
+
+    return store.fresh(files, again)
+
+
+def rows_of(files: Sequence[SourceFile], reading: Reading) -> list[tuple[Size, PlannedRow]]:
+    """Every variant of ``files`` with its bucket, the buckets in the table's order, by what the headers say.
+
+    An image whose header cannot be used is planned all the same, so that its unit quarantines it.
+    """
+    order = {size: number for number, size in enumerate(reading.buckets.sizes)}
+    rows = []
+    for file, size in zip(files, ordered_map(reading.size, files, HEADER_THREADS), strict=True):
+        bucket = reading.bucket_of(size)
+        rows += [(bucket, PlannedRow(file, variant, size)) for variant in range(reading.variants.count)]
+    return sorted(rows, key=lambda row: order[row[0]])  # stable: within a bucket the files keep their order
+
+
+def count_by_bucket(units: Sequence[Unit]) -> dict[Size, int]:
+    """How many rows the units have in each bucket."""
+    counts: dict[Size, int] = {}
+    for unit in units:
+        counts[unit.bucket] = counts.get(unit.bucket, 0) + len(unit.rows)
+    return counts
+
+
+def needed_bytes(counts: dict[Size, int], row_size: Callable[[Size], int]) -> int:
+    """About how many bytes so many rows take."""
+    return sum(count * row_size(bucket) for bucket, count in counts.items())
+
+
+def started_at(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
+    """``units`` from the place where process ``rank`` of ``ranks`` starts, and then around."""
+    start = len(units) * rank // ranks
+    return units[start:] + units[:start]

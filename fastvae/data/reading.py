@@ -1,0 +1,61 @@
+"""How a source's files become pixels, and how large they will be: the policies of a run, applied to one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvae.data.buckets import Buckets, Size
+from fastvae.data.images import Picture, image_size, read_image
+from fastvae.data.preprocess import Variants
+from fastvae.data.reasons import ImageError
+from fastvae.data.sources import Source, SourceFile
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where files come from, what they are brought to, and the policies of read_image."""
+
+    source: Source
+    buckets: Buckets
+    variants: Variants
+    alpha: str
+    max_pixels: int
+
+    def size(self, file: SourceFile) -> Size:
+        """The upright (height, width) that a file's header states; (0, 0) for one that cannot be used."""
+        try:
+            return image_size(self._content(file), max_pixels=self.max_pixels, name=file.key)
+        except ImageError:  # it fails again when its row is due, and is quarantined there
+            return 0, 0
+
+    def bucket_of(self, original_hw: Size) -> Size:
+        """The bucket of an image; of one whose size is not known, the table's first."""
+        return self.buckets.of(original_hw) if all(original_hw) else self.buckets.sizes[0]
+
+    def picture(self, file: SourceFile, bucket: Size) -> Picture:
+        """The image of ``file`` for ``bucket``; raises ImageError for one that cannot be used.
+
+        Also for one that belongs to another bucket than its unit's: its file was changed, or could not be read, when
+        the run was planned, so it is "unreadable", and tried again by the next run.
+        """
+        content = self._content(file)
+        picture = read_image(content, alpha=self.alpha, max_pixels=self.max_pixels, at_least=bucket, name=file.key)
+        if self.bucket_of(picture.original_hw) != bucket:
+            found = "x".join(map(str, picture.original_hw))
+            raise ImageError("unreadable", f"{file.key} is {found} now, which was not so when the run was planned")
+        return picture
+
+    def opens(self, file: SourceFile) -> bool:
+        """Whether the bytes of ``file`` can be had now."""
+        try:
+            content = self._content(file)
+            if isinstance(content, Path):
+                with content.open("rb") as opened:
+                    opened.read(1)
+        except (OSError, ImageError):
+            return False
+        return True
+
+    def _content(self, file: SourceFile) -> Path | bytes:
+        return self.source.read(file, self.max_pixels)
