@@ -25,13 +25,13 @@ RESULTS, IMAGES = "bench/results/*/results.json", "docs/images"
 NOT_YET = "Not measured yet."
 
 
-def _seconds(value: float) -> str:
+def _milliseconds(value: float) -> str:
     """Milliseconds in three digits or more."""
     return f"{1e3 * value:.{0 if value >= 0.1 else 1 if value >= 0.01 else 3}f}"
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return " to ".join(_seconds(end) for end in row["interval"]) if row["interval"] else "too few rounds"
+    return " to ".join(_milliseconds(end) for end in row["interval"]) if row["interval"] else "too few rounds"
 
 
 def _times(row: Mapping[str, Any]) -> str:
@@ -48,7 +48,7 @@ def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
     for entry in result.get("networks", {}).values():
         if entry["part"] != part:
             continue
-        floor = f"{entry['rounds']} rounds; floor {_seconds(entry['floor_seconds'])} ms"
+        floor = f"{entry['rounds']} rounds; floor {_milliseconds(entry['floor_seconds'])} ms"
         beside = ", with torch.compile" if entry["compiled"] else ""
         lines += [
             f"**{pictures.title(entry)}{beside}** ({floor})",
@@ -62,7 +62,7 @@ def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
                 continue
             memory = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
             lines.append(
-                f"| {name} | {_seconds(row['median_seconds'])} | {_interval(row)} | {_times(row)} "
+                f"| {name} | {_milliseconds(row['median_seconds'])} | {_interval(row)} | {_times(row)} "
                 f"| {_share(row['error'])} | {100 * row['share_of_floor']:.0f} % | {memory} |"
             )
         lines.append("")
@@ -82,7 +82,7 @@ def ops_table(result: Mapping[str, Any]) -> list[str]:
     for name, row in result["cases"].items():
         beside = ", ".join(f"{ratio:.2f} {layout}" for layout, ratio in row["times_eager"].items())
         lines.append(
-            f"| {name} | {row['ours']} | {_seconds(row['median_seconds']['ours'])} "
+            f"| {name} | {row['ours']} | {_milliseconds(row['median_seconds']['ours'])} "
             f"| {100 * row['share_of_roof']:.0f} % | {beside} |"
         )
     return [*lines, ""]
@@ -120,10 +120,11 @@ def profile_table(result: Mapping[str, Any]) -> list[str]:
         ]
         for group in next(iter(columns.values())):
             cells = (
-                f"{_seconds(told[group])} ({100 * told[group] / totals[name]:.0f} %)" for name, told in columns.items()
+                f"{_milliseconds(told[group])} ({100 * told[group] / totals[name]:.0f} %)"
+                for name, told in columns.items()
             )
             lines.append(f"| {group} | {' | '.join(cells)} |")
-        lines += [f"| together | {' | '.join(map(_seconds, totals.values()))} |", ""]
+        lines += [f"| together | {' | '.join(map(_milliseconds, totals.values()))} |", ""]
     return lines
 
 

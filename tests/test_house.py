@@ -88,6 +88,14 @@ def test_kernels_is_a_source_root_and_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_the_map_of_the_largest_room_names_every_file():
+    text = importlib.import_module("fastvae.data").__doc__
+    files = {path.stem for path in (ROOT / "fastvae" / "data").glob("*.py")} - {"__init__"}
+    lines = text.split("\n\n", 1)[1].splitlines()
+    listed = re.findall(r"[a-z_]+", " ".join(line.split(": ")[-1] for line in lines))
+    assert sorted(listed) == sorted(files)
+
+
 def test_no_tests_folder_is_a_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

@@ -29,6 +29,7 @@ def test_the_wheel_works_in_a_fresh_environment(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fastvae", "fastvae_kernels", next(t for t in tops if t.endswith(".dist-info"))}
     assert "fastvae/assets/tiny/diffusion_pytorch_model.safetensors" in names
+    assert {"fastvae/assets/buckets/sdxl.json", "fastvae/report/comparison.html.jinja"} <= set(names)
 
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh" / "bin" / "python"

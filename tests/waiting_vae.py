@@ -9,7 +9,10 @@ from torch import nn
 
 
 class WaitingVAE(nn.Module):
-    """Latents are pixel means of 8 x 8 squares; ``started`` and ``finished`` count the calls, ``seconds`` is theirs."""
+    """Latents are pixel means of 8 x 8 squares; a call sets its event in ``started`` and waits for ``seconds``.
+
+    ``calls`` counts them, up to 64; the one numbered ``fail_at`` fails.
+    """
 
     def __init__(self, seconds: float = 0.0):
         super().__init__()

@@ -1,1 +1,10 @@
-"""Images in, latents stored: sources, image rules, the latent store, its dataset, encode and decode runs."""
+"""Images in, latents stored, and read again for training.
+
+Where images come from: sources, patterns, remote_source, tar_source, table_source, manifest_source; file_systems.
+What pixels they give: images, colour, jpeg, signatures, reasons; buckets, preprocess, reading.
+A run: encode, settings, accepted, identity, devices; plan, batches, pipeline, moment_encoder, storing, threads; run,
+report, console.
+What lies on disk: store, records, worklist, shards, json_text; leases, lock; facts.
+What training reads: dataset, iterable, sampler, collate; order, noise, space, mapped_shards; loader, transfer.
+And back to pictures: decode, demonstration.
+"""

@@ -26,7 +26,7 @@ class StoreError(ValueError):
 
 
 class StoreLocked(StoreError):
-    """A store that another process is writing."""
+    """A folder whose lock another process has held for too long."""
 
 
 class IdentityMismatch(StoreError):

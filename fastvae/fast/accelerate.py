@@ -31,6 +31,7 @@ class Block:
     """One ``with accelerated``, and what the model and its parts go back to."""
 
     vae: nn.Module
+    inside: list[nn.Module]
     before: FastPath | None
     parts: list[nn.Module]
 
@@ -97,7 +98,7 @@ def accelerated(vae_or_pipe: Model, precision: Literal["fast", "exact"] = "fast"
         before = vars(vae).get(ACCELERATED)
         parts = [part for part in _parts(vae) if vars(part).get(ACCELERATED) is before]
         accelerate(vae, precision, **settings)
-        OPEN.append(block := Block(vae, before, parts))
+        OPEN.append(block := Block(vae, list(_parts(vae)), before, parts))
     try:
         yield vae_or_pipe
     finally:
@@ -112,13 +113,13 @@ def _leave(block: Block) -> None:
     if later is not None:  # entered inside this one, as by another thread, and left after it
         later.before, later.parts = block.before, block.parts
         return
-    restore(block.vae)
+    _take_off(block.vae, *_parts(block.vae), *block.inside)  # a part may have been exchanged inside
     if block.before is not None:
         _put_in_place(block.vae, block.before, block.parts)
 
 
 def _put_in_place(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) -> None:
-    restore(vae)
+    _take_off(vae, *_parts(vae))
     vars(vae)[ACCELERATED] = path
     for part in parts:
         if reasons.of_shape(part) is None and _put_beneath_hooks(part):
@@ -133,16 +134,20 @@ def restore(vae_or_pipe: Model) -> Model:
     """
     vae = vae_of(vae_or_pipe)
     with LOCK:
-        for module in (vae, *_parts(vae)):
-            own = vars(module)
-            own.pop(ACCELERATED, None)
-            copies.take_off(module)
-            for holder, name in _places(module):
-                if _is(forward, holder.get(name)):
-                    holder[name] = types.MethodType(type(module).forward, module)
-            if _is(type(module).forward, own.get("forward")):
-                del own["forward"]
+        _take_off(vae, *_parts(vae))
     return vae_or_pipe
+
+
+def _take_off(*modules: nn.Module) -> None:
+    for module in modules:
+        own = vars(module)
+        own.pop(ACCELERATED, None)
+        copies.take_off(module)
+        for holder, name in _places(module):
+            if _is(forward, holder.get(name)):
+                holder[name] = types.MethodType(type(module).forward, module)
+        if _is(type(module).forward, own.get("forward")):
+            del own["forward"]
 
 
 def refresh(vae_or_pipe: Model) -> Model:

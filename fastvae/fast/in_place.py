@@ -68,13 +68,13 @@ class InPlace:
         weight = self.derived.blocked(conv)
         if not weight.is_mkldnn:
             return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
-        return ONEDNN._convolution_pointwise(x, weight, conv.bias, *_geometry(conv), "none", [], None)
+        return ONEDNN._convolution_pointwise(x, weight, _bias(conv), *_geometry(conv), "none", [], None)
 
     def _add_convolved(self, conv: Layer, x: Tensor, y: Tensor) -> Tensor:
         """y + conv(x), in the memory of either."""
         if not takes_onednn(conv.weight):
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding).add_(y)
-        given = x, self.derived.blocked(conv), conv.bias, *_geometry(conv)
+        given = x, self.derived.blocked(conv), _bias(conv), *_geometry(conv)
         return ONEDNN._convolution_pointwise_.binary(y, *given, "add", None, None, [], None)
 
 
@@ -91,6 +91,11 @@ def _padded(x: Tensor) -> Tensor:
     y[:, :, height] = 0
     y[:, :, :, width] = 0
     return y
+
+
+def _bias(conv: Layer) -> Tensor | None:
+    # oneDNN reads it as if it lay in one piece, past its end where it does not: F.conv2d sees to that, these do not.
+    return None if conv.bias is None else conv.bias.contiguous()
 
 
 def _geometry(conv: Layer) -> tuple[list[int], list[int], list[int], int]:

@@ -234,7 +234,7 @@ BASE = {"crop": "random", "variants": 2, "posterior": "sample"}
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_identity_is_refused_field_by_field(tmp_path, change, field):
+def test_other_rows_of_an_image_are_another_identity(tmp_path, change, field):
     write_sizes(tmp_path / "in", SIZES[:1])
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS | BASE)
     with pytest.raises(IdentityMismatch, match=field):

@@ -56,6 +56,18 @@ def test_a_cpu_is_as_accurate_as_eager(shape, hand, dtype, onednn, monkeypatch):
     assert all(torch.equal(weight, weights[name]) for name, weight in vae.state_dict().items())
 
 
+@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
+def test_weights_that_do_not_lie_in_one_piece_are_read_as_they_are(freeze):
+    """Views of a larger tensor, as a checkpoint that is assigned may hold."""
+    vae = small_model("SD")
+    expected = both_ways(*in_channels_last(vae, pixels(vae), latents(vae)))
+    for weight in vae.parameters():
+        weight.data = torch.stack([weight.data, torch.full_like(weight.data, 1e4)], dim=-1)[..., 0]
+    assert not vae.encoder.conv_in.bias.is_contiguous()
+    ours = both_ways(fastvae.accelerate(vae, freeze=freeze), pixels(vae), latents(vae))
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, expected, strict=True))
+
+
 @pytest.mark.parametrize("hand", HANDS)
 def test_what_a_hook_kept_is_not_written_into(hand):
     vae = fastvae.accelerate(small_model("SD", hand))

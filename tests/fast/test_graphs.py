@@ -276,6 +276,15 @@ def test_the_decoder_counts_the_pixels_of_its_images(stream, monkeypatch):
         assert graphs.why_not(getattr(vae, part), x, run) is NoGraph.SIZE
 
 
+def test_weights_that_learn_are_captured_where_no_gradient_is_asked(stream):
+    vae = tiny().requires_grad_(True)
+    x = pixels(vae, 1, 4, 4)
+    with torch.no_grad():
+        first, again = moments_of(vae, x), moments_of(vae, x)
+    assert told(vae) == (1, 1)
+    assert torch.equal(first, again)
+
+
 def test_refresh_drops_the_graphs_of_frozen_weights(stream):
     vae = tiny(freeze=True)
     x = pixels(vae, 1, 4, 4)

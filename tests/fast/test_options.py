@@ -242,6 +242,16 @@ def test_blocks_left_in_any_order_leave_nothing_behind(before, order):
     assert settings(another) is None
 
 
+def test_a_block_gives_back_a_part_that_was_taken_out_inside():
+    vae = tiny()
+    encoder, decoder = vae.encoder, vae.decoder
+    attributes = [set(vars(part)) for part in (encoder, decoder)]
+    with fastvae.accelerated(vae):
+        vae.encoder, vae.decoder = None, None
+    assert [set(vars(part)) for part in (encoder, decoder)] == attributes
+    assert "_fastvae" not in vars(vae)
+
+
 def test_a_block_takes_a_pipeline_and_leaves_a_part_that_was_not_accelerated():
     pipe = SimpleNamespace(vae=fastvae.accelerate(tiny()))
     pipe.vae.decoder = tiny().decoder
