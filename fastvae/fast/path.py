@@ -104,7 +104,8 @@ class FastPath:
                 y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)
-                y = torch.cat([walk.through(part, row, InPlace(self.derived)) for row in rows])
+                done = [walk.through(part, row, InPlace(self.derived)) for row in rows]
+                y = torch.cat(done) if len(done) > 1 else done[0]
             return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)
 
