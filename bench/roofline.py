@@ -57,7 +57,7 @@ def count(
     if name == "decoder":
         small = size // vae.downsample_factor
         part, shape = vae.decoder, (batch, vae.config.latent_channels, small, small)
-    run = Inference(Derived(frozen), quant_conv=vae.quant_conv if name == "encoder" else None)
+    run = Inference(Derived(frozen).twin(), quant_conv=vae.quant_conv if name == "encoder" else None)
     before, tiles.target_of = tiles.target_of, lambda device: tiles.TARGETS[target]
     try:
         with trace.fake_mode():
