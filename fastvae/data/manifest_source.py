@@ -10,8 +10,7 @@ from fastvae.data.file_systems import LocalStorage, RemoteStorage, Storage, chec
 from fastvae.data.images import DEFAULT_MAX_PIXELS
 from fastvae.data.json_text import json_value
 from fastvae.data.reasons import ImageError, check_bytes, unreadable
-from fastvae.data.sources import Listing, SourceFile
-from fastvae.data.table_source import key_of
+from fastvae.data.sources import Listing, SourceFile, key_of
 
 PATHS = ("path", "uri")
 

@@ -9,6 +9,7 @@ against 302; Xeon with AMX, torch 2.13).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -52,7 +53,7 @@ class Chunk:
     decoded: list[Decoded] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    flags: dict[str, int] = field(default_factory=dict)
+    flags: Counter[str] = field(default_factory=Counter)
     redone: int = 0
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -98,8 +99,7 @@ def _read(chunk: Chunk, row: PlannedRow, reading: Reading) -> Picture | ImageErr
         picture = reading.picture(row.file, chunk.unit.bucket)
     except ImageError as error:
         return error
-    for flag in picture.flags:
-        chunk.flags[flag] = chunk.flags.get(flag, 0) + 1
+    chunk.flags.update(picture.flags)
     return picture
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,8 +68,7 @@ class EncodeReport:
         self.failed += len(commit.failed)
         self.redone_fp32 += commit.redone
         self.bytes_written += commit.bytes
-        for flag, count in commit.flags.items():
-            self.flags[flag] = self.flags.get(flag, 0) + count
+        self.flags = dict(Counter(self.flags) + Counter(commit.flags))
 
     def to_json(self) -> str:
         """The report as one JSON document."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -159,17 +160,14 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
             return
         rows = [row for chunk in gathered for row in chunk.rows]
         failed = [failure for chunk in gathered for failure in chunk.failures]
-        flags: dict[str, int] = {}
-        for chunk in gathered:
-            for flag, count in chunk.flags.items():
-                flags[flag] = flags.get(flag, 0) + count
+        flags = sum((chunk.flags for chunk in gathered), Counter())
         redone = sum(chunk.redone for chunk in gathered)
         commit = run.store.commit(
             unit,
             rows,
             failed=failed,
             redone=redone,
-            flags=flags,
+            flags=dict(flags),
             seconds=round(sum(chunk.decode_seconds + chunk.encode_seconds for chunk in gathered), 3),
             versions={"fastvae": __version__, "torch": str(torch.__version__)},
             max_pixels=int(run.reading.max_pixels),
@@ -185,8 +183,7 @@ def finish(run: Run, max_failures: str | float | int) -> None:
     report, store = run.report, run.store
     store.write_derived()
     failures, served = store.failures(), len(store.resolve())
-    for failure in failures.values():
-        report.reasons[failure.reason] = report.reasons.get(failure.reason, 0) + 1
+    report.reasons = dict(Counter(failure.reason for failure in failures.values()))
     report.failed_before = len(failures) - report.failed
     report.exceeded = len(failures) > parse_limit(max_failures, served + len(failures))
     report.judge(on_cpu=run.settings.device.type == "cpu")

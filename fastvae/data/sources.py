@@ -259,3 +259,16 @@ def _starts_like_an_image(path: str) -> bool:
 def _inode(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def key_of(value: Any, where: str, column: str) -> str:
+    """A table's key as text; raises ValueError for what is neither text nor an integer, and for text that is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where}: {column} must be text or an integer, got {value!r:.80}")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {column} holds half a surrogate pair: {value!r:.80}") from None
+    return value

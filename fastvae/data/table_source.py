@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import re
 import threading
 from collections import OrderedDict
@@ -21,7 +20,7 @@ from typing import Any
 from fastvae.data.file_systems import LocalStorage, Storage, check_scheme, whole
 from fastvae.data.images import DEFAULT_MAX_PIXELS
 from fastvae.data.reasons import MACHINE, ImageError, check_bytes, unreadable
-from fastvae.data.sources import Listing, SourceFile
+from fastvae.data.sources import Listing, SourceFile, key_of
 
 PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
 KEPT_GROUPS = 2
@@ -144,19 +143,6 @@ def _reading(storage: Storage, place: str) -> Iterator[tuple[Any, tuple[int, int
             raise
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"{place} is not readable as Parquet: {said}") from error
-
-
-def key_of(value: Any, where: str, column: str) -> str:
-    """A table's key as text; raises ValueError for what is neither text nor an integer, and for text that is none."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: {column} must be text or an integer, got {value!r:.80}")
-    try:
-        os.fsencode(value)
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: {column} holds half a surrogate pair: {value!r:.80}") from None
-    return value
 
 
 def _named(storage: Storage, path: str, key: str, max_pixels: int) -> Path | bytes:

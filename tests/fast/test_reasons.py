@@ -15,9 +15,10 @@ import peft
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry
 from fast.small_models import HANDS, TWO
 from fastvae_kernels.runtime import INTERPRETED
+from listening_hooks import Listening, Registered
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
@@ -68,31 +69,8 @@ def pre_hook(name):
     return change
 
 
-class Listening(accelerate.hooks.ModelHook):
-    """accelerate's kind of hook."""
-
-    def __init__(self, calls):
-        self.calls = calls
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls.append(module)
-        return args, kwargs
-
-
 def hook_of_accelerate(name):
     return lambda vae, calls: accelerate.hooks.add_hook_to_module(vae.get_submodule(name), Listening(calls))
-
-
-class Registered(ModelHook):
-    """diffusers' kind of hook."""
-
-    def __init__(self, calls):
-        super().__init__()
-        self.calls = calls
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls.append(module)
-        return args, kwargs
 
 
 def hook_of_diffusers(name):

@@ -6,7 +6,6 @@ Where a hook sits on a whole encoder it wraps the fast path; where it sits on la
 import copy
 import itertools
 
-import accelerate.hooks
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -14,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.loaders import lora_base
 from fastvae_kernels.runtime import KERNEL_DEVICES
+from listening_hooks import Listening, Registered
 from swap_in.stock import (
     Walks,
     assert_computes_like,
@@ -34,29 +34,6 @@ pytestmark = pytest.mark.usefixtures("users_cpu")
 
 CPU = torch.device("cpu")
 SHAPE = (1, 3, 16, 16)
-
-
-class Listening(accelerate.hooks.ModelHook):
-    """accelerate's kind of hook."""
-
-    def __init__(self, calls):
-        self.calls = calls
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls.append(module)
-        return args, kwargs
-
-
-class Registered(ModelHook):
-    """diffusers' kind of hook, around a forward."""
-
-    def __init__(self, calls):
-        super().__init__()
-        self.calls = calls
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls.append(module)
-        return args, kwargs
 
 
 class Instead(ModelHook):
