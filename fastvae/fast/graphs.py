@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fastvae.fast import walk
 from fastvae.fast.inference import Inference
 from fastvae.fast.reasons import Layer, Reason
-from fastvae.fast.walk import Flow
+from fastvae.fast.walk import Flow, Pass
 
 GRAPH_DEVICES = ("cuda",)
 MOST_GRAPHS = 32
@@ -190,8 +190,8 @@ class Graphs:
         self.held.pop(key).graph.reset()
 
 
-class Survey:
-    """A pass that computes nothing and finds out whether every block is fused (walk.Pass)."""
+class Survey(Pass):
+    """A pass that computes nothing and finds out whether every block is fused."""
 
     # Nothing is computed: that a weight which stands for an activation may learn says nothing of the call.
     differentiable = True
@@ -204,9 +204,6 @@ class Survey:
 
     def begin(self, part: Layer, x: Tensor) -> Flow:
         return Flow(part.conv_in.weight)  # of an activation the dtype and the device are asked
-
-    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow:
-        return walk.through_block(block, flow, self)
 
     def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
         return flow

@@ -13,31 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.fast import layers, walk
+from fastvae.fast import layers
 from fastvae.fast.derived import Derived, channels_last, takes_onednn
-from fastvae.fast.reasons import Layer, Reason
-from fastvae.fast.walk import Flow
+from fastvae.fast.reasons import Layer
+from fastvae.fast.walk import Flow, Pass
 
 # oneDNN's convolutions with something behind them, as torch.compile calls them too.
 ONEDNN: Any = torch.ops.mkldnn
 
 
-class InPlace:
-    """One forward pass that nobody will differentiate (walk.Pass). Every flow owns its memory; none has a bias."""
+class InPlace(Pass):
+    """One forward pass that nobody will differentiate. Every flow owns its memory; none has a bias."""
 
     differentiable = False
 
     def __init__(self, derived: Derived):
         self.derived = derived
 
-    def note(self, module: Layer, reason: Reason | None) -> None:
-        """Told of each block that is fused (None) or not; explain listens."""
-
     def begin(self, part: Layer, x: Tensor) -> Flow:
         return Flow(self._convolve(part.conv_in, channels_last(x)))
-
-    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow:
-        return walk.through_block(block, flow, self)
 
     def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
         h = self._convolve(block.conv1, _activated(block.norm1, flow.x))

@@ -22,15 +22,15 @@ from fastvae_kernels.pixels import pixels_conv_in
 from fastvae_kernels.residual import residual_add
 from torch import Tensor
 
-from fastvae.fast import layers, reasons, walk
+from fastvae.fast import layers, reasons
 from fastvae.fast.derived import Derived, channels_last, is_channels_last, weights_of
-from fastvae.fast.reasons import Layer, Reason
-from fastvae.fast.walk import Flow
+from fastvae.fast.reasons import Layer
+from fastvae.fast.walk import Flow, Pass
 from fastvae.latents import normalized
 
 
-class Inference:
-    """One forward pass that nobody will differentiate (walk.Pass)."""
+class Inference(Pass):
+    """One forward pass that nobody will differentiate."""
 
     differentiable = False
 
@@ -50,9 +50,6 @@ class Inference:
         self.quant_conv = quant_conv
         self.laid_out = False
 
-    def note(self, module: Layer, reason: Reason | None) -> None:
-        """Told of each block that is fused (None) or not; explain listens."""
-
     def begin(self, part: Layer, x: Tensor) -> Flow:
         self.laid_out = is_channels_last(x)
         conv = part.conv_in
@@ -62,9 +59,6 @@ class Inference:
             x = normalized(x).to(conv.weight.dtype)
         x = channels_last(x)
         return Flow(self._convolve(conv, x if self.stream == 1.0 else x * self.stream), bias=conv.bias)
-
-    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow:
-        return walk.through_block(block, flow, self)
 
     def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
         h = self._normalized(flow, block.norm1, True, self.stream, self.inner)

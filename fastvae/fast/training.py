@@ -16,17 +16,14 @@ from torch import Tensor
 
 from fastvae.fast import layers, walk
 from fastvae.fast.derived import channels_last, weights_of
-from fastvae.fast.reasons import Layer, Reason
-from fastvae.fast.walk import Flow
+from fastvae.fast.reasons import Layer
+from fastvae.fast.walk import Flow, Pass
 
 
-class Training:
-    """One forward pass through which a gradient will go (walk.Pass). Its flows carry no pending bias."""
+class Training(Pass):
+    """One forward pass through which a gradient will go. Its flows carry no pending bias."""
 
     differentiable = True
-
-    def note(self, module: Layer, reason: Reason | None) -> None:
-        """Told of each block that is fused (None) or not; explain listens."""
 
     def begin(self, part: Layer, x: Tensor) -> Flow:
         return Flow(part.conv_in(channels_last(x)))

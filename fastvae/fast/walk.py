@@ -27,7 +27,7 @@ class Flow(NamedTuple):
 
 
 class Pass(Protocol):
-    """How the blocks are computed. Each method takes a Flow and gives one; the last two begin and end it."""
+    """How the blocks are computed. Each method takes a Flow and gives one; ``begin`` and ``end`` are its ends."""
 
     differentiable: bool
 
@@ -38,8 +38,12 @@ class Pass(Protocol):
     def upsample(self, sampler: Layer, flow: Flow) -> Flow: ...
     def as_module(self, module: Layer, flow: Flow) -> Flow: ...
     def end(self, part: Layer, flow: Flow) -> Tensor: ...
-    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow: ...
-    def note(self, module: Layer, reason: Reason | None) -> None: ...
+
+    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow:
+        return through_block(block, flow, self)
+
+    def note(self, module: Layer, reason: Reason | None) -> None:
+        """Told of each block that is fused (None) or not; explain listens."""
 
 
 def through(part: Layer, x: Tensor, run: Pass) -> Tensor:
