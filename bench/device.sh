@@ -2,6 +2,7 @@
 # Everything that wants a GPU, in one command on a machine with torch, triton, pytest and pytest-benchmark alone:
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
 #   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile or tune (may be repeated; tune only when named)
+#   bench/device.sh --seconds N     all parts within N seconds in place of 575
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter where there is no GPU
 # Each part may take its share of the time that is left, so fewer parts have longer. A contestant that is not installed
 # is left out by name. results.json (merge.py: a part run again replaces its own data), logs.txt and summary.txt go to
@@ -10,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
-parts=() dry=()
+parts=() dry=() whole=575 # all parts together end inside ten minutes
 while (($#)); do
     case $1 in
         --dry) dry=(--dry) ;;
@@ -19,7 +20,10 @@ while (($#)); do
                 tests | ops | philox | encoder | decoder | profile | tune) parts+=("$2") && shift ;;
                 *) echo "--only takes tests, ops, philox, encoder, decoder, profile or tune, got '${2:-}'" >&2 && exit 2 ;;
             esac ;;
-        *) echo "unknown argument '$1': known are --dry and --only PART" >&2 && exit 2 ;;
+        --seconds)
+            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number, got '${2:-}'" >&2 && exit 2; }
+            whole=$2 && shift ;;
+        *) echo "unknown argument '$1': known are --dry, --only PART and --seconds N" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -37,6 +41,8 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/kernels:$PWD/bench:$PWD/tests:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging -p no:hypothesispytest --benchmark-columns=median,iqr,rounds --color=no)
 tested=(tests/ops --durations=15)
+# A kernel's tests spend their time in compiling, which takes a core each.
+"$PYTHON" -c 'import xdist' 2>/dev/null && tested+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 ((${#dry[@]})) && tested=(tests/ops/test_tiles.py)
 without=()
 if ((${#dry[@]})); then
@@ -46,8 +52,6 @@ elif ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_sp
     without=(--without diffusers)
 fi
 
-# All parts together end inside ten minutes.
-whole=575
 declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [tune]=30)
 failed=() lines=() statuses=() ahead=0
 for name in "${parts[@]}"; do ((ahead += share[$name])); done
