@@ -68,8 +68,11 @@ def test_references_are_shaped_as_kernels_and_as_accurate(shape, dtype):
                 f"{name} hands out its input"
             )
             # One pixel and two channels a group: the gradient is the rounding of a difference of equals.
-            if name != "gradient" or shape[2] * shape[3] > 1:
-                assert_as_accurate(other, one, true)
+            if name == "gradient" and shape[2] * shape[3] == 1:
+                continue
+            # The folded product adds 4 terms a channel where the reference adds 9 (2.8 times its error on an AVX2 CPU),
+            # so it is the product that is held to the reference there.
+            assert_as_accurate(*((one, other) if name == "upsample" else (other, one)), true)
 
 
 def test_costs_are_the_bytes_of_what_is_named():
