@@ -53,7 +53,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_safetensors_file_is_named(saved, case):
+def test_row_27_a_broken_safetensors_file_is_named(saved, case):
     path = saved / WEIGHTS
     path.write_bytes(BROKEN[case](path.read_bytes()))
     assert refusal(saved).startswith(f"{path}: not a complete safetensors file ({path.stat().st_size} bytes")
@@ -76,7 +76,7 @@ def test_a_broken_config_is_named(saved, content, words):
     assert words in message
 
 
-def test_an_absurd_config_is_refused_before_the_weights_are_opened(saved):
+def test_row_28_an_absurd_config_is_refused_before_the_weights_are_opened(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "latent_channels": 10**9}))
     (saved / WEIGHTS).unlink()
@@ -132,7 +132,7 @@ def test_a_square_of_another_shape_is_not_squeezed(model, saved, layouts):
 @pytest.mark.parametrize(
     "shard", ["../outside.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", 3, "x.bin"]
 )
-def test_an_index_may_not_leave_its_directory(model, tmp_path, shard, layouts):
+def test_row_27_an_index_may_not_leave_its_directory(model, tmp_path, shard, layouts):
     inside = tmp_path / "inside"
     model.save_pretrained(inside, max_shard_size="100KB")
     layouts.write(tmp_path / "outside.safetensors", model.state_dict())
@@ -166,7 +166,7 @@ class _Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_is_refused_unless_allowed(model, saved, layouts):
+def test_row_29_a_pickle_is_refused_unless_allowed(model, saved, layouts):
     (saved / WEIGHTS).unlink()
     torch.save({"state_dict": layouts.to_deprecated(model.state_dict())}, saved / PICKLE)
     message = refusal(saved)
@@ -181,7 +181,7 @@ def test_a_pickle_is_refused_unless_allowed(model, saved, layouts):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
-def test_a_payload_in_a_pickle_is_never_run(model, saved, suffix):
+def test_row_29_a_payload_in_a_pickle_is_never_run(model, saved, suffix):
     mark = saved / "was_run"
     path = saved / f"model{suffix}"
     torch.save({"encoder.conv_in.weight": _Payload(mark)}, path)

@@ -124,14 +124,14 @@ def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
     assert result.stderr.splitlines()[-1] == "fastvae: empty: bad.png holds no bytes"
 
 
-def test_another_identity_is_exit_code_4_with_the_difference(pictures, model, tmp_path):
+def test_row_25_another_identity_is_exit_code_4_with_the_difference(pictures, model, tmp_path):
     encode(pictures, tmp_path / "out", model)
     result = encode(pictures, tmp_path / "out", model, "--posterior", "mean", code=4)
     assert 'numerics.posterior: the store has "dist", this run "mean"' in result.stderr
     assert result.stdout == ""
 
 
-def test_a_full_disk_is_exit_code_6(pictures, model, tmp_path, monkeypatch):
+def test_row_15_a_full_disk_is_exit_code_6(pictures, model, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -262,7 +262,7 @@ def test_demo_without_scikit_image_names_the_extra(tmp_path, monkeypatch):
     assert 'pip install "fastvae[demo]"' in result.stderr
 
 
-def test_names_cannot_drive_the_terminal(model, tmp_path):
+def test_row_33_names_cannot_drive_the_terminal(model, tmp_path):
     (tmp_path / "in").mkdir()
     picture(0).save(tmp_path / "in" / "x.png")
     os.rename(tmp_path / "in" / "x.png", tmp_path / "in" / "a\x1b[31mred\x07.png")

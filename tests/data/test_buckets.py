@@ -72,7 +72,7 @@ def test_a_spec_that_names_no_table_is_refused(spec):
 
 
 @given(st.sampled_from(sorted(TABLES)), st.integers(1, 20_000), st.integers(1, 20_000), st.booleans())
-def test_any_size_is_refused_by_name_or_covers_the_nearest_bucket(name, height, width, flip):
+def test_row_11_any_size_is_refused_by_name_or_covers_the_nearest_bucket(name, height, width, flip):
     small, thin = min(width, height) < SMALLEST_SIDE, max(width, height) > LARGEST_ASPECT * min(width, height)
     if small or thin:
         with pytest.raises(ImageError) as refused:

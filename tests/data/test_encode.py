@@ -56,7 +56,7 @@ def test_every_row_is_its_own_files(tmp_path):
         assert_half_equal(stored[name], expected(vae, tmp_path / "in" / name))
 
 
-def test_rows_depend_on_neither_workers_nor_neighbours(tmp_path):
+def test_row_34_rows_depend_on_neither_workers_nor_neighbours(tmp_path):
     vae = small_vae()
     write_pictures(tmp_path / "in", 6)
     (tmp_path / "in" / "002.png").write_bytes(b"spoilt")
@@ -68,7 +68,7 @@ def test_rows_depend_on_neither_workers_nor_neighbours(tmp_path):
         assert np.array_equal(one[key], many[key])
 
 
-def test_equal_runs_give_equal_bytes(tmp_path):
+def test_row_34_equal_runs_give_equal_bytes(tmp_path):
     write_pictures(tmp_path / "in", 4)
     for name in ("a", "b"):
         encode(tmp_path / "in", tmp_path / name, vae=small_vae(), **OPTIONS)
@@ -159,7 +159,7 @@ def test_a_slow_disk_does_not_hold_the_encoder_up(tmp_path, monkeypatch):
     assert waited == [True] * 6
 
 
-def test_every_orientation_gives_the_same_latents(tmp_path):
+def test_row_06_every_orientation_gives_the_same_latents(tmp_path):
     (tmp_path / "in").mkdir()
     upright = picture(5, 56, 40)
     turned = {
@@ -189,7 +189,7 @@ def test_every_orientation_gives_the_same_latents(tmp_path):
         assert item["crop_tlhw"].tolist() == [0, 6, 32, 32]  # 56 * 32 / 40 = 44.8 -> 45 wide, (45 - 32) // 2
 
 
-def test_new_and_edited_files_are_added_without_renumbering(tmp_path):
+def test_row_26_new_and_edited_files_are_added_without_renumbering(tmp_path):
     vae, folder, out = small_vae(), tmp_path / "in", tmp_path / "out"
     write_pictures(folder, 3)
     encode(folder, out, vae=vae, **OPTIONS)
@@ -231,7 +231,7 @@ def test_limit_takes_the_first_and_a_later_run_the_rest(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_identity_is_refused_field_by_field(tmp_path, change, field):
+def test_row_25_another_identity_is_refused_field_by_field(tmp_path, change, field):
     write_pictures(tmp_path / "in", 1)
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS)
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -325,7 +325,7 @@ class Poisoned(torch.nn.Module):
 
 
 @pytest.mark.parametrize("always", [False, True], ids=["in half precision", "always"])
-def test_rows_that_are_not_finite_are_redone_and_else_quarantined(tmp_path, always):
+def test_row_19_rows_that_are_not_finite_are_redone_and_else_quarantined(tmp_path, always):
     names = write_pictures(tmp_path / "in", 4)
     Image.new("RGB", (32, 32)).save(tmp_path / "in" / names[2])
     vae = small_vae()
@@ -362,7 +362,7 @@ def test_a_mean_beyond_half_precision_is_refused_or_stored_in_single(tmp_path):
     assert (item["logvar"] == 20).all()  # clamped, as the posterior clamps it
 
 
-def test_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
+def test_row_15_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
     names = write_pictures(tmp_path / "in", 6)
     calls = {"left": 9}  # store.json, plan, shard, record: two calls each, then the disk is full
     real = os.fsync
@@ -386,7 +386,7 @@ def test_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
     assert sorted(latents(tmp_path / "out")) == names
 
 
-def test_too_little_room_is_said_before_anything_is_encoded(tmp_path, monkeypatch):
+def test_row_15_too_little_room_is_said_before_anything_is_encoded(tmp_path, monkeypatch):
     write_pictures(tmp_path / "in", 2)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(OSError, match="are needed and 100 are free") as caught:

@@ -273,7 +273,7 @@ def test_what_was_too_large_is_tried_again_under_a_higher_limit(source, tmp_path
 # Odd sources and consoles
 
 
-def test_what_cannot_be_looked_into_is_passed_over_and_named(source, tmp_path, monkeypatch):
+def test_row_12_what_cannot_be_looked_into_is_passed_over_and_named(source, tmp_path, monkeypatch):
     os.symlink("loop", source / "loop")
     (source / "closed").mkdir()
     real = os.scandir

@@ -157,7 +157,7 @@ def shared(tmp_path_factory, whole):
     return list(zip((root / "both", root / "killed"), map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_two_processes_share_an_output_and_each_row_is_made_once(shared, whole):
+def test_row_24_two_processes_share_an_output_and_each_row_is_made_once(shared, whole):
     _, names, wanted = whole
     out, ((one, first), (two, second)) = shared[0]
     assert one == two == 0
@@ -172,7 +172,7 @@ def test_two_processes_share_an_output_and_each_row_is_made_once(shared, whole):
     assert not list((out / "leases").glob("*.lease"))
 
 
-def test_what_a_killed_process_held_is_done_by_the_other(shared, whole):
+def test_row_22_what_a_killed_process_held_is_done_by_the_other(shared, whole):
     source, names, wanted = whole
     out, ((killed, _), (lived, report)) = shared[1]
     assert (killed, lived) == (137, 0)

@@ -135,7 +135,7 @@ def test_an_image_that_changes_its_bucket_under_the_run_is_left_to_the_next(tmp_
     assert rows_of(out)[keys[1], 0]["original_hw"].tolist() == [200, 60]
 
 
-def test_keys_that_differ_only_by_folder_or_extension_stay_apart(tmp_path):
+def test_row_14_keys_that_differ_only_by_folder_or_extension_stay_apart(tmp_path):
     vae, folder = small_vae(), tmp_path / "in"
     for number, key in enumerate(("a.png", "a.webp", "b/a.png", "b.a.png")):
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def test_keys_that_differ_only_by_folder_or_extension_stay_apart(tmp_path):
     assert len({row["mean"].tobytes() for row in rows.values()}) == 4
 
 
-def test_an_edited_images_old_latent_is_not_served_from_the_plan_on(tmp_path, monkeypatch):
+def test_row_26_an_edited_images_old_latent_is_not_served_from_the_plan_on(tmp_path, monkeypatch):
     keys, out = write_sizes(tmp_path / "in"), tmp_path / "out"
     encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
     picture(99, 61, 60).save(tmp_path / "in" / keys[0])
@@ -234,7 +234,7 @@ BASE = {"crop": "random", "variants": 2, "posterior": "sample"}
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_rows_of_an_image_are_another_identity(tmp_path, change, field):
+def test_row_25_other_rows_of_an_image_are_another_identity(tmp_path, change, field):
     write_sizes(tmp_path / "in", SIZES[:1])
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS | BASE)
     with pytest.raises(IdentityMismatch, match=field):

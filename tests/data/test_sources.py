@@ -41,7 +41,7 @@ def test_content_counts_where_the_suffix_says_nothing(tmp_path):
     assert keys(tmp_path) == ["no suffix", "phone.heic", "upper.JPG"]
 
 
-def test_odd_names_survive(tmp_path):
+def test_row_13_odd_names_survive(tmp_path):
     names = ["new\nline.png", "ünï 😀.png", "-rf.png", os.fsdecode(b"not utf-8 \xff.png")]
     for name in names:
         picture(0).save(tmp_path / "x.png")
@@ -49,7 +49,7 @@ def test_odd_names_survive(tmp_path):
     assert sorted(keys(tmp_path)) == sorted(names)
 
 
-def test_links_are_followed_once_and_loops_end(tmp_path, monkeypatch):
+def test_row_12_links_are_followed_once_and_loops_end(tmp_path, monkeypatch):
     write_pictures(tmp_path / "real", 1)
     write_pictures(tmp_path / "elsewhere", 1)
     for index in range(3):
@@ -232,7 +232,7 @@ def test_archives_tables_and_manifests_under_a_url(memory):
         source.read(source.listing().files[1])
 
 
-def test_a_manifest_may_name_urls_where_their_scheme_is_taken(tmp_path, memory):
+def test_row_31_a_manifest_may_name_urls_where_their_scheme_is_taken(tmp_path, memory):
     data = put(memory, "/bucket/0.png", picture(0))
     (tmp_path / "m.jsonl").write_text('{"key": "a", "uri": "memory://bucket/0.png"}\n')
     with pytest.raises(ValueError, match="memory:// is off"):
@@ -302,7 +302,7 @@ def test_where_no_time_is_known_another_tag_is_another_number():
 
 
 @given(st.lists(st.sampled_from(["a", "a~2", "a~2~2", "b", "a~3"]), max_size=12))
-def test_keys_are_apart_and_the_first_keeps_its_own(keys):
+def test_row_14_keys_are_apart_and_the_first_keeps_its_own(keys):
     listing = Listing([SourceFile(key, index, 0) for index, key in enumerate(keys)])
     listing.keep_apart()
     found = [file.key for file in listing.files]

@@ -67,7 +67,7 @@ def test_a_shard_reads_with_safetensors_alone(made):
         assert tensors["row_crc32"][row] == row_checksum(tensors["mean"][row], tensors["logvar"][row])
 
 
-def test_a_killed_run_is_finished_by_the_next(tmp_path):
+def test_row_16_a_killed_run_is_finished_by_the_next(tmp_path):
     """Killed before and after every rename of a run: no committed shard is bad, and none is lost."""
     write_pictures(tmp_path / "in", 5)
     encode(tmp_path / "in", tmp_path / "whole", vae=small_vae(), **OPTIONS)

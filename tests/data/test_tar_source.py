@@ -74,7 +74,7 @@ def test_members_in_any_order_find_their_own_columns(tmp_path):
     assert {file.key: file.columns for file in files} == {str(seed): {"txt": str(seed)} for seed in range(6)}
 
 
-def test_duplicates_keep_their_own_images_and_captions(tmp_path):
+def test_row_14_duplicates_keep_their_own_images_and_captions(tmp_path):
     first = [("a.png", png(0)), ("a.txt", b"0"), ("a.png", png(1)), ("a.txt", b"1"), ("a~2.png", png(2))]
     archive(tmp_path / "1.tar", first)
     archive(
@@ -215,7 +215,7 @@ def test_flipped_header_bytes_raise_nothing_strange_and_mix_no_rows(tmp_path):
 # Malice
 
 
-def test_hostile_members_are_data_and_leave_nothing_behind(tmp_path):
+def test_row_13_hostile_members_are_data_and_leave_nothing_behind(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
     members = []
@@ -239,7 +239,7 @@ def test_hostile_members_are_data_and_leave_nothing_behind(tmp_path):
     assert os.listdir(inside) == ["hostile.tar"]
 
 
-def test_a_name_with_a_nul_in_its_extended_header_is_a_key(tmp_path):
+def test_row_13_a_name_with_a_nul_in_its_extended_header_is_a_key(tmp_path):
     info = tarfile.TarInfo("x.png")
     info.pax_headers = {"path": "nul\0inside.png"}
     source = open_source(archive(tmp_path / "a.tar", [(info, png(5))], format=tarfile.PAX_FORMAT))

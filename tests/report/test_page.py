@@ -56,7 +56,7 @@ def test_nothing_is_fetched_and_no_script_runs():
         assert not [name for name in attributes if name.startswith("on")]
 
 
-def test_whatever_a_result_holds_is_text():
+def test_row_33_whatever_a_result_holds_is_text():
     document = Document(page(result()))
     assert "<script>alert(1)</script>" in document.text
     assert 'A "card" of <none>' in document.text
