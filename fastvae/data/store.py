@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastvae.checkpoints.atomic import is_leftover, sweep, write_atomically
+from fastvae.checkpoints.atomic import is_leftover, sweep, synchronise_folder, write_atomically
 from fastvae.checkpoints.report import first_few
 from fastvae.data import identity as identities
 from fastvae.data.buckets import Size, size_name
@@ -122,6 +122,9 @@ class Store:
         leases.sweep()
         (path / "plan").mkdir(exist_ok=True)
         (path / "shards").mkdir(exist_ok=True)
+        # Else a power cut could take a folder away with every record in it, however well those were synchronised.
+        synchronise_folder(path)
+        synchronise_folder(path.parent)
         return store
 
     def units(self) -> list[Unit]:
