@@ -52,6 +52,9 @@ CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: The largest config in use has two kilobytes.
+MAX_BYTES = 2**20
+
 #: Class names that older or converted repositories write for a model of the class on the right.
 CLASS_ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}
 
@@ -130,9 +133,12 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """Read a config.json; raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
     path = Path(path)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; a model directory needs its config.json") from None
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path}: a config of more than {MAX_BYTES} bytes is not taken")
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvae.checkpoints import names
 from fastvae.checkpoints.files import PICKLE_SUFFIXES, WeightFiles, check_pickle, commit_of
+from fastvae.checkpoints.header import WEIGHTS_HEADER, check_header
 from fastvae.checkpoints.report import LoadReport, first_few
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -212,6 +213,7 @@ def _slice(file, name: str, path: Path):
 @contextmanager
 def _opened(path: Path):
     try:
+        check_header(path, WEIGHTS_HEADER)
         file = safetensors.safe_open(path, framework="pt", device="cpu")
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({path.stat().st_size} bytes; {error})") from None

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastvae.checkpoints.header import SHARD_HEADER, check_header
 from fastvae.data.store import StoreError
 
 # What each column holds beside the rows: the shape of one row, None for that of a latent; and its types.
@@ -44,13 +45,14 @@ class Mapped:
 def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool) -> Mapped:
     """The columns of the shard at ``path``, whose latents are [L, h, w]; raises StoreError for anything else."""
     try:
+        check_header(path, SHARD_HEADER)
         # On a CPU these are views of one private map of the file, however large it is.
         with safe_open(os.fspath(path), framework="pt") as shard:
             there = set(shard.keys())
             columns = {name: shard.get_tensor(name) for name in _wanted(there, with_logvar)}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
-    rows = len(columns["mean"])
+    rows = columns["mean"].shape[0] if columns["mean"].ndim else 0
     for name, column in columns.items():
         each, dtypes = {**SMALL, **LARGE}[name]
         wanted = (rows, *(latent if each is None else each))

@@ -18,8 +18,11 @@ import os
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+
+from fastvae.checkpoints.header import SHARD_HEADER, check_header
 
 DTYPE_NAMES = {
     "<f2": "F16",
@@ -31,6 +34,8 @@ DTYPE_NAMES = {
     "<u2": "U16",
     "|u1": "U8",
 }
+# What names the rows: each of one dimension.
+NAMES = {"key_utf8": "U8", "key_offset": "I64", "variant": "U16"}
 HALF_MAXIMUM = 65504.0
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -107,14 +112,28 @@ def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
 
 
 def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
-    """(key, variant) of each row of a shard, in order."""
+    """(key, variant) of each row of a shard, in order.
+
+    Raises SafetensorError, ValueError or TypeError for a file that is no shard, whose keys are not one after another.
+    """
     from safetensors import safe_open
 
+    check_header(path, SHARD_HEADER)
     with safe_open(os.fspath(path), framework="np") as shard:
-        text = shard.get_tensor("key_utf8").tobytes()
-        offsets = shard.get_tensor("key_offset").tolist()
-        variants = shard.get_tensor("variant").tolist()
-    return list(zip((key_text(text[start:end]) for start, end in pairwise(offsets)), variants, strict=True))
+        columns = {name: _column(shard, name, dtype) for name, dtype in NAMES.items()}
+    text, offsets = columns["key_utf8"].tobytes(), columns["key_offset"].tolist()
+    # Each byte belongs to one key: of overlapping ones a small file could ask for all memory.
+    if offsets[:1] != [0] or offsets[-1] != len(text) or any(start > end for start, end in pairwise(offsets)):
+        raise ValueError("its keys do not follow one another")
+    names = (key_text(text[start:end]) for start, end in pairwise(offsets))
+    return list(zip(names, columns["variant"].tolist(), strict=True))
+
+
+def _column(shard: Any, name: str, dtype: str) -> np.ndarray:
+    part = shard.get_slice(name)
+    if part.get_dtype() != dtype or len(part.get_shape()) != 1:
+        raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}, and should be {dtype} of one dimension")
+    return shard.get_tensor(name)
 
 
 def row_bytes(latent_channels: int, height: int, width: int, store_dtype: str, logvar: str | None) -> int:

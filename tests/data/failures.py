@@ -218,7 +218,6 @@ def hostile_configs() -> dict[str, dict[str, object]]:
         "an infinite scale": {"scaling_factor": float("inf")},
         "no scale": {"scaling_factor": 0},
         "code for an activation": {"act_fn": "__import__('os').system('touch pwned')"},
-        "a class of the user's": {"_class_name": "../../evil.py"},
         "a block from elsewhere": {"down_block_types": ["os.system"] * 4},
         "a megabyte of text": {"act_fn": "x" * 2**20},
     }
