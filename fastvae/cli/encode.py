@@ -54,6 +54,7 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
     show_default=True,
     help="How means are stored.",
 )
+@click.option("--deterministic", is_flag=True, help="Image by image: no batch changes a bit.")
 @click.option("--batch", default="auto", show_default=True, help="Images a step.")
 @click.option("--workers", default="auto", show_default=True, help="Threads that read images.")
 @click.option(

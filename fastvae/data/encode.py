@@ -80,6 +80,7 @@ def encode(
     key_column: str = "key",
     schemes: Collection[str] = (),
     device: str | torch.device | None = None,
+    deterministic: bool = False,
     progress: bool = True,
     limit: int | None = None,
     dry_run: bool = False,
@@ -95,7 +96,8 @@ def encode(
     mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
     batch: images a step (1 on a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two.
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
-    "fail" to stop at the first. alpha, max_pixels: see read_image. progress: a plan line and a bar on stderr. limit:
+    "fail" to stop at the first. alpha, max_pixels: see read_image.
+    deterministic: image by image, so that no batch changes a bit. progress: a plan line and a bar on stderr. limit:
     the first N images only. dry_run: plan, report and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
@@ -139,7 +141,7 @@ def encode(
         with locked(job.out):
             leases = held.enter_context(Leases(job.out / "leases"))
             store, todo = _plan(job, leases, shard_mb, report)
-        encoder = MomentEncoder(model, str(settings.dtype), place)
+        encoder = MomentEncoder(model, str(settings.dtype), place, deterministic)
         batches = Batches(batch, encoder)
         run = Run(store, leases, settings, reading, Encoding(encoder, storing, batches), report, on_error, progress)
         settle_workers(report, batches, encoder, count_by_bucket(todo), workers)

@@ -18,11 +18,12 @@ from fastvae.latents import ACCELERATED, encode_moments, normalized
 class MomentEncoder:
     """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, keeping an fp32 copy for rows that come out wrong.
 
-    The caller's model is copied, not changed. The copies take the fast path, frozen.
+    The caller's model is copied, not changed. The copies take the fast path, frozen. ``deterministic``: image by image,
+    so that each gets the bits that it gets alone.
     """
 
-    def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device):
-        self.device = device
+    def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, deterministic: bool = False):
+        self.device, self.deterministic = device, deterministic
         self.channels = 2 * int(vae.config.latent_channels)  # type: ignore
         self.widest = int(vae.config.block_out_channels[0])  # channels at full size  # type: ignore
         self.dtype = DTYPES[dtype]
@@ -70,7 +71,9 @@ class MomentEncoder:
         return error if math.isfinite(error) else None
 
     def _run(self, model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        result = _moments(model, x.to(dtype=dtype, memory_format=torch.channels_last))
+        x = x.to(dtype=dtype, memory_format=torch.channels_last)
+        # Summed in an order that hangs on the batch: by oneDNN's 1x1 convolutions from 24 images of 64x64 on, for one.
+        result = torch.cat([_moments(model, row) for row in x.split(1)]) if self.deterministic else _moments(model, x)
         if result.ndim != 4 or result.shape[1] != self.channels:
             raise ValueError(
                 f"vae must give mean and log-variance [B, {self.channels}, h, w], got {type(model).__name__}, which "

@@ -261,3 +261,31 @@ def test_row_25_every_field_of_the_identity_is_compared(tmp_path):
             assert any(line.startswith(".".join(path)) for line in caught.value.differences), path
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     assert LatentDataset(out)[0]["key"] == "000.png"
+
+
+def shards_of(out) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted((out / "shards").glob("*.safetensors")))
+
+
+WAYS = [(1, 1, None), (3, 2, None), (8, 1, (1, 2)), (24, 3, (3, 4))]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_row_34_the_same_bytes_for_any_batch_workers_and_rank(tmp_path, dtype, monkeypatch):
+    """With deterministic=True. Without it another batch is summed in another order: by how much is said, not held."""
+    write_pictures(tmp_path / "in", 24)
+    found, moments = set(), {}
+    options = {**OPTIONS, "dtype": dtype, "buckets": 64, "store_dtype": "fp32"}
+    for number, (batch, workers, rank) in enumerate(WAYS):
+        for name, value in zip(("RANK", "WORLD_SIZE"), rank or (0, 1), strict=True):
+            monkeypatch.setenv(name, str(value))
+        out = tmp_path / f"out{number}"
+        encode(tmp_path / "in", out, vae=small_vae(), batch=batch, workers=workers, deterministic=True, **options)
+        found.add(shards_of(out))
+        encode(tmp_path / "in", tmp_path / f"plain{number}", vae=small_vae(), batch=batch, workers=workers, **options)
+        rows = LatentDataset(tmp_path / f"plain{number}")
+        moments[batch] = torch.stack([rows[row]["mean"] for row in range(len(rows))]).double()
+    assert len(found) == 1
+    largest = moments[1].abs().max()
+    worst = max((moments[batch] - moments[1]).abs().max() / largest for batch in moments)
+    print(f"\nrow 34: {dtype}, 1 digest of {len(WAYS)} ways; without deterministic a batch moves a mean by {worst:.1e}")  # noqa: T201
