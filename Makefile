@@ -12,10 +12,15 @@ DIFFUSERS_FOLDER := $(CURDIR)/build/diffusers-$(OLDEST_DIFFUSERS)
 # Beside the environment as well: Gradio takes no Pillow as new as the one that is pinned.
 DOORS := gradio==6.31.0 kernels==0.17.2
 DOORS_FOLDER := $(CURDIR)/build/doors
+# Coverage-guided fuzzing; its wheels are for few Pythons, so it lies beside the environment too.
+ATHERIS := atheris==3.0.0
+FUZZ_FOLDER := $(CURDIR)/build/fuzz
+FUZZ_SECONDS ?= 60
+FUZZ_PARSERS ?= config index weights record plan facts shard lease manifest archive table structure image
 RESULTS ?= bench/results/cpu/results.json
 BASE ?= HEAD
 
-.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-doors check bench report bench-compare audit mutate clean
+.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-doors fuzz check bench report bench-compare audit mutate clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -46,6 +51,14 @@ test-diffusers: $(VENV)/.dev
 test-doors: $(VENV)/.dev $(DOORS_FOLDER)/.done
 	PYTHONPATH=$(DOORS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_hub_export.py tests/examples/test_compare_page.py
 
+# Every parser of ours under bytes that nobody should write: by Hypothesis, then by atheris for FUZZ_SECONDS each. What
+# is found is left in build/fuzz, and ends this.
+fuzz: $(VENV)/.dev $(FUZZ_FOLDER)/.done
+	FUZZ_EXAMPLES=2000 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/fuzz
+	cd $(FUZZ_FOLDER) && for parser in $(FUZZ_PARSERS); do echo "$$parser"; \
+		PYTHONPATH=$(FUZZ_FOLDER) $(ONE_THREAD) $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/guided.py $$parser \
+			-max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -timeout=20 -verbosity=0 -print_final_stats=1 || exit 1; done
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,7 +88,7 @@ mutate: $(VENV)/.dev
 	$(BIN)/python bench/mutate.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(DOORS_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(DOORS_FOLDER) $(FUZZ_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +115,10 @@ $(OLDEST_FOLDER)/.done: | $(VENV)/bin/python
 $(DIFFUSERS_FOLDER)/.done: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) diffusers==$(OLDEST_DIFFUSERS) \
 		httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
+	touch $@
+
+$(FUZZ_FOLDER)/.done: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) $(ATHERIS)
 	touch $@
 
 $(DOORS_FOLDER)/.done: constraints.txt | $(VENV)/bin/python

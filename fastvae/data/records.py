@@ -17,6 +17,7 @@ SHARD = r"\d{6,}-\d+x\d+\.safetensors"
 RECORD = r"\d{6,}-\d+x\d+\.json"
 PLAN = r"units-\d{5,}\.jsonl"
 FORMAT = 1
+MOST = 2**20  # far above any model's channels or downsampling
 DERIVED = r"(?:index|failures)\.jsonl"
 TOP = rf"store\.json|{DERIVED}"
 
@@ -142,6 +143,36 @@ def check_facts(facts: Any, path: Path) -> None:
         wrong += [] if "vae" in facts["source"] else ["source.vae"]
     if wrong:
         raise StoreError(f"{path} is damaged: it lacks {', '.join(wrong)}")
+    if wrong := _wrong_values(facts):
+        raise StoreError(f"{path} is damaged: {', '.join(wrong)} cannot be what it says")
+
+
+def _wrong_values(facts: dict[str, Any]) -> list[str]:
+    """The names of the facts that no store has: what readers compute with, so that none of them fails on it."""
+    scaling, numerics = facts["scaling"], facts["identity"]["numerics"]
+    channels = facts["latent_channels"]
+    right = {
+        name: is_count(facts[name]) and 0 < facts[name] <= MOST for name in ("latent_channels", "downsample_factor")
+    }
+    right |= {f"identity.numerics.{name}": isinstance(numerics[name], str) for name in ("dtype", "posterior", "mean")}
+    right["scaling.scaling_factor"] = _is_number(scaling["scaling_factor"])
+    right["scaling.shift_factor"] = scaling["shift_factor"] is None or _is_number(scaling["shift_factor"])
+    for name in ("latents_mean", "latents_std"):
+        given = scaling[name]
+        right[f"scaling.{name}"] = given is None or (
+            isinstance(given, list) and len(given) == channels and all(map(_is_number, given))
+        )
+    deviations = scaling["latents_std"] if isinstance(scaling["latents_std"], list) else []
+    right["scaling.latents_std"] &= 0 not in deviations
+    right["scaling.batch_norm"] = isinstance(scaling["batch_norm"], bool)
+    right["buckets"] = all(isinstance(bucket, str) for bucket in facts["buckets"])
+    right["metadata"] = all(isinstance(text, str) for text in facts["metadata"].values())
+    right["source.vae"] = isinstance(facts["source"]["vae"], str)
+    return [name for name, is_right in right.items() if not is_right]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_commit(path: Path) -> Commit | None:
