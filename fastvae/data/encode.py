@@ -16,6 +16,7 @@ import torch
 
 from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, Batches, check_memory, positive, settle_workers
 from fastvae.data.buckets import Buckets, size_name
+from fastvae.data.console import say
 from fastvae.data.devices import settled_device
 from fastvae.data.images import DEFAULT_MAX_PIXELS
 from fastvae.data.leases import Leases
@@ -29,6 +30,7 @@ from fastvae.data.reading import Reading
 from fastvae.data.records import Unit
 from fastvae.data.report import EncodeReport, parse_limit
 from fastvae.data.run import Run, announce, execute, finish
+from fastvae.data.self_check import check_fast_path
 from fastvae.data.settings import Settings, check_choices, decided, identity_of, layout_of, load_model
 from fastvae.data.sources import Listing, SourceFile, open_source
 from fastvae.data.store import Store
@@ -144,6 +146,9 @@ def encode(
         encoder = MomentEncoder(model, str(settings.dtype), place, deterministic)
         batches = Batches(batch, encoder)
         run = Run(store, leases, settings, reading, Encoding(encoder, storing, batches), report, on_error, progress)
+        if todo and (wrong := check_fast_path(encoder)):
+            say(f"fastvae: {wrong}\n")
+            report.notes.append(wrong)
         settle_workers(report, batches, encoder, count_by_bucket(todo), workers)
         announce(run, todo, made_with["vae"], _free(job.out))
         execute(run, todo)

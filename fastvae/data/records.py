@@ -155,7 +155,8 @@ def _wrong_values(facts: dict[str, Any]) -> list[str]:
         name: is_count(facts[name]) and 0 < facts[name] <= MOST for name in ("latent_channels", "downsample_factor")
     }
     right |= {f"identity.numerics.{name}": isinstance(numerics[name], str) for name in ("dtype", "posterior", "mean")}
-    right["scaling.scaling_factor"] = _is_number(scaling["scaling_factor"])
+    factor = scaling["scaling_factor"]  # a model that normalises patches has none
+    right["scaling.scaling_factor"] = _is_number(factor) or (factor is None and scaling["batch_norm"] is True)
     right["scaling.shift_factor"] = scaling["shift_factor"] is None or _is_number(scaling["shift_factor"])
     for name in ("latents_mean", "latents_std"):
         given = scaling[name]
