@@ -207,14 +207,18 @@ class Store:
 
     def write_derived(self) -> None:
         """Rewrite index.jsonl (key, variant, shard, row of every row served) and failures.jsonl from the records."""
+        for name, lines in self.derived().items():
+            write_atomically(self.path / name, lines)
+
+    def derived(self) -> dict[str, list[bytes]]:
+        """The lines of each file that write_derived writes."""
         index, failures = self._served()
         rows = [
             json_bytes({"key": key, "variant": variant, "shard": shard, "row": row}) + b"\n"
             for (key, variant), (shard, row) in index.items()
         ]
-        write_atomically(self.path / "index.jsonl", rows)
         lines = [json_bytes(asdict(failure)) + b"\n" for failure in failures.values()]
-        write_atomically(self.path / "failures.jsonl", lines)
+        return {"index.jsonl": rows, "failures.jsonl": lines}
 
     def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
         """Where each row is: (key, variant) to (shard, row). The latest unit that a row was planned in decides.

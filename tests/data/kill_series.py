@@ -31,6 +31,7 @@ import fastvae.data.store as store_module  # noqa: E402
 from fastvae.data.encode import encode  # noqa: E402
 from fastvae.data.moment_encoder import MomentEncoder  # noqa: E402
 from fastvae.data.store import Store  # noqa: E402
+from fastvae.data.verify import verify  # noqa: E402
 
 WORKERS = 1
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "shard_mb": 0.002, "workers": WORKERS, "progress": False}
@@ -70,14 +71,9 @@ def look(out: Path) -> set:
     """The rows that are committed; raises AssertionError for a bad one, whoever finds it."""
     rows = set(committed(out))
     if (out / "store.json").exists():
-        found = verified(out)
+        found = verify(out, deep=True).damaged
         assert not found, f"verify --deep: {found}"
     return rows
-
-
-def verified(out: Path) -> list:
-    """What verify --deep finds to be damaged."""
-    return []
 
 
 def log_of(out: Path) -> list[str]:

@@ -1,0 +1,139 @@
+"""Failure mode 32: a bit that changes on disk, in a shard that was committed long ago."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from small_store import SIDE, small_vae, write_pictures
+
+from fastvae.checkpoints.atomic import sha256_of
+from fastvae.data.encode import encode
+from fastvae.data.store import Store
+from fastvae.data.verify import verify, withdraw
+
+OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.002}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A store of twelve pictures, four to a shard, and a picture that failed."""
+    write_pictures(tmp_path / "in", 12)
+    (tmp_path / "in" / "bad.png").write_bytes(b"")
+    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), max_failures=1, **OPTIONS)
+    return tmp_path / "out"
+
+
+def shards_of(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "shards").glob("*.safetensors"))}
+
+
+FLIPS = 1000
+
+
+def test_row_32_every_single_bit_that_flips_is_found(made):
+    found = verify(made, deep=True)
+    assert (found.damaged, found.stale, found.rows, found.failed, found.pending) == ([], [], 12, 1, 0)
+    generator, whole, seen = random.Random(0), shards_of(made), 0
+    for number in range(FLIPS):
+        name = generator.choice(sorted(whole))
+        data = bytearray(whole[name])
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        (made / "shards" / name).write_bytes(data)
+        damaged = verify(made, deep=bool(number % 2)).damaged
+        seen += [damage.file for damage in damaged] == [f"shards/{name}"]
+        (made / "shards" / name).write_bytes(whole[name])
+    assert seen == FLIPS
+    assert verify(made, deep=True).damaged == []
+    print(f"\nrow 32: {seen} of {FLIPS} single bit flips found, each by its shard's name")  # noqa: T201
+
+
+def test_row_32_only_the_damaged_unit_is_done_again(made, tmp_path):
+    whole = shards_of(made)
+    name = sorted(whole)[1]
+    path = made / "shards" / name
+    data = bytearray(whole[name])
+    data[-40] ^= 4
+    path.write_bytes(data)
+    times = {other: (made / "shards" / other).stat().st_mtime_ns for other in whole}
+    assert encode(tmp_path / "in", made, vae=small_vae(), max_failures=1, **OPTIONS).ok == 0  # only verify reads it all
+    assert withdraw(made, verify(made)) == [1]
+    report = encode(tmp_path / "in", made, vae=small_vae(), max_failures=1, **OPTIONS)
+    assert (report.ok, report.resumed) == (4, 8)
+    assert shards_of(made) == whole
+    changed = {other for other in whole if (made / "shards" / other).stat().st_mtime_ns != times[other]}
+    assert changed == {name}
+    assert verify(made, deep=True).damaged == []
+
+
+def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made):
+    """Whoever writes another shard and its record's hash still leaves checksums, values and names that do not fit."""
+    from fastvae.data.shards import Row, pack
+
+    shard = sorted((made / "shards").glob("*.safetensors"))[0]
+    record = shard.with_suffix(".json")
+    told, whole = json.loads(record.read_text()), shard.read_bytes()
+    tensors = load_file(shard)
+
+    def believed(data: bytes) -> list[str]:
+        shard.write_bytes(data)
+        record.write_text(json.dumps(told | {"sha256": sha256_of(shard), "bytes": len(data)}))
+        assert verify(made).damaged == []
+        return [damage.what for damage in verify(made, deep=True).damaged]
+
+    at = whole.index(tensors["mean"].tobytes()) + 3
+    (what,) = believed(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert "row 0 (000.png) has another checksum" in what
+
+    def row(key, mean):
+        return Row(key, mean, tensors["logvar"][0], (40, 48), (0, 0, 32, 32))
+
+    names = [f"{number:03d}.png" for number in range(4)]
+    infinite = np.full_like(tensors["mean"][0], np.inf)
+    for rows, wrong in (
+        ([row(name, infinite) for name in names], "row 0 (000.png) is not finite"),
+        ([row(name, tensors["mean"][0]) for name in ("a", *names[1:])], "has other rows than its unit"),
+        ([row(name, tensors["mean"][0][:, :2]) for name in names], "is damaged: "),
+    ):
+        (what,) = believed(b"".join(bytes(part) for part in pack(rows, {"fvl": "1"})))
+        assert wrong in what
+    assert believed(whole) == []
+
+
+DAMAGE = {
+    "a record of noise": (lambda shard, record: record.write_text("[]"), "is no commit record"),
+    "a record of another store": (
+        lambda shard, record: record.write_text(json.dumps(json.loads(record.read_text()) | {"identity": "0" * 64})),
+        "is of another identity",
+    ),
+    "a record of other rows": (
+        lambda shard, record: record.write_text(json.dumps(json.loads(record.read_text()) | {"rows": 3})),
+        "speaks of other rows than its unit has",
+    ),
+    "a shard that is gone": (lambda shard, record: shard.unlink(), "cannot be read: No such file"),
+    "a shard that is cut": (lambda shard, record: shard.write_bytes(shard.read_bytes()[:-1]), "bytes, and its record"),
+    "a record of no unit": (
+        lambda shard, record: shutil.copy(record, record.with_name("000099-32x32.json")),
+        "belongs to no unit of the plan",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_row_32_every_damage_is_named(made, case):
+    damage, words = DAMAGE[case]
+    shard = sorted((made / "shards").glob("*.safetensors"))[0]
+    damage(shard, shard.with_suffix(".json"))
+    (found,) = verify(made, deep=True).damaged
+    assert words in found.what
+    assert (made / found.file).name.startswith(shard.stem.split("-")[0] if case != "a record of no unit" else "000099")
+
+
+def test_row_32_a_unit_that_is_not_yet_done_is_no_damage(made):
+    for path in (made / "shards").glob("000001-*.json"):
+        path.unlink()
+    found = verify(made, deep=True)
+    assert (found.damaged, found.pending, found.stale) == ([], 1, ["index.jsonl"])
+    assert Store.open(made).commits().keys() == {0, 2, 3}
