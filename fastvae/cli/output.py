@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from fastvae.cli.signals import orderly
+
 OTHER, USAGE, FAILURES, IDENTITY, LOCKED, NO_SPACE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 5, 6, 75, 141
 DEBUG = "FASTVAE_DEBUG"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -46,7 +48,8 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     @functools.wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
-            return function(*args, **kwargs)
+            with orderly(INTERRUPTED):
+                return function(*args, **kwargs)
         except KeyboardInterrupt:
             raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
         except (ValueError, ImportError, OSError) as error:

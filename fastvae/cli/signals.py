@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C: the first ends a verb in order, the second at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+@contextlib.contextmanager
+def orderly(exit_code: int) -> Iterator[None]:
+    """Inside, the first SIGTERM or SIGINT raises KeyboardInterrupt in the main thread, so that what is complete is
+    written; a second ends the process with ``exit_code`` and waits for nothing. Elsewhere than in the main thread, and
+    where a caller has handlers of its own for them, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {
+        number: before
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler)
+    }
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            os._exit(exit_code)
+        raise KeyboardInterrupt
+
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, before in ours.items():
+            signal.signal(number, before)

@@ -1,0 +1,114 @@
+"""Failure mode 23: SIGTERM and Ctrl-C, to a real process in the middle of its work."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from data.store_checks import committed
+from small_store import write_pictures
+
+from fastvae.cli.signals import orderly
+from fastvae.data.verify import verify
+
+WITHIN = 10  # seconds
+PICTURES = 60
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
+
+
+def start(source, out, *more):
+    command = [sys.executable, "-m", "fastvae", "encode", source, out, "--vae", "tiny", "--buckets", "128"]
+    command += ["--dtype", "fp32", "--shard-mb", "0.03", "--workers", "1", "--device", "cpu", "-q", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_commits(process, out, count):
+    until = time.monotonic() + 60
+    while len(list(out.glob("shards/*.json"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    source = tmp_path_factory.mktemp("signals") / "in"
+    write_pictures(source, PICTURES)
+    return source
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(tmp_path, pictures, number):
+    out = tmp_path / "out"
+    process = start(pictures, out)
+    wait_for_commits(process, out, 3)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    seconds = time.monotonic() - started
+    assert (process.returncode, said) == (75, "fastvae: interrupted; run the same command again to go on\n")
+    assert seconds < WITHIN
+    rows = committed(out)
+    assert 0 < len(rows) < PICTURES
+    assert verify(out, deep=True).damaged == []
+    assert not list(out.rglob("*.tmp.*"))
+    assert not list(out.glob("leases/*.lease"))
+    print(f"\nrow 23: {signal.Signals(number).name}: exit code 75 after {seconds:.2f} s, {len(rows)} rows kept")  # noqa: T201
+    if number == signal.SIGTERM:
+        again = start(pictures, out, "--json")
+        report, said = again.communicate(timeout=120)
+        assert again.returncode == 0, said
+        assert f'"resumed": {len(rows)},' in report
+        assert committed(out).items() >= rows.items()
+
+
+def test_row_23_a_second_signal_ends_it_at_once():
+    """While the first one's cleaning up hangs."""
+    hanging = """
+import time
+from fastvae.cli.signals import orderly
+with orderly(75):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("first", flush=True)
+        time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", hanging], env=environment, stdout=subprocess.PIPE, text=True)
+    for word in ("ready", "first"):
+        assert process.stdout.readline() == f"{word}\n"
+        process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait(timeout=10) == 75
+    assert time.monotonic() - started < 1
+    process.stdout.close()
+
+
+def test_row_23_a_callers_own_handlers_and_other_threads_are_left_alone():
+    own = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with orderly(75):
+            assert signal.getsignal(signal.SIGTERM) is own
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        entered = []
+
+        def elsewhere():
+            with orderly(75):
+                entered.append(signal.getsignal(signal.SIGINT))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert entered == [signal.default_int_handler]
+    finally:
+        signal.signal(signal.SIGTERM, before)
