@@ -16,7 +16,7 @@ def rows() -> dict[int, str]:
     return {int(number): text for number, text in found}
 
 
-def tested() -> set[int]:
+def numbers_tested() -> set[int]:
     return {
         int(number)
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -26,7 +26,7 @@ def tested() -> set[int]:
 
 def test_every_failure_mode_has_a_row_and_every_row_a_test():
     assert set(rows()) == set(range(1, LAST + 1))
-    assert tested() == set(range(1, LAST + 1)) - ON_A_GPU
+    assert numbers_tested() == set(range(1, LAST + 1)) - ON_A_GPU
 
 
 def test_what_is_not_held_is_said():
@@ -38,4 +38,4 @@ def test_what_is_not_held_is_said():
 def test_the_threats_name_rows_that_there_are():
     named = {int(number) for number in re.findall(r"row_(\d\d)", (ROOT / "SECURITY.md").read_text())}
     assert named
-    assert named <= tested()
+    assert named <= numbers_tested()

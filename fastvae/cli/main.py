@@ -1,4 +1,4 @@
-"""fastvae demo | encode | decode | info | bench | compare | doctor."""
+"""fastvae demo | encode | decode | info | verify | repair | bench | compare | doctor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fastvae.cli.demo import demo
 from fastvae.cli.doctor import doctor
 from fastvae.cli.encode import encode
 from fastvae.cli.info import info
+from fastvae.cli.repair import repair
+from fastvae.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -29,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, encode, decode, info, bench, compare, doctor):
+for command in (demo, encode, decode, info, verify, repair, bench, compare, doctor):
     cli.add_command(command)
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fastvae.checkpoints.atomic import sha256_of
+from fastvae.checkpoints.atomic import sha256_of, synchronise_folder
+from fastvae.data.leases import Leases
+from fastvae.data.lock import locked
 from fastvae.data.mapped_shards import map_shard
-from fastvae.data.records import RECORD, Commit, StoreError, Unit, is_own, read_commit
+from fastvae.data.records import RECORD, Commit, StoreError, StoreLocked, Unit, is_own, read_commit
 from fastvae.data.shards import key_text, read_names, row_checksum, sample_id
 from fastvae.data.store import Store
 
@@ -69,14 +71,21 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> Verified:
 
 
 def withdraw(path: str | os.PathLike[str], found: Verified) -> list[int]:
-    """Delete the commit records of the damaged units of ``found``, so that the same encode does these again and no
-    other; returns their numbers.
+    """Delete the commit records of the damaged units of ``found``, and records of no unit, so that the same encode does
+    these again and nothing else; returns the units' numbers. Raises StoreLocked while a run is writing the store.
     """
-    bad = {damage.unit for damage in found.damaged if damage.unit is not None}
-    for unit in Store.open(Path(path)).units():
-        if unit.number in bad:
-            (Path(path) / "shards" / f"{unit.stem}.json").unlink(missing_ok=True)
-    return sorted(bad)
+    store = Store.open(Path(path))
+    bad = {damage.unit for damage in found.damaged}
+    with locked(store.path):
+        leases = Leases(store.path / "leases")
+        if leases.folder.is_dir() and (live := leases.live()):
+            raise StoreLocked(f"{store.path} is being written, lease {live[0]}: let that run end first")
+        for damage in found.damaged:
+            record = (store.path / damage.file).with_suffix(".json")
+            record.unlink(missing_ok=True)
+        if bad:
+            synchronise_folder(store.path / "shards")
+    return sorted(number for number in bad if number is not None)
 
 
 def _look(store: Store, record: Path, unit: Unit | None, deep: bool, found: Verified) -> None:

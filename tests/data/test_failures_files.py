@@ -5,6 +5,7 @@ The messages of each are in tests/checkpoints/test_bad_files.py, by the same num
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from small_store import SIDE, small_vae, write_pictures, write_store
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, validate_config
 from fastvae.data.dataset import LatentDataset
 from fastvae.data.encode import encode
+from fastvae.data.identity import digest
 from fastvae.data.mapped_shards import map_shard
 from fastvae.data.shards import read_names
 from fastvae.data.store import IdentityMismatch, Store, StoreError
@@ -128,6 +130,41 @@ def test_row_27_a_shard_that_breaks_the_schema_is_a_store_error(tmp_path, case):
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(StoreError):
         map_shard(path, (4, SIDE // 8, SIDE // 8), True)
+
+
+WRONG_FACTS = {
+    "no downsampling": ({"downsample_factor": 0}, "downsample_factor"),
+    "channels by the million": ({"latent_channels": 10**9}, "latent_channels"),
+    "a scale in words": ({"scaling": {"scaling_factor": "1"}}, "scaling.scaling_factor"),
+    "no scale": ({"scaling": {"scaling_factor": None}}, "scaling.scaling_factor"),
+    "a scale beyond a float": ({"scaling": {"scaling_factor": 10**400}}, "scaling.scaling_factor"),
+    "a mean for one channel": ({"scaling": {"latents_mean": [0.0]}}, "scaling.latents_mean"),
+    "a deviation of zero": ({"scaling": {"latents_std": [0, 1, 1, 1]}}, "scaling.latents_std"),
+    "a batch norm that is none": ({"scaling": {"batch_norm": 1}}, "scaling.batch_norm"),
+    "a posterior that is a list": ({"identity": {"numerics": {"posterior": []}}}, "identity.numerics.posterior"),
+    "a model that is a number": ({"source": {"vae": 3}}, "source.vae"),
+    "metadata that is no text": ({"metadata": {"fvl": 1}}, "metadata"),
+    "buckets that are sizes": ({"buckets": [[32, 32]]}, "buckets"),
+}
+
+
+def merged(facts, change):
+    return {
+        **facts,
+        **{name: merged(facts[name], value) if isinstance(value, dict) else value for name, value in change.items()},
+    }
+
+
+@pytest.mark.parametrize("case", WRONG_FACTS)
+def test_row_27_a_store_whose_facts_cannot_be_is_a_store_error(tmp_path, case):
+    """What fuzzing found: each ended in Python's own words, somewhere in a reader, where store.json has the digest."""
+    change, name = WRONG_FACTS[case]
+    out = write_store(tmp_path / "out", {(SIDE, SIDE): ["a"]})
+    facts = merged(json.loads((out / "store.json").read_text()), change)
+    facts["identity_digest"] = digest(facts["identity"])
+    (out / "store.json").write_text(json.dumps(facts))
+    with pytest.raises(StoreError, match=rf"store\.json is damaged: {re.escape(name)} cannot be what it says"):
+        LatentDataset(out, scaled=True)
 
 
 @pytest.mark.parametrize("case", hostile_configs())

@@ -1,0 +1,36 @@
+"""fastvae verify STORE"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
+
+
+@click.command()
+@click.argument("store", type=click.Path(file_okay=False))
+@click.option("--deep", is_flag=True, help="Also every row's checksum, values and name, and the derived files.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_context
+@foreseen
+def verify(context: click.Context, store: str, deep: bool, as_json: bool) -> None:
+    """Whether every committed shard of STORE is what its record says. Nothing is written; exit code 1 if one is not."""
+    from fastvae.data.verify import verify as look
+
+    found = look(store, deep=deep)
+    if as_json:
+        echo_json({"store": store, "deep": deep, "pending": found.pending, **asdict(found)})
+    else:
+        for damage in found.damaged:
+            echo(printable(f"damaged {damage.file} {damage.what}"))
+        for name in found.stale:
+            echo(f"stale   {name} says something else than the records: the next encode writes it anew")
+        word = "damaged" if found.damaged else "sound"
+        echo(
+            f"{word:7s} {found.committed} of {found.planned} units, {found.rows} rows, {found.failed} quarantined, "
+            f"{found.bytes / 1e6:.1f} MB; {len(found.damaged)} damaged, {found.pending} to do"
+        )
+    if found.damaged:
+        context.exit(OTHER)
