@@ -76,6 +76,13 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
     help="Lay transparency over white, or drop it.",
 )
 @click.option("--max-pixels", type=Count(), default="178M", show_default=True, help="Larger images are refused unread.")
+@click.option(
+    "--hash",
+    type=click.Choice(["none", "full"]),
+    default="none",
+    show_default=True,
+    help="How an edited image is told: by size and time, or by its bytes, all of which are read.",
+)
 @click.option("--image-column", default="image", show_default=True, help="Of a Parquet file or manifest.")
 @click.option("--key-column", default="key", show_default=True, help="Of a Parquet file or manifest.")
 @click.option("--scheme", "schemes", multiple=True, help="A URL scheme that a manifest may name, as in https.")

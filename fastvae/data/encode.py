@@ -24,7 +24,7 @@ from fastvae.data.lock import locked
 from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.noise import checked
 from fastvae.data.pipeline import Encoding
-from fastvae.data.plan import count_by_bucket, fresh_files, needed_bytes, rows_of
+from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
 from fastvae.data.preprocess import CROPS, Variants
 from fastvae.data.reading import Reading
 from fastvae.data.records import Unit
@@ -83,6 +83,7 @@ def encode(
     schemes: Collection[str] = (),
     device: str | torch.device | None = None,
     deterministic: bool = False,
+    hash: str = "none",
     progress: bool = True,
     limit: int | None = None,
     dry_run: bool = False,
@@ -98,9 +99,10 @@ def encode(
     mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
     batch: images a step (1 on a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two.
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
-    "fail" to stop at the first. alpha, max_pixels: see read_image.
-    deterministic: image by image, so that no batch changes a bit. progress: a plan line and a bar on stderr. limit:
-    the first N images only. dry_run: plan, report and write nothing.
+    "fail" to stop at the first. alpha, max_pixels: see read_image. deterministic: image by image, so that no batch
+    changes a bit. hash: "full" reads every file once more, so that an edit is seen that keeps size and time, and a new
+    time alone encodes nothing again. progress: a plan line and a bar on stderr. limit: the first N images only.
+    dry_run: plan, report and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
     StoreError when ``out`` is damaged or holds other things, StoreLocked when another run plans it for too long,
@@ -114,6 +116,7 @@ def encode(
         crop=(crop, CROPS),
         on_error=(on_error, ("quarantine", "fail")),
         alpha=(alpha, ("white", "drop")),
+        hash=(hash, ("none", "full")),
         dtype=(dtype, (None, "fp32", "bf16", "fp16")),
     )
     _check_amounts(shard_mb, limit, max_failures, max_pixels, batch, workers)
@@ -132,7 +135,8 @@ def encode(
     check_memory(model, settings, batch)
     reading = Reading(source, table, kinds, alpha, max_pixels)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
-    job = _Job(Path(out), model, made_with, settings, reading, listing, listing.files[:limit], identity, layout)
+    files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
+    job = _Job(Path(out), model, made_with, settings, reading, listing, files, identity, layout)
     # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
     existing = _foreseen(job)
     report = _report(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fastvae.data.buckets import Size
 from fastvae.data.reading import Reading
@@ -35,6 +36,12 @@ def fresh_files(store: Store, listed: list[SourceFile], files: list[SourceFile],
         return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)
 
     return store.fresh(files, again)
+
+
+def hashed(files: Sequence[SourceFile], reading: Reading) -> list[SourceFile]:
+    """``files`` with the sha256 of their bytes, all of which are read for it."""
+    digests = ordered_map(reading.sha256, files, HEADER_THREADS)
+    return [replace(file, sha256=digest) for file, digest in zip(files, digests, strict=True)]
 
 
 def rows_of(files: Sequence[SourceFile], reading: Reading) -> list[tuple[Size, PlannedRow]]:

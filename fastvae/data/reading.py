@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastvae.checkpoints.atomic import sha256_of
 from fastvae.data.buckets import Buckets, Size
 from fastvae.data.images import Picture, image_size, read_image
 from fastvae.data.preprocess import Variants
@@ -56,6 +58,14 @@ class Reading:
         except (OSError, ImageError):
             return False
         return True
+
+    def sha256(self, file: SourceFile) -> str:
+        """The sha256 of a file's bytes; "" where they cannot be had."""
+        try:
+            content = self._content(file)
+            return sha256_of(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        except (OSError, ImageError):
+            return ""
 
     def _content(self, file: SourceFile) -> Path | bytes:
         return self.source.read(file, self.max_pixels)

@@ -31,7 +31,7 @@ class SourceFile:
     extension; a table's key column. ``size`` in bytes and ``mtime_ns`` change when the image does: an archive's member
     has its archive's time, a row of a Parquet file that file's size and time; 0 where the source knows none.
     ``place``: where the bytes are inside the source, "" where the key says it. ``columns``: captions and whatever else
-    came along, as JSON values.
+    came along, as JSON values. ``sha256``: of the bytes, "" where nobody asked.
     """
 
     key: str
@@ -39,6 +39,13 @@ class SourceFile:
     mtime_ns: int
     place: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    sha256: str = field(default="", compare=False)
+
+    def is_same_as(self, planned: SourceFile | None) -> bool:
+        """Whether the image is the one ``planned``: by its bytes where both are hashed, else by size and time."""
+        if planned is None or not (self.sha256 and planned.sha256):
+            return self == planned
+        return (self.key, self.place, self.sha256) == (planned.key, planned.place, planned.sha256)
 
 
 @dataclass

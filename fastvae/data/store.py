@@ -147,7 +147,7 @@ class Store:
     def fresh(
         self, files: Iterable[SourceFile], again: Callable[[Failure, Commit], bool] = lambda failure, commit: False
     ) -> list[SourceFile]:
-        """Those of ``files`` that need a unit: new, of another size or time than planned, or to be tried again.
+        """Those of ``files`` that need a unit: new, other than planned (see is_same_as), or to be tried again.
 
         ``again`` is asked for each failure that the latest unit of a file committed.
         """
@@ -160,7 +160,7 @@ class Store:
             for failure in commit.failed
             if latest[failure.key, failure.variant] == commit.unit and again(failure, commit)
         }
-        return [file for file in files if planned.get(file.key) != file or file.key in retried]
+        return [file for file in files if not file.is_same_as(planned.get(file.key)) or file.key in retried]
 
     def commits(self, whole: bool = False) -> dict[int, Commit]:
         """The commit records that can be trusted, by unit.

@@ -101,7 +101,9 @@ def _columns_line(file: SourceFile) -> dict[str, Any]:
 
 
 def _source_line(file: SourceFile) -> dict[str, Any]:
-    fields = {"key": file.key, "size": file.size, "mtime_ns": file.mtime_ns}
+    fields: dict[str, Any] = {"key": file.key, "size": file.size, "mtime_ns": file.mtime_ns}
+    if file.sha256:
+        fields["sha256"] = file.sha256
     return {**fields, "place": file.place, "columns": dict(file.columns)}
 
 
@@ -112,9 +114,15 @@ def read_plan(path: Path) -> PlanFile:
         for line in path.read_text("utf-8").splitlines():
             entry = json.loads(line)
             columns = entry.get("columns", {})
-            file = SourceFile(entry["key"], entry["size"], entry["mtime_ns"], entry.get("place", ""), columns)
+            digest = entry.get("sha256", "")
+            file = SourceFile(entry["key"], entry["size"], entry["mtime_ns"], entry.get("place", ""), columns, digest)
             unit = entry["unit"]
-            if not isinstance(file.key, str) or not isinstance(columns, dict) or not is_count(file.size):
+            if (
+                not isinstance(file.key, str)
+                or not isinstance(digest, str)
+                or not isinstance(columns, dict)
+                or not is_count(file.size)
+            ):
                 raise ValueError(f"unexpected values in {line[:200]}")
             if unit is None:
                 plan.columns[file.key] = columns

@@ -1,9 +1,11 @@
 """Failure modes 12 to 14, 26, 30, 31 and 33: where images come from, what they are called, and who is called for."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -112,6 +114,58 @@ def test_row_26_an_edited_image_is_seen_by_its_time_alone(tmp_path):
     (line,) = (json.loads(line) for line in (out / "index.jsonl").read_text().splitlines())
     assert line["shard"].startswith("000001-")
     assert first != committed_of(out, line["shard"])
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a manifest", "a tar", "a table"])
+def test_row_26_with_hashes_the_bytes_tell_and_not_the_time(tmp_path, kind):
+    """An edit that keeps size and time is seen in every kind of source; a new time alone encodes nothing."""
+    vae, folder, out = small_vae(), tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    source = {
+        "a folder": folder,
+        "a manifest": tmp_path / "m.jsonl",
+        "a tar": tmp_path / "a.tar",
+        "a table": tmp_path / "a.parquet",
+    }[kind]
+
+    def write(seeds: tuple[int, int]) -> None:
+        images = {}
+        for name, seed in zip("ab", seeds, strict=True):
+            picture(seed, 32, 32).save(folder / f"{name}.bmp")
+            images[name] = (folder / f"{name}.bmp").read_bytes()
+        if kind == "a manifest":
+            source.write_text("\n".join(json.dumps({"key": name, "path": f"in/{name}.bmp"}) for name in images))
+        elif kind == "a tar":
+            with tarfile.open(source, "w") as tar:
+                for name, data in images.items():
+                    info = tarfile.TarInfo(f"{name}.bmp")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        elif kind == "a table":
+            arrow = pytest.importorskip("pyarrow", reason="Parquet's reader is not installed")
+            table = arrow.table({"key": list(images), "image": list(images.values())})
+            pytest.importorskip("pyarrow.parquet").write_table(table, source, compression="none", use_dictionary=False)
+
+    def set_time(seconds: int) -> None:
+        for path in (*folder.iterdir(), *([source] if source.is_file() else [])):
+            os.utime(path, (seconds, seconds))
+
+    def run(**options):
+        report = encode(source, out, vae=vae, **OPTIONS, **options)
+        return report.ok, report.resumed
+
+    write((0, 1))
+    set_time(10**9)
+    sizes = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(hash="full") == (2, 0)
+    set_time(10**9 + 7)
+    assert run(hash="full") == (0, 2)
+    write((0, 2))
+    set_time(10**9)
+    assert {path: path.stat().st_size for path in sizes} == sizes
+    assert run() == (0, 2)  # which is what hashes are for
+    assert run(hash="full") == (1, 2)
+    assert run(hash="full") == (0, 3)
 
 
 def committed_of(out: Path, shard: str) -> dict[tuple[str, int], bytes]:
