@@ -27,7 +27,7 @@ from fastvae.data.pipeline import Encoding
 from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
 from fastvae.data.preprocess import CROPS, Variants
 from fastvae.data.reading import Reading
-from fastvae.data.records import Unit
+from fastvae.data.records import StoreError, Unit
 from fastvae.data.report import EncodeReport, parse_limit
 from fastvae.data.run import Run, announce, execute, finish
 from fastvae.data.self_check import check_fast_path
@@ -133,7 +133,8 @@ def encode(
     wanted = Settings(dtype, storing, table, kinds, alpha, factor, channels, place)
     settings = decided(Path(out), wanted)
     check_memory(model, settings, batch)
-    reading = Reading(source, table, kinds, alpha, max_pixels)
+    listed = {file.key: file.place for file in listing.files}
+    reading = Reading(source, table, kinds, alpha, max_pixels, listed)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
     files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
     job = _Job(Path(out), model, made_with, settings, reading, listing, files, identity, layout)
@@ -213,7 +214,10 @@ def _plan(job: _Job, leases: Leases, shard_mb: float, report: EncodeReport) -> t
     store.extend_plan(fresh, lambda bucket: max(1, int(shard_mb * 1e6) // row_size(bucket)), job.files)
     commits = store.commits(whole=True)
     report.resumed = sum(commit.rows for commit in commits.values())
-    return store, [unit for unit in store.units() if unit.number not in commits]
+    todo = [unit for unit in store.units() if unit.number not in commits]
+    if strange := [size_name(unit.bucket) for unit in todo if unit.bucket not in job.settings.buckets.sizes]:
+        raise StoreError(f"{job.out} has a plan for {strange[0]}, and its table of buckets has no such size")
+    return store, todo
 
 
 def _planned(job: _Job, existing: Store | None, report: EncodeReport) -> EncodeReport:

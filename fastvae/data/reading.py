@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,17 @@ from fastvae.data.sources import Source, SourceFile
 
 @dataclass(frozen=True)
 class Reading:
-    """Where files come from, what they are brought to, and the policies of read_image."""
+    """Where files come from, what they are brought to, and the policies of read_image.
+
+    ``listed``: the place of each key of the source now. A plan may be another's: what it names beside is not opened.
+    """
 
     source: Source
     buckets: Buckets
     variants: Variants
     alpha: str
     max_pixels: int
+    listed: Mapping[str, str] | None = None
 
     def size(self, file: SourceFile) -> Size:
         """The upright (height, width) that a file's header states; (0, 0) for one that cannot be used."""
@@ -68,4 +73,6 @@ class Reading:
             return ""
 
     def _content(self, file: SourceFile) -> Path | bytes:
+        if self.listed is not None and self.listed.get(file.key) != file.place:
+            raise ImageError("unreadable", f"{file.key} is not in the source where it was when the run was planned")
         return self.source.read(file, self.max_pixels)

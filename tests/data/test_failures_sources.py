@@ -17,6 +17,7 @@ from small_store import SIDE, picture, small_vae, write_pictures
 from fastvae.cli.output import CONTROL, printable
 from fastvae.data.encode import encode
 from fastvae.data.file_systems import remote
+from fastvae.data.records import StoreError
 from fastvae.data.sources import list_folder, open_source
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
@@ -85,6 +86,46 @@ def test_row_13_hostile_keys_in_a_manifest_are_data_all_the_way_to_pictures(tmp_
     assert everything_under(tmp_path) - before == {"png", *(f"png/{path.name}" for _, path in written)}
     index = (tmp_path / "out" / "index.jsonl").read_text("ascii").splitlines()
     assert {json.loads(line)["key"] for line in index} == set(HOSTILE_NAMES)
+
+
+@pytest.mark.parametrize("kind", ["by its key", "by its place"])
+def test_row_13_a_plan_of_anothers_opens_nothing_outside_the_source(tmp_path, kind):
+    """Someone else's OUT, whose plan names a picture of the user's: nothing of it comes into the store."""
+    vae, out = small_vae(), tmp_path / "out"
+    write_pictures(tmp_path / "in", 2)
+    picture(9).save(tmp_path / "private.png")
+    lines = [json.dumps({"key": str(number), "path": f"in/00{number}.png"}) for number in range(2)]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    source = tmp_path / ("in" if kind == "by its key" else "m.jsonl")
+    encode(source, out, vae=vae, **OPTIONS)
+    (plan,) = (out / "plan").iterdir()
+    told = [json.loads(line) for line in plan.read_text().splitlines()]
+    size = (tmp_path / "private.png").stat().st_size
+    change = {"key": "../private.png"} if kind == "by its key" else {"place": "private.png"}
+    plan.write_text("\n".join(json.dumps(line) for line in [told[0] | change | {"size": size}, told[1]]))
+    for path in (out / "shards").iterdir():
+        path.unlink()
+    encode(source, out, vae=vae, limit=1, max_failures=2, **OPTIONS)
+    private = tmp_path / "alone"
+    private.mkdir()
+    (tmp_path / "private.png").rename(private / "private.png")
+    encode(private, tmp_path / "what it would be", vae=vae, **OPTIONS)
+    (theirs,) = committed(tmp_path / "what it would be").values()
+    assert theirs not in committed(out).values()
+    # By its key it is a failure of its own; by its place one of a unit that a later unit has replaced.
+    assert list(failures(out).values()) == (["unreadable"] if kind == "by its key" else [])
+
+
+def test_row_13_a_plan_of_anothers_asks_for_no_size_that_the_table_has_not(tmp_path):
+    write_pictures(tmp_path / "in", 1)
+    out = tmp_path / "out"
+    encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
+    (plan,) = (out / "plan").iterdir()
+    plan.write_text(plan.read_text().replace("32x32", "99999x99999"))
+    for path in (out / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(StoreError, match="has a plan for 99999x99999, and its table of buckets has no such size"):
+        encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
 
 
 def test_row_14_the_number_of_keys_that_were_there_before_is_reported(tmp_path):
