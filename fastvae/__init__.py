@@ -29,6 +29,7 @@ _WHERE = {
     "encode": "fastvae.data.encode",
     "encode_latents": "fastvae.latents",
     "explain": "fastvae.fast.explain",
+    "export": "fastvae.data.export",
     "fast_report": "fastvae.fast.accelerate",
     "noise_key": "fastvae.data.noise",
     "refresh": "fastvae.fast.accelerate",
@@ -36,6 +37,7 @@ _WHERE = {
     "sample_posterior": "fastvae.sampling",
     "scale_latents": "fastvae.latents",
     "unscale_latents": "fastvae.latents",
+    "verify": "fastvae.data.verify",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "encode",
     "encode_latents",
     "explain",
+    "export",
     "fast_report",
     "noise_key",
     "refresh",
@@ -64,16 +67,19 @@ __all__ = [
     "sample_posterior",
     "scale_latents",
     "unscale_latents",
+    "verify",
 ]
 
 if TYPE_CHECKING:
     from fastvae.data.collate import collate as collate
     from fastvae.data.dataset import LatentDataset as LatentDataset
     from fastvae.data.encode import encode as encode
+    from fastvae.data.export import export as export
     from fastvae.data.iterable import LatentIterable as LatentIterable
     from fastvae.data.loader import LatentLoader as LatentLoader
     from fastvae.data.noise import noise_key as noise_key
     from fastvae.data.sampler import BucketBatchSampler as BucketBatchSampler
+    from fastvae.data.verify import verify as verify
     from fastvae.fast.accelerate import accelerate as accelerate
     from fastvae.fast.accelerate import accelerated as accelerated
     from fastvae.fast.accelerate import fast_report as fast_report

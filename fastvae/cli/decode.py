@@ -18,6 +18,7 @@ from fastvae.cli.output import complain, echo, echo_json, foreseen, printable
 @click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
 @click.option("--revision", help="A branch, tag or commit of the Hub repository.")
 @click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@click.option("--sheet", type=click.Path(dir_okay=False), help="A PNG file for all of them at a glance.")
 @click.option("--json", "as_json", is_flag=True, help="The list of files as one JSON document.")
 @foreseen
 def decode(store: str, out: str, rows: str, as_json: bool, **options: Any) -> None:

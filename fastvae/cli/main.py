@@ -1,4 +1,4 @@
-"""fastvae demo | encode | decode | info | verify | repair | bench | compare | doctor."""
+"""fastvae demo | encode | decode | info | verify | repair | export | bench | compare | doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastvae.cli.decode import decode
 from fastvae.cli.demo import demo
 from fastvae.cli.doctor import doctor
 from fastvae.cli.encode import encode
+from fastvae.cli.export import export
 from fastvae.cli.info import info
 from fastvae.cli.repair import repair
 from fastvae.cli.verify import verify
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, encode, decode, info, verify, repair, bench, compare, doctor):
+for command in (demo, encode, decode, info, verify, repair, export, bench, compare, doctor):
     cli.add_command(command)
 
 

@@ -7,4 +7,5 @@ threads; run, report, console.
 What lies on disk: store, records, worklist, shards, json_text; leases, lock; facts, verify.
 What training reads: dataset, iterable, sampler, collate; order, noise, space, mapped_shards; loader, transfer.
 And back to pictures: decode, demonstration.
+For other trainers: export, export_formats.
 """

@@ -22,6 +22,8 @@ CHANNELS = (1, 3, 4)
 SHEET_GAP = 8
 SHEET_PAIRS_ACROSS = 2
 CAPTION_HEIGHT = 16
+# The longest side of a picture on a contact sheet, in pixels.
+THUMBNAIL = 256
 
 
 def decode(
@@ -33,13 +35,15 @@ def decode(
     subfolder: str | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
+    sheet: str | os.PathLike[str] | None = None,
 ) -> list[tuple[str, Path]]:
     """Decode the means of ``rows`` of the latent store into PNG files in the folder ``out``: (key, file) for each.
 
     ``vae`` is what encode takes; by default what the store says it was made with, which is refused if its weights are
     others by now. If it is given, another model is taken with a warning. File names are the row's number and a harmless
-    form of its key. Raises StoreError for a path that is no store, ValueError for rows that are not there or a model
-    that cannot decode them to 1, 3 or 4 channels.
+    form of its key. sheet: a PNG file for all of them at a glance, each at most 256 pixels a side. Raises StoreError
+    for a path that is no store, ValueError for rows that are not there or a model that cannot decode them to 1, 3 or 4
+    channels.
     """
     from fastvae.data.dataset import LatentDataset
 
@@ -48,12 +52,18 @@ def decode(
     if not numbers:
         raise ValueError(f"rows must be among the store's 0:{len(dataset)}, got {rows.start}:{rows.stop}")
     folder = Path(out)
-    written = []
+    written, thumbnails = [], []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:06d}-{harmless(key)}.png"
-        as_image(pixels).save(path)
+        image = as_image(pixels)
+        image.save(path)
         written.append((key, path))
+        if sheet is not None:
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            thumbnails.append((f"{number} {printed(key)}", image))
+    if sheet is not None:
+        write_contact_sheet(thumbnails, sheet)
     return written
 
 
@@ -150,6 +160,11 @@ def harmless(key: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", key.rsplit("/", 1)[-1]).lstrip(".")[:80] or "image"
 
 
+def printed(key: str) -> str:
+    """A key as a picture's caption: what is not printable ASCII as a question mark."""
+    return re.sub(r"[^ -~]", "?", key)
+
+
 def parse_rows(text: str) -> slice:
     """The rows of "a:b", "a:", ":b" or "a", none negative; raises ValueError otherwise."""
     match = re.fullmatch(r"(\d*)(:?)(\d*)", text, re.ASCII)
@@ -178,3 +193,27 @@ def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str |
         sheet.paste(as_image(original), (left, top + CAPTION_HEIGHT))
         sheet.paste(as_image(reconstruction), (left + width, top + CAPTION_HEIGHT))
     sheet.save(path)
+
+
+def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathLike[str]) -> None:
+    """A PNG of (caption, picture) pairs in rows, about as many across as down; the file appears whole or not at all.
+
+    Raises ValueError for no pictures, OSError where the file cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
+    from fastvae.checkpoints.atomic import replace_atomically
+
+    if not pictures:
+        raise ValueError("pictures must hold at least one picture, got none")
+    across = math.ceil(math.sqrt(len(pictures)))
+    width = max(image.width for _, image in pictures) + SHEET_GAP
+    height = max(image.height for _, image in pictures) + CAPTION_HEIGHT + SHEET_GAP
+    sheet = Image.new("RGB", (across * width, math.ceil(len(pictures) / across) * height), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for index, (caption, image) in enumerate(pictures):
+        left, top = index % across * width, index // across * height
+        sheet.paste(image, (left, top + CAPTION_HEIGHT))
+        # A long name ends where its picture does: about 6 pixels a letter.
+        draw.text((left + 2, top + 2), caption[: width // 6 - 1], fill=(0, 0, 0))
+    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, "PNG"))

@@ -67,6 +67,30 @@ def test_encode_info_decode(pictures, model, tmp_path):
     assert shown == f"{tmp_path / 'png'}/000000-000.png.png  000.png\n"
 
 
+def test_decode_makes_a_contact_sheet(pictures, model, tmp_path):
+    out, sheet = tmp_path / "out", tmp_path / "sheet.png"
+    encode(pictures, out, model)
+    run("decode", out, tmp_path / "png", "--rows", "0:3", "--sheet", sheet)
+    with Image.open(sheet) as whole:
+        assert (whole.format, whole.size) == ("PNG", (2 * (SIDE + 8), 2 * (SIDE + 24)))
+        pixels = np.asarray(whole)
+    for row, (left, top) in enumerate([(0, 0), (SIDE + 8, 0), (0, SIDE + 24)]):
+        with Image.open(tmp_path / "png" / f"00000{row}-00{row}.png.png") as image:
+            assert np.array_equal(pixels[top + 16 : top + 16 + SIDE, left : left + SIDE], np.asarray(image))
+
+
+def test_export_says_what_it_will_write_and_what_it_wrote(pictures, model, tmp_path):
+    out = tmp_path / "out"
+    encode(pictures, out, model)
+    result = run("export", out, tmp_path / "tars", "--to", "wds")
+    assert result.stderr.startswith("export  4 rows  wds  dist  raw  ~0.00 GiB (free ")
+    assert result.stdout.startswith("done    4 rows (dist, raw) in 2 files, ")
+    facts = json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json", "-q").stdout)
+    assert (facts["rows"], facts["files"], facts["about"]["family"]) == (4, 5, "sdxl")
+    again = run("export", out, tmp_path / "tars", "--to", "wds", code=1)
+    assert again.stderr == f"fastvae: dst must be a new folder, {tmp_path / 'tars'} is there already\n"
+
+
 def test_buckets_variants_and_a_dry_run(pictures, model, tmp_path):
     picture(7, 30, 90).save(Path(pictures) / "tall.png")
     more = ["--vae", model, "--buckets", "sdxl@64", "--dtype", "fp32", "--crop", "random", "--variants", 2, "--flip"]

@@ -1,0 +1,53 @@
+"""fastvae export STORE DST"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from fastvae.cli.output import echo, echo_json, foreseen, printable
+
+
+@click.command()
+@click.argument("store", type=click.Path(file_okay=False))
+@click.argument("dst", type=click.Path())
+@click.option(
+    "--to",
+    type=click.Choice(["npz-kohya", "wds", "parquet", "hf"]),
+    required=True,
+    help="sd-scripts' caches, WebDataset's tars, Parquet files, or a folder for datasets.load_dataset.",
+)
+@click.option(
+    "--posterior",
+    type=click.Choice(["dist", "mean", "sample"]),
+    help="Mean and log-variance, the mean alone, or one draw. Default: dist; of npz-kohya sample.",
+)
+@click.option("--scaled", is_flag=True, help="As the denoiser takes them, in fp32. Default: raw, as stored.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --posterior sample.")
+@click.option(
+    "--family",
+    type=click.Choice(["sd", "sdxl", "sd3", "flux"]),
+    default="sdxl",
+    show_default=True,
+    help="Of npz-kohya: whose caches, which decides names and space.",
+)
+@click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="No plan.")
+@foreseen
+def export(store: str, dst: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write every row of the latent store STORE into the new folder DST, for other trainers to read."""
+    from fastvae.data.export import export as run
+
+    done = run(store, dst, progress=not quiet, **options)
+    if as_json:
+        echo_json(asdict(done))
+    else:
+        what = f"{done.about['posterior']}, {done.about['space']}"
+        echo(
+            printable(
+                f"done    {done.rows} rows ({what}) in {done.files} files, {done.bytes / 1e6:.1f} MB: {done.path}"
+            )
+        )

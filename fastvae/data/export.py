@@ -1,0 +1,182 @@
+"""A store's rows in the layouts that other trainers read: kohya's npz, WebDataset, Parquet, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvae.checkpoints.atomic import synchronise_folder, write_atomically
+from fastvae.data.console import say
+from fastvae.data.dataset import LatentDataset
+from fastvae.data.export_formats import FAMILIES, Kohya, Parquet, Tar
+from fastvae.data.json_text import json_bytes
+from fastvae.data.store import Store
+
+FORMATS = ("npz-kohya", "wds", "parquet", "hf")
+POSTERIORS = ("dist", "mean", "sample")
+# Rows that are read together; they are of one shard, so of one size.
+ROWS_AT_ONCE = 64
+ABOUT = "export.json"
+
+
+@dataclass
+class Exported:
+    """What an export wrote: the folder, rows, files and bytes, and ``about``, what export.json says of the latents."""
+
+    path: str
+    rows: int = 0
+    files: int = 0
+    bytes: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def export(
+    store: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    posterior: str | None = None,
+    scaled: bool = False,
+    seed: int = 0,
+    family: str = "sdxl",
+    shard_mb: float = 256,
+    progress: bool = True,
+) -> Exported:
+    """Write every row of the latent store into the new folder ``dst``, which appears whole or not at all.
+
+    to: "npz-kohya", one file an image, as sd-scripts caches them; "wds", tar shards for WebDataset; "parquet"; or
+    "hf", a folder that datasets.load_dataset takes. posterior: "dist", mean and logvar [L, h, w], the default; "mean";
+    or "sample", one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant).
+    kohya's caches hold one latent an image: "sample", their default, or "mean". scaled: as scale_latents gives them, in
+    fp32, else raw as stored; ``family``, of kohya's alone ("sd", "sdxl", "sd3", "flux"), decides that for its caches:
+    raw but for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
+    Raises FileExistsError if ``dst`` is there, ValueError for another argument, for keys that the format cannot hold or
+    for several crops of an image in kohya's layout, StoreError for what is no store or cannot be scaled, OSError,
+    ENOSPC where it does not fit, ImportError without pyarrow where it is needed.
+    """
+    _check(to, posterior, scaled, family, shard_mb)
+    out = Path(dst)
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"dst must be a new folder, {out} is there already")
+    is_kohya = to == "npz-kohya"
+    posterior = posterior or ("sample" if is_kohya else "dist")
+    scaled = family in FAMILIES and FAMILIES[family].scaled if is_kohya else scaled
+    opened = Store.open(Path(store))
+    stored = opened.facts["identity"]["numerics"]["posterior"]
+    if stored == "sample" or (stored == "mean" and posterior == "dist"):
+        posterior = stored  # one draw, or one mean: there is nothing else to take
+    rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
+    about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
+    columns = opened.columns()
+    needed = _size(rows)
+    _check_room(out, needed, f"export  {len(rows)} rows  {to}  {posterior}  {about['space']}", progress)
+    temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    try:
+        with _writer(to, temporary, about, opened, int(shard_mb * 1e6)) as writer:
+            for row in _rows(rows, columns):
+                writer.add(row)
+        write_atomically(temporary / ABOUT, [json_bytes(about, indent=1)])
+        written = _synchronised(temporary)
+        # A rename replaces an empty folder that came up meanwhile, and fails for any other.
+        os.rename(temporary, out)
+        synchronise_folder(out.absolute().parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Exported(os.fspath(out), len(rows), len(written), sum(written), about)
+
+
+def _check(to: str, posterior: str | None, scaled: bool, family: str, shard_mb: float) -> None:
+    for name, value, taken in (
+        ("to", to, FORMATS),
+        ("posterior", posterior, (None, *POSTERIORS)),
+        ("family", family, tuple(FAMILIES)),
+    ):
+        if value not in taken:
+            listed = ", ".join(repr(one) for one in taken if one is not None)
+            raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    if not 0 < shard_mb < float("inf"):
+        raise ValueError(f"shard_mb must be above 0 and finite, got {shard_mb!r}")
+    if to == "npz-kohya" and posterior == "dist":
+        raise ValueError("posterior must be 'sample' or 'mean' for npz-kohya, which holds one latent an image")
+    if to == "npz-kohya" and scaled:
+        raise ValueError("scaled must be left out for npz-kohya: the family says which space its trainer reads")
+
+
+def _about(store: Store, rows: LatentDataset, to: str, posterior: str, seed: int, family: str | None) -> dict[str, Any]:
+    drawn = posterior == "sample" and store.facts["identity"]["numerics"]["posterior"] == "dist"
+    return {
+        "format": to,
+        "rows": len(rows),
+        "posterior": posterior,
+        "noise": f"fastvae noise 1, epoch 0, seed {seed}" if drawn else None,
+        "space": rows.scaling["space"],
+        "scaling": store.facts["scaling"],
+        "latent_channels": rows.latent_channels,
+        "downsample_factor": rows.downsample_factor,
+        "family": family,
+        "identity": store.facts["identity_digest"],
+    }
+
+
+def _rows(rows: LatentDataset, columns: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every row: arrays and numbers by name, the key, and the source's columns."""
+    for _, numbers in rows.shards():
+        for part in numbers.split(ROWS_AT_ONCE):
+            for item in rows.__getitems__(part.tolist()):
+                latents = {name: item[name].numpy() for name in ("mean", "logvar", "latents") if name in item}
+                placed = {name: [int(n) for n in item[name]] for name in ("original_hw", "crop_tlhw", "bucket")}
+                key = item["key"]
+                yield {
+                    "key": key,
+                    "variant": int(item["variant"]),
+                    **placed,
+                    "columns": columns.get(key, {}),
+                    **latents,
+                }
+
+
+def _size(rows: LatentDataset) -> int:
+    """About how many bytes the latents are, by the first row of each shard."""
+    total = 0
+    for _, numbers in rows.shards():
+        item = rows[int(numbers[0])]
+        total += len(numbers) * sum(item[name].nbytes for name in ("mean", "logvar", "latents") if name in item)
+    return total
+
+
+def _check_room(out: Path, needed: int, plan: str, progress: bool) -> None:
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if progress:
+        say(f"{plan}  ~{needed / 2**30:.2f} GiB (free {free / 2**30:.0f} GiB)\n")
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
+
+
+def _writer(to: str, folder: Path, about: dict[str, Any], store: Store, size: int) -> Kohya | Tar | Parquet:
+    if to == "npz-kohya":
+        flip = bool(store.facts["identity"]["preprocess"].get("flip"))
+        return Kohya(folder, about["family"], flip)
+    if to == "wds":
+        return Tar(folder, size)
+    return Parquet(folder, about, size, card=to == "hf")
+
+
+def _synchronised(folder: Path) -> list[int]:
+    """The size of every file below ``folder``, each synchronised."""
+    sizes = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with (Path(parent) / name).open("rb+") as file:
+                os.fsync(file.fileno())
+                sizes.append(os.fstat(file.fileno()).st_size)
+        synchronise_folder(Path(parent))
+    return sizes
