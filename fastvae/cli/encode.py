@@ -86,6 +86,7 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
 @click.option("--image-column", default="image", show_default=True, help="Of a Parquet file or manifest.")
 @click.option("--key-column", default="key", show_default=True, help="Of a Parquet file or manifest.")
 @click.option("--scheme", "schemes", multiple=True, help="A URL scheme that a manifest may name, as in https.")
+@click.option("--retry-failed", is_flag=True, help="Try again what failed, whatever the reason was.")
 @click.option("--dry-run", is_flag=True, help="Plan, report, and write nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first N images only.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON document.")

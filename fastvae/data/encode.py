@@ -53,6 +53,7 @@ class _Job:
     files: list[SourceFile]
     identity: dict[str, Any]
     layout: dict[str, Any]
+    retry: bool
 
 
 def encode(
@@ -84,6 +85,7 @@ def encode(
     device: str | torch.device | None = None,
     deterministic: bool = False,
     hash: str = "none",
+    retry_failed: bool = False,
     progress: bool = True,
     limit: int | None = None,
     dry_run: bool = False,
@@ -101,7 +103,8 @@ def encode(
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
     "fail" to stop at the first. alpha, max_pixels: see read_image. deterministic: image by image, so that no batch
     changes a bit. hash: "full" reads every file once more, so that an edit is seen that keeps size and time, and a new
-    time alone encodes nothing again. progress: a plan line and a bar on stderr. limit: the first N images only.
+    time alone encodes nothing again. retry_failed: images that failed are tried again, whatever the reason was.
+    progress: a plan line and a bar on stderr. limit: the first N images only.
     dry_run: plan, report and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
@@ -137,7 +140,7 @@ def encode(
     reading = Reading(source, table, kinds, alpha, max_pixels, listed)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
     files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
-    job = _Job(Path(out), model, made_with, settings, reading, listing, files, identity, layout)
+    job = _Job(Path(out), model, made_with, settings, reading, listing, files, identity, layout, retry_failed)
     # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
     existing = _foreseen(job)
     report = _report(job)
@@ -198,7 +201,7 @@ def _foreseen(job: _Job) -> Store | None:
     if existing is not None:
         commits = existing.commits()
         done = sum(len(unit.rows) for unit in existing.units() if unit.number not in commits)
-        files = fresh_files(existing, job.listing.files, job.files, job.reading)
+        files = fresh_files(existing, job.listing.files, job.files, job.reading, job.retry)
     count = done + len(files) * job.reading.variants.count
     # The images' buckets are not known yet: at least this much.
     _check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
@@ -208,7 +211,7 @@ def _foreseen(job: _Job) -> Store | None:
 def _plan(job: _Job, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store with a plan for every file, and the units without a commit; by the holder of the lock."""
     store = Store.create_or_open(job.out, job.identity, job.layout, leases)
-    fresh = rows_of(fresh_files(store, job.listing.files, job.files, job.reading), job.reading)
+    fresh = rows_of(fresh_files(store, job.listing.files, job.files, job.reading, job.retry), job.reading)
     row_size = job.settings.row_size
     _check_room(job.out, sum(row_size(bucket) for bucket, _ in fresh))
     store.extend_plan(fresh, lambda bucket: max(1, int(shard_mb * 1e6) // row_size(bucket)), job.files)
@@ -225,7 +228,7 @@ def _planned(job: _Job, existing: Store | None, report: EncodeReport) -> EncodeR
     commits = existing.commits() if existing is not None else {}
     report.resumed = sum(commit.rows for commit in commits.values())
     counts = count_by_bucket([unit for unit in existing.units() if unit.number not in commits] if existing else [])
-    files = fresh_files(existing, job.listing.files, job.files, job.reading) if existing else job.files
+    files = fresh_files(existing, job.listing.files, job.files, job.reading, job.retry) if existing else job.files
     for bucket, row in rows_of(files, job.reading):
         counts[bucket] = counts.get(bucket, 0) + 1
         report.unreadable_headers += not all(row.original_hw)

@@ -16,11 +16,13 @@ from fastvae.data.threads import ordered_map
 HEADER_THREADS = 16
 
 
-def fresh_files(store: Store, listed: list[SourceFile], files: list[SourceFile], reading: Reading) -> list[SourceFile]:
+def fresh_files(
+    store: Store, listed: list[SourceFile], files: list[SourceFile], reading: Reading, retry: bool = False
+) -> list[SourceFile]:
     """Those of ``files`` that need a unit, among them failures whose cause may be gone.
 
     A failure is in the file's bytes, but for two: what could not be read and can be now, and what was too large for a
-    lower limit than today's.
+    lower limit than today's. With ``retry`` every one is tried again.
     Raises ValueError if nothing ``listed`` shares a key with the plan: its rows would mix with another folder's.
     """
     known = {row.file.key for unit in store.units() for row in unit.rows}
@@ -31,6 +33,8 @@ def fresh_files(store: Store, listed: list[SourceFile], files: list[SourceFile],
     def again(failure: Failure, commit: Commit) -> bool:
         if failure.key not in by_key:
             return False
+        if retry:
+            return True
         if failure.reason == "unreadable":
             return reading.opens(by_key[failure.key])
         return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)

@@ -89,7 +89,7 @@ class EncodeReport:
         ]
         if failed:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
-            lines.append(f"failed  {counts}: see {self.store}/failures.jsonl")
+            lines.append(f"failed  {counts}: see {self.store}/failures.jsonl; again with --retry-failed")
         if self.elsewhere or self.taken_over:
             lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
         if self.halved:

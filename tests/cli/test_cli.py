@@ -148,6 +148,23 @@ def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
     assert result.stderr.splitlines()[-1] == "fastvae: empty: bad.png holds no bytes"
 
 
+def test_retry_failed_does_what_failed_again_and_touches_nothing_else(pictures, model, tmp_path):
+    bad, out = Path(pictures) / "000.png", tmp_path / "out"
+    whole, times = bad.read_bytes(), bad.stat()
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(len(whole) - 8))
+    os.utime(bad, ns=(times.st_atime_ns, times.st_mtime_ns))
+    result = encode(pictures, out, model, code=3)
+    assert "see " + str(out / "failures.jsonl") + "; again with --retry-failed" in result.stdout
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "shards").iterdir()}
+    bad.write_bytes(whole)  # as it was: neither its size nor its time tells
+    os.utime(bad, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "0 ok, 3 resumed, 1 quarantined" in encode(pictures, out, model, code=3).stdout
+    assert encode(pictures, out, model, "--retry-failed").stdout.startswith("done    1 ok, 3 resumed, 0 quarantined")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    assert (out / "failures.jsonl").read_text() == ""
+    assert encode(pictures, out, model, "--retry-failed").stdout.startswith("done    0 ok, 4 resumed")
+
+
 def test_row_25_another_identity_is_exit_code_4_with_the_difference(pictures, model, tmp_path):
     encode(pictures, tmp_path / "out", model)
     result = encode(pictures, tmp_path / "out", model, "--posterior", "mean", code=4)

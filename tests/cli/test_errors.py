@@ -1,0 +1,162 @@
+"""Each row of docs/errors.md, produced: its exit code, its words, and no traceback."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from small_store import SIDE, small_vae, write_pictures, write_store
+
+import fastvae.checkpoints.atomic
+from fastvae.cli.main import cli
+from fastvae.data.leases import Leases
+from fastvae.data.lock import locked
+
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.read_text().splitlines()]
+ROWS = [
+    (row[0].removeprefix("| ").strip(), int(row[1]), row[2].strip(" |")) for row in ROWS if row[1:] and row[1].isdigit()
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_vae().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def places(tmp_path, model):
+    """A folder of pictures, a store of generated rows, and where a verb may write."""
+    write_pictures(tmp_path / "in", 2)
+    store = write_store(tmp_path / "store", {(32, 32): ["x.png", "x.jpg", "../y.png"]})
+    return {"in": tmp_path / "in", "store": store, "out": tmp_path / "out", "model": model}
+
+
+def encode(places, *more):
+    fixed = ["--vae", places["model"], "--buckets", SIDE, "--dtype", "fp32", "-q"]
+    return ["encode", places["in"], places["out"], *fixed, *more]
+
+
+def ended(arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def damaged_shard(places, monkeypatch):
+    path = places["store"] / "shards" / "000000-32x32.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    return ended(["verify", places["store"]])
+
+
+def edited(places, monkeypatch):
+    path = places["store"] / "store.json"
+    facts = json.loads(path.read_text())
+    facts["identity"]["numerics"]["dtype"] = "fp16"
+    path.write_text(json.dumps(facts))
+    return ended(["info", places["store"]])
+
+
+def empty_store(places, monkeypatch):
+    for path in (places["store"] / "shards").glob("*.json"):
+        path.unlink()
+    return ended(["decode", places["store"], places["out"]])
+
+
+def means_alone(places, monkeypatch):
+    store = write_store(places["out"], {(32, 32): ["x.png"]}, posterior="mean")
+    return ended(["export", store, places["out"].parent / "new", "--to", "wds", "--posterior", "sample"])
+
+
+def failing(places, monkeypatch, *more):
+    (places["in"] / "bad.png").write_bytes(b"")
+    return ended(encode(places, *more))
+
+
+def other_identity(places, monkeypatch):
+    assert ended(encode(places)).exit_code == 0
+    return ended(encode(places, "--posterior", "mean"))
+
+
+def planned_for_ever(places, monkeypatch):
+    monkeypatch.setattr("fastvae.data.lock.PATIENCE", 0.2)
+    places["out"].mkdir()
+    with locked(places["out"]):
+        return ended(encode(places))
+
+
+def repaired_under_a_run(places, monkeypatch):
+    with Leases(places["store"] / "leases"):
+        return ended(["repair", places["store"]])
+
+
+def full_disk(places, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
+    return ended(encode(places))
+
+
+def interrupted(places, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastvae.data.encode.encode", stop)
+    return ended(encode(places))
+
+
+def two_keys(places, monkeypatch):
+    return ended(["export", places["store"], places["out"], "--to", "npz-kohya"])
+
+
+def no_path(places, monkeypatch):
+    store = write_store(places["out"], {(32, 32): ["../y.png"]})
+    return ended(["export", store, places["out"].parent / "new", "--to", "npz-kohya"])
+
+
+PRODUCED = {
+    "a damaged shard": damaged_shard,
+    "a folder that is no store": lambda p, m: ended(["verify", p["in"]]),
+    "an edited store.json": edited,
+    "an export onto what is there": lambda p, m: ended(["export", p["store"], p["in"], "--to", "wds"]),
+    "a store without a row": empty_store,
+    "what the store does not hold": means_alone,
+    "no such option": lambda p, m: ended(["info", p["store"], "--deep"]),
+    "a missing argument": lambda p, m: ended(["verify"]),
+    "a source without images": lambda p, m: ended(encode({**p, "in": p["in"] / "nothing"})),
+    "the source as output": lambda p, m: ended(encode({**p, "out": p["in"]})),
+    "a wrong amount": lambda p, m: ended(encode(p, "--batch", "0")),
+    "wrong rows": lambda p, m: ended(["decode", p["store"], p["out"], "--rows", "x"]),
+    "rows that are not there": lambda p, m: ended(["decode", p["store"], p["out"], "--rows", "9:10"]),
+    "a wrong device": lambda p, m: ended(encode(p, "--device", "gpu")),
+    "a posterior that the layout cannot hold": lambda p, m: ended(
+        ["export", p["store"], p["out"], "--to", "npz-kohya", "--posterior", "dist"]
+    ),
+    "two keys of one file": two_keys,
+    "a key that is no path": no_path,
+    "more failures than allowed": failing,
+    "the first failure, with --on-error fail": lambda p, m: failing(p, m, "--on-error", "fail"),
+    "another identity": other_identity,
+    "a plan that takes for ever": planned_for_ever,
+    "a repair under a run": repaired_under_a_run,
+    "a full disk": full_disk,
+    "an interruption": interrupted,
+}
+
+
+def test_every_row_is_produced():
+    assert [row[0] for row in ROWS] == list(PRODUCED)
+
+
+@pytest.mark.parametrize(("name", "code", "words"), ROWS, ids=[row[0] for row in ROWS])
+def test_a_row_of_the_table(name, code, words, places, monkeypatch):
+    result = PRODUCED[name](places, monkeypatch)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    said = result.stdout + result.stderr
+    assert words in said or words in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
+    if code != 2 and result.stderr:
+        assert result.stderr.startswith("fastvae: ")
