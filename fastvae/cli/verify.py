@@ -12,14 +12,22 @@ from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
 @click.option("--deep", is_flag=True, help="Also every row's checksum, values and name, and the derived files.")
+@click.option("--rebuild-index", is_flag=True, help="Where all is sound, write index.jsonl and failures.jsonl anew.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_context
 @foreseen
-def verify(context: click.Context, store: str, deep: bool, as_json: bool) -> None:
-    """Whether every committed shard of STORE is what its record says. Nothing is written; exit code 1 if one is not."""
+def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool) -> None:
+    """Whether every committed shard of STORE is what its record says. Exit code 1 if one is not.
+
+    Nothing is written but for --rebuild-index.
+    """
+    from fastvae.data.verify import rebuild_index as rebuild
     from fastvae.data.verify import verify as look
 
     found = look(store, deep=deep)
+    if rebuild_index and not found.damaged:
+        rebuild(store)
+        found.stale = []
     if as_json:
         echo_json({"store": store, "deep": deep, "pending": found.pending, **asdict(found)})
     else:

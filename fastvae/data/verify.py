@@ -88,6 +88,17 @@ def withdraw(path: str | os.PathLike[str], found: Verified) -> list[int]:
     return sorted(number for number in bad if number is not None)
 
 
+def rebuild_index(path: str | os.PathLike[str]) -> list[str]:
+    """Write index.jsonl and failures.jsonl of the store at ``path`` anew from its commit records; returns their names.
+
+    Raises StoreError for what is no store or has a damaged shard, StoreLocked while another process plans for too long.
+    """
+    store = Store.open(Path(path))
+    with locked(store.path):
+        store.write_derived()
+    return list(store.derived())
+
+
 def _look(store: Store, record: Path, unit: Unit | None, deep: bool, found: Verified) -> None:
     def damaged(path: Path, what: str) -> None:
         found.damaged.append(Damage(path.relative_to(store.path).as_posix(), what, unit.number if unit else None))

@@ -47,6 +47,23 @@ def test_a_stale_index_is_said_and_is_no_damage(made):
     assert run(made, "--deep").stdout.startswith("stale   index.jsonl says something else")
 
 
+def test_rebuild_index_writes_what_the_records_say_and_no_shard(made):
+    run(made, "--rebuild-index")
+    index = (made / "index.jsonl").read_bytes()
+    assert len(index.splitlines()) == 6
+    shards = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (made / "shards").iterdir()}
+    for name in ("index.jsonl", "failures.jsonl"):
+        (made / name).write_text("{}\n")
+    assert run(made, "--deep", "--rebuild-index").stdout.startswith("sound")
+    assert ((made / "index.jsonl").read_bytes(), (made / "failures.jsonl").read_bytes()) == (index, b"")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards} == shards
+    (made / "index.jsonl").unlink()
+    damaged = made / "shards" / "000001-32x32.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run(made, "--rebuild-index", code=1)
+    assert not (made / "index.jsonl").exists()
+
+
 def test_what_is_no_store_is_exit_code_1_in_a_sentence(tmp_path):
     result = run(tmp_path, code=1)
     assert result.stderr == f"fastvae: {tmp_path} is not a latent store: it has no store.json\n"
