@@ -68,8 +68,9 @@ def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
 
 
 def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Config, parameters and downsampling of a model; raises what from_pretrained raises."""
+    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises."""
     from fastvae.data.settings import open_model
+    from fastvae.data.space import scaling_of
 
     vae = open_model(source, subfolder, revision)
     parts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in vae.named_children()}
@@ -79,6 +80,9 @@ def model_facts(source: str, subfolder: str | None = None, revision: str | None 
         "class": type(vae).__name__,
         "parameters": sum(parts.values()),
         "parameters_of": parts,
+        "dtype": str(next(vae.parameters()).dtype).removeprefix("torch."),
+        "latent_channels": vae.config.latent_channels,
         "downsample_factor": vae.downsample_factor,
+        "scaling": scaling_of(vae),
         "config": dict(vae.config),
     }

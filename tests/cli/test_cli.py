@@ -276,6 +276,8 @@ def test_info_of_a_model(model):
     assert facts["kind"] == "model"
     assert facts["parameters"] == sum(parameter.numel() for parameter in vae.parameters())
     assert facts["downsample_factor"] == 8
+    assert (facts["dtype"], facts["latent_channels"]) == ("float32", 4)
+    assert facts["scaling"]["scaling_factor"] == vae.config.scaling_factor
     assert facts["config"]["block_out_channels"] == [8, 8, 16, 16]
     assert "parameters" in run("info", model).stdout
 
