@@ -140,3 +140,9 @@ PROFILES = {
     "cpu": [Network("encoder", "sd15", 256, dtype=dtype) for dtype in ("bfloat16", "float32")],
     "dry": [Network("encoder", TINY, 4, dtype="float32")],
 }
+# Encoding in the training loop; a CPU's loader is held to its steps by tests/data.
+LOADERS = {
+    "cuda": [Network("encoder", "sd15", side, batch, "float16") for side, batch in ((256, 32), (512, 8))],
+    "cpu": [],
+    "dry": [Network("encoder", TINY, 4, dtype="float32")],
+}

@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_configure(config):
-    data = ("cases", "networks", "pipeline", "generator", "profiles", "roof")
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "roof")
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The tests' own settings: the interpreter where there is no GPU, and what mends it. Before the kernels are
@@ -112,6 +112,10 @@ def pytest_terminal_summary(terminalreporter):
             ranked = sorted(row["groups"].items(), key=lambda item: -item[1])
             spent = ", ".join(f"{group} {1e3 * seconds:.2f}" for group, seconds in ranked[:6])
             terminalreporter.write_line(f"{name:44} {contestant:28} {'right' if dry else f'ms: {spent}'}")
+    for name, row in results["loader"].items():
+        rates = ", ".join(f"{who} {rate:.1f} images/s" for who, rate in row["images_per_second"].items())
+        words = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
+        terminalreporter.write_line(f"{name:44} {words}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 

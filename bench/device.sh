@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command on a machine with torch, triton, pytest and pytest-benchmark alone:
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
-#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile or tune (may be repeated; tune only when named)
+#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader or tune (may be repeated; tune only when named)
 #   bench/device.sh --seconds N     all parts within N seconds in place of 575
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter where there is no GPU
 # Each part may take its share of the time that is left, so fewer parts have longer. A contestant that is not installed
@@ -17,8 +17,8 @@ while (($#)); do
         --dry) dry=(--dry) ;;
         --only)
             case ${2:-} in
-                tests | ops | philox | encoder | decoder | profile | tune) parts+=("$2") && shift ;;
-                *) echo "--only takes tests, ops, philox, encoder, decoder, profile or tune, got '${2:-}'" >&2 && exit 2 ;;
+                tests | ops | philox | encoder | decoder | profile | loader | tune) parts+=("$2") && shift ;;
+                *) echo "--only takes tests, ops, philox, encoder, decoder, profile, loader or tune, got '${2:-}'" >&2 && exit 2 ;;
             esac ;;
         --seconds)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number, got '${2:-}'" >&2 && exit 2; }
@@ -27,7 +27,7 @@ while (($#)); do
     esac
     shift
 done
-((${#parts[@]})) || parts=(tests ops philox encoder decoder profile)
+((${#parts[@]})) || parts=(tests ops philox encoder decoder profile loader)
 if ((${#dry[@]})); then
     device=dry
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || export TRITON_INTERPRET=1
@@ -40,7 +40,7 @@ out=${OUT:-bench/results/$device}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/kernels:$PWD/bench:$PWD/tests:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging -p no:hypothesispytest --benchmark-columns=median,iqr,rounds --color=no)
-tested=(tests/ops --durations=15)
+tested=(tests/ops tests/gpu --durations=15)
 # A kernel's tests spend their time in compiling, which takes a core each.
 "$PYTHON" -c 'import xdist' 2>/dev/null && tested+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 ((${#dry[@]})) && tested=(tests/ops/test_tiles.py)
@@ -52,7 +52,7 @@ elif ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_sp
     without=(--without diffusers)
 fi
 
-declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [tune]=30)
+declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [loader]=2 [tune]=30)
 failed=() lines=() statuses=() ahead=0
 for name in "${parts[@]}"; do ((ahead += share[$name])); done
 part() { # name, command
@@ -85,7 +85,7 @@ for name in "${parts[@]}"; do
         ops) measure ops test_ops -k "not generator" ;;
         philox) measure philox test_ops -k generator ;;
         encoder | decoder) measure "$name" "test_$name" "${without[@]}" ;;
-        profile) measure profile test_profile ;;
+        profile | loader) measure "$name" "test_$name" ;;
         tune) part tune "$PYTHON" bench/tune.py --copy "$out" ;;
     esac
 done
@@ -102,7 +102,7 @@ done >"$out/logs.txt"
     for name in "${parts[@]}"; do
         case $name in
             ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' <<<"${said[ops]}" ;;
-            encoder | decoder | profile) grep -E '^(encoder|decoder) |^FAILED' <<<"${said[$name]}" | grep -v 'left out: \(takes\|this case\)' ;;
+            encoder | decoder | profile | loader) grep -E '^(encoder|decoder) |^FAILED' <<<"${said[$name]}" | grep -v 'left out: \(takes\|this case\)' ;;
             tests | philox) grep -E '^(FAILED|ERROR)' <<<"${said[$name]}" | cut -c1-200 | head -40 ;;
             tune) tail -40 <<<"${said[tune]}" ;;
         esac

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 # Where a part's data stand in a results file. The kernel tests and the search for tiles have none.
-DATA = {"ops": "cases", "philox": "generator", "encoder": "networks", "decoder": "networks", "profile": "profiles"}
-EMPTY = ("cases", "networks", "pipeline", "generator", "profiles")
+DATA = {"ops": "cases", "philox": "generator", "encoder": "networks", "decoder": "networks", "profile": "profiles",
+        "loader": "loader"}  # fmt: skip
+EMPTY = ("cases", "networks", "pipeline", "generator", "profiles", "loader")
 OF_A_PART = (*EMPTY, "passed", "failed", "roof")
 
 

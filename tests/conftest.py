@@ -69,6 +69,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def _every_test_alike():
     # Deterministic mode fills torch.empty with NaN, so that a value nobody wrote is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # fp32 is fp32 on a GPU too: by default cuDNN multiplies in tf32, which errs by 1e-3.
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield

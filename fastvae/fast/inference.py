@@ -165,7 +165,8 @@ class Inference(Pass):
             return convolve(x, weight, bias, stride, padding)
         # Image by image: which algorithm cuDNN takes, and with it the order of its sums, hangs on the batch. Flags by
         # the call, since the caller's are not ours to set; allow_tf32 without a name raises where conv's was set alone.
+        # "none" is what stands there after allow_tf32 = False, and is no tf32.
         cudnn: Any = torch.backends.cudnn
-        flags = cudnn.benchmark, True, cudnn.enabled, cudnn.conv.fp32_precision != "ieee"
+        flags = cudnn.benchmark, True, cudnn.enabled, cudnn.conv.fp32_precision == "tf32"
         sizes = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
         return torch.cat([torch.ops.aten._convolution(part, weight, bias, *sizes, *flags) for part in x.split(1)])

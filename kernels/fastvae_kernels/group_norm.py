@@ -202,7 +202,7 @@ def launch_affine(
         _affine_kernel[(batch * groups,)](
             folded, weight.contiguous(), bias.contiguous(), None if conv_bias is None else conv_bias.contiguous(),
             scale, shift, folded.shape[1], eps * factor**2, factor,
-            CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=4, num_stages=1,
+            CHANNELS=channels, GROUPS=groups, COLUMNS=columns, STEP=step, num_warps=8, num_stages=1,
         )  # fmt: skip
     return scale, shift
 

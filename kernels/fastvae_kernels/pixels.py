@@ -70,31 +70,34 @@ def _conv_in_kernel(
         weight_ptr + channel[None, :] * (9 * COLOURS) + index[:, None],
         (index[:, None] < 9 * COLOURS) & (channel[None, :] < CHANNELS), 0.0,
     )  # [DEPTH, COLUMNS]  # fmt: skip
-    bias = tl.load(bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32) * factor
     colour, line_offset, column_offset = index // 9, index // 3 % 3 - 1, index % 3 - 1
-    window = pixels_ptr + image * image_stride + colour.to(tl.int64) * colour_stride  # [DEPTH]
+    # Where a pixel's window lies beside the pixel; the rest of an address is one for all of it.
+    window = colour.to(tl.int64) * colour_stride + line_offset * row_stride + column_offset * column_stride  # [DEPTH]
+    pixels_ptr += image * image_stride
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, count, CHUNK)
     first = statistics.first_value(image, count, chunk * CHUNK, CHANNELS)
-    anchor, seen, mean, deviations = statistics.nothing_yet(COLUMNS)
+    anchor, total, squares = statistics.nothing_yet(ROWS, COLUMNS)
     for start in range(0, rows, ROWS):
         inside = start + row < rows
         line, column = statistics.line_and_column(chunk * CHUNK, start + row, width)
-        line, column = line + line_offset, column.to(tl.int64) + column_offset  # [ROWS, DEPTH]
+        place = line * row_stride + column.to(tl.int64) * column_stride  # [ROWS, 1]
+        line, column = line.to(tl.int32) + line_offset, column + column_offset  # [ROWS, DEPTH]
         there = inside & (index < 9 * COLOURS) & (line >= 0) & (line < height) & (column >= 0) & (column < width)
-        values = tl.load(window + line * row_stride + column * column_stride, there, 0).to(tl.float32)
+        values = tl.load(pixels_ptr + place + window, there, 0).to(tl.float32)
         if BYTES:
-            # Divided, not multiplied by the reciprocal: the bits of torch's x / 127.5 - 1. Beside the image stays 0.
-            values = tl.where(there, tl.div_rn(values, 127.5) - 1.0, 0.0)
+            # The bits of torch's x / 127.5 - 1, for each of the 256; in fp32 the reciprocal does not give them.
+            if weight.dtype == tl.float32:
+                values = tl.div_rn(values, 127.5) - 1.0
+            else:
+                values = tl.fma(values, 1.0 / 127.5, -1.0)
+            values = tl.where(there, values, 0.0)  # beside the image stays 0
         product = tl.dot(values.to(weight.dtype), weight, input_precision="ieee")  # [ROWS, COLUMNS]
-        y = ((product + bias) * factor).to(y_ptr.dtype.element_ty)
+        y = tl.fma(product, factor, tl.broadcast_to(bias[None, :], product.shape)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + first + (start + row) * CHANNELS + channel, y, inside & (channel < CHANNELS))
-        anchor, seen, mean, deviations = statistics.take(
-            anchor, seen, mean, deviations, y.to(tl.float32), inside, start, rows, ROWS
-        )
-    statistics.store_partials(
-        partials_ptr, image, chunk, chunks, channel, seen, anchor + mean, deviations, CHANNELS
-    )  # fmt: skip
+        anchor, total, squares = statistics.take(anchor, total, squares, y.to(tl.float32), inside, start, rows, ROWS)
+    statistics.store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total, squares, CHANNELS)
 
 
 @torch.library.custom_op("fastvae::pixels_conv_in", mutates_args=())

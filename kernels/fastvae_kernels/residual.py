@@ -85,7 +85,7 @@ def _residual_kernel(
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, pixels, CHUNK)
     first = statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS)
-    anchor, count, mean, deviations = statistics.nothing_yet(COLUMNS)
+    anchor, total, squares = statistics.nothing_yet(ROWS, COLUMNS)
     for start in range(0, rows, ROWS):
         inside = start + row < rows
         valid = inside & (channel < CHANNELS)
@@ -103,12 +103,8 @@ def _residual_kernel(
             tl.store(target + column_stride, zeros, ends_line)
             tl.store(target + row_stride, zeros, ends_image)
             tl.store(target + row_stride + column_stride, zeros, ends_line & ends_image)
-        anchor, count, mean, deviations = statistics.take(
-            anchor, count, mean, deviations, y.to(tl.float32), inside, start, rows, ROWS
-        )
-    statistics.store_partials(
-        partials_ptr, image, chunk, chunks, channel, count, anchor + mean, deviations, CHANNELS
-    )  # fmt: skip
+        anchor, total, squares = statistics.take(anchor, total, squares, y.to(tl.float32), inside, start, rows, ROWS)
+    statistics.store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total, squares, CHANNELS)
 
 
 @torch.library.custom_op("fastvae::residual_add", mutates_args=())

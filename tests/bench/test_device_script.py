@@ -36,7 +36,7 @@ def test_a_dry_run_writes_its_results(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "logs.txt", "summary.txt"}
     whole = json.loads((tmp_path / "results.json").read_text())
     assert whole["dry"] is whole["passed"] is True
-    assert whole["parts"].keys() == {"tests", "ops", "philox", "encoder", "decoder", "profile"}
+    assert whole["parts"].keys() == {"tests", "ops", "philox", "encoder", "decoder", "profile", "loader"}
     for part in whole["parts"].values():
         assert part["passed"] is True
         assert (part["status"], part["failed"]) == ("passed", [])
@@ -121,7 +121,7 @@ def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
 def test_what_the_script_does_not_know_is_refused_in_words(tmp_path):
     done = run_script(tmp_path, "--only", "everything")
     assert done.returncode == 2
-    assert "--only takes tests, ops, philox, encoder, decoder, profile or tune, got 'everything'" in done.stderr
+    assert "--only takes tests, ops, philox, encoder, decoder, profile, loader or tune, got 'everything'" in done.stderr
     if not torch.cuda.is_available():
         done = run_script(tmp_path, "--only", "ops")
         assert done.returncode == 2

@@ -115,7 +115,9 @@ def test_hopper_multiplies_by_wgmma_and_fp32_stays_fp32(table):
     products = half_precision_products(table[1])
     assert products
     for row in products:
-        assert "wgmma" in row["matrix instructions"], row
+        # The first convolution is bound by memory: 16 pixels a tile, too few for wgmma, took half of the time of 64.
+        if row["kernel"] != "_conv_in_kernel":
+            assert "wgmma" in row["matrix instructions"], row
 
 
 def test_every_product_of_attention_multiplies_by_wgmma_on_hopper(table):

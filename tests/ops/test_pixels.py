@@ -62,7 +62,11 @@ def test_every_byte_maps_as_torch_maps_it():
     weight = torch.zeros(16, 1, 3, 3)
     weight[:, :, 1, 1] = 1
     y, _ = pixels_conv_in(pixels, weight, torch.zeros(16))
-    assert torch.equal(y[:, :1], pixels / 127.5 - 1)
+    # As a CPU divides: on a GPU torch multiplies by the reciprocal, which has other bits for 111 of them.
+    assert torch.equal(y[:, :1].cpu(), pixels.cpu() / 127.5 - 1)
+    for dtype in (torch.float16, torch.bfloat16):
+        y, _ = pixels_conv_in(pixels, weight.to(dtype), torch.zeros(16, dtype=dtype))
+        assert torch.equal(y[:, :1].cpu(), (pixels.cpu() / 127.5 - 1).to(dtype))
 
 
 def test_padding_is_zero_after_the_mapping():
