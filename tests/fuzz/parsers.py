@@ -143,26 +143,24 @@ def lease(data: bytes) -> None:
     leases.holds("000001")
 
 
-def manifest(data: bytes) -> None:
-    """A manifest of images."""
-    path = SCRATCH / "m.jsonl"
+def _source(data: bytes, name: str) -> None:
+    path = SCRATCH / name
     path.write_bytes(data)
     with contextlib.suppress(ValueError):
         source = open_source(path)
         for file in source.listing().files[:4]:
             with contextlib.suppress(ImageError):
                 source.read(file)
+
+
+def manifest(data: bytes) -> None:
+    """A manifest of images."""
+    _source(data, "m.jsonl")
 
 
 def archive(data: bytes) -> None:
     """A tar shard."""
-    path = SCRATCH / "a.tar"
-    path.write_bytes(data)
-    with contextlib.suppress(ValueError):
-        source = open_source(path)
-        for file in source.listing().files[:4]:
-            with contextlib.suppress(ImageError):
-                source.read(file)
+    _source(data, "a.tar")
 
 
 def table(data: bytes) -> None:
