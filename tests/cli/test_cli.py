@@ -21,13 +21,6 @@ from fastvae.data.lock import locked
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_vae().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def pictures(tmp_path):
     write_pictures(tmp_path / "in", 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from small_store import SIDE, small_vae, write_pictures, write_store
+from small_store import SIDE, write_pictures, write_store
 
 import fastvae.checkpoints.atomic
 from fastvae.cli.main import cli
@@ -18,13 +18,6 @@ ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE
 ROWS = [
     (row[0].removeprefix("| ").strip(), int(row[1]), row[2].strip(" |")) for row in ROWS if row[1:] and row[1].isdigit()
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_vae().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
