@@ -33,6 +33,7 @@ _WHERE = {
     "fast_report": "fastvae.fast.accelerate",
     "noise_key": "fastvae.data.noise",
     "refresh": "fastvae.fast.accelerate",
+    "repair": "fastvae.data.repair",
     "restore": "fastvae.fast.accelerate",
     "sample_posterior": "fastvae.sampling",
     "scale_latents": "fastvae.latents",
@@ -63,6 +64,7 @@ __all__ = [
     "fast_report",
     "noise_key",
     "refresh",
+    "repair",
     "restore",
     "sample_posterior",
     "scale_latents",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from fastvae.data.iterable import LatentIterable as LatentIterable
     from fastvae.data.loader import LatentLoader as LatentLoader
     from fastvae.data.noise import noise_key as noise_key
+    from fastvae.data.repair import repair as repair
     from fastvae.data.sampler import BucketBatchSampler as BucketBatchSampler
     from fastvae.data.verify import verify as verify
     from fastvae.fast.accelerate import accelerate as accelerate

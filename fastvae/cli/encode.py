@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
+from fastvae.cli import options
+from fastvae.cli.output import FAILURES, echo, foreseen, printable
 
 
 @click.command()
 @click.argument("src", nargs=-1, required=True)
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", which is built in.')
-@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
-@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@options.place_in_model
 @click.option(
     "--buckets",
     default="256",
@@ -32,7 +32,7 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
 @click.option("--flip", is_flag=True, help="Encode each mirrored as well.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random crops and of --posterior sample.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
-@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@options.device
 @click.option(
     "--posterior",
     type=click.Choice(["dist", "mean", "sample"]),
@@ -54,13 +54,10 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
     show_default=True,
     help="How means are stored.",
 )
-@click.option("--deterministic", is_flag=True, help="Image by image: no batch changes a bit.")
-@click.option("--batch", default="auto", show_default=True, help="Images a step.")
-@click.option("--workers", default="auto", show_default=True, help="Threads that read images.")
+@options.work
 @click.option(
     "--shard-mb", type=float, default=256, show_default=True, help="Size of a shard; a kill loses two at most."
 )
-@click.option("--max-failures", default="0.1%", show_default=True, help="A share or a count, above which exit code 3.")
 @click.option(
     "--on-error",
     type=click.Choice(["quarantine", "fail"]),
@@ -75,7 +72,6 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
     show_default=True,
     help="Lay transparency over white, or drop it.",
 )
-@click.option("--max-pixels", type=Count(), default="178M", show_default=True, help="Larger images are refused unread.")
 @click.option(
     "--hash",
     type=click.Choice(["none", "full"]),
@@ -83,17 +79,15 @@ from fastvae.cli.output import FAILURES, Count, echo, foreseen, printable
     show_default=True,
     help="How an edited image is told: by size and time, or by its bytes, all of which are read.",
 )
-@click.option("--image-column", default="image", show_default=True, help="Of a Parquet file or manifest.")
-@click.option("--key-column", default="key", show_default=True, help="Of a Parquet file or manifest.")
-@click.option("--scheme", "schemes", multiple=True, help="A URL scheme that a manifest may name, as in https.")
+@options.source
 @click.option("--retry-failed", is_flag=True, help="Try again what failed, whatever the reason was.")
 @click.option("--dry-run", is_flag=True, help="Plan, report, and write nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first N images only.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No plan, no progress bar.")
+@options.quiet
 @click.pass_context
 @foreseen
-def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Encode the images of SRC into the latent store OUT, or go on where a run stopped.
 
     SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, on this machine or wherever fsspec
@@ -101,7 +95,7 @@ def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool
     """
     from fastvae.data.encode import encode as run
 
-    report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **options)
+    report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **given)
     if as_json:
         echo(report.to_json())
     else:

@@ -14,10 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from fastvae.cli.signals import orderly
+from fastvae.data.console import printable
 
 OTHER, USAGE, FAILURES, IDENTITY, LOCKED, NO_SPACE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 5, 6, 75, 141
 DEBUG = "FASTVAE_DEBUG"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -32,11 +32,6 @@ class Problem(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         complain(f"fastvae: {self.message}")
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters, direction marks and bytes that are no text; newlines stay."""
-    return CONTROL.sub("?", text)
 
 
 def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -1,29 +1,47 @@
-"""fastvae repair STORE"""
+"""fastvae repair STORE [SRC]"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import click
 
-from fastvae.cli.output import echo, echo_json, foreseen, printable
+from fastvae.cli import options
+from fastvae.cli.output import FAILURES, echo, echo_json, foreseen, printable
 
 
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
+@click.argument("src", nargs=-1)
+@click.option("--vae", help="A directory, a Hub id, or tiny. Default: what the store was made with.")
+@options.place_in_model
+@click.option("--retry-failed", is_flag=True, help="Try again what failed, whatever the reason was.")
+@options.device
+@options.work
+@options.source
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@options.quiet
+@click.pass_context
 @foreseen
-def repair(store: str, as_json: bool) -> None:
-    """Take back the commit records of damaged shards of STORE, so that the same encode does these again, and no others.
+def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+    """Encode the damaged units of STORE again, as verify --deep finds them, from the images of SRC, and no others.
 
-    What is damaged is what verify --deep finds. Exit code 5 while a run is writing the store.
+    Settings and model are those that the store names. SRC is what it was encoded from; it may be left out where
+    nothing is damaged. Exit code 5 while a run is writing the store.
     """
-    from fastvae.data.verify import verify, withdraw
+    from fastvae.data.repair import repair as run
 
-    found = verify(store, deep=True)
-    units = withdraw(store, found)
+    done = run(store, src[0] if len(src) == 1 else src or None, progress=not quiet, **given)
+    report = done.report
     if as_json:
-        echo_json({"store": store, "withdrawn": units, "damaged": [damage.file for damage in found.damaged]})
-        return
-    for damage in found.damaged:
-        echo(printable(f"damaged {damage.file} {damage.what}"))
-    advice = ": run the same fastvae encode again, which does these and no others" if units else ""
-    echo(f"done    {len(units)} units taken back{advice}")
+        echo_json({**asdict(done), "report": report and report.facts()})
+    else:
+        for damage in done.damaged:
+            echo(printable(f"damaged {damage.file} {damage.what}"))
+        for line in report.lines() if report else []:
+            echo(printable(line))
+        rest = f"; {done.pending} to do by fastvae encode" if done.pending else ""
+        echo(f"repair  {len(done.units)} damaged units done again, {done.retried} failed images tried again{rest}")
+    if report and report.exceeded:
+        context.exit(FAILURES)

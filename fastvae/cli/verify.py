@@ -6,25 +6,28 @@ from dataclasses import asdict
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
 
 
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
-@click.option("--deep", is_flag=True, help="Also every row's checksum, values and name, and the derived files.")
+@click.option("--deep", is_flag=True, help="Also every row's checksum, values and name.")
 @click.option("--rebuild-index", is_flag=True, help="Where all is sound, write index.jsonl and failures.jsonl anew.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@options.quiet
 @click.pass_context
 @foreseen
-def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool) -> None:
+def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool, quiet: bool) -> None:
     """Whether every committed shard of STORE is what its record says. Exit code 1 if one is not.
 
     Nothing is written but for --rebuild-index.
     """
+    from fastvae.data.console import amount
     from fastvae.data.verify import rebuild_index as rebuild
     from fastvae.data.verify import verify as look
 
-    found = look(store, deep=deep)
+    found = look(store, deep=deep, progress=not quiet)
     if rebuild_index and not found.damaged:
         rebuild(store)
         found.stale = []
@@ -38,7 +41,7 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
         word = "damaged" if found.damaged else "sound"
         echo(
             f"{word:7s} {found.committed} of {found.planned} units, {found.rows} rows, {found.failed} quarantined, "
-            f"{found.bytes / 1e6:.1f} MB; {len(found.damaged)} damaged, {found.pending} to do"
+            f"{amount(found.bytes)}; {len(found.damaged)} damaged, {found.pending} to do"
         )
     if found.damaged:
         context.exit(OTHER)

@@ -56,6 +56,13 @@ class Buckets:
             sizes = _scaled(sizes, _side(scaled), side, multiple)
         return cls(text, _checked(sizes, multiple, text))
 
+    @classmethod
+    def of_names(cls, names: Any, multiple: int) -> Buckets:
+        """The table of a store, by the list of its sizes' names; raises ValueError as ``named`` does."""
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"buckets must be a list of sizes, got {names!r:.80}")
+        return cls("of the store", _checked([parse_size(name) for name in names], multiple, "the store's"))
+
     def of(self, original_hw: Size) -> Size:
         """The size whose aspect ratio is nearest, by its logarithm; the larger of equals, then the table's order."""
         height, width = original_hw

@@ -1,9 +1,12 @@
-"""stderr for a run whose result lies elsewhere: a terminal that went away must not stop hours of encoding."""
+"""What is said of a run on stderr: a terminal that went away stops no run, and no name of a file drives one."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 class Stderr:
@@ -37,7 +40,20 @@ class Stderr:
 
 
 def say(text: str) -> None:
-    """``text`` on stderr, if there is one that takes it."""
+    """``text``, made printable, on stderr, if there is one that takes it."""
     stream = Stderr()
-    stream.write(text)
+    stream.write(printable(text))
     stream.flush()
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters, direction marks and bytes that are no text; newlines stay."""
+    return CONTROL.sub("?", text)
+
+
+def amount(size: int) -> str:
+    """A number of bytes in the largest of GiB, MiB and KiB of which it is a tenth at least."""
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
+        if 10 * size >= bytes_:
+            return f"{size / bytes_:.1f} {unit}"
+    return f"{size / 2**10:.1f} KiB"

@@ -94,7 +94,8 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
     import torch
 
     from fastvae.data.devices import DTYPES, default_dtype, settled_device
-    from fastvae.data.settings import open_model
+    from fastvae.data.settings import named_model, open_model
+    from fastvae.data.store import Store
     from fastvae.fast.accelerate import accelerate
 
     place = settled_device(device)
@@ -104,12 +105,7 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
         if getattr(vae, "encoder", None) is not None:
             _compare(dataset, lambda: vae, type(vae).__name__, is_given)
         return vae
-    if vae is None:
-        made_with = dataset.made_with
-        if made_with.get("object"):
-            raise ValueError(f"vae must be given: the store was made with a {made_with['vae']} object, not a file")
-        vae, subfolder = made_with["vae"], subfolder or made_with.get("subfolder")
-        revision = revision or made_with.get("revision") or made_with.get("commit")
+    vae, subfolder, revision = named_model(Store.open(dataset.path), vae, subfolder, revision)
     name = os.fspath(vae)
     model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",))
     _check_channels(dataset, model)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
 import os
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +11,19 @@ from typing import Any
 
 import torch
 
-from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, Batches, check_memory, positive, settle_workers
+from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, check_memory, positive
 from fastvae.data.buckets import Buckets, size_name
-from fastvae.data.console import say
 from fastvae.data.devices import settled_device
-from fastvae.data.images import DEFAULT_MAX_PIXELS
+from fastvae.data.images import ALPHAS, DEFAULT_MAX_PIXELS
+from fastvae.data.job import Job, Manner, check_buckets, check_room, perform, rows_per_unit
 from fastvae.data.leases import Leases
-from fastvae.data.lock import locked
-from fastvae.data.moment_encoder import MomentEncoder
-from fastvae.data.noise import checked
-from fastvae.data.pipeline import Encoding
 from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
-from fastvae.data.preprocess import CROPS, Variants
+from fastvae.data.preprocess import CROPS, checked_variants
 from fastvae.data.reading import Reading
-from fastvae.data.records import StoreError, Unit
+from fastvae.data.records import Unit
 from fastvae.data.report import EncodeReport, parse_limit
-from fastvae.data.run import Run, announce, execute, finish
-from fastvae.data.self_check import check_fast_path
 from fastvae.data.settings import Settings, check_choices, decided, identity_of, layout_of, load_model
-from fastvae.data.sources import Listing, SourceFile, open_source
+from fastvae.data.sources import open_source
 from fastvae.data.store import Store
 from fastvae.data.storing import LOGVARS, POSTERIORS, Storing
 from fastvae.latents import downsample_factor, pixel_multiple
@@ -41,17 +32,9 @@ SourceName = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What is asked for, made definite, before the output is touched."""
+class _Encode(Job):
+    """``files``: the first of the listing up to the limit; ``retry``: those that failed are tried again."""
 
-    out: Path
-    model: Any
-    made_with: dict[str, Any]
-    settings: Settings
-    reading: Reading
-    listing: Listing
-    files: list[SourceFile]
-    identity: dict[str, Any]
     layout: dict[str, Any]
     retry: bool
 
@@ -118,7 +101,7 @@ def encode(
         logvar=(logvar, LOGVARS),
         crop=(crop, CROPS),
         on_error=(on_error, ("quarantine", "fail")),
-        alpha=(alpha, ("white", "drop")),
+        alpha=(alpha, ALPHAS),
         hash=(hash, ("none", "full")),
         dtype=(dtype, (None, "fp32", "bf16", "fp16")),
     )
@@ -127,7 +110,7 @@ def encode(
     if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     place = settled_device(device)
-    kinds = _variants(crop, variants, flip, seed)
+    kinds = checked_variants(crop, variants, flip, seed)
     listing = source.listing(exclude=out)
     model, made_with = load_model(vae, subfolder, revision)
     table = Buckets.named(buckets, pixel_multiple(model))
@@ -140,28 +123,16 @@ def encode(
     reading = Reading(source, table, kinds, alpha, max_pixels, listed)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
     files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
-    job = _Job(Path(out), model, made_with, settings, reading, listing, files, identity, layout, retry_failed)
+    job = _Encode(
+        Path(out), model, made_with, settings, reading, listing, files, identity, layout=layout, retry=retry_failed
+    )
     # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
     existing = _foreseen(job)
-    report = _report(job)
+    report = job.report()
     if dry_run:
         return _planned(job, existing, report)
-    with contextlib.ExitStack() as held:
-        job.out.mkdir(parents=True, exist_ok=True)
-        with locked(job.out):
-            leases = held.enter_context(Leases(job.out / "leases"))
-            store, todo = _plan(job, leases, shard_mb, report)
-        encoder = MomentEncoder(model, str(settings.dtype), place, deterministic)
-        batches = Batches(batch, encoder)
-        run = Run(store, leases, settings, reading, Encoding(encoder, storing, batches), report, on_error, progress)
-        if todo and (wrong := check_fast_path(encoder)):
-            say(f"fastvae: {wrong}\n")
-            report.notes.append(wrong)
-        settle_workers(report, batches, encoder, count_by_bucket(todo), workers)
-        announce(run, todo, made_with["vae"], _free(job.out))
-        execute(run, todo)
-        with locked(job.out):
-            finish(run, max_failures)
+    manner = Manner(batch, workers, on_error, max_failures, deterministic, progress)
+    perform(job, manner, report, lambda leases: _plan(job, leases, shard_mb, report))
     return report
 
 
@@ -185,16 +156,7 @@ def _check_amounts(
     parse_limit(max_failures, 1)
 
 
-def _variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
-    most = 2**15  # a variant's number, mirrored ones included, is stored in 16 bits
-    if isinstance(crops, bool) or not isinstance(crops, int) or not 1 <= crops <= most:
-        raise ValueError(f"variants must be from 1 to {most}, got {crops!r}")
-    if crop == "centre" and crops > 1:
-        raise ValueError(f"variants must be 1 with crop='centre', where all would be the same, got {crops}")
-    return Variants(crop, crops, bool(flip), checked("seed", seed))
-
-
-def _foreseen(job: _Job) -> Store | None:
+def _foreseen(job: _Encode) -> Store | None:
     """The store that is there; raises what can be told of it, and of the disk, without writing anything."""
     existing = Store.check(job.out, job.identity)
     files, done = job.files, 0
@@ -204,26 +166,24 @@ def _foreseen(job: _Job) -> Store | None:
         files = fresh_files(existing, job.listing.files, job.files, job.reading, job.retry)
     count = done + len(files) * job.reading.variants.count
     # The images' buckets are not known yet: at least this much.
-    _check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
+    check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
     return existing
 
 
-def _plan(job: _Job, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:
+def _plan(job: _Encode, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store with a plan for every file, and the units without a commit; by the holder of the lock."""
     store = Store.create_or_open(job.out, job.identity, job.layout, leases)
     fresh = rows_of(fresh_files(store, job.listing.files, job.files, job.reading, job.retry), job.reading)
-    row_size = job.settings.row_size
-    _check_room(job.out, sum(row_size(bucket) for bucket, _ in fresh))
-    store.extend_plan(fresh, lambda bucket: max(1, int(shard_mb * 1e6) // row_size(bucket)), job.files)
+    check_room(job.out, sum(job.settings.row_size(bucket) for bucket, _ in fresh))
+    store.extend_plan(fresh, rows_per_unit(job.settings, shard_mb), job.files)
     commits = store.commits(whole=True)
     report.resumed = sum(commit.rows for commit in commits.values())
     todo = [unit for unit in store.units() if unit.number not in commits]
-    if strange := [size_name(unit.bucket) for unit in todo if unit.bucket not in job.settings.buckets.sizes]:
-        raise StoreError(f"{job.out} has a plan for {strange[0]}, and its table of buckets has no such size")
+    check_buckets(todo, job.settings, job.out)
     return store, todo
 
 
-def _planned(job: _Job, existing: Store | None, report: EncodeReport) -> EncodeReport:
+def _planned(job: _Encode, existing: Store | None, report: EncodeReport) -> EncodeReport:
     """The report of a dry run."""
     commits = existing.commits() if existing is not None else {}
     report.resumed = sum(commit.rows for commit in commits.values())
@@ -235,24 +195,3 @@ def _planned(job: _Job, existing: Store | None, report: EncodeReport) -> EncodeR
     report.planned = {size_name(bucket): count for bucket, count in counts.items()}
     report.planned_bytes = needed_bytes(counts, job.settings.row_size)
     return report
-
-
-def _report(job: _Job) -> EncodeReport:
-    from fastvae.data.identity import digest
-
-    report = EncodeReport(os.fspath(job.out), digest(job.identity), str(job.settings.dtype), None)
-    report.ignored_files, report.unreadable_places = job.listing.ignored, job.listing.unreadable
-    report.duplicate_keys, report.notes = job.listing.duplicates, list(job.listing.notes)
-    return report
-
-
-def _check_room(out: Path, needed: int) -> None:
-    """Raises OSError, ENOSPC, if ``needed`` bytes do not fit where ``out`` is or will be."""
-    free = _free(out)
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
-
-
-def _free(out: Path) -> int:
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free

@@ -28,6 +28,7 @@ from fastvae.data.signatures import damaged_png_chunk, describe_refused, ends_ea
 if TYPE_CHECKING:
     from PIL import Image
 
+ALPHAS = ("white", "drop")
 DEFAULT_MAX_PIXELS = 178_000_000
 SMALLEST_SIDE = 8
 LARGEST_ASPECT = 32
@@ -88,7 +89,7 @@ def read_image(
     for the file in messages.
     Raises ImageError for every file that cannot be used, ValueError for another ``alpha`` or ``at_least``.
     """
-    if alpha not in ("white", "drop"):
+    if alpha not in ALPHAS:
         raise ValueError(f"alpha must be 'white' or 'drop', got {alpha!r}")
     cover = (at_least, at_least) if isinstance(at_least, int) else at_least
     if cover is not None and (len(cover) != 2 or min(cover) < 1):

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastvae.data.buckets import Buckets, Size
 from fastvae.data.images import Picture
+from fastvae.data.noise import checked
 from fastvae.data.shards import key_bytes
 
 CROPS = ("centre", "random")
@@ -51,6 +52,16 @@ class Variants:
 
 
 SINGLE = Variants()
+
+
+def checked_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
+    """The variants of a run; raises ValueError for a number that there cannot be."""
+    most = 2**15  # a variant's number, mirrored ones included, is stored in 16 bits
+    if isinstance(crops, bool) or not isinstance(crops, int) or not 1 <= crops <= most:
+        raise ValueError(f"variants must be from 1 to {most}, got {crops!r}")
+    if crop == "centre" and crops > 1:
+        raise ValueError(f"variants must be 1 with crop='centre', where all would be the same, got {crops}")
+    return Variants(crop, crops, bool(flip), checked("seed", seed))
 
 
 def to_bucket(

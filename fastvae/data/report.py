@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastvae.checkpoints.report import first_few
+from fastvae.data.console import amount
 from fastvae.data.records import Commit
 
 
@@ -72,7 +73,11 @@ class EncodeReport:
 
     def to_json(self) -> str:
         """The report as one JSON document."""
-        return strict_json({**asdict(self), "images_per_second": round(self.images_per_second, 3)})
+        return strict_json(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """The report in values that JSON takes."""
+        return {**asdict(self), "images_per_second": round(self.images_per_second, 3)}
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
@@ -84,7 +89,7 @@ class EncodeReport:
             f"done    {self.ok} ok, {self.resumed} resumed, {failed} quarantined ({100 * failed / total:.2f} %), "
             f"{self.redone_fp32} redone in fp32",
             f"speed   {self.images_per_second:.2f} images/s in {self.seconds:.1f} s; decode {self.decode_seconds:.1f}, "
-            f"encode {self.encode_seconds:.1f}, write {self.write_seconds:.1f} s; {self.bytes_written / 1e6:.1f} MB",
+            f"encode {self.encode_seconds:.1f}, write {self.write_seconds:.1f} s; {amount(self.bytes_written)}",
             f"limit   bottleneck: {self.bottleneck}" + (f" ({self.suggestion})" if self.suggestion else ""),
         ]
         if failed:
@@ -103,7 +108,7 @@ class EncodeReport:
     def _plan_lines(self) -> list[str]:
         planned = self.planned or {}
         lines = [
-            f"planned {sum(planned.values())} rows to encode, ~{self.planned_bytes / 1e6:.1f} MB as {self.dtype}; "
+            f"planned {sum(planned.values())} rows to encode, ~{amount(self.planned_bytes)} as {self.dtype}; "
             f"{self.resumed} committed before (identity {self.identity[:8]}); nothing was written"
         ]
         lines += [f"bucket  {bucket} {count}" for bucket, count in planned.items()]

@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastvae import __version__
-from fastvae.data.console import Stderr, say
+from fastvae.data.console import Stderr, amount, say
 from fastvae.data.leases import Leases
 from fastvae.data.pipeline import Chunk, Encoding, chunks_of, decode_chunk, encoded_chunks
 from fastvae.data.plan import count_by_bucket, needed_bytes, started_at
@@ -35,7 +35,7 @@ LOOK_AGAIN = 0.5
 
 @dataclass(frozen=True)
 class Run:
-    """One run's resolved settings and parts."""
+    """One run's resolved settings and parts. ``again``: a repair's units, done whatever their records say."""
 
     store: Store
     leases: Leases
@@ -45,6 +45,7 @@ class Run:
     report: EncodeReport
     on_error: str
     progress: bool
+    again: Collection[int] | None = None
     lost: list[Unit] = field(default_factory=list)  # taken over while this process was stopped
 
 
@@ -62,9 +63,10 @@ def announce(run: Run, todo: list[Unit], source: str, free: int) -> None:
     what = "images" if settings.variants.count == 1 else f"rows, {settings.variants.count} an image"
     batches = sorted({run.encoding.batches.of(bucket) for bucket in counts}) or [1]
     batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+    verb = "encode" if run.again is None else "repair"
     say(
-        f"encode  {source}  {report.dtype}{error}  {settings.storing.posterior}  {table}  "
-        f"{sum(counts.values())} {what}  ~{needed / 1e6:.1f} MB (free {free / 1e6:.0f} MB)  "
+        f"{verb}  {source}  {report.dtype}{error}  {settings.storing.posterior}  {table}  "
+        f"{sum(counts.values())} {what}  ~{amount(needed)} (free {amount(free)})  "
         f"{report.workers} workers of batch {batch}\n"
     )
     if report.resumed:
@@ -117,7 +119,8 @@ def _claimed(run: Run, todo: list[Unit], others: list[Unit], bar: tqdm) -> Itera
         if not run.leases.acquire(unit.lease):
             others.append(unit)
             continue
-        commit = run.store.commit_of(unit, whole=True)  # by another process, since the work list was made
+        # By another process, since the work list was made.
+        commit = None if unit.number in (run.again or ()) else run.store.commit_of(unit, whole=True)
         if commit is None:
             yield unit
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from fastvae.checkpoints.atomic import sha256_of
 from fastvae.checkpoints.loading import TINY
 from fastvae.data.accepted import check_model
 from fastvae.data.buckets import Buckets, Size
+from fastvae.data.console import say
 from fastvae.data.devices import DTYPES, default_dtype
 from fastvae.data.identity import model_identity
-from fastvae.data.preprocess import Variants, preprocess_identity
+from fastvae.data.images import ALPHAS
+from fastvae.data.preprocess import Variants, checked_variants, preprocess_identity
 from fastvae.data.shards import row_bytes
 from fastvae.data.space import scaling_of
-from fastvae.data.store import Store
-from fastvae.data.storing import Storing
+from fastvae.data.store import Store, StoreError
+from fastvae.data.storing import POSTERIORS, Storing
+from fastvae.latents import downsample_factor, pixel_multiple
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,59 @@ def decided(out: Path, settings: Settings) -> Settings:
         stored = Store.open(out).facts["identity"]["numerics"]["dtype"]
         dtype = stored if stored in DTYPES else None
     return replace(settings, dtype=dtype or default_dtype(settings.device))
+
+
+def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
+    """What the store's identity says it was made with; that it was made so with ``model``, the identity has to show.
+
+    Raises StoreError where this version knows no such settings.
+    """
+    numerics, preprocess = store.facts["identity"]["numerics"], store.facts["identity"]["preprocess"]
+    crop = "centre" if preprocess.get("crop") == "centre" else "random"
+    told = re.search(r"seed (\d{1,20})$", f"{numerics.get('noise')}\n{preprocess.get('crop')}", re.MULTILINE)
+    seed = int(told[1]) if told else 0
+    logvar = "u8" if str(numerics.get("logvar")).startswith("u8") else "fp16"
+    try:
+        check_choices(
+            posterior=(numerics["posterior"], POSTERIORS),
+            mean=(numerics["mean"], ("fp16", "fp32")),
+            dtype=(numerics["dtype"], tuple(DTYPES)),
+            alpha=(preprocess.get("alpha"), ALPHAS),
+        )
+        return Settings(
+            numerics["dtype"],
+            Storing(numerics["posterior"], numerics["mean"], logvar, seed),
+            Buckets.of_names(preprocess.get("buckets"), pixel_multiple(model)),
+            checked_variants(crop, preprocess.get("variants"), preprocess.get("flip"), seed),
+            preprocess["alpha"],
+            downsample_factor(model),
+            int(model.config.latent_channels),
+            device,
+        )
+    except ValueError as error:
+        raise StoreError(f"{store.path} was made with settings that are not known here: {error}") from error
+
+
+def named_model(
+    store: Store, vae: Any, subfolder: str | None, revision: str | None
+) -> tuple[Any, str | None, str | None]:
+    """``vae`` where it is given, else the model that the store names, with its subfolder and revision.
+
+    A store may be another's, so what it names is said on stderr before it is opened. Raises ValueError where it was
+    made with an object, which no name finds again.
+    """
+    if vae is not None:
+        return vae, subfolder, revision
+    source = store.facts["source"]
+    if source.get("object"):
+        raise ValueError(f"vae must be given: the store was made with a {source['vae']} object, not a file")
+    parts = [subfolder or source.get("subfolder"), revision or source.get("revision") or source.get("commit")]
+    if any(part is not None and not isinstance(part, str) for part in parts):
+        raise StoreError(f"{store.path / 'store.json'} is damaged: source.subfolder and source.revision must be text")
+    if source["vae"] != TINY:
+        place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
+        say(f"model   {place}: what the store names; --vae takes another\n")
+    return source["vae"], parts[0], parts[1]
 
 
 def identity_of(model: Any, settings: Settings) -> dict[str, Any]:

@@ -151,16 +151,15 @@ class Store:
 
         ``again`` is asked for each failure that the latest unit of a file committed.
         """
-        units, commits = self.units(), self.commits()
-        planned = {row.file.key: row.file for unit in units for row in unit.rows}
-        latest = _latest(units)
-        retried = {
-            failure.key
-            for commit in commits.values()
-            for failure in commit.failed
-            if latest[failure.key, failure.variant] == commit.unit and again(failure, commit)
-        }
+        planned = {row.file.key: row.file for unit in self.units() for row in unit.rows}
+        retried = {failure.key for failure, commit in self.failing() if again(failure, commit)}
         return [file for file in files if not file.is_same_as(planned.get(file.key)) or file.key in retried]
+
+    def failing(self) -> list[tuple[Failure, Commit]]:
+        """Every failure that the latest unit of its row committed, and that unit's record."""
+        latest = _latest(self.units())
+        told = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
+        return [pair for pair in told if latest[pair[0].key, pair[0].variant] == pair[1].unit]
 
     def commits(self, whole: bool = False) -> dict[int, Commit]:
         """The commit records that can be trusted, by unit.
@@ -206,9 +205,11 @@ class Store:
         return commit
 
     def write_derived(self) -> None:
-        """Rewrite index.jsonl (key, variant, shard, row of every row served) and failures.jsonl from the records."""
+        """Write index.jsonl (key, variant, shard, row of each row served) and failures.jsonl where they are not so."""
         for name, lines in self.derived().items():
-            write_atomically(self.path / name, lines)
+            path = self.path / name
+            if not path.is_file() or path.read_bytes() != b"".join(lines):
+                write_atomically(path, lines)
 
     def derived(self) -> dict[str, list[bytes]]:
         """The lines of each file that write_derived writes."""
@@ -233,17 +234,13 @@ class Store:
 
     def _served(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
         index: dict[tuple[str, int], tuple[str, int]] = {}
-        failures: dict[tuple[str, int], Failure] = {}
         latest = _latest(self.units())
         for commit in self.commits().values():
-            for failure in commit.failed:
-                if latest[failure.key, failure.variant] == commit.unit:
-                    failures[failure.key, failure.variant] = failure
             if commit.shard is not None:
                 for row, name in enumerate(self._names(commit)):
                     if latest.get(name) == commit.unit:
                         index[name] = (commit.shard, row)
-        return index, failures
+        return index, {(failure.key, failure.variant): failure for failure, _ in self.failing()}
 
     def _names(self, commit: Commit) -> list[tuple[str, int]]:
         shard = self.path / "shards" / str(commit.shard)
@@ -251,9 +248,11 @@ class Store:
             names = read_names(shard)
         # ValueError: offsets that are no numbers of bytes. TypeError: a tensor of another type.
         except (SafetensorError, ValueError, TypeError) as error:
-            raise StoreError(f"{shard} is damaged: {error}; run the same fastvae encode again") from error
+            raise StoreError(f"{shard} is damaged: {error}; fastvae repair makes it again") from error
         if len(names) != commit.rows:
-            raise StoreError(f"{shard} is damaged: {len(names)} keys for {commit.rows} rows; run fastvae encode again")
+            raise StoreError(
+                f"{shard} is damaged: {len(names)} keys for {commit.rows} rows; fastvae repair makes it again"
+            )
         return names
 
     def _is_whole(self, commit: Commit, unit: Unit) -> bool:

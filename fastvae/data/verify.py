@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fastvae.checkpoints.atomic import sha256_of, synchronise_folder
-from fastvae.data.leases import Leases
+from fastvae.checkpoints.atomic import sha256_of
+from fastvae.data.console import amount, say
 from fastvae.data.lock import locked
 from fastvae.data.mapped_shards import map_shard
-from fastvae.data.records import RECORD, Commit, StoreError, StoreLocked, Unit, is_own, read_commit
+from fastvae.data.records import RECORD, Commit, StoreError, Unit, is_own, read_commit
 from fastvae.data.shards import key_text, read_names, row_checksum, sample_id
 from fastvae.data.store import Store
 
@@ -48,44 +48,31 @@ class Verified:
         return self.planned - self.committed - len({damage.unit for damage in self.damaged} - {None})
 
 
-def verify(path: str | os.PathLike[str], *, deep: bool = False) -> Verified:
-    """Look at every committed shard of the store at ``path``: its size and its sha256.
+def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool = True) -> Verified:
+    """Look at every committed shard of the store at ``path``: its size and its sha256; and where all are sound, whether
+    index.jsonl and failures.jsonl say what the records do.
 
     deep: also every row's checksum, that its values are finite, and that its key, variant and number are those that
-    were planned; and whether index.jsonl and failures.jsonl say what the records do. Nothing is written. Raises
-    StoreError for what is no store, or has a plan that cannot be read.
+    were planned. progress: a plan line on stderr.
+    Nothing is written. Raises StoreError for what is no store, or has a plan that cannot be read.
     """
     store = Store.open(Path(path))
     units = {unit.stem: unit for unit in store.units()}
     found = Verified(len(units))
+    if progress:
+        commits = store.commits().values()
+        rows, size = sum(commit.rows for commit in commits), sum(commit.bytes for commit in commits)
+        how = "hashes, rows and values" if deep else "hashes"
+        say(f"verify  {store.path}  {len(commits)} of {len(units)} units, {rows} rows, {amount(size)}: {how}\n")
     folder = store.path / "shards"
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     for name in names:
         if is_own(name, RECORD):
             _look(store, folder / name, units.get(Path(name).stem), deep, found)
-    if deep and not found.damaged:
-        there = {name: store.path / name for name in store.derived()}
-        made = {name: b"".join(lines) for name, lines in store.derived().items()}
-        found.stale = [name for name, path in there.items() if path.is_file() and path.read_bytes() != made[name]]
+    if not found.damaged:
+        made = {store.path / name: b"".join(lines) for name, lines in store.derived().items()}
+        found.stale = [path.name for path, whole in made.items() if path.is_file() and path.read_bytes() != whole]
     return found
-
-
-def withdraw(path: str | os.PathLike[str], found: Verified) -> list[int]:
-    """Delete the commit records of the damaged units of ``found``, and records of no unit, so that the same encode does
-    these again and nothing else; returns the units' numbers. Raises StoreLocked while a run is writing the store.
-    """
-    store = Store.open(Path(path))
-    bad = {damage.unit for damage in found.damaged}
-    with locked(store.path):
-        leases = Leases(store.path / "leases")
-        if leases.folder.is_dir() and (live := leases.live()):
-            raise StoreLocked(f"{store.path} is being written, lease {live[0]}: let that run end first")
-        for damage in found.damaged:
-            record = (store.path / damage.file).with_suffix(".json")
-            record.unlink(missing_ok=True)
-        if bad:
-            synchronise_folder(store.path / "shards")
-    return sorted(number for number in bad if number is not None)
 
 
 def rebuild_index(path: str | os.PathLike[str]) -> list[str]:

@@ -40,7 +40,7 @@ def ended(arguments):
 def damaged_shard(places, monkeypatch):
     path = places["store"] / "shards" / "000000-32x32.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    return ended(["verify", places["store"]])
+    return ended(["verify", places["store"], "-q"])
 
 
 def edited(places, monkeypatch):
@@ -82,6 +82,11 @@ def planned_for_ever(places, monkeypatch):
 def repaired_under_a_run(places, monkeypatch):
     with Leases(places["store"] / "leases"):
         return ended(["repair", places["store"]])
+
+
+def repaired_without_a_source(places, monkeypatch):
+    damaged_shard(places, monkeypatch)
+    return ended(["repair", places["store"]])
 
 
 def full_disk(places, monkeypatch):
@@ -129,6 +134,7 @@ PRODUCED = {
     ),
     "two keys of one file": two_keys,
     "a key that is no path": no_path,
+    "a repair without the images": repaired_without_a_source,
     "more failures than allowed": failing,
     "the first failure, with --on-error fail": lambda p, m: failing(p, m, "--on-error", "fail"),
     "another identity": other_identity,

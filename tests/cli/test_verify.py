@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from small_store import write_store
+from small_store import SIDE, write_pictures, write_store
 
 from fastvae.cli.main import cli
 from fastvae.data.leases import Leases
@@ -23,9 +23,15 @@ def made(tmp_path):
 
 @pytest.mark.parametrize("deep", [[], ["--deep"]], ids=["by hash", "deep"])
 def test_a_sound_store_is_exit_code_0(made, deep):
-    assert run(made, *deep).stdout == "sound   2 of 2 units, 6 rows, 0 quarantined, 0.0 MB; 0 damaged, 0 to do\n"
+    assert run(made, *deep).stdout == "sound   2 of 2 units, 6 rows, 0 quarantined, 3.3 KiB; 0 damaged, 0 to do\n"
     facts = json.loads(run(made, "--json", *deep).stdout)
     assert (facts["committed"], facts["pending"], facts["damaged"], facts["deep"]) == (2, 0, [], bool(deep))
+
+
+def test_the_plan_is_said_first_and_quiet_leaves_it_out(made):
+    assert run(made).stderr == f"verify  {made}  2 of 2 units, 6 rows, 3.3 KiB: hashes\n"
+    assert "hashes, rows and values" in run(made, "--deep").stderr
+    assert run(made, "-q").stderr == ""
 
 
 def test_damage_is_exit_code_1_and_names_the_file(made):
@@ -43,8 +49,10 @@ def test_damage_is_exit_code_1_and_names_the_file(made):
 
 def test_a_stale_index_is_said_and_is_no_damage(made):
     (made / "index.jsonl").write_text("{}\n")
-    assert run(made).stdout.startswith("sound")
-    assert run(made, "--deep").stdout.startswith("stale   index.jsonl says something else")
+    for deep in ([], ["--deep"]):
+        first, last = run(made, *deep).stdout.splitlines()
+        assert first.startswith("stale   index.jsonl says something else")
+        assert last.startswith("sound")
 
 
 def test_rebuild_index_writes_what_the_records_say_and_no_shard(made):
@@ -69,21 +77,53 @@ def test_what_is_no_store_is_exit_code_1_in_a_sentence(tmp_path):
     assert result.stderr == f"fastvae: {tmp_path} is not a latent store: it has no store.json\n"
 
 
-def test_repair_takes_back_what_is_damaged_and_nothing_else(made):
-    whole = {path: path.read_bytes() for path in (made / "shards").iterdir()}
-    assert run(made, verb="repair").stdout == "done    0 units taken back\n"
+@pytest.fixture
+def encoded(tmp_path, model):
+    """A store of six pictures in two shards, and its source."""
+    write_pictures(tmp_path / "in", 6)
+    options = ["--vae", model, "--buckets", SIDE, "--dtype", "fp32", "--shard-mb", 0.002, "--device", "cpu", "-q"]
+    run(tmp_path / "in", tmp_path / "out", *options, verb="encode")
+    return tmp_path / "in", tmp_path / "out"
+
+
+def test_repair_encodes_what_is_damaged_and_says_so(encoded):
+    source, made = encoded
+    assert run(made, verb="repair").stdout == "repair  0 damaged units done again, 0 failed images tried again\n"
     path = made / "shards" / "000000-32x32.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    stray = made / "shards" / "000007-32x32.json"
-    stray.write_text("{}")
-    result = run(made, verb="repair")
-    assert "damaged shards/000000-32x32.safetensors has " in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("done    1 units taken back: run the same fastvae encode again")
-    gone = {path.with_suffix(".json"), stray}
-    assert {path for path in whole if not path.exists()} == gone - {stray}
-    assert not stray.exists()
-    assert all(other.read_bytes() == data for other, data in whole.items() if other not in gone and other != path)
-    assert json.loads(run(made, "--json", verb="repair").stdout)["withdrawn"] == []
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    asked = run(made, verb="repair", code=2)
+    assert f"are encoded again from their images: fastvae repair {made} SRC" in asked.stderr
+    result = run(made, source, "--device", "cpu", verb="repair")
+    first, *_, last = result.stdout.splitlines()
+    assert first.startswith("damaged shards/000000-32x32.safetensors has ")
+    assert "done    4 ok, 2 resumed, 0 quarantined" in result.stdout
+    assert last == "repair  1 damaged units done again, 0 failed images tried again"
+    assert path.read_bytes() == whole
+    plan = result.stderr.splitlines()
+    assert plan[0].startswith(f"verify  {made}  1 of 2 units, 2 rows, ")
+    assert plan[1].endswith("what the store names; --vae takes another")
+    assert plan[2].startswith("repair  ")
+    assert "4 images" in plan[2]
+    facts = json.loads(run(made, source, "--json", "-q", verb="repair").stdout)
+    assert (facts["units"], facts["damaged"], facts["report"]) == ([], [], None)
+
+
+def test_repair_tries_again_what_failed_and_its_exit_code_is_encodes(encoded):
+    source, made = encoded
+    (source / "bad.png").write_bytes(b"")
+    run(source, made, "--vae", store_model(made), "--buckets", SIDE, "-q", verb="encode", code=3)
+    assert "0 failed images tried again" in run(made, source, verb="repair").stdout
+    result = run(made, source, "--retry-failed", "--json", verb="repair", code=3)
+    facts = json.loads(result.stdout)
+    assert (facts["retried"], facts["report"]["failed"], facts["report"]["exceeded"]) == (1, 1, True)
+    write_pictures(source, 1)
+    (source / "000.png").rename(source / "bad.png")
+    assert "1 ok, 6 resumed" in run(made, source, "--retry-failed", verb="repair").stdout
+
+
+def store_model(made) -> str:
+    return json.loads((made / "store.json").read_text())["source"]["vae"]
 
 
 def test_repair_waits_for_no_run_that_is_writing(made):

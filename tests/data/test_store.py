@@ -171,9 +171,7 @@ def test_a_damaged_plan_is_named(made):
 def test_a_damaged_shard_is_named(made):
     shard = made / "shards" / "000001-32x32.safetensors"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
-    with pytest.raises(
-        StoreError, match=r"000001-32x32\.safetensors is damaged: .*; run the same fastvae encode again"
-    ):
+    with pytest.raises(StoreError, match=r"000001-32x32\.safetensors is damaged: .*; fastvae repair makes it again"):
         LatentDataset(made)
 
 

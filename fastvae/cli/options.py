@@ -1,0 +1,47 @@
+"""Options that several verbs take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from fastvae.cli.output import Count
+
+Command = Callable[..., Any]
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which help lists them."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+place_in_model = together(
+    click.option("--subfolder", help="Where the VAE is inside that directory or repository."),
+    click.option("--revision", help="A branch, tag or commit of the Hub repository."),
+)
+device = click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+work = together(
+    click.option("--deterministic", is_flag=True, help="Image by image: no batch changes a bit."),
+    click.option("--batch", default="auto", show_default=True, help="Images a step."),
+    click.option("--workers", default="auto", show_default=True, help="Threads that read images."),
+    click.option(
+        "--max-failures", default="0.1%", show_default=True, help="A share or a count, above which exit code 3."
+    ),
+    click.option(
+        "--max-pixels", type=Count(), default="178M", show_default=True, help="Larger images are refused unread."
+    ),
+)
+source = together(
+    click.option("--image-column", default="image", show_default=True, help="Of a Parquet file or manifest."),
+    click.option("--key-column", default="key", show_default=True, help="Of a Parquet file or manifest."),
+    click.option("--scheme", "schemes", multiple=True, help="A URL scheme that a manifest may name, as in https."),
+)
+quiet = click.option("-q", "--quiet", is_flag=True, help="No plan, no progress bar.")

@@ -1,0 +1,118 @@
+"""A run from its plan to its report: what encode and repair share, once each has settled what is to be made."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvae.data.batches import Batches, settle_workers
+from fastvae.data.buckets import size_name
+from fastvae.data.console import say
+from fastvae.data.identity import digest
+from fastvae.data.leases import Leases
+from fastvae.data.lock import locked
+from fastvae.data.moment_encoder import MomentEncoder
+from fastvae.data.pipeline import Encoding
+from fastvae.data.plan import count_by_bucket
+from fastvae.data.reading import Reading
+from fastvae.data.records import StoreError, Unit
+from fastvae.data.report import EncodeReport
+from fastvae.data.run import Run, announce, execute, finish
+from fastvae.data.self_check import check_fast_path
+from fastvae.data.settings import Settings
+from fastvae.data.sources import Listing, SourceFile
+from fastvae.data.store import Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, made definite, before the output is touched. ``files``: those that may need a unit."""
+
+    out: Path
+    model: Any
+    made_with: dict[str, Any]
+    settings: Settings
+    reading: Reading
+    listing: Listing
+    files: list[SourceFile]
+    identity: dict[str, Any]
+
+    def report(self) -> EncodeReport:
+        """The report of a run that has done nothing yet."""
+        report = EncodeReport(os.fspath(self.out), digest(self.identity), str(self.settings.dtype), None)
+        report.ignored_files, report.unreadable_places = self.listing.ignored, self.listing.unreadable
+        report.duplicate_keys, report.notes = self.listing.duplicates, list(self.listing.notes)
+        return report
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a run works, of which a store's identity knows nothing; see encode."""
+
+    batch: int | str = "auto"
+    workers: int | str = "auto"
+    on_error: str = "quarantine"
+    max_failures: str | float | int = "0.1%"
+    deterministic: bool = False
+    progress: bool = True
+
+
+def perform(
+    job: Job,
+    manner: Manner,
+    report: EncodeReport,
+    plan: Callable[[Leases], tuple[Store, list[Unit]]],
+    again: Collection[int] | None = None,
+) -> None:
+    """Encode the units that ``plan`` gives, which is called by the holder of the output's lock, and fill ``report``.
+
+    again: numbers of units that are done whatever their records say: a repair.
+    """
+    settings = job.settings
+    with contextlib.ExitStack() as held:
+        job.out.mkdir(parents=True, exist_ok=True)
+        with locked(job.out):
+            leases = held.enter_context(Leases(job.out / "leases"))
+            store, todo = plan(leases)
+        encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, manner.deterministic)
+        batches = Batches(manner.batch, encoder)
+        encoding = Encoding(encoder, settings.storing, batches)
+        run = Run(store, leases, settings, job.reading, encoding, report, manner.on_error, manner.progress, again)
+        if todo and (wrong := check_fast_path(encoder)):
+            say(f"fastvae: {wrong}\n")
+            report.notes.append(wrong)
+        settle_workers(report, batches, encoder, count_by_bucket(todo), manner.workers)
+        announce(run, todo, job.made_with["vae"], free_bytes(job.out))
+        execute(run, todo)
+        with locked(job.out):
+            finish(run, manner.max_failures)
+
+
+def check_buckets(units: list[Unit], settings: Settings, out: Path) -> None:
+    """Raises StoreError for a unit of a size that the table has not: a plan may be another's."""
+    if strange := [size_name(unit.bucket) for unit in units if unit.bucket not in settings.buckets.sizes]:
+        raise StoreError(f"{out} has a plan for {strange[0]}, and its table of buckets has no such size")
+
+
+def rows_per_unit(settings: Settings, shard_mb: float) -> Callable[[tuple[int, int]], int]:
+    """How many rows of a bucket make a shard of about ``shard_mb``."""
+    return lambda bucket: max(1, int(shard_mb * 1e6) // settings.row_size(bucket))
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raises OSError, ENOSPC, if ``needed`` bytes do not fit where ``out`` is or will be."""
+    free = free_bytes(out)
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
+
+
+def free_bytes(out: Path) -> int:
+    """The free bytes of the disk where ``out`` is or will be."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,168 @@
+"""A damaged store made whole: the units that are damaged encoded again, on wish what failed too, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvae.checkpoints.atomic import synchronise_folder
+from fastvae.data.batches import check_memory
+from fastvae.data.devices import settled_device
+from fastvae.data.images import DEFAULT_MAX_PIXELS
+from fastvae.data.job import Job, Manner, check_buckets, check_room, perform, rows_per_unit
+from fastvae.data.leases import Leases
+from fastvae.data.lock import locked
+from fastvae.data.plan import rows_of
+from fastvae.data.reading import Reading
+from fastvae.data.records import StoreLocked, Unit
+from fastvae.data.report import EncodeReport
+from fastvae.data.settings import identity_of, load_model, named_model, stored_settings
+from fastvae.data.sources import Source, open_source
+from fastvae.data.store import Store
+from fastvae.data.verify import Damage, verify
+
+SHARD_MB = 256  # of failures that are tried again
+
+
+@dataclass
+class Repaired:
+    """What was ``damaged``, which units were encoded again for it, and how many failed images were tried again.
+
+    ``pending``: units that no run has made yet, which are encode's. ``report``: of what was encoded, None for nothing.
+    """
+
+    store: str
+    damaged: list[Damage] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
+    retried: int = 0
+    pending: int = 0
+    report: EncodeReport | None = None
+
+
+def repair(
+    store: str | os.PathLike[str],
+    src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    vae: str | os.PathLike[str] | torch.nn.Module | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    retry_failed: bool = False,
+    batch: int | str = "auto",
+    workers: int | str = "auto",
+    max_failures: str | float | int = "0.1%",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    image_column: str = "image",
+    key_column: str = "key",
+    schemes: Collection[str] = (),
+    device: str | torch.device | None = None,
+    deterministic: bool = False,
+    progress: bool = True,
+) -> Repaired:
+    """Encode the damaged units of ``store`` again, as verify(deep=True) finds them; every other file stays as it is.
+
+    src: where the images come from, as encode takes it. The store does not name it: a plan may be another's, and
+    nothing is opened but what the caller names. It may be left out where nothing has to be encoded. vae, subfolder,
+    revision: the model; by default the one that the store names, which is said on stderr. All that counts in the
+    store's identity is taken from the store. retry_failed: images whose last try failed are tried again, in units of
+    their own. The others: see encode. Records of no unit are deleted. An image that is no longer there is quarantined.
+    Raises ValueError for an argument, for a ``src`` that is needed and not given, or that holds none of the images;
+    StoreError for what is no store; StoreLocked while a run is writing it; IdentityMismatch for another model; OSError,
+    ENOSPC when the disk is full. Whatever is raised, what was sound stays so, and the same call goes on.
+    """
+    path = Path(store)
+    there = Store.open(path)
+    leases = Leases(path / "leases")
+    if leases.folder.is_dir():
+        _check_unused(there, leases)
+    found = verify(path, deep=True, progress=progress)
+    bad = {damage.unit for damage in found.damaged if damage.unit is not None}
+    failed = {failure.key for failure, commit in there.failing() if retry_failed and commit.unit not in bad}
+    result = Repaired(os.fspath(store), found.damaged, sorted(bad), pending=found.pending)
+    strays = [path / damage.file for damage in found.damaged if damage.unit is None]
+    if not (bad or failed):
+        with locked(path):
+            _delete(strays)
+        return result
+    if src is None:
+        what = [f"{len(bad)} units"] * bool(bad) + [f"{len(failed)} images that failed"] * bool(failed)
+        raise ValueError(
+            f"src must be named, since {' and '.join(what)} of {path} are encoded again from their images: "
+            f"fastvae repair {path} SRC"
+        )
+    source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
+    model = named_model(there, vae, subfolder, revision)
+    job = _job(there, source, model, failed, settled_device(device), max_pixels)
+    _check_source([unit for unit in there.units() if unit.number in bad], job)
+    check_memory(job.model, job.settings, batch)
+    report = result.report = job.report()
+    result.retried = len(job.files)
+    manner = Manner(batch, workers, "quarantine", max_failures, deterministic, progress)
+
+    def plan(leases: Leases) -> tuple[Store, list[Unit]]:
+        opened, todo = _plan(job, leases, bad, report)
+        _delete(strays)
+        return opened, todo
+
+    perform(job, manner, report, plan, again=bad)
+    return result
+
+
+def _job(
+    store: Store,
+    source: Source,
+    named: tuple[Any, str | None, str | None],
+    failed: Collection[str],
+    device: torch.device,
+    max_pixels: int,
+) -> Job:
+    listing = source.listing(exclude=store.path)
+    model, made_with = load_model(*named)
+    settings = stored_settings(store, model, device)
+    identity = identity_of(model, settings)
+    Store.check(store.path, identity)
+    listed = {file.key: file.place for file in listing.files}
+    reading = Reading(source, settings.buckets, settings.variants, settings.alpha, max_pixels, listed)
+    files = [file for file in listing.files if file.key in failed]
+    return Job(store.path, model, made_with, settings, reading, listing, files, identity)
+
+
+def _check_source(units: list[Unit], job: Job) -> None:
+    """Raises ValueError where no image of the ``units`` is in the source: theirs would all be quarantined."""
+    places = [(row.file.key, row.file.place) for unit in units for row in unit.rows]
+    there = job.reading.listed or {}
+    if places and not any(there.get(key) == place for key, place in places):
+        raise ValueError(
+            f"src must hold the images that {job.out} was made from: none of the {len(places)} that are damaged is in "
+            f"{job.reading.source.name}"
+        )
+
+
+def _plan(job: Job, leases: Leases, bad: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
+    """The store and the units to be done, by the holder of its lock."""
+    store = Store.create_or_open(job.out, job.identity, {}, leases)
+    _check_unused(store, leases)
+    todo = [unit for unit in store.units() if unit.number in bad]
+    check_buckets(todo, job.settings, job.out)
+    fresh = rows_of(job.files, job.reading)
+    buckets = [unit.bucket for unit in todo for _ in unit.rows] + [bucket for bucket, _ in fresh]
+    check_room(job.out, sum(map(job.settings.row_size, buckets)))
+    report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in bad)
+    return store, todo + store.extend_plan(fresh, rows_per_unit(job.settings, SHARD_MB))
+
+
+def _check_unused(store: Store, leases: Leases) -> None:
+    """Raises StoreLocked while another process writes the store: what it has not finished looks damaged."""
+    if live := leases.live():
+        raise StoreLocked(f"{store.path} is being written, lease {live[0]}: let that run end first")
+
+
+def _delete(records: list[Path]) -> None:
+    for path in records:
+        path.unlink(missing_ok=True)
+    if records:
+        synchronise_folder(records[0].parent)
