@@ -8,7 +8,7 @@ CogView4's tensors, but diffusers' own conversion script and the original config
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,8 @@ _ALL = (
     ),
 )
 
+#: What changes no latent: the size that tiling starts at, and what a pipeline does in half precision.
+HINTS = ("sample_size", "force_upcast")
 #: Every preset by name.
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
@@ -186,6 +188,22 @@ def find_preset(name: str, class_name: str) -> Preset:
             f"preset: {name!r} is a {preset.class_name}, not a {class_name}; use fastvae.{preset.class_name}"
         )
     return preset
+
+
+def matching(config: Mapping[str, Any], class_name: str) -> tuple[Preset, ...]:
+    """The presets of this config, to the last value; where there is none, those that differ in HINTS alone."""
+
+    def agrees(preset: Preset, but: Collection[str]) -> bool:
+        return preset.class_name == class_name and all(
+            _plain(config.get(name)) == _plain(value) for name, value in preset.config.items() if name not in but
+        )
+
+    exact = tuple(preset for preset in _ALL if agrees(preset, ()))
+    return exact or tuple(preset for preset in _ALL if agrees(preset, HINTS))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def structure(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, printable
 
 
@@ -14,8 +15,7 @@ from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, print
 @click.option(
     "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
 )
-@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
-@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@options.place_in_model
 @click.option(
     "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Side in pixels, may be repeated. Default: 256."
 )
@@ -30,7 +30,7 @@ from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, print
     help="What is measured.",
 )
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
-@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@options.device
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile takes part; compiling takes a minute.")
 @click.option(
     "--seconds",
@@ -62,7 +62,7 @@ def bench(
     html: str | None,
     json_file: str | None,
     quiet: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """How fast encode and decode are on this machine: fastvae beside diffusers, on the same weights, checked first."""
     for name, path in (("html", html), ("json", json_file)):
@@ -79,7 +79,7 @@ def bench(
         batches=batches or (1,),
         tasks=("encode", "decode") if task == "both" else (task,),
         say=(lambda line: None) if quiet else lambda line: complain(printable(line)),
-        **options,
+        **given,
     )
     if json_file == "-":
         echo_json(results)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
 
 
@@ -15,17 +16,19 @@ from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
 @click.option(
     "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
 )
-@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
-@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@options.place_in_model
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
-@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@options.device
 @click.option(
     "--html", type=click.Path(dir_okay=False, writable=True), help="The table as one HTML file that fetches nothing."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document in place of the table.")
+@options.quiet
 @click.pass_context
 @foreseen
-def compare(context: click.Context, images: tuple[str, ...], html: str | None, as_json: bool, **options: Any) -> None:
+def compare(
+    context: click.Context, images: tuple[str, ...], html: str | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """How far the fast path is from eager torch and from float64, stage by stage, on these images.
 
     Images are cropped to what the model takes, and otherwise as large as they are: float64 takes its time. The exit
@@ -37,9 +40,12 @@ def compare(context: click.Context, images: tuple[str, ...], html: str | None, a
         from fastvae.report.page import check_extra
 
         check_extra()  # before a minute is spent
+    from fastvae.data.console import say
     from fastvae.report.compare import compare_files
 
-    source, found = compare_files(images, **options)
+    if not quiet:
+        say(f"compare {len(images)} images  {given['vae']}  against eager and float64\n")
+    source, found = compare_files(images, **given)
     if as_json:
         echo_json({"vae": source, **found.facts()})
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import complain, echo, echo_json, foreseen, printable
 
 
@@ -15,20 +16,20 @@ from fastvae.cli.output import complain, echo, echo_json, foreseen, printable
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--rows", default="0:16", show_default=True, help="Which rows, as in 0:16.")
 @click.option("--vae", help="A directory, a Hub id, or tiny. Default: what the store was made with.")
-@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
-@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
-@click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+@options.place_in_model
+@options.device
 @click.option("--sheet", type=click.Path(dir_okay=False), help="A PNG file for all of them at a glance.")
 @click.option("--json", "as_json", is_flag=True, help="The list of files as one JSON document.")
+@options.quiet
 @foreseen
-def decode(store: str, out: str, rows: str, as_json: bool, **options: Any) -> None:
+def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Decode rows of the latent store STORE into PNG files in OUT."""
     from fastvae.data.decode import decode as run
     from fastvae.data.decode import parse_rows
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        written = run(store, out, rows=parse_rows(rows), **options)
+        written = run(store, out, rows=parse_rows(rows), progress=not quiet, **given)
     for warning in caught:
         complain(printable(f"fastvae: {warning.message}"))
     if as_json:

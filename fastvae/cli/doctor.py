@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
 
 
 @click.command()
 @click.argument("folder", type=click.Path(), default=".")
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a preset, a Hub id, or "tiny".')
-@click.option("--subfolder", help="Where the VAE is inside that directory or repository.")
-@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@options.place_in_model
 @click.option("--json", "as_json", is_flag=True, help="The findings as one JSON document.")
+@options.quiet
 @click.pass_context
 @foreseen
 def doctor(
-    context: click.Context, folder: str, vae: str, subfolder: str | None, revision: str | None, as_json: bool
+    context: click.Context,
+    folder: str,
+    vae: str,
+    subfolder: str | None,
+    revision: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Whether this machine is in order, what will be fast on it, and what will not; FOLDER is where latents would go.
 
     Every line is ok, a note, or bad; exit code 1 if one is bad.
     """
+    from fastvae.data.console import amount, say
+    from fastvae.data.disk import free_bytes
     from fastvae.report.doctor import BAD, NOTE, examine
 
+    if not quiet:
+        say(f"doctor  {vae}  for latents in {folder} (free {amount(free_bytes(folder))})\n")
     findings = []
     for finding in examine(vae, folder, subfolder=subfolder, revision=revision):
         findings.append(finding)

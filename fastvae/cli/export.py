@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import echo, echo_json, foreseen, printable
 
 
@@ -35,19 +36,16 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 )
 @click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No plan.")
+@options.quiet
 @foreseen
-def export(store: str, dst: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Write every row of the latent store STORE into the new folder DST, for other trainers to read."""
+    from fastvae.data.console import amount
     from fastvae.data.export import export as run
 
-    done = run(store, dst, progress=not quiet, **options)
+    done = run(store, dst, progress=not quiet, **given)
     if as_json:
         echo_json(asdict(done))
     else:
         what = f"{done.about['posterior']}, {done.about['space']}"
-        echo(
-            printable(
-                f"done    {done.rows} rows ({what}) in {done.files} files, {done.bytes / 1e6:.1f} MB: {done.path}"
-            )
-        )
+        echo(printable(f"done    {done.rows} rows ({what}) in {done.files} files, {amount(done.bytes)}: {done.path}"))

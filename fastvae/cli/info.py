@@ -7,18 +7,24 @@ from typing import Any
 
 import click
 
+from fastvae.cli import options
 from fastvae.cli.output import echo, echo_json, foreseen, printable
 
 
 @click.command()
 @click.argument("what", metavar="STORE|MODEL")
-@click.option("--subfolder", help="Where the VAE is inside a model's directory or repository.")
-@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@options.place_in_model
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@options.quiet
 @foreseen
-def info(what: str, subfolder: str | None, revision: str | None, as_json: bool) -> None:
+def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
     """What a latent store holds, or what a model is."""
-    if (Path(what) / "store.json").exists():
+    from fastvae.data.console import say
+
+    is_store = (Path(what) / "store.json").exists()
+    if not quiet:
+        say(f"info    {'latent store' if is_store else 'model'} {what}\n")
+    if is_store:
         from fastvae.data.facts import store_facts
 
         facts = store_facts(what)

@@ -36,22 +36,30 @@ def decode(
     revision: str | None = None,
     device: str | torch.device | None = None,
     sheet: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> list[tuple[str, Path]]:
     """Decode the means of ``rows`` of the latent store into PNG files in the folder ``out``: (key, file) for each.
 
-    ``vae`` is what encode takes; by default what the store says it was made with, which is refused if its weights are
-    others by now. If it is given, another model is taken with a warning. File names are the row's number and a harmless
-    form of its key. sheet: a PNG file for all of them at a glance, each at most 256 pixels a side. Raises StoreError
+    ``vae`` is what encode takes; by default what the store says it was made with, which is said on stderr before it is
+    opened, and refused if its weights are others by now. If it is given, another model is taken with a warning. File
+    names are the row's number and a harmless form of its key. sheet: a PNG file for all of them at a glance, each at
+    most 256 pixels a side. progress: a plan line on stderr. Raises StoreError
     for a path that is no store, ValueError for rows that are not there or a model that cannot decode them to 1, 3 or 4
     channels.
     """
+    from fastvae.data.console import amount, say
     from fastvae.data.dataset import LatentDataset
+    from fastvae.data.disk import free_bytes
 
     dataset = LatentDataset(store)
     numbers = range(len(dataset))[rows]
     if not numbers:
         raise ValueError(f"rows must be among the store's 0:{len(dataset)}, got {rows.start}:{rows.stop}")
     folder = Path(out)
+    if progress:
+        most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
+        free = amount(free_bytes(folder))
+        say(f"decode  {dataset.path}  {len(numbers)} of {len(dataset)} rows  at most {amount(most)} (free {free})\n")
     written, thumbnails = [], []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
         folder.mkdir(parents=True, exist_ok=True)

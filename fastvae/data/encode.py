@@ -14,8 +14,9 @@ import torch
 from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, check_memory, positive
 from fastvae.data.buckets import Buckets, size_name
 from fastvae.data.devices import settled_device
+from fastvae.data.disk import check_room
 from fastvae.data.images import ALPHAS, DEFAULT_MAX_PIXELS
-from fastvae.data.job import Job, Manner, check_buckets, check_room, perform, rows_per_unit
+from fastvae.data.job import Job, Manner, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
 from fastvae.data.preprocess import CROPS, checked_variants

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvae.checkpoints.atomic import synchronise_folder, write_atomically
-from fastvae.data.console import say
+from fastvae.data.console import amount, say
 from fastvae.data.dataset import LatentDataset
+from fastvae.data.disk import check_room, free_bytes
 from fastvae.data.export_formats import FAMILIES, Kohya, Parquet, Tar
 from fastvae.data.json_text import json_bytes
 from fastvae.data.store import Store
@@ -75,7 +75,10 @@ def export(
     about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
     columns = opened.columns()
     needed = _size(rows)
-    _check_room(out, needed, f"export  {len(rows)} rows  {to}  {posterior}  {about['space']}", progress)
+    if progress:
+        what = f"{opened.path}  {len(rows)} rows  {to}  {posterior}  {about['space']}"
+        say(f"export  {what}  ~{amount(needed)} (free {amount(free_bytes(out))})\n")
+    check_room(out, needed)
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -150,15 +153,6 @@ def _size(rows: LatentDataset) -> int:
         item = rows[int(numbers[0])]
         total += len(numbers) * sum(item[name].nbytes for name in ("mean", "logvar", "latents") if name in item)
     return total
-
-
-def _check_room(out: Path, needed: int, plan: str, progress: bool) -> None:
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
-    if progress:
-        say(f"{plan}  ~{needed / 2**30:.2f} GiB (free {free / 2**30:.0f} GiB)\n")
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
 
 
 def _writer(to: str, folder: Path, about: dict[str, Any], store: Store, size: int) -> Kohya | Tar | Parquet:

@@ -68,7 +68,11 @@ def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
 
 
 def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises."""
+    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises.
+
+    ``presets``: the known models that have this config; their weights are not compared.
+    """
+    from fastvae.checkpoints.presets import matching
     from fastvae.data.settings import open_model
     from fastvae.data.space import scaling_of
 
@@ -78,6 +82,7 @@ def model_facts(source: str, subfolder: str | None = None, revision: str | None 
         "kind": "model",
         "source": source,
         "class": type(vae).__name__,
+        "presets": [preset.name for preset in matching(vae.config, type(vae).__name__)],
         "parameters": sum(parts.values()),
         "parameters_of": parts,
         "dtype": str(next(vae.parameters()).dtype).removeprefix("torch."),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from fastvae.data.batches import Batches, settle_workers
 from fastvae.data.buckets import size_name
 from fastvae.data.console import say
+from fastvae.data.disk import free_bytes
 from fastvae.data.identity import digest
 from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
@@ -103,16 +102,3 @@ def check_buckets(units: list[Unit], settings: Settings, out: Path) -> None:
 def rows_per_unit(settings: Settings, shard_mb: float) -> Callable[[tuple[int, int]], int]:
     """How many rows of a bucket make a shard of about ``shard_mb``."""
     return lambda bucket: max(1, int(shard_mb * 1e6) // settings.row_size(bucket))
-
-
-def check_room(out: Path, needed: int) -> None:
-    """Raises OSError, ENOSPC, if ``needed`` bytes do not fit where ``out`` is or will be."""
-    free = free_bytes(out)
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))
-
-
-def free_bytes(out: Path) -> int:
-    """The free bytes of the disk where ``out`` is or will be."""
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free

@@ -13,8 +13,9 @@ import torch
 from fastvae.checkpoints.atomic import synchronise_folder
 from fastvae.data.batches import check_memory
 from fastvae.data.devices import settled_device
+from fastvae.data.disk import check_room
 from fastvae.data.images import DEFAULT_MAX_PIXELS
-from fastvae.data.job import Job, Manner, check_buckets, check_room, perform, rows_per_unit
+from fastvae.data.job import Job, Manner, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
 from fastvae.data.plan import rows_of

@@ -76,7 +76,7 @@ def test_export_says_what_it_will_write_and_what_it_wrote(pictures, model, tmp_p
     out = tmp_path / "out"
     encode(pictures, out, model)
     result = run("export", out, tmp_path / "tars", "--to", "wds")
-    assert result.stderr.startswith("export  4 rows  wds  dist  raw  ~0.00 GiB (free ")
+    assert f"{out}  4 rows  wds  dist  raw  ~1.0 KiB (free " in result.stderr
     assert result.stdout.startswith("done    4 rows (dist, raw) in 2 files, ")
     facts = json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json", "-q").stdout)
     assert (facts["rows"], facts["files"], facts["about"]["family"]) == (4, 5, "sdxl")
@@ -272,6 +272,7 @@ def test_info_of_a_model(model):
     assert (facts["dtype"], facts["latent_channels"]) == ("float32", 4)
     assert facts["scaling"]["scaling_factor"] == vae.config.scaling_factor
     assert facts["config"]["block_out_channels"] == [8, 8, 16, 16]
+    assert facts["presets"] == []
     assert "parameters" in run("info", model).stdout
 
 
@@ -354,7 +355,7 @@ def test_a_reader_that_went_away_is_no_error(pictures, model, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = process("info", tmp_path / "out", stdout=writing, stderr=subprocess.PIPE)
+        done = process("info", tmp_path / "out", "-q", stdout=writing, stderr=subprocess.PIPE)
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
@@ -398,7 +399,7 @@ def test_a_store_that_another_run_plans_for_ever_is_exit_code_5(pictures, model,
 def test_decode_says_that_a_named_model_is_another(pictures, model, tmp_path):
     encode(pictures, tmp_path / "out", model)
     small_vae(1).save_pretrained(tmp_path / "other")
-    result = run("decode", tmp_path / "out", tmp_path / "png", "--vae", tmp_path / "other")
+    result = run("decode", tmp_path / "out", tmp_path / "png", "-q", "--vae", tmp_path / "other")
     assert (
         result.stderr
         == f"fastvae: {tmp_path / 'other'} is another model than the one {tmp_path / 'out'} was made with\n"

@@ -22,7 +22,7 @@ def test_the_whole_examination(tmp_path):
     """In a process of its own, without the interpreter that the tests run under."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "fastvae", "doctor", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "fastvae", "doctor", str(tmp_path), "--json", "-q"]
     began = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     told = json.loads(done.stdout, parse_constant=pytest.fail)
@@ -56,7 +56,7 @@ def findings(*states):
 )
 def test_a_line_each_and_the_code_of_the_worst(states, last, code, monkeypatch):
     monkeypatch.setattr(doctor, "examine", findings(*states))
-    result = CliRunner().invoke(cli, ["doctor"])
+    result = CliRunner().invoke(cli, ["doctor", "-q"])
     lines = result.stdout.splitlines()
     assert lines[:-1] == [f"{state:5}name{i:<5} sentence ?{i}" for i, state in enumerate(states)]
     assert (lines[-1], result.exit_code) == (last, code)

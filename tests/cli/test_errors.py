@@ -34,13 +34,13 @@ def encode(places, *more):
 
 
 def ended(arguments):
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments] + ["-q"] * ("-q" not in arguments))
 
 
 def damaged_shard(places, monkeypatch):
     path = places["store"] / "shards" / "000000-32x32.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    return ended(["verify", places["store"], "-q"])
+    return ended(["verify", places["store"]])
 
 
 def edited(places, monkeypatch):
