@@ -29,7 +29,7 @@ place_in_model = together(
 )
 device = click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
 work = together(
-    click.option("--deterministic", is_flag=True, help="Image by image: no batch changes a bit."),
+    click.option("--deterministic", is_flag=True, help="Image by image: neither batch nor workers change a bit."),
     click.option("--batch", default="auto", show_default=True, help="Images a step."),
     click.option("--workers", default="auto", show_default=True, help="Threads that read images."),
     click.option(

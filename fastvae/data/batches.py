@@ -79,7 +79,9 @@ def settle_workers(
         report.workers = max(1, min(cores, steps, fitting))
     else:
         report.workers = max(2, min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8))
-    report.threads_per_worker = max(1, cores // report.workers) if on_cpu else cores
+    # Deterministic runs take one: oneDNN and torch sum in another order where two threads share an image.
+    shared = 1 if encoder.deterministic else max(1, cores // report.workers)
+    report.threads_per_worker = shared if on_cpu else cores
 
 
 def positive(name: str, value: int | str, most: int) -> int:

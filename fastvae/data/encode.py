@@ -85,10 +85,10 @@ def encode(
     mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
     batch: images a step (1 on a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two.
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
-    "fail" to stop at the first. alpha, max_pixels: see read_image. deterministic: image by image, so that no batch
-    changes a bit. hash: "full" reads every file once more, so that an edit is seen that keeps size and time, and a new
-    time alone encodes nothing again. retry_failed: images that failed are tried again, whatever the reason was.
-    progress: a plan line and a bar on stderr. limit: the first N images only.
+    "fail" to stop at the first. alpha, max_pixels: see read_image. deterministic: image by image, and on a CPU each
+    in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once more, so that an
+    edit is seen that keeps size and time, and a new time alone encodes nothing again. retry_failed: images that failed
+    are tried again, whatever the reason was. progress: a plan line and a bar on stderr. limit: the first N images only.
     dry_run: plan, report and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,

@@ -224,7 +224,7 @@ def test_automatic_batches_follow_the_memory_that_is_free(monkeypatch):
 def test_a_cpus_cores_are_shared_out(count, workers, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr("fastvae.data.batches.free_memory", lambda device: 2**40)
-    encoder = SimpleNamespace(device=torch.device("cpu"), widest=8, dtype=torch.float32)
+    encoder = SimpleNamespace(device=torch.device("cpu"), widest=8, dtype=torch.float32, deterministic=False)
     report, batches = EncodeReport("out", "id", "fp32", None), Batches("auto", encoder)
     settle_workers(report, batches, encoder, {(64, 64): count} if count else {}, workers)
     assert (report.workers, report.threads_per_worker) == expected
@@ -234,7 +234,7 @@ def test_a_cpus_cores_are_shared_out(count, workers, expected, monkeypatch):
 def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr("fastvae.data.batches.free_memory", lambda device: 2**30)
-    encoder = SimpleNamespace(device=torch.device("cpu"), widest=128, dtype=torch.float32)
+    encoder = SimpleNamespace(device=torch.device("cpu"), widest=128, dtype=torch.float32, deterministic=False)
     report = EncodeReport("out", "id", "fp32", None)
     settle_workers(report, Batches("auto", encoder), encoder, {(256, 256): 100, (64, 64): 100}, "auto")
     # 8 activations of 128 channels at 256x256 in fp32 are 256 MiB; with as much again in reserve, two streams fit.

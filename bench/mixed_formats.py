@@ -1,0 +1,127 @@
+"""Photographs as they come to a training set: some as they are, the others in every format and form that is taken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".webp"}
+# Converted pictures are at most so long: a folder of them is made in a minute.
+LONGEST = 1600
+ORIENTATION = 0x0112
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a picture is written, and ``seen``: what the file shows, from the picture."""
+
+    suffix: str
+    write: Callable[[Image.Image, Path], None]
+    seen: Callable[[Image.Image], Image.Image] = lambda picture: picture
+
+
+def jpeg_on_its_side(picture: Image.Image, path: Path) -> None:
+    """Stored lying down, with the EXIF orientation that a phone writes."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(path, quality=92, exif=exif)
+
+
+def grey(picture: Image.Image) -> Image.Image:
+    return picture.convert("L").convert("RGB")
+
+
+def grey_in_16_bits(picture: Image.Image, path: Path) -> None:
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(path)
+
+
+def _opacity(picture: Image.Image) -> Image.Image:
+    """Opaque but for one corner, a quarter of each side."""
+    opacity = np.full((picture.height, picture.width), 255, np.uint8)
+    opacity[: picture.height // 4, : picture.width // 4] = 0
+    return Image.fromarray(opacity)
+
+
+def transparent_corner(picture: Image.Image, path: Path) -> None:
+    picture = picture.copy()
+    picture.putalpha(_opacity(picture))
+    picture.save(path)
+
+
+def white_corner(picture: Image.Image) -> Image.Image:
+    return Image.composite(picture, Image.new("RGB", picture.size, "white"), _opacity(picture))
+
+
+FORMS = {
+    "JPEG lying down, by EXIF": Form(".jpg", jpeg_on_its_side),
+    "JPEG in CMYK": Form(".jpg", lambda picture, path: picture.convert("CMYK").save(path, quality=95)),
+    "JPEG with an ICC profile": Form(".jpeg", lambda picture, path: picture.save(path, quality=90, icc_profile=SRGB)),
+    "progressive JPEG, grey": Form(
+        ".jpg", lambda picture, path: picture.convert("L").save(path, progressive=True), grey
+    ),
+    "PNG, grey in 16 bits": Form(".png", grey_in_16_bits, grey),
+    "PNG with transparency": Form(".png", transparent_corner, white_corner),
+    "PNG with a palette": Form(".png", lambda picture, path: picture.quantize(256).save(path)),
+    "WebP": Form(".webp", lambda picture, path: picture.save(path, quality=90)),
+    "AVIF": Form(".avif", lambda picture, path: picture.save(path, quality=85)),
+    "TIFF": Form(".tif", lambda picture, path: picture.save(path, compression="tiff_lzw")),
+    "BMP": Form(".bmp", lambda picture, path: picture.save(path)),
+    "GIF": Form(".gif", lambda picture, path: picture.quantize(256).save(path)),
+}
+
+
+def photographs_in(folder: Path, count: int) -> list[Path]:
+    """``count`` photographs, evenly from all in ``folder``; those that several names lead to come once."""
+    found = {path.resolve(): path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PHOTOGRAPHS}
+    paths = [path for path in found.values() if path.is_file()]
+    if not paths:
+        raise SystemExit(f"{folder} must hold photographs ({', '.join(sorted(PHOTOGRAPHS))}), it holds none")
+    return [paths[number] for number in sorted({len(paths) * number // count for number in range(count)})]
+
+
+def write_mixed(photographs: Iterable[Path], folder: Path) -> dict[str, tuple[Path, str]]:
+    """The photographs in ``folder``, every other one in one of FORMS: by key, the original and the form.
+
+    The key is the path in ``folder``. Names tell nothing: a file's suffix is one that cameras and browsers give.
+    """
+    made, forms = {}, list(FORMS)
+    for number, path in enumerate(photographs):
+        if number % 2:
+            form = forms[number // 2 % len(forms)]
+            suffix = FORMS[form].suffix
+        else:
+            form, suffix = f"{path.suffix[1:].upper()}, as it is", path.suffix.lower()
+        key = f"{number // 25}/{number:03}{suffix}"
+        target = folder / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if form in FORMS:
+            FORMS[form].write(plain(path, LONGEST), target)
+        else:
+            shutil.copyfile(path, target)
+        made[key] = path, form
+    return made
+
+
+def as_seen(path: Path, form: str, longest: int) -> Image.Image:
+    """What the file that write_mixed made of the photograph at ``path`` shows."""
+    picture = plain(path, longest)
+    return FORMS[form].seen(picture) if form in FORMS else picture
+
+
+def plain(path: Path, longest: int) -> Image.Image:
+    """A photograph as any viewer opens it, upright RGB over white, at most ``longest`` pixels a side."""
+    with Image.open(path) as opened:
+        opened.draft("RGB", (longest, longest))
+        upright = ImageOps.exif_transpose(opened)
+    if upright.mode in ("RGBA", "LA", "P", "PA"):
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    upright = upright.convert("RGB")
+    upright.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return upright
