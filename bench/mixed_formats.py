@@ -13,6 +13,8 @@ from PIL import Image, ImageCms, ImageOps
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".webp"}
 # Converted pictures are at most so long: a folder of them is made in a minute.
 LONGEST = 1600
+# Pictures of 16x16 that differ by less, in levels of 255, are of one photograph.
+ALIKE = 8
 ORIENTATION = 0x0112
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -77,9 +79,14 @@ FORMS = {
 
 
 def photographs_in(folder: Path, count: int) -> list[Path]:
-    """``count`` photographs, evenly from all in ``folder``; those that several names lead to come once."""
-    found = {path.resolve(): path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PHOTOGRAPHS}
-    paths = [path for path in found.values() if path.is_file()]
+    """``count`` photographs, evenly from all in ``folder``; one that is there in several sizes or files comes once."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PHOTOGRAPHS and path.is_file()]
+    paths: list[Path] = []
+    looks = np.empty((0, 16 * 16 * 3))
+    for path in dict.fromkeys(path.resolve() for path in found):
+        look = np.asarray(plain(path, 128).resize((16, 16)), np.float64).reshape(1, -1)
+        if (np.abs(looks - look).mean(axis=1) > ALIKE).all():
+            paths, looks = [*paths, path], np.concatenate([looks, look])
     if not paths:
         raise SystemExit(f"{folder} must hold photographs ({', '.join(sorted(PHOTOGRAPHS))}), it holds none")
     return [paths[number] for number in sorted({len(paths) * number // count for number in range(count)})]

@@ -224,7 +224,7 @@ def _rms(values: torch.Tensor) -> float:
 def train(out: Path, steps: int) -> dict[str, Any]:
     """One epoch read, each row once; then so many steps of the example's denoiser on the stored latents."""
     sys.path.insert(0, str(ROOT / "examples"))
-    import train_loop
+    import train_loop  # type: ignore[import-not-found]
 
     epoch = train_loop.stored(out, torch.device("cpu"), 4, 0, 0)
     seen = Counter(key for batch in epoch(0) for key in batch["key"])

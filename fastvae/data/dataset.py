@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae.data.buckets import Size, parse_size
+from fastvae.data.buffers import Buffers
 from fastvae.data.collate import Rows
 from fastvae.data.mapped_shards import Mapped, map_shard
 from fastvae.data.noise import checked, draw, noise_keys
@@ -71,11 +72,14 @@ class LatentDataset(torch.utils.data.Dataset):
         self._variants = np.array([variant for _, variant in index])
         names, self._shard_of = np.unique([shard for shard, _ in index.values()], return_inverse=True)
         self._names: list[str] = names.tolist()
+        self._buckets = [_bucket(name) for name in self._names]
         self._row_of = np.array([row for _, row in index.values()])
         self._columns = _named_columns(store, columns, self._keys)
         # Shared memory: set_epoch then reaches workers that live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._buffers = Buffers()
         self._maps: dict[int, Mapped] = {}
+        self._types: dict[str, np.dtype] = {}
         self._maps_of = os.getpid()
 
     @property
@@ -130,7 +134,7 @@ class LatentDataset(torch.utils.data.Dataset):
         """The bucket (height, width in pixels) and the row numbers, int64 [N], of each shard, in order."""
         order = np.argsort(self._shard_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(self._shard_of, minlength=len(self._names)))[:-1])
-        return [(_bucket(name), torch.from_numpy(each)) for name, each in zip(self._names, rows, strict=True)]
+        return [(bucket, torch.from_numpy(each)) for bucket, each in zip(self._buckets, rows, strict=True)]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -143,19 +147,19 @@ class LatentDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """The items of ``indices``; those of one bucket are read as one batch, which collate takes as it is."""
         numbers = np.asarray(indices, dtype=np.int64)
-        buckets = {_bucket(self._names[shard]) for shard in np.unique(self._shard_of[numbers])}
+        buckets = {self._buckets[shard] for shard in self._shard_of[numbers].tolist()}
         return self._read(numbers) if len(buckets) == 1 else [self[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_buffers": Buffers()}
 
     def _read(self, numbers: np.ndarray) -> Rows:
         """Rows of one bucket, by their numbers, none negative."""
-        shards, rows = self._shard_of[numbers], self._row_of[numbers]
-        parts = [self._map(shard) for shard in shards.tolist()]
+        shards, rows = self._shard_of[numbers].tolist(), self._row_of[numbers].tolist()
+        parts = [self._map(shard) for shard in shards]
         keys = [self._keys[number] for number in numbers.tolist()]
         seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
-        stored = {name: _gathered(parts, rows, name) for name in parts[0].columns}
+        stored = {name: self._gathered(parts, rows, name) for name in parts[0].arrays}
         batch: dict[str, Any] = {"mean": self._space.mean(stored["mean"])}
         if self._with_logvar:
             extent = stored.get("logvar_range")
@@ -164,14 +168,26 @@ class LatentDataset(torch.utils.data.Dataset):
             batch = {"latents": batch["mean"]}
         elif self.posterior == "sample":
             batch = {"latents": draw(batch["mean"], batch["logvar"], seeds)}
-        batch["noise_key"] = torch.tensor(seeds, dtype=torch.uint64)
+        batch["noise_key"] = torch.from_numpy(np.array(seeds, np.uint64))
         batch["key"] = keys
-        sample, variant, original, crop = stored["about"].split([1, 1, 2, 4], dim=1)
-        batch["original_hw"], batch["crop_tlhw"] = original.to(torch.int32), crop.to(torch.int32)
-        batch["variant"], batch["sample_id"] = variant[:, 0].clone(), sample[:, 0].clone().view(torch.uint64)
-        batch["bucket"] = torch.tensor([_bucket(self._names[shards[0]])], dtype=torch.int32).repeat(len(keys), 1)
+        about = stored["about"].numpy()
+        batch["original_hw"], batch["crop_tlhw"], batch["variant"] = (
+            torch.from_numpy(about[:, part].astype(dtype))
+            for part, dtype in ((slice(2, 4), np.int32), (slice(4, 8), np.int32), (1, np.int64))
+        )
+        batch["sample_id"] = torch.from_numpy(about[:, 0].copy().view(np.uint64))
+        batch["bucket"] = torch.from_numpy(np.tile(np.array(self._buckets[shards[0]], np.int32), (len(keys), 1)))
         batch |= {name: [values.get(key) for key in keys] for name, values in self._columns.items()}
         return Rows(batch)
+
+    def _gathered(self, parts: list[Mapped], rows: list[int], name: str) -> Tensor:
+        """Column ``name`` of each row of its part, copied into one tensor [B, ...]."""
+        first = parts[0].arrays[name]
+        out = self._buffers.empty((len(parts), *first.shape[1:]), first.dtype)
+        target = out.numpy()
+        for place, (part, row) in enumerate(zip(parts, rows, strict=True)):
+            target[place] = part.arrays[name][row]
+        return out
 
     def _map(self, shard: int) -> Mapped:
         """The shard's tensors, mapped once in each process, and seen to hold the rows that were listed."""
@@ -181,7 +197,7 @@ class LatentDataset(torch.utils.data.Dataset):
             if len(self._maps) >= OPEN_SHARDS:
                 self._maps.clear()
             name = self._names[shard]
-            sides = tuple(side // self.downsample_factor for side in _bucket(name))
+            sides = tuple(side // self.downsample_factor for side in self._buckets[shard])
             path = self.path / "shards" / name
             mapped = map_shard(path, (self.latent_channels, *sides), self._with_logvar)
             own = np.flatnonzero(self._shard_of == shard)
@@ -191,15 +207,11 @@ class LatentDataset(torch.utils.data.Dataset):
             }
             if not mapped.holds(listed):
                 raise StoreError(f"{path} holds other rows than when it was listed: open the dataset again")
-            self._maps[shard] = mapped
+            types = {name: array.dtype for name, array in mapped.arrays.items()}
+            if self._types and types != self._types:  # a batch would take those of its first row
+                raise StoreError(f"{path} is damaged: its tensors are of other types than the other shards'")
+            self._maps[shard], self._types = mapped, types
         return self._maps[shard]
-
-
-def _gathered(parts: list[Mapped], rows: np.ndarray, name: str) -> Tensor:
-    """Column ``name`` of each row of its part, copied into one tensor [B, ...]."""
-    if all(part is parts[0] for part in parts):
-        return parts[0].columns[name].index_select(0, torch.from_numpy(rows))
-    return torch.stack([part.columns[name][row] for part, row in zip(parts, rows.tolist(), strict=True)])
 
 
 def _bucket(shard: str) -> Size:

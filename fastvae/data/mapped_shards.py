@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -35,6 +37,11 @@ class Mapped:
     """
 
     columns: dict[str, Tensor]
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns as NumPy sees them, where a row is had and copied in a microsecond; of a tensor it takes ten."""
+        return {name: column.numpy() for name, column in self.columns.items()}
 
     def holds(self, listed: dict[int, tuple[int, int]]) -> bool:
         """Whether each row of ``listed`` has the sample_id and the variant that it gives."""

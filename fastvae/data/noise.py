@@ -7,6 +7,7 @@ not UTF-8 as they are on disk). It is a seed of sample_posterior. Nothing else e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
@@ -34,9 +35,14 @@ def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[i
     numbers = []
     for key, variant in rows:
         digest = head.copy()
-        digest.update(struct.pack("<I", checked("variant", variant, 32)) + key_bytes(key))
+        digest.update(_variant_bytes(variant) + key_bytes(key))
         numbers.append(int.from_bytes(digest.digest()[:8], "little"))
     return numbers
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _variant_bytes(variant: int) -> bytes:
+    return struct.pack("<I", checked("variant", variant, 32))
 
 
 def checked(name: str, value: int, bits: int = 64) -> int:

@@ -1,5 +1,6 @@
 """LatentDataset: every latent beside its own key, in this process, in workers, and in either space."""
 
+import json
 import math
 import os
 import pickle
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from safetensors.numpy import load_file, save_file
 from small_store import moments_of, small_vae, write_store
 from torch.utils.data import DataLoader, default_collate
 
@@ -283,6 +285,17 @@ def test_a_shard_that_is_exchanged_under_way_is_refused(tmp_path):
         dataset[2]
 
 
+def test_a_shard_of_another_type_is_not_rounded_to_its_neighbours(tmp_path):
+    write_store(tmp_path / "out", {SQUARE: ["a", "b", "c", "d"]}, rows_per_unit=2)
+    second = sorted((tmp_path / "out" / "shards").glob("*.safetensors"))[1]
+    tensors = load_file(second)
+    save_file({**tensors, "mean": tensors["mean"].astype(np.float32)}, second)
+    record = second.with_suffix(".json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "bytes": second.stat().st_size}))
+    with pytest.raises(StoreError, match=r"000001-32x32\.safetensors is damaged: its tensors are of other types"):
+        LatentDataset(tmp_path / "out").__getitems__([0, 2])
+
+
 def test_what_cannot_be_read_is_said(tmp_path, made):
     with pytest.raises(StoreError, match="is not a latent store"):
         LatentDataset(tmp_path)
@@ -304,7 +317,7 @@ def test_what_cannot_be_read_is_said(tmp_path, made):
 
 
 @pytest.mark.slow
-def test_reading_takes_at_most_twice_the_time_of_a_bare_copy(tmp_path, monkeypatch):
+def test_reading_takes_little_more_than_a_bare_copy(tmp_path, monkeypatch):
     """SDXL's size, moments of 256 KiB a row, from a warm cache, in batches of 16 mixed rows of one 256 MB shard.
 
     Counted in seconds of this process's CPU, in the best of eight pairs of passes: others may share cores and memory.
@@ -327,4 +340,4 @@ def test_reading_takes_at_most_twice_the_time_of_a_bare_copy(tmp_path, monkeypat
         pairs.append((1000 / (copied - started), 1000 / (time.process_time() - copied)))
     rows = ", ".join(f"{read:,.0f} read, {copied:,.0f} copied" for copied, read in pairs)
     sys.stdout.write(f"rows a second of the CPU: {rows}\n")
-    assert max(read / copied for copied, read in pairs) >= 0.5
+    assert max(read / copied for copied, read in pairs) >= 0.6

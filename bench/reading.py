@@ -1,0 +1,125 @@
+"""How many SDXL-sized rows a second one process reads from a warm page cache, beside a copy of as many bytes.
+
+    python bench/reading.py [--rows 4096] [--batch 64] [--rounds 7] [--posterior dist] [--threads 1] [--folder DIR]
+
+A row is [4, 128, 128] of mean and log-variance in fp16, 256 KiB. Rows come in a random order through a DataLoader of
+no workers, BucketBatchSampler and collate, and every byte of them lies in a tensor of its batch. The copy gathers the
+same rows from ordinary memory into a tensor that is there already: what this machine's memory gives at best. Both take
+turns, and medians are given, by wall time and by CPU seconds, of which others on the machine take none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import fastvae
+from fastvae.data.leases import Leases
+from fastvae.data.records import PlannedRow
+from fastvae.data.shards import Row
+from fastvae.data.sources import SourceFile
+from fastvae.data.store import Store
+from fastvae.report.machine import processor
+
+SIDE, CHANNELS = 128, 4
+LAYOUT = {
+    "buckets": ["1024x1024"],
+    "latent_channels": CHANNELS,
+    "downsample_factor": 8,
+    "scaling": {
+        "scaling_factor": 0.13025,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "batch_norm": False,
+    },
+    "metadata": {"fvl": "1"},
+    "source": {"vae": "generated"},
+    "created_by": "bench/reading.py",
+}
+IDENTITY = {
+    "model": {"encoder_weights_sha256": "0"},
+    "numerics": {"dtype": "fp32", "posterior": "dist", "mean": "fp16", "logvar": "fp16"},
+    "preprocess": {},
+}
+
+
+def write_store(path: Path, rows: int) -> None:
+    """Generated moments in shards of 1,000 rows, about 256 MB, as an encode leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    bucket = (8 * SIDE, 8 * SIDE)
+    path.mkdir()
+    with Leases(path / "leases") as leases:
+        store = Store.create_or_open(path, IDENTITY, LAYOUT, leases)
+        planned = [PlannedRow(SourceFile(f"photographs/{number:08}.jpg", 1, 0), 0, bucket) for number in range(rows)]
+        for unit in store.extend_plan([(bucket, row) for row in planned], lambda bucket: 1000):
+            values = torch.randn((2, len(unit.rows), CHANNELS, SIDE, SIDE), generator=generator).half().numpy()
+            made = zip(unit.rows, *values, strict=True)
+            store.commit(unit, [Row(row.file.key, mean, logvar, bucket, (0, 0, *bucket)) for row, mean, logvar in made])
+
+
+def reading(path: Path, batch: int, posterior: str) -> Callable[[], int]:
+    """One epoch over the store; returns how many rows it gave."""
+    dataset = fastvae.LatentDataset(path, posterior=posterior)  # type: ignore[arg-type]
+    sampler = fastvae.BucketBatchSampler(dataset, batch, seed=0)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=fastvae.collate)
+
+    def epoch() -> int:
+        sampler.set_epoch(dataset.epoch + 1)
+        return sum(len(batch["key"]) for batch in loader)
+
+    return epoch
+
+
+def copying(rows: int, batch: int) -> Callable[[], int]:
+    """The bytes of as many rows, gathered at random from memory into a tensor that is used again."""
+    source = torch.zeros((rows, 2, CHANNELS, SIDE, SIDE), dtype=torch.float16).fill_(1)
+    target = torch.zeros((batch, *source.shape[1:]), dtype=torch.float16)
+
+    def copy() -> int:
+        for numbers in torch.randperm(rows).split(batch):
+            torch.index_select(source, 0, numbers, out=target[: len(numbers)])
+        return rows
+
+    return copy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--posterior", choices=["dist", "mean", "sample"], default="dist")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", help="where the store is written for a while; default: the system's")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    print(f"{asked.rows} rows in batches of {asked.batch}, posterior {asked.posterior}, {asked.threads} threads")
+    print(processor())
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        write_store(Path(folder) / "store", asked.rows)
+        ways = {"read": reading(Path(folder) / "store", asked.batch, asked.posterior)}
+        ways["copy"] = copying(asked.rows, asked.batch)
+        measured: dict[str, list[np.ndarray]] = {name: [] for name in ways}
+        for name, way in list(ways.items()) * (asked.rounds + 1):
+            wall, cpu = time.perf_counter(), time.process_time()
+            assert way() == asked.rows
+            measured[name].append(asked.rows / np.array([time.perf_counter() - wall, time.process_time() - cpu]))
+    for name, rates in measured.items():
+        by_wall, by_cpu = np.array(rates[1:]).T  # the first round opens the shards
+        print(
+            f"{name}: {statistics.median(by_wall):,.0f} rows/s (best {max(by_wall):,.0f}), "
+            f"{statistics.median(by_cpu):,.0f} a CPU-second (best {max(by_cpu):,.0f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
