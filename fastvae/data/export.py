@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvae.checkpoints.atomic import synchronise_folder, write_atomically
+from fastvae.checkpoints.atomic import is_leftover, synchronise_folder, write_atomically
 from fastvae.data.console import amount, say
 from fastvae.data.dataset import LatentDataset
 from fastvae.data.disk import check_room, free_bytes
 from fastvae.data.export_formats import FAMILIES, Kohya, Parquet, Tar
 from fastvae.data.json_text import json_bytes
+from fastvae.data.leases import STALE, Leases
 from fastvae.data.store import Store
 
 FORMATS = ("npz-kohya", "wds", "parquet", "hf")
@@ -23,6 +27,8 @@ POSTERIORS = ("dist", "mean", "sample")
 # Rows that are read together; they are of one shard, so of one size.
 ROWS_AT_ONCE = 64
 ABOUT = "export.json"
+# In the temporary folder: what becomes DST, and who is writing it.
+CONTENT, LEASES = "content", "leases"
 
 
 @dataclass
@@ -74,26 +80,54 @@ def export(
     rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
     about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
     columns = opened.columns()
+    _sweep(out)
     needed = _size(rows)
     if progress:
         what = f"{opened.path}  {len(rows)} rows  {to}  {posterior}  {about['space']}"
         say(f"export  {what}  ~{amount(needed)} (free {amount(free_bytes(out))})\n")
     check_room(out, needed)
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
+    content = temporary / CONTENT
+    content.mkdir(parents=True)
     try:
-        with _writer(to, temporary, about, opened, int(shard_mb * 1e6)) as writer:
-            for row in _rows(rows, columns):
-                writer.add(row)
-        write_atomically(temporary / ABOUT, [json_bytes(about, indent=1)])
-        written = _synchronised(temporary)
-        # A rename replaces an empty folder that came up meanwhile, and fails for any other.
-        os.rename(temporary, out)
-        synchronise_folder(out.absolute().parent)
-    except BaseException:
+        # Says that this process lives, so that no other export sweeps what it is writing.
+        with Leases(temporary / LEASES):
+            with _writer(to, content, about, opened, int(shard_mb * 1e6)) as writer:
+                for row in _rows(rows, columns):
+                    writer.add(row)
+            write_atomically(content / ABOUT, [json_bytes(about, indent=1)])
+            written = _synchronised(content)
+            _take_name(content, out)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return Exported(os.fspath(out), len(rows), len(written), sum(written), about)
+
+
+def _take_name(content: Path, out: Path) -> None:
+    """Rename the finished folder; raises FileExistsError where ``out`` came up meanwhile and is not empty."""
+    try:
+        os.rename(content, out)
+    except OSError as error:
+        if out.exists():
+            raise FileExistsError(f"dst must be a new folder, {out} came up meanwhile") from error
+        raise
+    synchronise_folder(out.absolute().parent)
+
+
+def _sweep(out: Path) -> None:
+    """Delete what exports to ``out`` left that were killed: their folders, where no lease in them is alive."""
+    folder = out.absolute().parent
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() or not is_leftover(path, re.escape(out.name)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its own process is removing it
+            age = time.time() - path.stat().st_mtime
+            leases = Leases(path / LEASES)
+            begun = leases.folder.is_dir() and any(leases.folder.glob("*.lease"))
+            # Without a lease it has just begun, or was killed then.
+            dead = not leases.live() if begun else age > STALE
+            if dead and {*os.listdir(path)} <= {CONTENT, LEASES}:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _check(to: str, posterior: str | None, scaled: bool, family: str, shard_mb: float) -> None:

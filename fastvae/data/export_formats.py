@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -38,7 +39,7 @@ FAMILIES = {
 
 
 class Writer:
-    """What all layouts share: a folder, and a ``with`` that closes what is open."""
+    """What all layouts share: a folder, and a ``with`` that finishes the last file, or after an error gives it back."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,10 +48,17 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # the disk is full for these last bytes as well; the first error counts
+            self.abandon()
 
     def close(self) -> None:
         """Finish the last file."""
+
+    def abandon(self) -> None:
+        """Give the system its file back as it is."""
 
 
 class Kohya(Writer):
@@ -136,6 +144,11 @@ class Tar(Writer):
         if self._tar is not None:
             self._tar.close()
 
+    def abandon(self) -> None:
+        """Without the end that a tar has."""
+        if self._tar is not None and self._tar.fileobj is not None:
+            self._tar.fileobj.close()
+
     def _member(self, ending: str, content: bytes) -> None:
         member = tarfile.TarInfo(f"{self._rows:09d}.{ending}")
         member.size = len(content)
@@ -159,6 +172,7 @@ class Parquet(Writer):
         self._about, self._size, self._card = about, size, card
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
+        self._sink: Any = None
         self._files = self._bytes = 0
         if card:
             (folder / "data").mkdir()
@@ -186,7 +200,15 @@ class Parquet(Writer):
         self._flush()
         if self._writer is not None:
             self._writer.close()
+            self._sink.close()
         self._writer, self._bytes = None, 0
+
+    def abandon(self) -> None:
+        """Without the footer, which a writer that counts as open would write when it is collected."""
+        if self._writer is not None:
+            self._writer.is_open = False
+        if self._sink is not None:
+            self._sink.close()
 
     def _flush(self) -> None:
         if not self._rows:
@@ -195,7 +217,8 @@ class Parquet(Writer):
         if self._writer is None:
             name = f"data/train-{self._files:05d}.parquet" if self._card else f"rows-{self._files:05d}.parquet"
             # Latents do not compress: 8 % by zstd.
-            self._writer = self._parquet.ParquetWriter(self.folder / name, schema, compression="none")
+            self._sink = self._arrow.OSFile(str(self.folder / name), "wb")
+            self._writer = self._parquet.ParquetWriter(self._sink, schema, compression="none")
             self._files += 1
         columns = {name: [row[name] for row in self._rows] for name in schema.names}
         self._writer.write_table(self._arrow.Table.from_pydict(columns, schema=schema))

@@ -1,4 +1,7 @@
-"""What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call."""
+"""What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call. And a small disk."""
+
+import shutil
+import subprocess
 
 import pytest
 from fastvae_kernels import posterior
@@ -9,3 +12,17 @@ def _as_a_users_cpu(monkeypatch):
     monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
     monkeypatch.setattr("fastvae.sampling.posterior_op", posterior.reference)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of the processes that a test starts
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that holds 64 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    ) if shutil.which("mount") else None  # fmt: skip
+    if mounted is None or mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip() if mounted else 'no mount'}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

@@ -17,20 +17,6 @@ SIZES = [pytest.param(3, id="short"), pytest.param(20, id="long", marks=pytest.m
 NO_SPACE = 6
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder that holds 64 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    ) if shutil.which("mount") else None  # fmt: skip
-    if mounted is None or mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip() if mounted else 'no mount'}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 # For each line [NUMBER, LEFT, OUT] on stdin a process encodes, prints into OUT.said, and its exit code is printed.
 # When it comes to its NUMBER-th file, another program has filled the disk, all but LEFT bytes.
 FILLED = """
