@@ -1,24 +1,27 @@
 """How many SDXL-sized rows a second one process reads from a warm page cache, beside a copy of as many bytes.
 
-    python bench/reading.py [--rows 4096] [--batch 64] [--rounds 7] [--posterior dist] [--threads 1] [--folder DIR]
+    python bench/reading.py [--rows 4096] [--rounds 7] [--folder DIR] [--results bench/results/cpu/reading.json]
 
 A row is [4, 128, 128] of mean and log-variance in fp16, 256 KiB. Rows come in a random order through a DataLoader of
 no workers, BucketBatchSampler and collate, and every byte of them lies in a tensor of its batch. The copy gathers the
 same rows from ordinary memory into a tensor that is there already: what this machine's memory gives at best. Both take
-turns, and medians are given, by wall time and by CPU seconds, of which others on the machine take none.
+turns, and medians are given, by wall time and by CPU seconds, of which others on the machine take none. Then the same
+of ``posterior="sample"``, which draws every row on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from surroundings import surroundings
 from torch.utils.data import DataLoader
 
 import fastvae
@@ -27,7 +30,6 @@ from fastvae.data.records import PlannedRow
 from fastvae.data.shards import Row
 from fastvae.data.sources import SourceFile
 from fastvae.data.store import Store
-from fastvae.report.machine import processor
 
 SIDE, CHANNELS = 128, 4
 LAYOUT = {
@@ -92,33 +94,45 @@ def copying(rows: int, batch: int) -> Callable[[], int]:
     return copy
 
 
+def measured(ways: dict[str, Callable[[], int]], rows: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Rows a second of each way, in turns: medians and bests, by wall time and by CPU time."""
+    rates: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for name, way in list(ways.items()) * (rounds + 1):
+        wall, cpu = time.perf_counter(), time.process_time()
+        assert way() == rows
+        rates[name].append([rows / (time.perf_counter() - wall), rows / (time.process_time() - cpu)])
+    found = {}
+    for name, each in rates.items():
+        by_wall, by_cpu = zip(*each[1:], strict=True)  # the first round opens the shards
+        found[name] = {
+            "rows_per_s": round(statistics.median(by_wall)),
+            "best_rows_per_s": round(max(by_wall)),
+            "rows_per_cpu_s": round(statistics.median(by_cpu)),
+            "best_rows_per_cpu_s": round(max(by_cpu)),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--posterior", choices=["dist", "mean", "sample"], default="dist")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", help="where the store is written for a while; default: the system's")
+    parser.add_argument("--results", type=Path, help="a JSON file of what was found")
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    print(f"{asked.rows} rows in batches of {asked.batch}, posterior {asked.posterior}, {asked.threads} threads")
-    print(processor())
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"rows": asked.rows, "bytes_per_row": 4 * CHANNELS * SIDE * SIDE} | surroundings()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        write_store(Path(folder) / "store", asked.rows)
-        ways = {"read": reading(Path(folder) / "store", asked.batch, asked.posterior)}
-        ways["copy"] = copying(asked.rows, asked.batch)
-        measured: dict[str, list[np.ndarray]] = {name: [] for name in ways}
-        for name, way in list(ways.items()) * (asked.rounds + 1):
-            wall, cpu = time.perf_counter(), time.process_time()
-            assert way() == asked.rows
-            measured[name].append(asked.rows / np.array([time.perf_counter() - wall, time.process_time() - cpu]))
-    for name, rates in measured.items():
-        by_wall, by_cpu = np.array(rates[1:]).T  # the first round opens the shards
-        print(
-            f"{name}: {statistics.median(by_wall):,.0f} rows/s (best {max(by_wall):,.0f}), "
-            f"{statistics.median(by_cpu):,.0f} a CPU-second (best {max(by_cpu):,.0f})"
-        )
+        store, few = Path(folder) / "store", Path(folder) / "few"
+        write_store(store, asked.rows)
+        write_store(few, 256)
+        for batch in (16, 64):
+            ways = {"read": reading(store, batch, "dist"), "copy": copying(asked.rows, batch)}
+            found[f"batch {batch}"] = measured(ways, asked.rows, asked.rounds)
+        found["sample"] = measured({"read": reading(few, 64, "sample")}, 256, asked.rounds)
+    print(json.dumps(found, indent=1))
+    if asked.results:
+        asked.results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

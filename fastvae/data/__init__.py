@@ -5,7 +5,8 @@ What pixels they give: images, colour, jpeg, signatures, reasons; buckets, prepr
 A run: encode, repair, job, settings, accepted, identity, devices, self_check; plan, batches, pipeline, moment_encoder,
 storing, threads; run, report, console.
 What lies on disk: store, records, worklist, shards, json_text; leases, lock, disk; facts, verify.
-What training reads: dataset, iterable, sampler, collate; order, noise, space, mapped_shards, buffers; loader, transfer.
+What training reads: dataset, iterable, sampler, collate; order, noise, normals, space, mapped_shards, buffers; loader,
+transfer.
 And back to pictures: decode, demonstration.
 For other trainers: export, export_formats.
 """

@@ -78,6 +78,8 @@ class LatentDataset(torch.utils.data.Dataset):
         # Shared memory: set_epoch then reaches workers that live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._buffers = Buffers()
+        # What map_shard calls about, of the rows of every shard that was mapped.
+        self._about = np.empty((len(self._keys), 8), np.int64)
         self._maps: dict[int, Mapped] = {}
         self._types: dict[str, np.dtype] = {}
         self._maps_of = os.getpid()
@@ -151,7 +153,12 @@ class LatentDataset(torch.utils.data.Dataset):
         return self._read(numbers) if len(buckets) == 1 else [self[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_buffers": Buffers()}
+        kept = {**self.__dict__, "_maps": {}, "_buffers": Buffers()}
+        del kept["_about"]
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _about=np.empty((len(state["_keys"]), 8), np.int64))
 
     def _read(self, numbers: np.ndarray) -> Rows:
         """Rows of one bucket, by their numbers, none negative."""
@@ -159,7 +166,7 @@ class LatentDataset(torch.utils.data.Dataset):
         parts = [self._map(shard) for shard in shards]
         keys = [self._keys[number] for number in numbers.tolist()]
         seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
-        stored = {name: self._gathered(parts, rows, name) for name in parts[0].arrays}
+        stored = {name: self._gathered(parts, rows, name) for name in parts[0].arrays if name != "about"}
         batch: dict[str, Any] = {"mean": self._space.mean(stored["mean"])}
         if self._with_logvar:
             extent = stored.get("logvar_range")
@@ -170,7 +177,7 @@ class LatentDataset(torch.utils.data.Dataset):
             batch = {"latents": draw(batch["mean"], batch["logvar"], seeds)}
         batch["noise_key"] = torch.from_numpy(np.array(seeds, np.uint64))
         batch["key"] = keys
-        about = stored["about"].numpy()
+        about = self._about[numbers]
         batch["original_hw"], batch["crop_tlhw"], batch["variant"] = (
             torch.from_numpy(about[:, part].astype(dtype))
             for part, dtype in ((slice(2, 4), np.int32), (slice(4, 8), np.int32), (1, np.int64))
@@ -211,6 +218,7 @@ class LatentDataset(torch.utils.data.Dataset):
             if self._types and types != self._types:  # a batch would take those of its first row
                 raise StoreError(f"{path} is damaged: its tensors are of other types than the other shards'")
             self._maps[shard], self._types = mapped, types
+            self._about[own] = mapped.arrays["about"][self._row_of[own]]
         return self._maps[shard]
 
 

@@ -12,10 +12,10 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 
-from fastvae_kernels import philox
 from fastvae_kernels.moments import HIGHEST, LOWEST
 from torch import Tensor
 
+from fastvae.data.normals import normals
 from fastvae.data.shards import key_bytes
 
 PREFIX = b"fastvae noise 1\0"
@@ -31,13 +31,10 @@ def noise_key(seed: int, epoch: int, key: str, variant: int = 0) -> int:
 
 def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[int]:
     """noise_key of each row, (key, variant)."""
-    head = hashlib.sha256(PREFIX + struct.pack("<QQ", checked("seed", seed), checked("epoch", epoch)))
-    numbers = []
-    for key, variant in rows:
-        digest = head.copy()
-        digest.update(_variant_bytes(variant) + key_bytes(key))
-        numbers.append(int.from_bytes(digest.digest()[:8], "little"))
-    return numbers
+    head = PREFIX + struct.pack("<QQ", checked("seed", seed), checked("epoch", epoch))
+    # A new digest of so few bytes is had sooner than a copy of one that has begun.
+    digests = (hashlib.sha256(head + _variant_bytes(variant) + key_bytes(key)).digest() for key, variant in rows)
+    return [int.from_bytes(digest[:8], "little") for digest in digests]
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
@@ -57,7 +54,9 @@ def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
 
     keys: the noise key of each row. The noise is sample_posterior's. A row's bits are its own, whatever the batch.
     """
-    noise = philox.normals(keys, mean.shape[1:].numel()).view(mean.shape)
-    # In double, then rounded: torch's fp32 exponential differs between the body of a vector loop and its tail.
-    std = logvar.double().clamp_(LOWEST, HIGHEST).mul_(0.5).exp_().float()
-    return noise.mul_(std).add_(mean)
+    drawn = normals(keys, mean.shape[1:].numel()).view(mean.shape)
+    # Row by row: what a batch in double would take is fresh memory, which costs more than the draw.
+    for row, center, spread in zip(drawn, mean, logvar, strict=True):
+        # In double, then rounded: torch's fp32 exponential differs between the body of a vector loop and its tail.
+        row.mul_(spread.double().clamp_(LOWEST, HIGHEST).mul_(0.5).exp_().float()).add_(center)
+    return drawn

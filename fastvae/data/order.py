@@ -83,5 +83,7 @@ class Order:
 
     def _own(self, step: Tensor) -> list[int]:
         """This rank's part of a step."""
+        if self.ranks == 1:
+            return step.tolist()
         each = -(-len(step) // self.ranks)
         return step[torch.arange(each * self.rank, each * (self.rank + 1)) % len(step)].tolist()

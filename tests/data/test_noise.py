@@ -6,9 +6,12 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from fastvae_kernels import philox
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastvae
 from fastvae.data.noise import draw, noise_key, noise_keys
+from fastvae.data.normals import BLOCK, normals
 
 
 def test_the_encoding_is_the_one_that_is_written_down():
@@ -51,6 +54,23 @@ def test_a_name_that_is_no_text_has_the_key_of_its_bytes():
 def test_numbers_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         noise_key(*arguments)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 4 * 128 * 128])
+def test_normals_are_the_generators_to_the_last_bit(count):
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**63 + 5, 2**64 - 1]
+    assert torch.equal(normals(seeds, count), philox.normals(seeds, count))
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 3000))
+def test_normals_of_any_seed_are_the_generators(seed, count):
+    assert torch.equal(normals([seed], count), philox.normals([seed], count))
+
+
+def test_normals_of_no_seeds_and_of_wrong_ones():
+    assert normals([], 5).shape == (0, 5)
+    with pytest.raises(ValueError, match=r"seeds must be integers from 0 to 2\^64 - 1, got -1"):
+        normals([-1], 5)
 
 
 def _moments(rows, side=5):
