@@ -73,6 +73,13 @@ from fastvae.cli.output import FAILURES, echo, foreseen, printable
     help="Lay transparency over white, or drop it.",
 )
 @click.option(
+    "--animated",
+    type=click.Choice(["first", "skip"]),
+    default="first",
+    show_default=True,
+    help="Of what has several frames take the first, or leave the file out.",
+)
+@click.option(
     "--hash",
     type=click.Choice(["none", "full"]),
     default="none",

@@ -15,7 +15,7 @@ from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, check_memory, positive
 from fastvae.data.buckets import Buckets, size_name
 from fastvae.data.devices import settled_device
 from fastvae.data.disk import check_room
-from fastvae.data.images import ALPHAS, DEFAULT_MAX_PIXELS
+from fastvae.data.images import ALPHAS, ANIMATED, DEFAULT_MAX_PIXELS
 from fastvae.data.job import Job, Manner, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
@@ -62,6 +62,7 @@ def encode(
     max_failures: str | float | int = "0.1%",
     on_error: str = "quarantine",
     alpha: str = "white",
+    animated: str = "first",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     image_column: str = "image",
     key_column: str = "key",
@@ -85,11 +86,11 @@ def encode(
     mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
     batch: images a step (1 on a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two.
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
-    "fail" to stop at the first. alpha, max_pixels: see read_image. deterministic: image by image, and on a CPU each
-    in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once more, so that an
-    edit is seen that keeps size and time, and a new time alone encodes nothing again. retry_failed: images that failed
-    are tried again, whatever the reason was. progress: a plan line and a bar on stderr. limit: the first N images only.
-    dry_run: plan, report and write nothing.
+    "fail" to stop at the first. alpha, animated, max_pixels: see read_image. deterministic: image by image, and on a
+    CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once more, so
+    that an edit is seen that keeps size and time, and a new time alone encodes nothing again. retry_failed: images that
+    failed are tried again, whatever the reason was. progress: a plan line and a bar on stderr. limit: the first N
+    images only. dry_run: plan, report and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
     StoreError when ``out`` is damaged or holds other things, StoreLocked when another run plans it for too long,
@@ -103,6 +104,7 @@ def encode(
         crop=(crop, CROPS),
         on_error=(on_error, ("quarantine", "fail")),
         alpha=(alpha, ALPHAS),
+        animated=(animated, ANIMATED),
         hash=(hash, ("none", "full")),
         dtype=(dtype, (None, "fp32", "bf16", "fp16")),
     )
@@ -117,11 +119,11 @@ def encode(
     table = Buckets.named(buckets, pixel_multiple(model))
     storing = Storing(posterior, store_dtype, logvar, seed)
     factor, channels = downsample_factor(model), int(model.config.latent_channels)
-    wanted = Settings(dtype, storing, table, kinds, alpha, factor, channels, place)
+    wanted = Settings(dtype, storing, table, kinds, alpha, factor, channels, place, animated)
     settings = decided(Path(out), wanted)
     check_memory(model, settings, batch)
     listed = {file.key: file.place for file in listing.files}
-    reading = Reading(source, table, kinds, alpha, max_pixels, listed)
+    reading = Reading(source, table, kinds, alpha, max_pixels, listed, animated)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
     files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
     job = _Encode(

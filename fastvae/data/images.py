@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ALPHAS = ("white", "drop")
+ANIMATED = ("first", "skip")
 DEFAULT_MAX_PIXELS = 178_000_000
 SMALLEST_SIDE = 8
 LARGEST_ASPECT = 32
@@ -77,18 +78,22 @@ def read_image(
     source: str | os.PathLike[str] | bytes,
     *,
     alpha: str = "white",
+    animated: str = "first",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     at_least: int | tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Picture:
     """The first frame of ``source`` (a path, or a file's bytes) as upright 8-bit sRGB.
 
-    ``alpha``: "white" composites over white, "drop" takes the colours as they are. ``max_pixels`` is compared with the
+    ``alpha``: "white" composites over white, "drop" takes the colours as they are. ``animated``: "skip"
+    refuses what has several frames. ``max_pixels`` is compared with the
     header's width times height before anything is decoded. ``at_least``: a JPEG may be decoded at 1/2, 1/4 or 1/8 of
     its size as long as the upright image stays at least this (height, width), or both sides this long. ``name`` stands
     for the file in messages.
-    Raises ImageError for every file that cannot be used, ValueError for another ``alpha`` or ``at_least``.
+    Raises ImageError for every file that cannot be used, ValueError for another ``alpha``, ``animated``, ``at_least``.
     """
+    if animated not in ANIMATED:
+        raise ValueError(f"animated must be 'first' or 'skip', got {animated!r}")
     if alpha not in ALPHAS:
         raise ValueError(f"alpha must be 'white' or 'drop', got {alpha!r}")
     cover = (at_least, at_least) if isinstance(at_least, int) else at_least
@@ -102,7 +107,7 @@ def read_image(
             data = file.read()
     image_format = _format_of(data[:4096], name)
     with quiet_pillow():
-        return _decode(data, image_format, name, alpha, max_pixels, cover)
+        return _decode(data, image_format, name, alpha, animated, max_pixels, cover)
 
 
 def image_size(
@@ -172,7 +177,13 @@ def _opened(path: str | os.PathLike[str], name: str, max_pixels: int) -> BinaryI
 
 
 def _decode(
-    data: bytes, image_format: str, name: str, alpha: str, max_pixels: int, cover: tuple[int, int] | None
+    data: bytes,
+    image_format: str,
+    name: str,
+    alpha: str,
+    animated: str,
+    max_pixels: int,
+    cover: tuple[int, int] | None,
 ) -> Picture:
     flags: list[str] = []
     with _parsing(lambda: data, image_format, name):
@@ -190,6 +201,8 @@ def _decode(
                 image = _jpeg(image, data, cover, orientation)
             else:
                 if getattr(image, "is_animated", False):
+                    if animated == "skip":
+                        raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
                     flags.append("first_frame")
                 image.load()
                 # Read after load(): Pillow has turned a TIFF by then, and reports 1; a PNG may state it at its end.

@@ -79,6 +79,7 @@ def perform(
         with locked(job.out):
             leases = held.enter_context(Leases(job.out / "leases"))
             store, todo = plan(leases)
+            leases.sweep(keep={unit.lease for unit in todo})
         encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, manner.deterministic)
         batches = Batches(manner.batch, encoder)
         encoding = Encoding(encoder, settings.storing, batches)

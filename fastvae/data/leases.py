@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,9 +59,18 @@ class Leases:
                 return True
             if self.is_live(name):
                 return False
-            write_atomically(self._path(name), [self._content()])
+            write_atomically(self._path(name), [self._content(self.deaths(name) + 1)])
         self._hold(name)
         return True
+
+    def is_taken(self, name: str) -> bool:
+        """Whether somebody has the lease, a process that died among them."""
+        return self._path(name).exists()
+
+    def deaths(self, name: str) -> int:
+        """How many of the lease's holders died before it was taken over from them."""
+        deaths = _read(self._path(name)).get("deaths", 0)
+        return deaths if isinstance(deaths, int) else 0
 
     def holds(self, name: str) -> bool:
         """Whether the lease is still this process's: one that was taken for dead may have lost it."""
@@ -79,12 +89,13 @@ class Leases:
         names = [path.stem for path in sorted(self.folder.iterdir()) if re.fullmatch(LEASE, path.name)]
         return [name for name in names if name not in self._held and self.is_live(name)]
 
-    def sweep(self) -> None:
-        """Delete the leases of the dead."""
+    def sweep(self, keep: Collection[str] = ()) -> None:
+        """Delete the leases of the dead, but those in ``keep``: whoever takes these over has to know of it."""
         with locked(self.folder):
             for path in self.folder.iterdir():
                 # Asked now and not before: one that is free may be taken at any time, one of the dead only by the lock.
-                dead = re.fullmatch(LEASE, path.name) and path.stem not in self._held and not self.is_live(path.stem)
+                spared = path.stem in self._held or path.stem in keep
+                dead = re.fullmatch(LEASE, path.name) and not spared and not self.is_live(path.stem)
                 if dead or is_leftover(path, LEASE):
                     path.unlink(missing_ok=True)
 
@@ -131,8 +142,9 @@ class Leases:
                         with contextlib.suppress(FileNotFoundError):  # taken over and given back since
                             os.utime(self._path(name))
 
-    def _content(self) -> bytes:
-        return json.dumps({"owner": self.owner, "pid": os.getpid(), "host": _host()}).encode("ascii")
+    def _content(self, deaths: int = 0) -> bytes:
+        holder = {"owner": self.owner, "pid": os.getpid(), "host": _host(), "deaths": deaths}
+        return json.dumps(holder).encode("ascii")
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.lease"

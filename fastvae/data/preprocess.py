@@ -96,7 +96,7 @@ def scaled_size(original_hw: Size, bucket: Size | int) -> Size:
     return (2 * height * columns + width) // (2 * width), columns
 
 
-def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str) -> dict[str, object]:
+def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str, animated: str = "first") -> dict[str, object]:
     """Everything between a file's bytes and the model's input that changes pixels, for the identity of a store."""
     return {
         "decoder": "pillow",
@@ -106,7 +106,7 @@ def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str) -> dic
         "cmyk": "embedded profile, else Pillow's conversion; JPEG inverted when Adobe's marker is there",
         "16-bit": "grey by round(v / 257); colour by Pillow, its high byte",
         "alpha": alpha,
-        "frames": "first",
+        "frames": animated,
         "buckets": buckets.names,
         "bucket_of": "nearest aspect ratio",
         "resize": "lanczos, to cover",

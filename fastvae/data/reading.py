@@ -28,6 +28,7 @@ class Reading:
     alpha: str
     max_pixels: int
     listed: Mapping[str, str] | None = None
+    animated: str = "first"
 
     def size(self, file: SourceFile) -> Size:
         """The upright (height, width) that a file's header states; (0, 0) for one that cannot be used."""
@@ -47,7 +48,8 @@ class Reading:
         the run was planned, so it is "unreadable", and tried again by the next run.
         """
         content = self._content(file)
-        picture = read_image(content, alpha=self.alpha, max_pixels=self.max_pixels, at_least=bucket, name=file.key)
+        policies = {"alpha": self.alpha, "animated": self.animated, "max_pixels": self.max_pixels}
+        picture = read_image(content, **policies, at_least=bucket, name=file.key)  # type: ignore[arg-type]
         if self.bucket_of(picture.original_hw) != bucket:
             found = "x".join(map(str, picture.original_hw))
             raise ImageError("unreadable", f"{file.key} is {found} now, which was not so when the run was planned")

@@ -17,9 +17,11 @@ REASONS = (
     "too_large",
     "too_small",
     "too_thin",
+    "animated",
     "unreadable",
     "non_finite",
     "overflow",
+    "worker_died",
 )
 
 

@@ -19,7 +19,7 @@ from fastvae.data.buckets import Buckets, Size
 from fastvae.data.console import say
 from fastvae.data.devices import DTYPES, default_dtype
 from fastvae.data.identity import model_identity
-from fastvae.data.images import ALPHAS
+from fastvae.data.images import ALPHAS, ANIMATED
 from fastvae.data.preprocess import Variants, checked_variants, preprocess_identity
 from fastvae.data.shards import row_bytes
 from fastvae.data.space import scaling_of
@@ -40,6 +40,7 @@ class Settings:
     factor: int  # pixels per latent
     latent_channels: int
     device: torch.device
+    animated: str = "first"
 
     def row_size(self, bucket: Size) -> int:
         """About how many bytes a row of ``bucket`` takes in the store."""
@@ -118,6 +119,7 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
             mean=(numerics["mean"], ("fp16", "fp32")),
             dtype=(numerics["dtype"], tuple(DTYPES)),
             alpha=(preprocess.get("alpha"), ALPHAS),
+            animated=(preprocess.get("frames"), ANIMATED),
         )
         return Settings(
             numerics["dtype"],
@@ -128,6 +130,7 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
             downsample_factor(model),
             int(model.config.latent_channels),
             device,
+            preprocess["frames"],
         )
     except ValueError as error:
         raise StoreError(f"{store.path} was made with settings that are not known here: {error}") from error
@@ -164,7 +167,7 @@ def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
             **settings.storing.identity(),
             "tiling": None,
         },
-        "preprocess": preprocess_identity(settings.buckets, settings.variants, settings.alpha),
+        "preprocess": preprocess_identity(settings.buckets, settings.variants, settings.alpha, settings.animated),
     }
 
 

@@ -119,7 +119,6 @@ class Store:
             store._forget()
             write_atomically(path / "store.json", [content])
         store._sweep(leases)
-        leases.sweep()
         (path / "plan").mkdir(exist_ok=True)
         (path / "shards").mkdir(exist_ok=True)
         # Else a power cut could take a folder away with every record in it, however well those were synchronised.

@@ -15,6 +15,7 @@ from small_store import SIDE, picture, small_vae
 from fastvae.data.encode import encode
 from fastvae.data.images import DEFAULT_MAX_PIXELS, image_size, read_image
 from fastvae.data.reasons import ImageError
+from fastvae.data.records import IdentityMismatch
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 BOMB_SECONDS, BOMB_MEGABYTES = 0.05, 64
@@ -83,6 +84,7 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import resource, sys
 from fastvae.data.images import read_image, image_size
 from fastvae.data.reasons import ImageError
+from fastvae.data.records import IdentityMismatch
 from data.failures import EVERY_KIND, dimension_bomb, other_bombs
 [read_image(data) for data in EVERY_KIND.values()]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -145,13 +147,18 @@ def test_row_09_no_interpreter_of_documents_is_ever_started(tmp_path, monkeypatc
     assert now == forbidden
 
 
-def test_row_10_first_frames_are_counted_in_the_report(tmp_path):
+def test_row_10_first_frames_are_counted_in_the_report_or_their_files_left_out(tmp_path):
     (tmp_path / "in").mkdir()
     for image_format in ("GIF", "WEBP", "PNG"):
         frames = [picture(number, 32, 32) for number in range(3)]
         frames[0].save(tmp_path / "in" / f"a.{image_format.lower()}", save_all=True, append_images=frames[1:])
     report = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS)
     assert (report.ok, report.flags) == (3, {"first_frame": 3})
+    picture(9, 32, 32).save(tmp_path / "in" / "still.png")
+    report = encode(tmp_path / "in", tmp_path / "skipped", vae=small_vae(), animated="skip", max_failures=0, **OPTIONS)
+    assert (report.ok, report.reasons, report.exceeded) == (1, {"animated": 3}, False)
+    with pytest.raises(IdentityMismatch, match=r'preprocess\.frames: the store has "first", this run "skip"'):
+        encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), animated="skip", **OPTIONS)
 
 
 def test_row_11_needles_specks_and_slivers_end_as_a_row_or_a_reason(tmp_path):

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_store import write_pictures
+from data.store_checks import committed, failures
+from small_store import SIDE, small_vae, write_pictures
+
+from fastvae.data.encode import encode
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts no process by fork")
 # Rows of a shard, and of images that the threads have under way beside the two shards that are not yet committed: one
@@ -72,3 +75,51 @@ def test_row_22_one_of_four_workers_is_killed_again_and_again(tmp_path, long):
     assert line["encoded"] - pictures <= line["kills"] * (2 * SHARD + UNDER_WAY)
     say(22, f"{line['kills']} kills in {line['seconds']} s, one every {period} s: {line['rows']} rows, 0 twice, "
             f"{line['encoded'] - pictures} encoded again")  # fmt: skip
+
+
+# Encodes as often as a process dies of it, at most argv[3] times; prints the exit codes. An image called "poison" kills
+# whoever reads it.
+POISONED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from fastvae.data.encode import encode
+from fastvae.data.reading import Reading
+from small_store import SIDE, small_vae
+real = Reading.picture
+def picture(reading, file, bucket):
+    if "poison" in file.key:
+        os.kill(os.getpid(), 9)
+    return real(reading, file, bucket)
+Reading.picture = picture
+for _ in range(int(sys.argv[3])):
+    child = os.fork()
+    if child == 0:
+        encode(sys.argv[1], sys.argv[2], vae=small_vae(), buckets=SIDE, dtype="fp32", device="cpu", shard_mb=0.002,
+               workers=2, max_failures=4, progress=False)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, flush=True)
+    if code == 0:
+        break
+"""
+
+
+def test_row_22_a_unit_that_kills_whoever_does_it_is_given_up_after_three_and_no_other(tmp_path):
+    names = write_pictures(tmp_path / "in", 32)
+    (tmp_path / "in" / "013.png").rename(tmp_path / "in" / "012 poison.png")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", POISONED, tmp_path / "in", tmp_path / "out", 9]
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["-9", "-9", "-9", "0"], done.stderr
+    with_it = {"012 poison.png", "012.png", "014.png", "015.png"}  # of a unit: four at a time, by name
+    assert failures(tmp_path / "out") == dict.fromkeys(with_it, "worker_died")
+    rows = {key for key, _ in committed(tmp_path / "out")}
+    assert rows == {*names, "012 poison.png"} - {"013.png"} - with_it
+    assert not list((tmp_path / "out" / "leases").glob("*.lease"))
+    (line,) = [line for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines() if '"012.png"' in line]
+    assert json.loads(line)["detail"] == "3 processes died while they encoded the unit of 012.png"
+    (tmp_path / "in" / "012 poison.png").unlink()
+    options = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "progress": False, "retry_failed": True}
+    assert encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), max_failures=1, **options).ok == 3
+    say(22, f"a poisoned unit: 3 deaths, {len(with_it)} rows given up of 32, the others whole")
