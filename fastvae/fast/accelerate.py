@@ -55,7 +55,9 @@ def accelerate(
     (AutoencoderKLFlux2, the encoder of AsymmetricAutoencoderKL), or an object with such a ``vae``; also inside the
     wrappers of torch.compile and DistributedDataParallel. The replicas that DataParallel makes run as they stand.
     precision: "fast" takes every rewrite that is exact in real arithmetic; "exact" only what keeps eager's bits.
-    deterministic: row i of a batch gets the bits that it gets alone; convolutions then run image by image.
+    deterministic: row i of a batch gets the bits that it gets alone; convolutions then run image by image. In the
+    model's own ``encode`` and ``decode`` that is encoder and decoder alone; encode_latents and decode_latents hold
+    quant_conv and post_quant_conv to it too.
     graphs: from the second call of a shape on replay a captured CUDA graph; for small batches on a GPU, and without
     effect elsewhere, of which ``fast_report`` tells (``graph_replays``, and ``no_graph`` in words).
     compile: encoder and decoder go through torch.compile, each at its first call, which takes a minute; threads then
