@@ -30,7 +30,8 @@ def normals(seeds: Sequence[int] | Tensor, count: int) -> Tensor:
         for start in range(0, count, BLOCK):
             _first_words(seed, start, words[:, start : start + BLOCK])
         # Below 2^32, so signed as well; torch converts no unsigned ones.
-        _box_muller(*torch.from_numpy(words.view(np.int64)), row)
+        word0, word1 = torch.from_numpy(words.view(np.int64)).unbind()
+        _box_muller(word0, word1, row)
     return out
 
 

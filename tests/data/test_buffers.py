@@ -1,6 +1,7 @@
 """Memory that is used again: never while anything still looks at it, and not without bound."""
 
 import gc
+import os
 import pickle
 import threading
 
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from small_store import write_store
+from torch.utils.data import DataLoader
 
 import fastvae.data.buffers
 from fastvae.data.buffers import MOST_FREE, Buffers
+from fastvae.data.collate import collate
 from fastvae.data.dataset import LatentDataset
+from fastvae.data.sampler import BucketBatchSampler
 
 HALF = np.dtype(np.float16)
 SHAPE = (4, 4, 16, 16)
@@ -96,6 +100,25 @@ def test_batches_that_are_kept_stay_what_they_were(tmp_path):
         for item in kept:
             for row in [item] if isinstance(item, dict) else item:
                 assert torch.equal(row["mean"], truth[row["key"]])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts no process by fork")
+def test_worker_processes_hand_over_what_they_read(tmp_path):
+    """A worker's tensors move to shared memory, and their own memory takes the batch after next."""
+    keys = [f"{number}.png" for number in range(24)]
+    dataset = LatentDataset(write_store(tmp_path / "out", {(32, 32): keys}))
+    truth = {key: dataset[number]["mean"].clone() for number, key in enumerate(keys)}
+    sampler = BucketBatchSampler(dataset, 3)
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=2, multiprocessing_context="fork"
+    )
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert sorted(key for batch in batches for key in batch["key"]) == sorted(keys)
+        for batch in batches:
+            for key, mean in zip(batch["key"], batch["mean"], strict=True):
+                assert torch.equal(mean, truth[key])
 
 
 def test_a_pickled_dataset_has_buffers_of_its_own(tmp_path):
