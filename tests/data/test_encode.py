@@ -382,11 +382,11 @@ def test_row_15_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), shard_mb=0.002, **OPTIONS)
+    with monkeypatch.context() as patch:  # undo() would undo the conftest's as well, and wake the slow interpreter
+        patch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), shard_mb=0.002, **OPTIONS)
     assert caught.value.errno == errno.ENOSPC
-    monkeypatch.undo()
     assert len(Store.open(tmp_path / "out").commits()) == 1
     assert not list((tmp_path / "out").rglob("*.tmp.*"))
     report = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), shard_mb=0.002, **OPTIONS)
