@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -287,23 +288,45 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Pictures, and the mean that each gives when it is encoded alone."""
+    """Pictures, and the mean that each variant of each, as it is and mirrored, gives when it is encoded alone."""
     folder = tmp_path_factory.mktemp("alone")
-    vae, keys = small_vae(), write_sizes(folder, SIZES + SIZES[:2])
-    return folder, {key: moments(vae, folder / key, TABLE.of(size[::-1]))[0] for key, size in
-                    zip(keys, SIZES + SIZES[:2], strict=True)}  # fmt: skip
+    vae, sizes = small_vae(), SIZES + SIZES[:2]
+    keys, kinds = write_sizes(folder, sizes), Variants(flip=True)
+    return folder, {
+        (key, variant): moments(vae, folder / key, TABLE.of(size[::-1]), kinds, variant, key)[0]
+        for key, size in zip(keys, sizes, strict=True)
+        for variant in (0, 1)
+    }
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def encode_until(stop, monkeypatch, *arguments, **options) -> None:
+    """Encode, interrupted at step ``stop``; a run that has fewer steps ends."""
+    real, calls = MomentEncoder.start, iter(range(100))
+
+    def interrupted(encoder, pixels):
+        if next(calls) == stop:
+            raise KeyboardInterrupt
+        return real(encoder, pixels)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(MomentEncoder, "start", interrupted)
+        encode(*arguments, **options)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_row_is_anothers_whatever_happens_on_the_way(tmp_path, monkeypatch, alone, data):
-    """Pictures in any order under any name, some twice, some spoilt; runs that are interrupted anywhere, then one."""
+    """Pictures in any order under any name, some twice, spoilt or exchanged; runs that are interrupted, then one."""
     folder, means = alone
-    chosen = data.draw(st.lists(st.sampled_from(sorted(means)), min_size=1, max_size=6), label="pictures")
-    spoilt = data.draw(st.sets(st.integers(0, len(chosen) - 1), max_size=2), label="spoilt")
-    stops = data.draw(st.lists(st.integers(0, len(chosen)), max_size=3), label="interruptions")
-    options = {**OPTIONS, "shard_mb": data.draw(st.sampled_from([0.0005, 0.004])), "max_failures": 6}
-    options |= {"batch": data.draw(st.integers(1, 3)), "workers": data.draw(st.integers(1, 2))}
+    pictures = sorted({key for key, _ in means})
+    chosen = data.draw(st.lists(st.sampled_from(pictures), min_size=1, max_size=6), label="pictures")
+    numbers = st.integers(0, len(chosen) - 1)
+    spoilt = data.draw(st.sets(numbers, max_size=2), label="spoilt")
+    stops = data.draw(st.lists(st.integers(0, 2 * len(chosen)), max_size=3), label="interruptions")
+    exchanged = data.draw(st.none() | st.tuples(numbers, st.sampled_from(pictures)), label="exchanged before the last")
+    kinds = Variants(flip=data.draw(st.booleans(), label="mirrored as well"))
+    options = {**OPTIONS, "shard_mb": data.draw(st.sampled_from([0.0005, 0.004])), "max_failures": 12}
+    options |= {"batch": data.draw(st.integers(1, 3)), "workers": data.draw(st.integers(1, 2)), "flip": kinds.flip}
     for place in ("in", "out"):
         shutil.rmtree(tmp_path / place, ignore_errors=True)
     (tmp_path / "in").mkdir()
@@ -311,23 +334,17 @@ def test_no_row_is_anothers_whatever_happens_on_the_way(tmp_path, monkeypatch, a
     for number, (name, key) in enumerate(zip(names, chosen, strict=True)):
         content = (folder / key).read_bytes()
         (tmp_path / "in" / name).write_bytes(content[:-20] if number in spoilt else content)
-    real = MomentEncoder.start
     for stop in stops:
-        calls = iter(range(100))
-
-        def interrupted(encoder, pixels, calls=calls, stop=stop):
-            if next(calls) == stop:
-                raise KeyboardInterrupt
-            return real(encoder, pixels)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(MomentEncoder, "start", interrupted)
-            with contextlib.suppress(KeyboardInterrupt):  # where it has fewer steps than that, it ends
-                encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **options)
+        encode_until(stop, monkeypatch, tmp_path / "in", tmp_path / "out", vae=small_vae(), **options)
+    good = {name: key for number, (name, key) in enumerate(zip(names, chosen, strict=True)) if number not in spoilt}
+    if exchanged is not None:
+        name = names[exchanged[0]]
+        good[name] = exchanged[1]
+        (tmp_path / "in" / name).write_bytes((folder / exchanged[1]).read_bytes())
+        os.utime(tmp_path / "in" / name, ns=(10**9, 10**9))
     report = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **options)
     rows = rows_of(tmp_path / "out")
-    good = {name: key for number, (name, key) in enumerate(zip(names, chosen, strict=True)) if number not in spoilt}
-    assert sorted(rows) == sorted((name, 0) for name in good)
-    assert sum(report.reasons.values()) == len(spoilt)
-    for (name, _), row in rows.items():
-        assert_half_equal(row["mean"], means[good[name]])
+    assert sorted(rows) == sorted((name, variant) for name in good for variant in range(kinds.count))
+    assert sum(report.reasons.values()) == kinds.count * (len(chosen) - len(good))
+    for (name, variant), row in rows.items():
+        assert_half_equal(row["mean"], means[good[name], variant])
