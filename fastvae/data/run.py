@@ -142,7 +142,8 @@ def _one_of_the_dead(run: Run, others: list[Unit], bar: tqdm) -> bool:
     By itself, so that a process that dies of it has nothing else begun that would be held to be guilty too; and not at
     all where MOST_DEATHS have died of it.
     """
-    unit = next((unit for unit in others if run.leases.acquire(unit.lease)), None)
+    fewest = sorted(others, key=lambda unit: run.leases.deaths(unit.lease))  # who only stood by is done first
+    unit = next((unit for unit in fewest if run.leases.acquire(unit.lease)), None)
     if unit is None:
         return False
     others.remove(unit)

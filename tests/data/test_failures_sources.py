@@ -14,7 +14,7 @@ from data.failures import EVERY_KIND, HOSTILE_NAMES, hostile_tar
 from data.store_checks import committed, failures
 from small_store import SIDE, picture, small_vae, write_pictures
 
-from fastvae.cli.output import CONTROL, printable
+from fastvae.data.console import CONTROL, printable
 from fastvae.data.encode import encode
 from fastvae.data.file_systems import remote
 from fastvae.data.records import StoreError
