@@ -163,7 +163,8 @@ class LatentDataset(torch.utils.data.Dataset):
     def _read(self, numbers: np.ndarray) -> Rows:
         """Rows of one bucket, by their numbers, none negative."""
         shards, rows = self._shard_of[numbers].tolist(), self._row_of[numbers].tolist()
-        parts = [self._map(shard) for shard in shards]
+        maps = {shard: self._map(shard) for shard in set(shards)}
+        parts = [maps[shard] for shard in shards]
         keys = [self._keys[number] for number in numbers.tolist()]
         seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
         stored = {name: self._gathered(parts, rows, name) for name in parts[0].arrays if name != "about"}

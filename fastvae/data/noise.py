@@ -33,8 +33,8 @@ def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[i
     """noise_key of each row, (key, variant)."""
     head = PREFIX + struct.pack("<QQ", checked("seed", seed), checked("epoch", epoch))
     # A new digest of so few bytes is had sooner than a copy of one that has begun.
-    digests = (hashlib.sha256(head + _variant_bytes(variant) + key_bytes(key)).digest() for key, variant in rows)
-    return [int.from_bytes(digest[:8], "little") for digest in digests]
+    digests = [hashlib.sha256(head + _variant_bytes(variant) + key_bytes(key)).digest()[:8] for key, variant in rows]
+    return list(struct.unpack(f"<{len(digests)}Q", b"".join(digests)))
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
