@@ -15,7 +15,7 @@ from fastvae.cli.signals import orderly
 from fastvae.data.verify import verify
 
 WITHIN = 10  # seconds
-PICTURES = 60
+PICTURES = 36
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
 
 
@@ -47,7 +47,7 @@ def pictures(tmp_path_factory):
 def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(tmp_path, pictures, number):
     out = tmp_path / "out"
     process = start(pictures, out)
-    wait_for_commits(process, out, 3)
+    wait_for_commits(process, out, 1)
     started = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=60)

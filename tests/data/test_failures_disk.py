@@ -13,7 +13,7 @@ import pytest
 from data.store_checks import committed
 from small_store import SIDE, small_vae, write_pictures
 
-SIZES = [pytest.param(3, id="short"), pytest.param(20, id="long", marks=pytest.mark.slow)]
+SIZES = [pytest.param(2, id="short"), pytest.param(20, id="long", marks=pytest.mark.slow)]
 NO_SPACE = 6
 
 

@@ -30,14 +30,15 @@ def shards_of(out):
     return {path.name: path.read_bytes() for path in sorted((out / "shards").glob("*.safetensors"))}
 
 
-FLIPS = 1000
+FLIPS = [pytest.param(200, id="short"), pytest.param(1000, id="long", marks=pytest.mark.slow)]
 
 
-def test_row_32_every_single_bit_that_flips_is_found(made):
+@pytest.mark.parametrize("flips", FLIPS)
+def test_row_32_every_single_bit_that_flips_is_found(made, flips):
     found = verify(made, deep=True, progress=False)
     assert (found.damaged, found.stale, found.rows, found.failed, found.pending) == ([], [], 12, 1, 0)
     generator, whole, seen = random.Random(0), shards_of(made), 0
-    for number in range(FLIPS):
+    for number in range(flips):
         name = generator.choice(sorted(whole))
         data = bytearray(whole[name])
         data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
@@ -45,9 +46,9 @@ def test_row_32_every_single_bit_that_flips_is_found(made):
         damaged = verify(made, deep=bool(number % 2), progress=False).damaged
         seen += [damage.file for damage in damaged] == [f"shards/{name}"]
         (made / "shards" / name).write_bytes(whole[name])
-    assert seen == FLIPS
+    assert seen == flips
     assert verify(made, deep=True, progress=False).damaged == []
-    print(f"\nrow 32: {seen} of {FLIPS} single bit flips found, each by its shard's name")  # noqa: T201
+    print(f"\nrow 32: {seen} of {flips} single bit flips found, each by its shard's name")  # noqa: T201
 
 
 def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made):
