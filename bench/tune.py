@@ -72,10 +72,6 @@ def searches() -> list[Search]:
                 found.append(Search(op, case, channels, (32, 64, 128, 256), (32, 64, 128)))
         case = operations.Case("pixels_conv_in", (1, 3, 1024, 1024), dtype)
         found.append(Search("pixels_conv_in", case, 128, (32, 64, 128), (32, 64, 128)))
-    # A tile for 256 channels would serve fewer as well: so those are searched too.
-    for channels in (64, 128, 256):
-        case = operations.Case("spatial_attention", (8, 2048, channels))
-        found.append(Search("spatial_attention", case, channels, (32, 64, 128), (16, 32, 64, 128), stages=(1, 2, 3)))
     forward, backward = (
         operations.Case(f"spatial_attention{end}", (1, 16384 if not end else 4096, 512)) for end in ("", "_backward")
     )

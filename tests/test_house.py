@@ -73,7 +73,7 @@ def test_diffusers_is_never_imported_by_the_package():
 def test_kernels_stand_on_torch_and_triton_alone():
     helpers = {"statistics", "philox", "tiles", "runtime"}
     # The parts of attention.py, which is too long for one file; they are no ops.
-    helpers |= {"attention_tiles", "attention_flash", "attention_products", "attention_gradient"}
+    helpers |= {"attention_tiles", "attention_products", "attention_gradient"}
     # Those of group_norm_silu.py and of posterior.py; moments.py serves divergence.py as well.
     helpers |= {"group_norm_tiles", "group_norm_gradient", "moments", "posterior_gradient"}
     for path in (ROOT / "kernels" / "fastvae_kernels").glob("*.py"):

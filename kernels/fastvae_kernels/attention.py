@@ -1,9 +1,10 @@
 """Attention of one head over the positions of an image: out = softmax(scale q k^T) v, for q, k, v [N, S, d].
 
-Up to 256 channels one kernel does it (attention_flash), beyond them two products (attention_products), whatever S is.
-With keys = values (q' = x M, k = v = x, with the projections folded into their neighbours) one tensor is streamed in
-place of two. The log-sum-exp [N, S], natural, is kept for the gradients (attention_gradient). No tile and no order of
-sums hangs on the batch. Traffic: cost's docstring.
+Two products do it (attention_products): the flash form, all in one kernel, has no room for the accumulator of 512
+channels that every published model needs (64 queries a tile spill on sm_90, 32 are fewer than a wgmma takes), and at
+256 it took three times as long as torch's own on an H100. With keys = values (q' = x M, k = v = x, with the projections
+folded into their neighbours) the gradient has one tensor for both. The log-sum-exp [N, S], natural, is kept for the
+gradients (attention_gradient). No tile and no order of sums hangs on the batch. Traffic: cost's docstring.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae_kernels import attention_flash, attention_gradient, attention_products, tiles
+from fastvae_kernels import attention_gradient, attention_products
 from fastvae_kernels.attention_tiles import DTYPES, check
 from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
-# The most channels of the flash form. At 512 its accumulator leaves no room: on sm_90 64 queries a tile spill, and 32
-# are fewer than a wgmma takes. Two products make 353 TFLOP/s of one image of 4,096 tokens on an H100, 467 of eight.
-FLASH_CHANNELS = 256
 # How many queries the reference takes at a time, so that its memory is linear in S as well.
 REFERENCE_ROWS = 1024
 
@@ -54,33 +52,18 @@ def reference_backward(
     return [torch.cat([*grad_query, query[:, :0]], dim=1), grad_key, grad_value]
 
 
-def takes_products(channels: int) -> bool:
-    """Whether attention of ``channels`` channels goes by two products, at any length; else by the flash kernel."""
-    return channels > FLASH_CHANNELS
-
-
 def cost(query: Tensor, shared: bool = False) -> Cost:
     """The forward pass with every tensor crossing memory once: two products of 2 S^2 d operations an image.
 
-    What programs really load and store, before any cache (``traffic``), in bytes an image, at e bytes a value and
-    with c(S, n) = ceil(S / n):
-    flash, a tile of Q queries: e S d (2 + t c(S, Q)) + 4 S, with t = 1 tensor of keys and values, or 2
-    two products, tiles of Q x K scores and of R queries x C channels, of which c(d, C) stand side by side:
+    What programs really load and store, before any cache (attention_products.traffic), in bytes an image, at e bytes a
+    value and with c(S, n) = ceil(S / n), tiles of Q x K scores and of R queries x C channels, c(d, C) side by side:
     scores e S d (c(S, K) + c(S, Q)) + S c(S, K) (e K + 8), sums S (12 c(S, K) + 8),
     output c(d, C) S (e S + 4 c(S, K) + 4) + e S d (c(S, R) + 1), its first S in whole steps of the product.
     """
     images, length, channels = query.shape
     tensors = 3 if shared else 4
-    launches = attention_products.count_launches(query) if takes_products(channels) else 1
-    return Cost(tensors * size_in_bytes(query) + 4 * images * length, 4 * images * length * length * channels, launches)
-
-
-def traffic(query: Tensor, shared: bool = False, target: tiles.Target | None = None) -> int:
-    """The bytes that all programs of the forward pass load and store, each counting its own once; see ``cost``."""
-    target = target or tiles.target_of(query.device)
-    if takes_products(query.shape[2]):
-        return attention_products.traffic(query, target)
-    return attention_flash.traffic(query, shared, target)
+    moved = tensors * size_in_bytes(query) + 4 * images * length
+    return Cost(moved, 4 * images * length * length * channels, attention_products.count_launches(query))
 
 
 def backward_cost(query: Tensor, shared: bool = False) -> Cost:
@@ -100,12 +83,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> t
     if query.dtype == torch.float64:
         return reference(query, key, key if value is None else value, scale)
     query, key = query.contiguous(), key.contiguous()
-    value = None if value is None else value.contiguous()
+    value = key if value is None else value.contiguous()
     if not query.numel():
         return torch.empty_like(query), _lse_like(query)
-    if takes_products(query.shape[2]):
-        return attention_products.attend(query, key, key if value is None else value, scale)
-    return attention_flash.attend(query, key, value, scale)
+    return attention_products.attend(query, key, value, scale)
 
 
 @torch.library.custom_op("fastvae::spatial_attention", mutates_args=())
@@ -114,7 +95,7 @@ def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     """softmax(scale * query key^T) value, [N, S, d], and its natural log-sum-exp, fp32 [N, S], without a gradient.
 
     query, key, value: [N, S, d] of one dtype, d a multiple of 8 up to 512; contiguous ones are read as they lie.
-    Raises ValueError for others. Source: FlashAttention-2 (Dao 2023), for one head and any d up to 512.
+    Raises ValueError for others. Source: diffusers.models.attention_processor.AttnProcessor2_0, of one head.
     """
     check(query, key=key, value=value)
     return reference(query, key, value, scale)
@@ -137,7 +118,7 @@ def _(query, key, value, scale):
 @torch.library.custom_op("fastvae::spatial_attention_shared", mutates_args=())
 @on_its_device
 def spatial_attention_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """spatial_attention(query, x, x, scale), which streams x once where two tensors would be; errors alike."""
+    """spatial_attention(query, x, x, scale), whose gradient has one tensor for keys and values; errors alike."""
     check(query, x=x)
     return reference(query, x, x, scale)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels import tiles
-from fastvae_kernels.attention_tiles import LOG2_E, Round, load_tile, place_of, rounds_of, width_of
+from fastvae_kernels.attention_tiles import LOG2_E, Round, add_product, load_tile, place_of, rounds_of, width_of
 from fastvae_kernels.runtime import tl, triton
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -70,7 +70,7 @@ def _weights_kernel(
         key_inside = (keys < length)[None, :] & (depth < CHANNELS - start)[:, None]
         query = tl.load(query_ptr + start + row_place, mask=row_inside, other=0.0)
         key = tl.load(key_ptr + start + key_place, mask=key_inside, other=0.0)
-        scores = tl.dot(query, key, scores, input_precision="ieee")
+        scores = add_product(query, key, scores)
         grad = tl.load(grad_ptr + start + row_place, mask=row_inside, other=0.0)
         value = tl.load(value_ptr + start + key_place, mask=key_inside, other=0.0)
         slope = tl.dot(grad, value, slope, input_precision="ieee")

@@ -50,7 +50,7 @@ def test_every_test_named_is_there():
         "bias folded twice",
         "factor forgotten",
         "residual bias forgotten",
-        "missed rescale in the online softmax",
+        "missed rescale: sums of the tiles",
         "log-sum-exp without the maximum",
         "key tail unmasked",
         "dK and dV swapped",

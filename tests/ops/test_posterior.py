@@ -311,7 +311,7 @@ def test_cost_counts_the_tensors_it_names():
     moments, seeds = torch.empty(2, 8, 16, 16, dtype=torch.float16), torch.empty(2, dtype=torch.int64)
     assert posterior.cost(moments, seeds).bytes == 2 * (8 + 4) * 256 * 2 + 16
     assert posterior.cost(moments).bytes == 2 * (4 + 4) * 256 * 2
-    assert divergence.cost(moments).bytes == 2 * 8 * 256 * 2 + (2 + 1) * 2 * 4
+    assert divergence.cost(moments).bytes == 2 * 8 * 256 * 2 + (2 * 8 + 4) * 2
 
 
 def test_a_log_variance_below_the_clamp_counts_as_the_clamp():
