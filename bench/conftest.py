@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -56,6 +57,8 @@ def pytest_configure(config):
 def pytest_runtest_logreport(report):
     if report.failed:
         _config.results["failed"].append(report.nodeid.split("::")[-1])
+    if report.when == "teardown":  # what is killed in the next case has this one's
+        _write(_config, passed=False)
 
 
 def pytest_sessionstart(session):
@@ -64,11 +67,19 @@ def pytest_sessionstart(session):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    path = session.config.getoption("results")
+    _write(session.config, passed=exitstatus == 0)
+
+
+_surroundings = functools.cache(surroundings)
+
+
+def _write(config, passed):
+    """The results file as it stands; ``passed``: whether that is all, and well."""
+    path = config.getoption("results")
     if path:
-        dry = session.config.getoption("dry")
-        whole = surroundings() | {"dry": dry, "passed": exitstatus == 0} | session.config.results
-        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+        whole = _surroundings() | {"dry": config.getoption("dry"), "passed": passed} | config.results
+        Path(f"{path}.tmp").write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(f"{path}.tmp", path)
 
 
 def said(row: dict[str, Any], dry: bool) -> str:

@@ -96,6 +96,28 @@ def test_a_wrong_result_is_red_and_has_no_time(tmp_path):
     assert all("residual_add" in name for name in whole["parts"]["ops"]["failed"])
 
 
+KILLED = """
+import os, signal
+ran = []
+def pytest_runtest_setup(item):
+    ran.append(item)
+    if len(ran) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@needs_bash
+def test_a_part_that_is_killed_keeps_the_cases_it_had_done(tmp_path):
+    """As a case is that hangs in a compiler, and does not hear that its time is up."""
+    (tmp_path / "planted.py").write_text(KILLED)
+    out = tmp_path / "out"
+    done = run_script(out, "--dry", "--only", "ops", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
+    assert done.stdout.splitlines()[-1] == "failed: ops"
+    whole = json.loads((out / "results.json").read_text())
+    assert len(whole["cases"]) == 2
+    assert whole["passed"] is whole["parts"]["ops"]["passed"] is False
+
+
 WRONG_NETWORK = """
 def pytest_collection_finish(session):
     from fastvae.fast import walk
