@@ -70,32 +70,45 @@ def encode_latents(
         f = downsample_factor(vae)
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
         return scale_latents(vae, like_weights(vae, torch.empty(shape)))
-    moments = _moments(vae, pixels)
+    moments = _moments(vae, pixels, mend=True)
     if posterior == "mode":
         z = moments.chunk(2, dim=1)[0].contiguous()
     else:
         z = sample_posterior(moments, seeds=seeds, generator=generator)
     z = scale_latents(vae, z)
-    _check_finite("the latents", z, f"computed in {z.dtype}")
+    check_finite("the latents", z, f"computed in {z.dtype}")
     return z
 
 
 @torch.no_grad()
 def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
     """Raw mean and log-variance, unsplit, [B, 2L, H / f, W / f], of images; images and errors as in encode_latents."""
-    pixels = pixels_from_images(vae, images, keep_bytes=vars(vae).get(ACCELERATED) is not None)
-    moments = _moments(vae, _fit(pixels, pixel_multiple(vae), "error"))
-    _check_finite("the moments", moments, f"computed in {moments.dtype}")
+    moments = _moments(vae, _whole_pixels(vae, images), mend=True)
+    check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
 
-def _moments(vae: Autoencoder, pixels: Tensor) -> Tensor:
-    """Moments of what pixels_from_images gives; rows that come out of half precision not finite are done in fp32."""
+@torch.no_grad()
+def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
+    """moments_of_images, [B, 2L, H / f, W / f], without a wait for a GPU: who calls this looks whether they are finite.
+
+    Rows that half precision leaves not finite are not done again. Errors as in encode_latents, for the images alone.
+    """
+    return _moments(vae, _whole_pixels(vae, images), mend=False)
+
+
+def _whole_pixels(vae: Autoencoder, images: Any) -> Tensor:
+    pixels = pixels_from_images(vae, images, keep_bytes=vars(vae).get(ACCELERATED) is not None)
+    return _fit(pixels, pixel_multiple(vae), "error")
+
+
+def _moments(vae: Autoencoder, pixels: Tensor, mend: bool) -> Tensor:
+    """Moments of what pixels_from_images gives. mend: do rows that half precision leaves not finite again in fp32."""
     fast = vars(vae).get(ACCELERATED)
     if fast is None:
         return vae.encode(like_weights(vae, pixels)).latent_dist.parameters
     pixels = _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
-    return fast.moments(vae, pixels, again_in_fp32=True)
+    return fast.moments(vae, pixels, again_in_fp32=mend)
 
 
 def encode_moments(vae: Autoencoder, x: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def decode_latents(
     if output not in ("uint8", "float", "pil"):
         raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
     _check_latents(z, vae.config.latent_channels * _patch(vae) ** 2)
-    _check_finite("z", z, "as given")
+    check_finite("z", z, "as given")
     height, width = (side * pixel_multiple(vae) for side in z.shape[2:])
     if size is not None and not (
         isinstance(size, (tuple, list)) and len(size) == 2 and 0 < size[0] <= height and 0 < size[1] <= width
@@ -136,7 +149,7 @@ def decode_latents(
         images = like_weights(vae, torch.empty(0, vae.config.out_channels, height, width))
     if size is not None:
         images = images[:, :, : size[0], : size[1]]
-    _check_finite("the decoded images", images, f"computed in {images.dtype}")
+    check_finite("the decoded images", images, f"computed in {images.dtype}")
     if output == "float":
         return images.contiguous()
     # As diffusers' VaeImageProcessor: to [0, 1], clamped, times 255, rounded.
@@ -201,7 +214,7 @@ def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", k
         return images if keep_bytes else normalized(images)
     if not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    _check_finite("images", images, "as given")
+    check_finite("images", images, "as given")
     if images.numel() and (largest := images.abs().max().item()) > LARGEST_PIXEL:
         raise ValueError(
             f"images given as floats must lie in [-1, 1], got values up to {largest:g}: "
@@ -298,7 +311,8 @@ def _check_latents(z: Any, channels: int, multiple: int = 1) -> None:
         raise ValueError(f"z must have height and width that are multiples of {multiple}, got {_described(z)}")
 
 
-def _check_finite(name: str, values: Tensor, how: str) -> None:
+def check_finite(name: str, values: Tensor, how: str) -> None:
+    """Wait for values [B, ...]. Raises ValueError, which names the first rows, unless all are finite."""
     rows = values.flatten(1).isfinite().all(dim=1) if values.numel() else values.new_ones(0, dtype=torch.bool)
     if not rows.all():
         bad = (~rows).nonzero().flatten().tolist()

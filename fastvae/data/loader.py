@@ -17,7 +17,7 @@ from fastvae.data.noise import checked, noise_keys
 from fastvae.data.shards import LOGVAR_RANGE
 from fastvae.data.space import Space, scaling_of
 from fastvae.data.transfer import Transfer, transfer_to
-from fastvae.latents import encode_latents, moments_of_images
+from fastvae.latents import check_finite, moments_of_images, scale_latents, unchecked_moments_of_images
 from fastvae.sampling import sample_posterior
 
 END = object()
@@ -69,6 +69,7 @@ class LatentLoader:
         self.seed, self.rank = checked("seed", seed), checked("rank", rank)
         self._images, self._key = images, key
         self._space = Space(scaling_of(vae), scaled) if posterior == "dist" else None
+        self._transfer_to = functools.cache(transfer_to)
         self._epoch = self._batches = self._done = 0
         self._running: weakref.ref[Generator[Any, None, None]] | None = None
 
@@ -115,7 +116,8 @@ class LatentLoader:
         device = next(iter(self.vae.parameters())).device
         if device.type == "meta":
             raise ValueError("vae must have its weights on a device, got some that are offloaded")
-        transfer = transfer_to(device)
+        transfer = self._transfer_to(device)
+        transfer.begin()
         # Here and not in the thread: this is where a DataLoader starts its workers.
         source = iter(self.images_loader)
         batches = itertools.chain(source, itertools.repeat(END))
@@ -138,11 +140,15 @@ class LatentLoader:
                 finished = waiting.popleft().result()
                 if finished is END:
                     break
-                batch, place, made, count = finished
-                batch = _in_place(batch, place, transfer.take(made))
+                batch, place, count, uploaded, made = finished
+                latents, finite = transfer.take(made)
+                if not finite:  # again, looking: half precision is mended in fp32, the rest refused
+                    latents, _ = transfer.take(encoder.submit(transfer.run, uploaded, self._checked).result())
+                batch = _in_place(batch, place, latents)
                 self._batches, self._done = self._batches + 1, self._done + count
+                del finished, uploaded, made, latents
                 yield batch
-                del batch, finished, made
+                del batch
             self._batches = self._done = 0  # of the epoch that may follow
         finally:
             # First no more fetching, which the encoder may wait for; what is under way is waited for.
@@ -161,14 +167,15 @@ class LatentLoader:
             getattr(source, "_shutdown_workers", lambda: None)()
 
     def _fetch(self, batches: Iterator[Any], transfer: Transfer, epoch: int, numbers: Iterator[int]) -> Any:
-        """The next batch, where its images are in it, the images on their way to the device, and their noise keys."""
+        """The next batch, where its images are in it, how many, and they and their noise keys on their way."""
         batch = next(batches)
         if batch is END:
             return END
         place = _place_of_images(batch, self._images)
         images = batch if place is None else batch[place]
         keys = self._keys_of(batch, len(images), numbers)
-        return batch, place, transfer.up(images), noise_keys(self.seed, epoch, [(key, 0) for key in keys])
+        seeds = torch.tensor(noise_keys(self.seed, epoch, [(key, 0) for key in keys]), dtype=torch.uint64)
+        return batch, place, len(images), transfer.up(images, seeds)
 
     def _keys_of(self, batch: Any, count: int, numbers: Iterator[int]) -> list[str]:
         places = [f"{self.rank}/{next(numbers)}" for _ in range(count)]
@@ -187,23 +194,29 @@ class LatentLoader:
     def _encode(self, fetched: Future[Any], transfer: Transfer) -> Any:
         if (got := fetched.result()) is END:
             return END
-        batch, place, uploaded, keys = got
-        return batch, place, transfer.run(uploaded, functools.partial(self._latents, keys=keys)), len(keys)
+        *rest, uploaded = got
+        # Nobody waits for the GPU here: it is given the next batch while it works on this one.
+        return *rest, uploaded, transfer.run(uploaded, self._unchecked)
 
     @torch.no_grad()
-    def _latents(self, images: Tensor, keys: list[int]) -> dict[str, Tensor]:
-        seeds = torch.tensor(keys, dtype=torch.uint64).to(images.device)
-        if self.scaled and self._space is None:
-            noise: dict[str, Any] = {"posterior": "mode"} if self.posterior == "mean" else {"seeds": seeds}
-            return {"latents": encode_latents(self.vae, images, **noise), "noise_key": seeds}
-        moments = moments_of_images(self.vae, images)
-        if self.posterior == "sample":
-            return {"latents": sample_posterior(moments, seeds=seeds), "noise_key": seeds}
+    def _unchecked(self, images: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        return self._latents(unchecked_moments_of_images(self.vae, images), seeds)
+
+    @torch.no_grad()
+    def _checked(self, images: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        made = self._latents(moments_of_images(self.vae, images), seeds)
+        for name, values in made.items():
+            if values.is_floating_point():
+                check_finite(f"the {name}", values, f"computed in {values.dtype}")
+        return made
+
+    def _latents(self, moments: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         mean, logvar = moments.chunk(2, dim=1)
-        if self._space is None:
-            return {"latents": mean.contiguous(), "noise_key": seeds}
-        logvar = self._space.logvar(logvar.clamp(*LOGVAR_RANGE), None, logvar.dtype)
-        return {"mean": self._space.mean(mean), "logvar": logvar, "noise_key": seeds}
+        if self._space is not None:
+            logvar = self._space.logvar(logvar.clamp(*LOGVAR_RANGE), None, logvar.dtype)
+            return {"mean": self._space.mean(mean), "logvar": logvar, "noise_key": seeds}
+        z = mean.contiguous() if self.posterior == "mean" else sample_posterior(moments, seeds=seeds)
+        return {"latents": scale_latents(self.vae, z) if self.scaled else z, "noise_key": seeds}
 
 
 def _place_of_images(batch: Any, given: Place) -> Place:

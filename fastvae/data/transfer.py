@@ -8,76 +8,96 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Work = Callable[[Tensor], dict[str, Tensor]]
+Work = Callable[..., dict[str, Tensor]]
+Uploaded = tuple[tuple[Tensor, ...], torch.cuda.Event]
+Finished = tuple[dict[str, Tensor], Tensor, torch.cuda.Event]
 
 
 class Transfer(Protocol):
     """The three moments of a batch: ``up`` in the thread that fetches, ``run`` in the one that encodes, ``take`` in the
-    one that trains. Each is handed what the one before gave."""
+    one that trains. Each is handed what the one before gave. ``begin`` comes before the first, where one trains;
+    ``take`` waits for the batch and says too whether all its numbers are finite."""
 
-    def up(self, images: Tensor) -> Any: ...
+    def begin(self) -> None: ...
+    def up(self, *given: Tensor) -> Any: ...
     def run(self, uploaded: Any, work: Work) -> Any: ...
-    def take(self, finished: Any) -> dict[str, Tensor]: ...
+    def take(self, finished: Any) -> tuple[dict[str, Tensor], bool]: ...
 
 
 def transfer_to(device: torch.device) -> Transfer:
-    """What a device needs: streams and events on a CUDA GPU, nothing elsewhere. To be called where one trains."""
+    """What a device needs: streams and events on a CUDA GPU, nothing elsewhere."""
     return OnCard(device) if device.type == "cuda" else InPlace()
 
 
 class InPlace:
     """A CPU: what one thread has made, another can read. Any device but CUDA is served by its default stream."""
 
-    def up(self, images: Tensor) -> Tensor:
-        return images
+    def begin(self) -> None:
+        pass
 
-    def run(self, uploaded: Tensor, work: Work) -> dict[str, Tensor]:
-        return work(uploaded)
+    def up(self, *given: Tensor) -> tuple[Tensor, ...]:
+        return given
 
-    def take(self, finished: dict[str, Tensor]) -> dict[str, Tensor]:
-        return finished
+    def run(self, uploaded: tuple[Tensor, ...], work: Work) -> dict[str, Tensor]:
+        return work(*uploaded)
+
+    def take(self, finished: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        return finished, bool(_are_finite(finished))
 
 
 class OnCard:
     """A CUDA GPU: images copied from pinned memory on one stream and encoded on another, beside the training step's.
 
-    An event orders each hand-over on the GPU, so that no thread waits for it; record_stream keeps the allocator from
-    giving away memory that another stream still reads.
+    Events order the hand-overs on the GPU, and none but the thread that trains waits for it; record_stream keeps the
+    allocator from giving away memory that another stream still reads. Made once for all epochs: what a stream has
+    freed, the allocator gives to that stream alone, so new ones would take the memory of an encode anew each time.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.copying = torch.cuda.Stream(device)
         self.encoding = torch.cuda.Stream(device)
-        # The model's weights may still be on their way.
-        self.encoding.wait_stream(torch.cuda.current_stream(device))
 
-    def up(self, images: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def begin(self) -> None:
+        # The model's weights may still be on their way.
+        self.encoding.wait_stream(torch.cuda.current_stream(self.device))
+
+    def up(self, *given: Tensor) -> Uploaded:
+        if given[0].device.type == "cuda":  # the loader's own work, on the stream of this thread
+            self.copying.wait_stream(torch.cuda.current_stream(given[0].device))
         ready = torch.cuda.Event()
-        if images.device.type == "cuda":  # the loader's own work, on the stream of this thread
-            ready.record(torch.cuda.current_stream(images.device))
-            return images, ready
-        pinned = images if images.is_pinned() else images.pin_memory()
         with torch.cuda.stream(self.copying):
-            # The allocator of pinned memory waits for this copy before it gives the memory away.
-            there = pinned.to(self.device, non_blocking=True)
+            there = tuple(self._moved(values) for values in given)
         ready.record(self.copying)
         return there, ready
 
-    def run(self, uploaded: tuple[Tensor, torch.cuda.Event], work: Work) -> tuple[dict[str, Tensor], torch.cuda.Event]:
-        images, ready = uploaded
+    def _moved(self, values: Tensor) -> Tensor:
+        if values.device.type == "cuda":
+            return values
+        # From other memory the copy would wait for its stream; pinned memory is given away again once it is copied.
+        return (values if values.is_pinned() else values.pin_memory()).to(self.device, non_blocking=True)
+
+    def run(self, uploaded: Uploaded, work: Work) -> Finished:
+        there, ready = uploaded
         done = torch.cuda.Event()
         with torch.cuda.stream(self.encoding):
             self.encoding.wait_event(ready)
-            images.record_stream(self.encoding)
-            made = work(images)
+            for values in there:
+                values.record_stream(self.encoding)
+            made = work(*there)
+            finite = _are_finite(made).to("cpu", non_blocking=True)  # to pinned memory
         done.record(self.encoding)
-        return made, done
+        return made, finite, done
 
-    def take(self, finished: tuple[dict[str, Tensor], torch.cuda.Event]) -> dict[str, Tensor]:
-        made, done = finished
+    def take(self, finished: Finished) -> tuple[dict[str, Tensor], bool]:
+        made, finite, done = finished
+        done.synchronize()
         stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(done)
         for tensor in made.values():
             tensor.record_stream(stream)
-        return made
+        return made, bool(finite)
+
+
+def _are_finite(made: dict[str, Tensor]) -> Tensor:
+    """Whether all floating-point values are, as a bool [] where they are."""
+    return torch.stack([values.isfinite().all() for values in made.values() if values.is_floating_point()]).all()

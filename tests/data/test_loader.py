@@ -199,7 +199,7 @@ def test_latents_that_are_not_finite_are_refused_where_their_batch_comes():
     vae = WaitingVAE()
     with torch.no_grad():
         vae.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match="the latents must be finite, got NaN or infinity in rows"):
+    with pytest.raises(ValueError, match="the moments must be finite, got NaN or infinity in rows"):
         next(iter(LatentLoader(loader_of(), vae)))
 
 

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_store import small_vae
 
+from fastvae.data import loader
 from fastvae.data.transfer import InPlace, OnCard, transfer_to
 
 CARD = torch.device("cuda", 0)
@@ -26,6 +28,9 @@ class Event:
     def __init__(self, log):
         self.log, self.name = log, None
 
+    def synchronize(self):
+        self.log.append(f"the caller waits for {self.name}")
+
     def record(self, stream):
         self.name = f"what {stream.name} had at {len(self.log)}"
         self.log.append(f"event on {stream.name}")
@@ -34,8 +39,8 @@ class Event:
 class Values:
     """A tensor that writes down what is done to it, and on which stream."""
 
-    def __init__(self, card, device, pinned=False):
-        self.card, self.device, self.pinned = card, torch.device(device), pinned
+    def __init__(self, card, device, pinned=False, finite=True):
+        self.card, self.device, self.pinned, self.finite = card, torch.device(device), pinned, finite
 
     def is_pinned(self):
         return self.pinned
@@ -47,8 +52,15 @@ class Values:
     def to(self, device, non_blocking):
         assert self.pinned
         assert non_blocking
+        assert non_blocking
         self.card.log.append(f"copied on {self.card.current.name}")
         return Values(self.card, device)
+
+    def is_floating_point(self):
+        return True
+
+    def isfinite(self):
+        return torch.tensor(self.finite)
 
     def record_stream(self, stream):
         self.card.log.append(f"kept for {stream.name}")
@@ -77,6 +89,7 @@ def card(monkeypatch):
 def test_each_stream_waits_for_the_one_before(card, pinned):
     transfer = transfer_to(CARD)
     assert isinstance(transfer, OnCard)
+    transfer.begin()
     latents = Values(card, CARD)
 
     def encode(images):
@@ -85,7 +98,7 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
         return {"latents": latents}
 
     made = transfer.take(transfer.run(transfer.up(Values(card, "cpu", pinned)), encode))
-    assert made == {"latents": latents}
+    assert made == ({"latents": latents}, True)
     copied = 1 if pinned else 2
     wanted = [
         "encoding waits for step",  # for weights that are still on their way
@@ -96,7 +109,7 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
         "kept for encoding",
         "encoded on encoding",
         "event on encoding",
-        f"step waits for what encoding had at {copied + 5}",
+        f"the caller waits for what encoding had at {copied + 5}",
         "kept for step",
     ]
     assert card.log == wanted
@@ -105,19 +118,40 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
 def test_images_that_the_loader_made_on_the_gpu_are_not_copied(card):
     transfer = OnCard(CARD)
     uploaded = transfer.up(Values(card, CARD))
-    transfer.run(uploaded, lambda images: {})
-    assert card.log[1:4] == ["event on step", "encoding waits for what step had at 1", "kept for encoding"]
+    transfer.run(uploaded, lambda images: {"latents": images})
+    assert card.log[:4] == [
+        "copying waits for step",
+        "event on copying",
+        "encoding waits for what copying had at 1",
+        "kept for encoding",
+    ]
 
 
-def test_a_step_on_another_stream_waits_there(card):
+def test_what_is_not_finite_is_said_with_the_batch(card):
+    transfer = OnCard(CARD)
+    bad = {"mean": Values(card, CARD), "logvar": Values(card, CARD, finite=False)}
+    assert transfer.take(transfer.run(transfer.up(Values(card, "cpu")), lambda images: bad)) == (bad, False)
+
+
+def test_a_step_on_another_stream_has_the_memory_kept_for_it(card):
     transfer = OnCard(CARD)
     finished = transfer.run(transfer.up(Values(card, "cpu")), lambda images: {"latents": images})
     card.current = Stream(card.log, "other")
     transfer.take(finished)
-    assert card.log[-2].startswith("other waits for what encoding had")
+    assert card.log[-2].startswith("the caller waits for what encoding had")
     assert card.log[-1] == "kept for other"
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_other_devices_need_no_streams(device):
     assert isinstance(transfer_to(torch.device(device)), InPlace)
+
+
+def test_one_transfer_serves_all_iterations_of_a_loader(monkeypatch):
+    """The allocator keeps what a stream freed for that stream: new ones would take an encode's memory anew."""
+    made = []
+    monkeypatch.setattr(loader, "transfer_to", lambda device: made.append(InPlace()) or made[-1])
+    loading = loader.LatentLoader([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], small_vae())
+    for _ in range(3):
+        assert len(list(loading)) == 1
+    assert len(made) == 1

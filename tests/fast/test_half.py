@@ -244,6 +244,9 @@ def test_a_row_that_overflows_is_encoded_again_in_fp32():
         "non_finite_rows": 2,
         "rows_again_in_fp32": 1,
     } == fastvae.fast_report(vae)
+    batches = [{"image": x, "key": ["a", "b", "c"]}]
+    loaded = next(iter(fastvae.LatentLoader(batches, vae, posterior="mean", images="image")))
+    assert torch.equal(loaded["latents"], ours), "a loader looks after the launch, and does the same"
 
 
 @pytest.mark.parametrize("hand", HANDS)

@@ -48,6 +48,18 @@ def test_the_loader_gives_what_the_plain_loop_gives(ahead, workers, card):
     assert [t.name for t in threading.enumerate() if t.name.startswith("fastvae-")] == []
 
 
+def test_an_epoch_takes_no_more_memory_than_the_one_before(card):
+    """What a stream has freed is that stream's: an iteration with streams of its own would take all of it again."""
+    loader = LatentLoader([pictures(4, 256, 256)] * 3, fastvae.accelerate(model(card, torch.bfloat16)))
+    reserved = []
+    for _ in range(4):
+        for _ in loader:
+            pass
+        torch.cuda.synchronize(card)
+        reserved.append(torch.cuda.memory_reserved(card))
+    assert reserved[1:] == reserved[1:2] * 3
+
+
 def test_an_error_of_a_batch_is_raised_where_it_would_have_come(card):
     vae = fastvae.accelerate(model(card, torch.bfloat16))
 
