@@ -71,6 +71,7 @@ class LatentLoader:
         self._space = Space(scaling_of(vae), scaled) if posterior == "dist" else None
         self._transfer_to = functools.cache(transfer_to)
         self._epoch = self._batches = self._done = 0
+        self._start = 0, 0  # batches and images that the next iteration counts as done
         self._running: weakref.ref[Generator[Any, None, None]] | None = None
 
     def __len__(self) -> int:
@@ -83,6 +84,7 @@ class LatentLoader:
         """
         if checked("epoch", epoch) != self._epoch:
             self._epoch, self._batches, self._done = epoch, 0, 0
+            self._start = 0, 0
         loader = self.images_loader
         for part in (loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))):
             if callable(tell := getattr(part, "set_epoch", None)):
@@ -99,7 +101,8 @@ class LatentLoader:
         """
         if state["seed"] != self.seed:
             raise ValueError(f"the state is of seed {state['seed']}, this loader has seed {self.seed}")
-        self._epoch, self._batches, self._done = state["epoch"], state["batches"], state["images"]
+        self._epoch, self._start = state["epoch"], (state["batches"], state["images"])
+        self._batches, self._done = self._start
 
     def close(self) -> None:
         """End the iteration that is going on, if one is, and its threads with it."""
@@ -121,6 +124,8 @@ class LatentLoader:
         # Here and not in the thread: this is where a DataLoader starts its workers.
         source = iter(self.images_loader)
         batches = itertools.chain(source, itertools.repeat(END))
+        # An iteration that was left in the middle is no state to go on from: the next begins at the first image.
+        (self._batches, self._done), self._start = self._start, (0, 0)
         # For the numbers of the images that are fetched; self._done counts those that were handed out.
         fetch = functools.partial(self._fetch, batches, transfer, epoch, itertools.count(self._done))
         fetcher = ThreadPoolExecutor(1, "fastvae-fetch")
