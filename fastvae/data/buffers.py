@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Smaller tensors are malloc's own business, which gives such memory back to nobody.
 LEAST_BYTES = 2**18
+# A block is lent for as much as half of it or more: else a small tensor would take a batch's from the next one.
+MOST_LARGER = 2
 # Of a batch that was let go: mean and log-variance of the two that a loop holds at once, and as many of another bucket.
 MOST_FREE = 8
 
@@ -41,7 +43,7 @@ class Buffers:
     def _taken(self, size: int) -> np.ndarray:
         passed = []
         try:
-            while len(block := self._free.pop()) < size:
+            while not size <= len(block := self._free.pop()) <= MOST_LARGER * size:
                 passed.append(block)
         except IndexError:
             block = np.empty(size, np.uint8)

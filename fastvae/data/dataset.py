@@ -149,6 +149,8 @@ class LatentDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """The items of ``indices``; those of one bucket are read as one batch, which collate takes as it is."""
         numbers = np.asarray(indices, dtype=np.int64)
+        if len(outside := numbers[(numbers < -len(self)) | (numbers >= len(self))]):
+            raise IndexError(f"indices must be within the dataset's {len(self)} rows, got {outside[0]}")
         buckets = {self._buckets[shard] for shard in self._shard_of[numbers].tolist()}
         return self._read(numbers) if len(buckets) == 1 else [self[number] for number in numbers.tolist()]
 
@@ -201,7 +203,8 @@ class LatentDataset(torch.utils.data.Dataset):
         """The shard's tensors, mapped once in each process, and seen to hold the rows that were listed."""
         if self._maps_of != os.getpid():  # after a fork: a map of the parent's is not shared with it
             self._maps, self._maps_of = {}, os.getpid()
-        if shard not in self._maps:
+        mapped = self._maps.get(shard)
+        if mapped is None:
             if len(self._maps) >= OPEN_SHARDS:
                 self._maps.clear()
             name = self._names[shard]
@@ -218,9 +221,10 @@ class LatentDataset(torch.utils.data.Dataset):
             types = {name: array.dtype for name, array in mapped.arrays.items()}
             if self._types and types != self._types:  # a batch would take those of its first row
                 raise StoreError(f"{path} is damaged: its tensors are of other types than the other shards'")
-            self._maps[shard], self._types = mapped, types
+            # The map last: another thread that finds it reads its rows' facts at once.
             self._about[own] = mapped.arrays["about"][self._row_of[own]]
-        return self._maps[shard]
+            self._maps[shard], self._types = mapped, types
+        return mapped
 
 
 def _bucket(shard: str) -> Size:

@@ -38,7 +38,7 @@ def decode(
     sheet: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> list[tuple[str, Path]]:
-    """Decode the means of ``rows`` of the latent store into PNG files in the folder ``out``: (key, file) for each.
+    """Decode the means (of a store of draws, these) of ``rows`` into PNG files in the folder ``out``: (key, file) each.
 
     ``vae`` is what encode takes; by default what the store says it was made with, which is said on stderr before it is
     opened, and refused if its weights are others by now. If it is given, another model is taken with a warning. File
@@ -54,7 +54,10 @@ def decode(
     dataset = LatentDataset(store)
     numbers = range(len(dataset))[rows]
     if not numbers:
-        raise ValueError(f"rows must be among the store's 0:{len(dataset)}, got {rows.start}:{rows.stop}")
+        stop = "" if rows.stop is None else rows.stop
+        raise ValueError(f"rows must be among the store's 0:{len(dataset)}, got {rows.start or 0}:{stop}")
+    if sheet is not None and not Path(sheet).absolute().parent.is_dir():
+        raise ValueError(f"sheet must be a file in a folder that is there, got {os.fspath(sheet)!r}")
     folder = Path(out)
     if progress:
         most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
@@ -83,7 +86,7 @@ def decoded_rows(
     revision: str | None = None,
     device: Any = None,
 ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(row, key, uint8 [H, W, C]) of the rows' means, one at a time; C is the model's out_channels: 1, 3 or 4."""
+    """(row, key, uint8 [H, W, C]) of the rows' means or draws, one by one; C: the model's out_channels, 1, 3 or 4."""
     import torch
 
     from fastvae.latents import decode_latents, scale_latents
@@ -93,7 +96,8 @@ def decoded_rows(
     with torch.inference_mode():
         for number in numbers:
             item = dataset[number]
-            raw = item["mean"][None].to(device=weight.device, dtype=torch.float32)
+            latents = item["latents" if "latents" in item else "mean"]
+            raw = latents[None].to(device=weight.device, dtype=torch.float32)
             pixels = decode_latents(model, scale_latents(model, raw), output="uint8")
             yield number, item["key"], pixels[0].permute(1, 2, 0).cpu().numpy()  # type: ignore[union-attr, call-overload]
 

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, check_memory, positive
+from fastvae.data.batches import check_memory
 from fastvae.data.buckets import Buckets, size_name
 from fastvae.data.devices import settled_device
 from fastvae.data.disk import check_room
 from fastvae.data.images import ALPHAS, ANIMATED, DEFAULT_MAX_PIXELS
-from fastvae.data.job import Job, Manner, check_buckets, perform, rows_per_unit
+from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
 from fastvae.data.preprocess import CROPS, checked_variants
 from fastvae.data.reading import Reading
 from fastvae.data.records import Unit
-from fastvae.data.report import EncodeReport, parse_limit
+from fastvae.data.report import EncodeReport
 from fastvae.data.settings import Settings, check_choices, decided, identity_of, layout_of, load_model
 from fastvae.data.sources import open_source
 from fastvae.data.store import Store
@@ -84,7 +84,7 @@ def encode(
     an image; flip: each mirrored as well. dtype: "fp32", "bf16" or "fp16"; by default the store's own, else fp16 on a
     GPU, bf16 on a CPU that computes in it, fp32 on others. posterior: "dist" stores mean and log-variance, "mean" the
     mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
-    batch: images a step (1 on a CPU). workers: threads. shard_mb: size of a shard; a kill can lose the work of two.
+    batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill can lose two's work.
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
     "fail" to stop at the first. alpha, animated, max_pixels: see read_image. deterministic: image by image, and on a
     CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once more, so
@@ -108,7 +108,11 @@ def encode(
         hash=(hash, ("none", "full")),
         dtype=(dtype, (None, "fp32", "bf16", "fp16")),
     )
-    _check_amounts(shard_mb, limit, max_failures, max_pixels, batch, workers)
+    check_amounts(batch, workers, max_failures, max_pixels)
+    if not (shard_mb > 0 and math.isfinite(shard_mb)):
+        raise ValueError(f"shard_mb must be above 0 and finite, got {shard_mb!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit!r}")
     source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
     if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
@@ -137,26 +141,6 @@ def encode(
     manner = Manner(batch, workers, on_error, max_failures, deterministic, progress)
     perform(job, manner, report, lambda leases: _plan(job, leases, shard_mb, report))
     return report
-
-
-def _check_amounts(
-    shard_mb: float,
-    limit: int | None,
-    max_failures: str | float | int,
-    max_pixels: int,
-    batch: int | str,
-    workers: int | str,
-) -> None:
-    if not (shard_mb > 0 and math.isfinite(shard_mb)):
-        raise ValueError(f"shard_mb must be above 0 and finite, got {shard_mb!r}")
-    for name, value, most in (("batch", batch, MAX_BATCH), ("workers", workers, MAX_WORKERS)):
-        if value != "auto":
-            positive(name, value, most)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit!r}")
-    if not (max_pixels >= 1 and math.isfinite(max_pixels)):
-        raise ValueError(f"max_pixels must be at least 1 and finite, got {max_pixels!r}")
-    parse_limit(max_failures, 1)
 
 
 def _foreseen(job: _Encode) -> Store | None:

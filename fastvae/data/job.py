@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.batches import Batches, settle_workers
+from fastvae.data.batches import MAX_BATCH, MAX_WORKERS, Batches, positive, settle_workers
 from fastvae.data.buckets import size_name
 from fastvae.data.console import say
 from fastvae.data.disk import free_bytes
@@ -21,7 +22,7 @@ from fastvae.data.pipeline import Encoding
 from fastvae.data.plan import count_by_bucket
 from fastvae.data.reading import Reading
 from fastvae.data.records import StoreError, Unit
-from fastvae.data.report import EncodeReport
+from fastvae.data.report import EncodeReport, parse_limit
 from fastvae.data.run import Run, announce, execute, finish
 from fastvae.data.self_check import check_fast_path
 from fastvae.data.settings import Settings
@@ -92,6 +93,16 @@ def perform(
         execute(run, todo)
         with locked(job.out):
             finish(run, manner.max_failures)
+
+
+def check_amounts(batch: int | str, workers: int | str, max_failures: str | float | int, max_pixels: int) -> None:
+    """Raises ValueError for an amount that no run can work by; to be asked before anything else is done."""
+    for name, value, most in (("batch", batch, MAX_BATCH), ("workers", workers, MAX_WORKERS)):
+        if value != "auto":
+            positive(name, value, most)
+    if not (max_pixels >= 1 and math.isfinite(max_pixels)):
+        raise ValueError(f"max_pixels must be at least 1 and finite, got {max_pixels!r}")
+    parse_limit(max_failures, 1)
 
 
 def check_buckets(units: list[Unit], settings: Settings, out: Path) -> None:

@@ -15,7 +15,7 @@ from fastvae.data.batches import check_memory
 from fastvae.data.devices import settled_device
 from fastvae.data.disk import check_room
 from fastvae.data.images import DEFAULT_MAX_PIXELS
-from fastvae.data.job import Job, Manner, check_buckets, perform, rows_per_unit
+from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
 from fastvae.data.plan import rows_of
@@ -75,6 +75,7 @@ def repair(
     StoreError for what is no store; StoreLocked while a run is writing it; IdentityMismatch for another model; OSError,
     ENOSPC when the disk is full. Whatever is raised, what was sound stays so, and the same call goes on.
     """
+    check_amounts(batch, workers, max_failures, max_pixels)
     path = Path(store)
     there = Store.open(path)
     leases = Leases(path / "leases")

@@ -49,6 +49,7 @@ class Run:
     progress: bool
     again: Collection[int] | None = None
     lost: list[Unit] = field(default_factory=list)  # taken over while this process was stopped
+    done: set[int] = field(default_factory=set)  # committed by this process
 
 
 def announce(run: Run, todo: list[Unit], source: str, free: int) -> None:
@@ -157,6 +158,7 @@ def _one_of_the_dead(run: Run, others: list[Unit], bar: tqdm) -> bool:
         raise ImageError("worker_died", f"{said} {unit.rows[0].file.key}")
     failed = [Failure(row.file.key, "worker_died", f"{said} {row.file.key}", row.variant) for row in unit.rows]
     run.report.add(run.store.commit(unit, [], failed=failed))
+    run.done.add(unit.number)
     run.leases.release(unit.lease)
     bar.update(len(unit.rows))
     return True
@@ -210,6 +212,7 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
         )
         run.leases.release(unit.lease)
         report.add(commit)
+        run.done.add(unit.number)
 
     return write
 
@@ -220,7 +223,7 @@ def finish(run: Run, max_failures: str | float | int) -> None:
     store.write_derived()
     failures, served = store.failures(), len(store.resolve())
     report.reasons = dict(Counter(failure.reason for failure in failures.values()))
-    report.failed_before = len(failures) - report.failed
+    report.failed_before = sum(commit.unit not in run.done for _, commit in store.failing())
     wanted = report.reasons.get("animated", 0)  # left out because that was asked for
     report.exceeded = len(failures) - wanted > parse_limit(max_failures, served + len(failures))
     report.judge(on_cpu=run.settings.device.type == "cpu")

@@ -36,6 +36,14 @@ def test_memory_comes_back_when_the_tensor_is_gone():
     assert place in [tensor.data_ptr() for tensor in again]
 
 
+def test_a_small_tensor_leaves_a_batchs_memory_to_the_next_batch():
+    buffers = Buffers()
+    place = buffers.empty(SHAPE, HALF).data_ptr()  # let go at once
+    small = buffers.empty((1, 4, 16, 16), HALF)
+    assert small.data_ptr() != place
+    assert buffers.empty(SHAPE, HALF).data_ptr() == place
+
+
 LOOKS = {
     "a view": lambda tensor: tensor[1:],
     "an array": lambda tensor: tensor.numpy(),

@@ -73,6 +73,8 @@ def test_an_item(made):
     for outside in (9, -10):
         with pytest.raises(IndexError, match="within the dataset's 9 rows"):
             dataset[outside]
+        with pytest.raises(IndexError, match=f"indices must be within the dataset's 9 rows, got {outside}"):
+            dataset.__getitems__([0, outside])
     assert dataset.scaling["space"] == "raw"
     assert dataset.downsample_factor == 8
     assert dataset.latent_channels == 4
@@ -92,6 +94,21 @@ def test_any_selection_of_rows_is_each_rows_own(made):
         for item in items:
             assert_is_its_own(item)
             assert item["noise_key"].item() == noise_key(2, 0, item["key"], int(item["variant"]))
+
+
+def test_a_map_is_shown_to_other_threads_when_its_rows_facts_are_there(made):
+    """And the map that a thread made is its own to read, whatever another forgets meanwhile."""
+    dataset, truth = LatentDataset(made), LatentDataset(made)[0]["sample_id"]
+    dataset._about[:] = -1
+    shown = []
+
+    class Forgetful(dict):
+        def __setitem__(self, shard, mapped):
+            shown.append((dataset._about[dataset._shard_of == shard] == -1).any())
+
+    dataset._maps = Forgetful()
+    assert dataset[0]["sample_id"] == truth
+    assert shown == [False]
 
 
 def test_reading_copies_what_it_hands_out(made):

@@ -39,9 +39,27 @@ def test_rows_are_decoded_under_their_own_keys(made, tmp_path):
     assert np.abs(shown - wanted).max() <= 0.51
 
 
+def test_a_store_of_draws_is_decoded_from_its_draws(tmp_path):
+    write_pictures(tmp_path / "in", 2)
+    vae, out = small_vae(), tmp_path / "out"
+    options = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
+    encode(tmp_path / "in", out, vae=vae, posterior="sample", **options)
+    written = decode(out, tmp_path / "png", vae=vae, progress=False)
+    with torch.no_grad():
+        sample = vae.decode(LatentDataset(out)[1]["latents"][None].float()).sample[0]
+    wanted = ((sample / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    with Image.open(written[1][1]) as image:
+        assert np.abs(np.asarray(image) - wanted).max() <= 0.51
+
+
 def test_arguments_are_refused_in_words(made, tmp_path):
     with pytest.raises(ValueError, match="rows must be among the store's 0:3, got 7:9"):
         decode(made, tmp_path, rows=slice(7, 9), vae=small_vae())
+    with pytest.raises(ValueError, match=r"got 7:$"):
+        decode(made, tmp_path, rows=slice(7, None), vae=small_vae())
+    with pytest.raises(ValueError, match=r"sheet must be a file in a folder that is there, got '.*gone/sheet\.png'"):
+        decode(made, tmp_path / "png", vae=small_vae(), sheet=tmp_path / "gone" / "sheet.png")
+    assert not (tmp_path / "png").exists()
     with pytest.raises(ValueError, match="the model decodes 8 latent channels, the store has 4"):
         decode(made, tmp_path, vae=small_vae(latent_channels=8))
     with pytest.raises(ValueError, match="vae must be given"):

@@ -128,6 +128,15 @@ def test_what_fails_again_is_told_and_counts_against_the_limit(made, tmp_path):
     assert failures(made) == {"bad.png": "empty"}
 
 
+def test_what_fails_again_in_a_row_that_a_later_unit_serves_is_no_negative_count(made, tmp_path):
+    picture(77).save(tmp_path / "in" / "bad.png")
+    assert mend(made, tmp_path / "in", retry_failed=True).report.ok == 1
+    (made / "shards" / "000003-32x32.json").write_text("[]")
+    (tmp_path / "in" / "bad.png").write_bytes(b"")
+    report = mend(made, tmp_path / "in").report
+    assert (report.failed, report.failed_before, report.reasons) == (1, 0, {})
+
+
 def test_units_that_no_run_has_made_are_left_to_encode(made, tmp_path):
     for path in (made / "shards").glob("000002-*"):
         path.unlink()
@@ -214,6 +223,15 @@ def test_another_source_is_refused_before_anything_is_lost(made, tmp_path):
     write_pictures(tmp_path / "elsewhere" / "deeper", 2)
     with pytest.raises(ValueError, match=r"src must hold the images that .* none of the 4 that are damaged is in"):
         mend(made, tmp_path / "elsewhere")
+    assert changed(before, state(made)) == set()
+
+
+@pytest.mark.parametrize("wrong", [{"max_failures": "abc"}, {"workers": 0}, {"batch": "many"}, {"max_pixels": 0}])
+def test_a_wrong_amount_is_refused_before_anything_is_done(made, tmp_path, wrong):
+    flip(made / "shards" / "000000-32x32.safetensors")
+    before = state(made)
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be "):
+        mend(made, tmp_path / "in", **wrong)
     assert changed(before, state(made)) == set()
 
 
