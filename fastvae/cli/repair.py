@@ -41,7 +41,8 @@ def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bo
             echo(printable(f"damaged {damage.file} {damage.what}"))
         for line in report.lines() if report else []:
             echo(printable(line))
-        rest = f"; {done.pending} to do by fastvae encode" if done.pending else ""
+        rest = f", {done.missing} not found in the source" if done.missing else ""
+        rest += f"; {done.pending} to do by fastvae encode" if done.pending else ""
         echo(f"repair  {len(done.units)} damaged units done again, {done.retried} failed images tried again{rest}")
     if report and report.exceeded:
         context.exit(FAILURES)

@@ -34,13 +34,15 @@ SHARD_MB = 256  # of failures that are tried again
 class Repaired:
     """What was ``damaged``, which units were encoded again for it, and how many failed images were tried again.
 
-    ``pending``: units that no run has made yet, which are encode's. ``report``: of what was encoded, None for nothing.
+    ``missing``: images that failed and are not in the source, which were not tried. ``pending``: units that no run has
+    made yet, which are encode's. ``report``: of what was encoded, None for nothing.
     """
 
     store: str
     damaged: list[Damage] = field(default_factory=list)
     units: list[int] = field(default_factory=list)
     retried: int = 0
+    missing: int = 0
     pending: int = 0
     report: EncodeReport | None = None
 
@@ -70,7 +72,8 @@ def repair(
     nothing is opened but what the caller names. It may be left out where nothing has to be encoded. vae, subfolder,
     revision: the model; by default the one that the store names, which is said on stderr. All that counts in the
     store's identity is taken from the store. retry_failed: images whose last try failed are tried again, in units of
-    their own. The others: see encode. Records of no unit are deleted. An image that is no longer there is quarantined.
+    their own, and what a repair planned so and was interrupted in. The others: see encode. Records of no unit are
+    deleted. An image that is no longer there is quarantined.
     Raises ValueError for an argument, for a ``src`` that is needed and not given, or that holds none of the images;
     StoreError for what is no store; StoreLocked while a run is writing it; IdentityMismatch for another model; OSError,
     ENOSPC when the disk is full. Whatever is raised, what was sound stays so, and the same call goes on.
@@ -84,14 +87,16 @@ def repair(
     found = verify(path, deep=True, progress=progress)
     bad = {damage.unit for damage in found.damaged if damage.unit is not None}
     failed = {failure.key for failure, commit in there.failing() if retry_failed and commit.unit not in bad}
-    result = Repaired(os.fspath(store), found.damaged, sorted(bad), pending=found.pending)
+    begun = _begun(there, bad) if retry_failed else {}
+    result = Repaired(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
     strays = [path / damage.file for damage in found.damaged if damage.unit is None]
-    if not (bad or failed):
+    if not (bad or failed or begun):
         with locked(path):
-            _delete(strays)
+            _delete(strays, there, leases)
         return result
+    again = failed.union(*begun.values())
     if src is None:
-        what = [f"{len(bad)} units"] * bool(bad) + [f"{len(failed)} images that failed"] * bool(failed)
+        what = [f"{len(bad)} units"] * bool(bad) + [f"{len(again)} images that failed"] * bool(again)
         raise ValueError(
             f"src must be named, since {' and '.join(what)} of {path} are encoded again from their images: "
             f"fastvae repair {path} SRC"
@@ -99,15 +104,16 @@ def repair(
     source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
     model = named_model(there, vae, subfolder, revision)
     job = _job(there, source, model, failed, settled_device(device), max_pixels)
-    _check_source([unit for unit in there.units() if unit.number in bad], job)
+    _check_source([unit for unit in there.units() if unit.number in bad], again, job)
     check_memory(job.model, job.settings, batch)
     report = result.report = job.report()
-    result.retried = len(job.files)
+    result.missing = len(failed.difference(job.reading.listed or {}))
+    result.retried = len(again) - result.missing
     manner = Manner(batch, workers, "quarantine", max_failures, deterministic, progress)
 
     def plan(leases: Leases) -> tuple[Store, list[Unit]]:
-        opened, todo = _plan(job, leases, bad, report)
-        _delete(strays)
+        opened, todo = _plan(job, leases, {*bad, *begun}, report)
+        _delete(strays, opened, leases)
         return opened, todo
 
     perform(job, manner, report, plan, again=bad)
@@ -135,10 +141,33 @@ def _job(
     return Job(store.path, model, made_with, settings, reading, listing, files, identity)
 
 
-def _check_source(units: list[Unit], job: Job) -> None:
-    """Raises ValueError where no image of the ``units`` is in the source: theirs would all be quarantined."""
+def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
+    """Units without a record that hold nothing but images whose last try failed, by number, with their keys.
+
+    A repair that was interrupted had planned them.
+    """
+    commits = {number: commit for number, commit in store.commits().items() if number not in bad}
+    failed: set[str] = set()
+    for unit in store.units():
+        if unit.number in commits:
+            failed -= {row.file.key for row in unit.rows}
+            failed |= {failure.key for failure in commits[unit.number].failed}
+    keys = {unit.number: {row.file.key for row in unit.rows} for unit in store.units()}
+    return {number: own for number, own in keys.items() if number not in {*commits, *bad} and own <= failed}
+
+
+def _check_source(units: list[Unit], failed: Collection[str], job: Job) -> None:
+    """Raises ValueError where no image of the ``units`` is in the source: theirs would all be quarantined.
+
+    And where there are none, and none of those that ``failed`` is: nothing would be done.
+    """
     places = [(row.file.key, row.file.place) for unit in units for row in unit.rows]
     there = job.reading.listed or {}
+    if failed and not places and there.keys().isdisjoint(failed):
+        raise ValueError(
+            f"src must hold the images that {job.out} was made from: none of the {len(failed)} that failed is in "
+            f"{job.reading.source.name}"
+        )
     if places and not any(there.get(key) == place for key, place in places):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(places)} that are damaged is in "
@@ -146,16 +175,16 @@ def _check_source(units: list[Unit], job: Job) -> None:
         )
 
 
-def _plan(job: Job, leases: Leases, bad: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
+def _plan(job: Job, leases: Leases, again: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store and the units to be done, by the holder of its lock."""
     store = Store.create_or_open(job.out, job.identity, {}, leases)
     _check_unused(store, leases)
-    todo = [unit for unit in store.units() if unit.number in bad]
+    todo = [unit for unit in store.units() if unit.number in again]
     check_buckets(todo, job.settings, job.out)
     fresh = rows_of(job.files, job.reading)
     buckets = [unit.bucket for unit in todo for _ in unit.rows] + [bucket for bucket, _ in fresh]
     check_room(job.out, sum(map(job.settings.row_size, buckets)))
-    report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in bad)
+    report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in again)
     return store, todo + store.extend_plan(fresh, rows_per_unit(job.settings, SHARD_MB))
 
 
@@ -165,7 +194,12 @@ def _check_unused(store: Store, leases: Leases) -> None:
         raise StoreLocked(f"{store.path} is being written, lease {live[0]}: let that run end first")
 
 
-def _delete(records: list[Path]) -> None:
+def _delete(strays: list[Path], store: Store, leases: Leases) -> None:
+    """Delete the records ``strays``, but those whose unit was planned since they were found; by the lock's holder."""
+    if leases.folder.is_dir():
+        _check_unused(store, leases)
+    stems = {unit.stem for unit in store.units()}
+    records = [path for path in strays if path.stem not in stems]
     for path in records:
         path.unlink(missing_ok=True)
     if records:

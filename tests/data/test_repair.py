@@ -235,6 +235,33 @@ def test_a_wrong_amount_is_refused_before_anything_is_done(made, tmp_path, wrong
     assert changed(before, state(made)) == set()
 
 
+def test_failures_that_are_not_in_the_source_are_said(made, tmp_path):
+    write_pictures(tmp_path / "elsewhere" / "deeper", 2)
+    with pytest.raises(
+        ValueError, match=r"src must hold the images that .* none of the 1 that failed is in .*elsewhere"
+    ):
+        mend(made, tmp_path / "elsewhere", retry_failed=True)
+    (tmp_path / "in" / "worse.png").write_bytes(b"")
+    options = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 2}
+    encode(
+        tmp_path / "in", made, vae=json.loads((made / "store.json").read_text())["source"]["vae"], **options, **OPTIONS
+    )
+    (tmp_path / "in" / "bad.png").unlink()
+    done = mend(made, tmp_path / "in", retry_failed=True, max_failures=2)
+    assert (done.retried, done.missing, done.report.failed, done.report.failed_before) == (1, 1, 1, 1)
+
+
+def test_a_record_that_an_encode_made_during_the_look_is_not_deleted(made, first, tmp_path, monkeypatch):
+    """It is of no unit by the plan that was read before, and of one by now."""
+    picture(78).save(tmp_path / "in" / "new.png")
+    options = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, **OPTIONS}
+    encodes = iter([lambda: encode(tmp_path / "in", made, vae=first / "vae", **options)])
+    monkeypatch.setattr("fastvae.data.verify.say", lambda text: next(encodes)())
+    done = mend(made, progress=True)
+    assert [damage.file for damage in done.damaged] == ["shards/000004-32x32.json"]
+    assert ("new.png", 0) in committed(made)
+
+
 def test_a_running_writer_is_waited_for_by_the_user(made, tmp_path):
     flip(made / "shards" / "000000-32x32.safetensors")
     with (
@@ -287,7 +314,7 @@ import torch
 torch.set_num_threads(1)
 import fastvae.checkpoints.atomic as atomic
 from fastvae.data.repair import repair
-source, real, calls = sys.argv[1], os.replace, []
+source, retry, real, calls = sys.argv[1], sys.argv[2] == "retry", os.replace, []
 def killing(number):
     def replace(*paths):
         calls.append(1)
@@ -295,28 +322,50 @@ def killing(number):
             os.kill(os.getpid(), 9)
         real(*paths)
     return replace
-for number, out in enumerate(sys.argv[2:], 1):
+for number, out in enumerate(sys.argv[3:], 1):
     child = os.fork()
     if child == 0:
         atomic.os.replace = killing(number)
-        repair(out, source, max_failures=1, device="cpu", progress=False, workers=1)
+        repair(out, source, retry_failed=retry, max_failures=1, device="cpu", progress=False, workers=1)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+def killed(source: Path, retry: str, *stores: Path) -> None:
+    """A repair of each store, killed at its first rename, at the second of the next, and so on."""
+    command = [sys.executable, "-c", KILLED, source, retry, *stores]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["-9"] * len(stores), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
+def test_row_16_a_repair_that_is_killed_while_it_tries_failures_again_goes_on(made, tmp_path):
+    """The unit that it had planned is neither damaged nor a failure, and still the same call's."""
+    picture(77).save(tmp_path / "in" / "bad.png")
+    stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
+    killed(tmp_path / "in", "retry", *stores)
+    for out in stores:
+        with pytest.raises(ValueError, match="src must be named, since 1 images that failed of "):
+            mend(out, retry_failed=True)
+        assert mend(out, tmp_path / "in").pending == 1
+        done = mend(out, tmp_path / "in", retry_failed=True, max_failures=0)
+        assert (done.retried, done.pending, done.report.ok) == (1, 0, 1)
+        assert failures(out) == {}
+        assert ("bad.png", 0) in committed(out)
+        assert len(list((out / "plan").iterdir())) == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
 def test_row_16_a_repair_that_is_killed_goes_on(made, tmp_path):
     """Before the shard's rename, and between it and the record's: SIGKILL, then the same call."""
     whole = committed(made)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
     for out in stores:
         for shard in (out / "shards").glob("*.safetensors"):
             flip(shard)
-    command = [sys.executable, "-c", KILLED, tmp_path / "in", *stores]
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["-9", "-9"], done.stderr
+    killed(tmp_path / "in", "", *stores)
     for out, damaged in zip(stores, (3, 2), strict=True):
         assert len(verify(out, deep=True, progress=False).damaged) == damaged
         mend(out, tmp_path / "in")
