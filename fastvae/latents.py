@@ -355,7 +355,9 @@ def _channel_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor] | 
     mean, std = (getattr(vae.config, key, None) for key in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return None
-    return torch.tensor(mean).view(1, -1, 1, 1).to(z), torch.tensor(std).view(1, -1, 1, 1).to(z)
+    # A few numbers, for which no stream need be waited for.
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(z, non_blocking=True) for values in (mean, std))
+    return mean, std
 
 
 def _patchify(z: Tensor, patch: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvae.data.noise import checked, noise_keys
 from fastvae.data.shards import LOGVAR_RANGE
 from fastvae.data.space import Space, scaling_of
-from fastvae.data.transfer import Transfer, transfer_to
+from fastvae.data.transfer import Made, Transfer, transfer_to
 from fastvae.latents import check_finite, moments_of_images, scale_latents, unchecked_moments_of_images
 from fastvae.sampling import sample_posterior
 
@@ -29,8 +29,9 @@ class LatentLoader:
     """The batches of ``images_loader`` with latents in the place of images, each made before it is asked for.
 
     images_loader: a DataLoader, or any iterable of batches: a tensor of uint8 images, [B, C, H, W] or [B, H, W, C], or
-    a tuple or dict that holds one. images: its name or index there; by default the only such tensor. vae: fastvae's or
-    diffusers', accelerated or not; its weights must not change during an iteration.
+    a tuple or dict that holds one. Batches are fetched ahead, so each must own its memory. images: its name or index
+    there; by default the only such tensor. vae: fastvae's or diffusers', accelerated or not; its weights must not
+    change during an iteration.
     posterior: "sample" draws; "mean" takes the mean; "dist" gives both moments, to draw from at each use. scaled: ready
     to train on, else raw. Latents, [B, L, H / f, W / f] on the model's device, stand where the images stood; in a dict
     as ``latents`` with ``noise_key``. For "dist" they are a dict of ``mean``, ``logvar`` and ``noise_key``, in a dict
@@ -69,10 +70,12 @@ class LatentLoader:
         self.seed, self.rank = checked("seed", seed), checked("rank", rank)
         self._images, self._key = images, key
         self._space = Space(scaling_of(vae), scaled) if posterior == "dist" else None
-        self._transfer_to = functools.cache(transfer_to)
         self._epoch = self._batches = self._done = 0
         self._start = 0, 0  # batches and images that the next iteration counts as done
         self._running: weakref.ref[Generator[Any, None, None]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": None}  # an iteration stays where it is
 
     def __len__(self) -> int:
         return len(self.images_loader)  # type: ignore[arg-type]
@@ -119,7 +122,7 @@ class LatentLoader:
         device = next(iter(self.vae.parameters())).device
         if device.type == "meta":
             raise ValueError("vae must have its weights on a device, got some that are offloaded")
-        transfer = self._transfer_to(device)
+        transfer = transfer_to(device)
         transfer.begin()
         # Here and not in the thread: this is where a DataLoader starts its workers.
         source = iter(self.images_loader)
@@ -130,7 +133,10 @@ class LatentLoader:
         fetch = functools.partial(self._fetch, batches, transfer, epoch, itertools.count(self._done))
         fetcher = ThreadPoolExecutor(1, "fastvae-fetch")
         threads = torch.get_num_threads()
-        encoder = ThreadPoolExecutor(1, "fastvae-encode", functools.partial(torch.set_num_threads, threads))
+        new_encoder = functools.partial(
+            ThreadPoolExecutor, 1, "fastvae-encode", functools.partial(torch.set_num_threads, threads)
+        )
+        encoder = new_encoder()
         waiting: deque[Future[Any]] = deque()
 
         def begin() -> None:
@@ -145,13 +151,17 @@ class LatentLoader:
                 finished = waiting.popleft().result()
                 if finished is END:
                     break
-                batch, place, count, uploaded, made = finished
+                batch, place, seeds, made = finished
                 latents, finite = transfer.take(made)
-                if not finite:  # again, looking: half precision is mended in fp32, the rest refused
-                    latents, _ = transfer.take(encoder.submit(transfer.run, uploaded, self._checked).result())
+                if not finite:
+                    # Again, looking: an accelerated model's half precision is mended in fp32, the rest refused. In a
+                    # thread of its own: the encoder's may wait for batches that come after this one was trained on.
+                    uploaded = transfer.up(_images_of(batch, place), seeds)
+                    with new_encoder() as alone:
+                        latents, _ = transfer.take(alone.submit(transfer.run, uploaded, self._checked).result())
                 batch = _in_place(batch, place, latents)
-                self._batches, self._done = self._batches + 1, self._done + count
-                del finished, uploaded, made, latents
+                self._batches, self._done = self._batches + 1, self._done + len(seeds)
+                del finished, made, latents
                 yield batch
                 del batch
             self._batches = self._done = 0  # of the epoch that may follow
@@ -160,6 +170,7 @@ class LatentLoader:
             fetcher.shutdown(wait=False, cancel_futures=True)
             encoder.shutdown(wait=True, cancel_futures=True)
             fetcher.shutdown(wait=True)
+            transfer.end()
             self._end(source)
 
     def _end(self, source: Any) -> None:
@@ -172,15 +183,15 @@ class LatentLoader:
             getattr(source, "_shutdown_workers", lambda: None)()
 
     def _fetch(self, batches: Iterator[Any], transfer: Transfer, epoch: int, numbers: Iterator[int]) -> Any:
-        """The next batch, where its images are in it, how many, and they and their noise keys on their way."""
+        """The next batch, where its images are in it, their noise keys, and images and keys on their way."""
         batch = next(batches)
         if batch is END:
             return END
         place = _place_of_images(batch, self._images)
-        images = batch if place is None else batch[place]
+        images = _images_of(batch, place)
         keys = self._keys_of(batch, len(images), numbers)
         seeds = torch.tensor(noise_keys(self.seed, epoch, [(key, 0) for key in keys]), dtype=torch.uint64)
-        return batch, place, len(images), transfer.up(images, seeds)
+        return batch, place, seeds, transfer.up(images, seeds)
 
     def _keys_of(self, batch: Any, count: int, numbers: Iterator[int]) -> list[str]:
         places = [f"{self.rank}/{next(numbers)}" for _ in range(count)]
@@ -191,7 +202,7 @@ class LatentLoader:
             given = key(batch) if callable(key) else batch[key]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"key must be a part of the batch, {_described(batch)}, got {key!r}") from error
-        values = given.tolist() if isinstance(given, Tensor) else list(given)
+        values = given.tolist() if hasattr(given, "tolist") else list(given)  # a tensor or array
         if len(values) != count or not all(isinstance(value, (str, int)) for value in values):
             raise ValueError(f"key must give a string or an integer for each of {count} images, got {values[:4]!r}")
         return [str(value) for value in values]
@@ -200,20 +211,24 @@ class LatentLoader:
         if (got := fetched.result()) is END:
             return END
         *rest, uploaded = got
-        # Nobody waits for the GPU here: it is given the next batch while it works on this one.
-        return *rest, uploaded, transfer.run(uploaded, self._unchecked)
+        # With uint8 images nobody waits for a GPU here: it is given the next batch while it works on this one.
+        return *rest, transfer.run(uploaded, self._unchecked)
 
     @torch.no_grad()
-    def _unchecked(self, images: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        return self._latents(unchecked_moments_of_images(self.vae, images), seeds)
+    def _unchecked(self, images: Tensor, seeds: Tensor) -> Made:
+        # The moments too, part of which may be clamped or left out of what is made.
+        moments = unchecked_moments_of_images(self.vae, images)
+        made = self._latents(moments, seeds)
+        return made, [moments, *(values for values in made.values() if values.is_floating_point())]
 
     @torch.no_grad()
-    def _checked(self, images: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        made = self._latents(moments_of_images(self.vae, images), seeds)
+    def _checked(self, images: Tensor, seeds: Tensor) -> Made:
+        moments = moments_of_images(self.vae, images)
+        made = self._latents(moments, seeds)
         for name, values in made.items():
             if values.is_floating_point():
                 check_finite(f"the {name}", values, f"computed in {values.dtype}")
-        return made
+        return made, [moments]
 
     def _latents(self, moments: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         mean, logvar = moments.chunk(2, dim=1)
@@ -222,6 +237,10 @@ class LatentLoader:
             return {"mean": self._space.mean(mean), "logvar": logvar, "noise_key": seeds}
         z = mean.contiguous() if self.posterior == "mean" else sample_posterior(moments, seeds=seeds)
         return {"latents": scale_latents(self.vae, z) if self.scaled else z, "noise_key": seeds}
+
+
+def _images_of(batch: Any, place: Place) -> Tensor:
+    return batch if place is None else batch[place]
 
 
 def _place_of_images(batch: Any, given: Place) -> Place:

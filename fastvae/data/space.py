@@ -30,7 +30,8 @@ class Space:
         """[B, L, h, w] as stored, or scaled: fp32, shifted and scaled as scale_latents does."""
         if not self.scaled:
             return stored
-        return (stored - self._shift.to(stored.device)) * self._factor.to(stored.device)
+        shift, factor = (values.to(stored.device, non_blocking=True) for values in (self._shift, self._factor))
+        return (stored - shift) * factor
 
     def logvar(self, stored: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[B, L, h, w] in ``dtype``, or scaled, fp32: 2 ln(factor) added, so that drawing and scaling commute.
@@ -40,7 +41,7 @@ class Space:
         if extent is not None:
             low, high = extent[:, 0, None, None, None], extent[:, 1, None, None, None]
             stored = (stored * ((high - low) / LAST_LEVEL) + low).to(torch.float32 if self.scaled else dtype)
-        return stored + self._spread.to(stored.device) if self.scaled else stored
+        return stored + self._spread.to(stored.device, non_blocking=True) if self.scaled else stored
 
 
 def scaling_of(model: Any) -> dict[str, Any]:

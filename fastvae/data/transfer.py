@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Work = Callable[..., dict[str, Tensor]]
+# What is made of a batch, and all that must be finite for it.
+Made = tuple[dict[str, Tensor], list[Tensor]]
+Work = Callable[..., Made]
 Uploaded = tuple[tuple[Tensor, ...], torch.cuda.Event]
 Finished = tuple[dict[str, Tensor], Tensor, torch.cuda.Event]
 
@@ -16,16 +19,23 @@ Finished = tuple[dict[str, Tensor], Tensor, torch.cuda.Event]
 class Transfer(Protocol):
     """The three moments of a batch: ``up`` in the thread that fetches, ``run`` in the one that encodes, ``take`` in the
     one that trains. Each is handed what the one before gave. ``begin`` comes before the first, where one trains;
-    ``take`` waits for the batch and says too whether all its numbers are finite."""
+    ``take`` waits for the batch and says too whether all that must be finite is. ``end`` comes after the last batch,
+    handed out or not."""
 
     def begin(self) -> None: ...
     def up(self, *given: Tensor) -> Any: ...
     def run(self, uploaded: Any, work: Work) -> Any: ...
     def take(self, finished: Any) -> tuple[dict[str, Tensor], bool]: ...
+    def end(self) -> None: ...
 
 
+@functools.cache
 def transfer_to(device: torch.device) -> Transfer:
-    """What a device needs: streams and events on a CUDA GPU, nothing elsewhere."""
+    """What a device needs: streams and events on a CUDA GPU, nothing elsewhere.
+
+    One for a device and all epochs: what a stream has freed, the allocator gives to that stream alone, so new streams
+    would take the memory of an encode anew each time.
+    """
     return OnCard(device) if device.type == "cuda" else InPlace()
 
 
@@ -38,19 +48,22 @@ class InPlace:
     def up(self, *given: Tensor) -> tuple[Tensor, ...]:
         return given
 
-    def run(self, uploaded: tuple[Tensor, ...], work: Work) -> dict[str, Tensor]:
+    def run(self, uploaded: tuple[Tensor, ...], work: Work) -> Made:
         return work(*uploaded)
 
-    def take(self, finished: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-        return finished, bool(_are_finite(finished))
+    def take(self, finished: Made) -> tuple[dict[str, Tensor], bool]:
+        made, looked_at = finished
+        return made, bool(_are_finite(looked_at))
+
+    def end(self) -> None:
+        pass
 
 
 class OnCard:
     """A CUDA GPU: images copied from pinned memory on one stream and encoded on another, beside the training step's.
 
     Events order the hand-overs on the GPU, and none but the thread that trains waits for it; record_stream keeps the
-    allocator from giving away memory that another stream still reads. Made once for all epochs: what a stream has
-    freed, the allocator gives to that stream alone, so new ones would take the memory of an encode anew each time.
+    allocator from giving away memory that another stream still reads.
     """
 
     def __init__(self, device: torch.device):
@@ -84,8 +97,8 @@ class OnCard:
             self.encoding.wait_event(ready)
             for values in there:
                 values.record_stream(self.encoding)
-            made = work(*there)
-            finite = _are_finite(made).to("cpu", non_blocking=True)  # to pinned memory
+            made, looked_at = work(*there)
+            finite = _are_finite(looked_at).to("cpu", non_blocking=True)  # to pinned memory
         done.record(self.encoding)
         return made, finite, done
 
@@ -97,7 +110,11 @@ class OnCard:
             tensor.record_stream(stream)
         return made, bool(finite)
 
+    def end(self) -> None:
+        # Batches that nobody took may still be under way, and read what the caller now changes.
+        torch.cuda.current_stream(self.device).wait_stream(self.encoding)
 
-def _are_finite(made: dict[str, Tensor]) -> Tensor:
-    """Whether all floating-point values are, as a bool [] where they are."""
-    return torch.stack([values.isfinite().all() for values in made.values() if values.is_floating_point()]).all()
+
+def _are_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all values of all are, as a bool [] where they are."""
+    return torch.stack([values.isfinite().all() for values in tensors]).all()

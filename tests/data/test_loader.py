@@ -3,12 +3,14 @@
 import collections
 import itertools
 import multiprocessing
+import pickle
 import signal
 import sys
 import threading
 import time
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from small_store import small_vae
@@ -201,6 +203,35 @@ def test_latents_that_are_not_finite_are_refused_where_their_batch_comes():
         vae.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="the moments must be finite, got NaN or infinity in rows"):
         next(iter(LatentLoader(loader_of(), vae)))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["raw", "scaled"])
+@pytest.mark.parametrize("posterior", ["sample", "mean", "dist"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_a_log_variance_that_is_not_finite_is_refused_where_it_is_clamped_or_left_out(value, posterior, scaled):
+    vae = small_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[-1] = value
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="the moments must be finite, got NaN or infinity in rows"):
+        next(iter(LatentLoader([images], vae, posterior=posterior, scaled=scaled)))
+
+
+def test_keys_may_be_an_array():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    by_form = [
+        next(iter(LatentLoader([{"image": images, "key": keys}], small_vae())))["latents"]
+        for keys in ([3, 4], torch.tensor([3, 4]), np.array([3, 4]))
+    ]
+    assert torch.equal(by_form[0], by_form[1])
+    assert torch.equal(by_form[0], by_form[2])
+
+
+def test_a_loader_is_pickled():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    loader = LatentLoader([images], small_vae(), seed=3)
+    (ours,), (theirs,) = list(loader), list(pickle.loads(pickle.dumps(loader)))
+    assert torch.equal(ours, theirs)
 
 
 def leave_by_break(loader):

@@ -1,6 +1,7 @@
 """Half precision that never breaks: a model built to overflow as SDXL's does, and what catches the rest."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -244,9 +245,17 @@ def test_a_row_that_overflows_is_encoded_again_in_fp32():
         "non_finite_rows": 2,
         "rows_again_in_fp32": 1,
     } == fastvae.fast_report(vae)
-    batches = [{"image": x, "key": ["a", "b", "c"]}]
-    loaded = next(iter(fastvae.LatentLoader(batches, vae, posterior="mean", images="image")))
-    assert torch.equal(loaded["latents"], ours), "a loader looks after the launch, and does the same"
+    trained = threading.Event()
+
+    def batches():
+        yield {"image": x, "key": ["a", "b", "c"]}
+        assert trained.wait(60), "a batch that is made again must not wait for the next one"
+
+    loading = iter(fastvae.LatentLoader(batches(), vae, posterior="mean", images="image"))
+    loaded = next(loading)["latents"]
+    trained.set()
+    assert torch.equal(loaded, ours), "a loader looks after the launch, and does the same"
+    assert next(loading, None) is None
 
 
 @pytest.mark.parametrize("hand", HANDS)
