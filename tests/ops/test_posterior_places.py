@@ -149,7 +149,7 @@ JITFunction.run = take
 with FakeTensorMode(), torch.device("cuda"):
     for index in range(32):
         batch, height, width = 1 + index % 5, 1 + 3 * index, 1 + 5 * (31 - index) + index % 3
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
             for channels in (3, 4, 16):
                 for form in (torch.contiguous_format, torch.channels_last):
                     moments = torch.empty((batch, 2 * channels, height, width), dtype=dtype, memory_format=form)
@@ -171,5 +171,5 @@ def test_thirty_two_sizes_compile_two_variants_one_for_each_memory_format():
     assert done.returncode == 0, done.stderr
     most, kernels, cases = map(int, done.stdout.split())
     assert kernels == 5, "sample, divergence and sum, and two gradients"
-    assert cases == 3 * 3 * (2 * 3 + 3), "dtypes, channels; the sampler's kernels in mode, by row and by stream"
+    assert cases == 2 * 3 * (2 * 3 + 3), "dtypes, channels; the sampler's kernels in mode, by row and by stream"
     assert most == 2

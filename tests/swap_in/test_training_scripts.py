@@ -176,7 +176,16 @@ def test_a_step_of_text_to_image_training_gives_stocks_gradient():
 # DreamBooth with --cache_latents: whole posteriors are kept, the VAE is deleted, and every step draws anew.
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["", "freeze"])
+@pytest.mark.parametrize(
+    ("passes", "freeze"),
+    [
+        pytest.param("a user's CPU", False, id="a user's CPU"),
+        pytest.param("a user's CPU", True, id="a user's CPU, freeze"),
+        pytest.param("fused kernels", False, id="fused kernels", marks=pytest.mark.slow),
+        pytest.param("fused kernels", True, id="fused kernels, freeze"),
+    ],
+    indirect=["passes"],
+)
 def test_posteriors_kept_over_steps_stay_what_they_were(freeze):
     """FLUX's: no convolution behind the encoder makes what it gave anew."""
     ours, *_ = models(sixteen_latents, freeze=freeze)
@@ -207,7 +216,16 @@ def test_posteriors_kept_over_steps_stay_what_they_were(freeze):
 # Losses on pixels that reach back through decode, as reward and LPIPS fine-tuning have them.
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize(
+    ("passes", "checkpointing"),
+    [
+        pytest.param("a user's CPU", False, id="a user's CPU"),
+        pytest.param("a user's CPU", True, id="a user's CPU, gradient checkpointing"),
+        pytest.param("fused kernels", False, id="fused kernels"),
+        pytest.param("fused kernels", True, id="fused kernels, gradient checkpointing", marks=pytest.mark.slow),
+    ],
+    indirect=["passes"],
+)
 def test_a_loss_on_pixels_goes_back_through_a_frozen_decoder(checkpointing, passes):
     """By way of a network that made the latents: its gradients, and none of the VAE's own weights."""
     torch.manual_seed(5)
