@@ -53,8 +53,20 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("hand", ["diffusers", "fastvae"])
-@pytest.mark.parametrize("way", WAYS)
+# Every form on diffusers' class; on ours one of each kind, and the rest in the long run.
+OURS_OFTEN = ("to(dtype)", "to(memory_format=)", "half and float", "train")
+
+
+@pytest.mark.parametrize(
+    ("way", "hand"),
+    [
+        *((way, "diffusers") for way in WAYS),
+        *(
+            (way, "fastvae") if way in OURS_OFTEN else pytest.param(way, "fastvae", marks=pytest.mark.slow)
+            for way in WAYS
+        ),
+    ],
+)
 def test_every_form_of_moving_and_recasting(way, hand, monkeypatch):
     vae, stock = fast_and_stock(hand)
     moved = WAYS[way](vae)

@@ -81,15 +81,22 @@ ALONE = [("accelerate",), ("diffusers",), ("diffusers, instead",)]
 IN_PAIRS = [("accelerate", "diffusers"), ("diffusers, instead", "accelerate")]
 
 
-@pytest.mark.parametrize("kinds", [*ALONE, *IN_PAIRS], ids=" and ".join)
-def test_every_order_of_hooks_and_of_accelerating(kinds):
+@pytest.mark.parametrize(
+    ("kinds", "step"),
+    [
+        *(pytest.param(kinds, 1, id=" and ".join(kinds)) for kinds in ALONE),
+        *(pytest.param(kinds, 5, id=f"{' and '.join(kinds)}, every fifth order") for kinds in IN_PAIRS),
+        *(pytest.param(kinds, 1, id=" and ".join(kinds), marks=pytest.mark.slow) for kinds in IN_PAIRS),
+    ],
+)
+def test_every_order_of_hooks_and_of_accelerating(kinds, step):
     """Heard while it is there, fast while accelerated, and stock to the bit before, between and after."""
     some = list(orders(*kinds))
     assert len(some) == (6 if kinds in ALONE else 60)
     x, stock = pixels(), tiny()
     plain, fast = moments_of(stock, x), moments_of(fastvae.accelerate(tiny()), x)
     assert not torch.equal(plain, fast), "else nothing here could fail"
-    for order in some:
+    for order in some[::step]:
         vae, calls, accelerated, hooks = copy.deepcopy(stock), [], False, 0
         for event in order:
             if event == "accelerate the model":

@@ -164,8 +164,15 @@ HALVES = {
 
 @pytest.mark.filterwarnings("ignore:.upcast_vae:FutureWarning")
 @pytest.mark.usefixtures("users_cpu")
-@pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("case", ["SDXL", "SDXL, image to image"])
+@pytest.mark.parametrize(
+    ("case", "half"),
+    [
+        *(("SDXL", half) for half in HALVES),
+        ("SDXL, image to image", "fp16, decoded in fp32"),
+        pytest.param("SDXL, image to image", "fp16 throughout", marks=pytest.mark.slow),
+        pytest.param("SDXL, image to image", "bf16 throughout", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_pipelines_recast_as_ever(case, half):
     """Under force_upcast SDXL's pipelines take a VAE of fp16 to fp32 and back within each call."""
     dtype, upcast = HALVES[half]
