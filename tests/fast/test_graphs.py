@@ -164,19 +164,22 @@ def test_a_shape_is_captured_at_its_second_call_and_replayed_with_the_same_bits(
     assert stream.asked[-2:] == ["wait_event", "record_event"], "a replay waits for the one before"
 
 
-def test_every_shape_layout_and_caller_has_its_own(stream):
+@pytest.mark.parametrize(
+    "layouts", [pytest.param(2, id="two layouts"), pytest.param(4, id="all layouts", marks=pytest.mark.slow)]
+)
+def test_every_shape_layout_and_caller_has_its_own(layouts, stream):
     vae = tiny()
     x = pixels(vae, 1, 2, 4)
     every_second = pixels(vae, 1, 2, 8)[..., ::2]
-    for given in (x, x.to(memory_format=torch.channels_last), every_second, x[:, :, :1]):
+    for given in (x.to(memory_format=torch.channels_last), every_second, x, x[:, :, :1])[:layouts]:
         once, again = moments_of(vae, given), moments_of(vae, given)
         assert torch.equal(once, again)
         assert once.stride() == again.stride()
-    assert told(vae) == (4, 4)
+    assert told(vae) == (layouts, layouts)
     images = torch.randint(0, 256, (1, 3, 2, 4), dtype=torch.uint8)
     once, again = (fastvae.encode_latents(vae, images, posterior="mode") for _ in range(2))
     assert torch.equal(once, again)
-    assert told(vae) == (5, 5), "bytes, with quant_conv folded"
+    assert told(vae) == (layouts + 1, layouts + 1), "bytes, with quant_conv folded"
 
 
 def test_writes_in_place_show_in_a_replay(stream):
@@ -207,6 +210,23 @@ def other_switch(vae):
 
 
 @pytest.mark.parametrize("change", [moved, relaid, other_eps, other_switch])
+def test_what_a_graph_hangs_on_is_seen(change, stream, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    vae = tiny()
+    x = pixels(vae, 1, 4, 4)
+
+    def state():
+        return graphs.state_of(vae.encoder, vae._fastvae.pass_for(vae.encoder, x))
+
+    before = state()
+    assert state() == before, "else nothing would ever be replayed"
+    change(vae)
+    assert state() != before
+
+
+@pytest.mark.parametrize(
+    "change", [moved, *(pytest.param(change, marks=pytest.mark.slow) for change in (relaid, other_eps, other_switch))]
+)
 def test_what_a_graph_hangs_on_has_changed(change, stream, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     vae = tiny()
@@ -377,6 +397,16 @@ def test_the_least_recently_used_goes_first(call, monkeypatch):
         call(torch.ones(1, 1, 1, width))
     assert len(call.graphs.seen) == 2
     assert len(call.graphs.held) == 2, "shapes that come once push no graph out"
+
+
+def test_every_shape_and_layout_is_a_graph_of_its_own(call):
+    x = torch.rand(2, 2, 4, 8)
+    layouts = (x[..., :4].contiguous(), x[..., :4].to(memory_format=torch.channels_last), x[..., ::2], x[:, :, :1])
+    for given in layouts:
+        once, again = call(given), call(given)
+        assert torch.equal(once, again)
+        assert once.stride() == again.stride()
+    assert (len(call.graphs.held), call.graphs.replays) == (4, 4)
 
 
 def test_a_failed_capture_falls_back_with_its_reason_and_leaves_nothing_behind(call):
