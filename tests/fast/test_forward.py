@@ -28,8 +28,14 @@ def images_of(vae, z):
     return vae.decode(z).sample
 
 
-@pytest.mark.parametrize("hand", HANDS)
-@pytest.mark.parametrize("shape", CONFIGS)
+# Both hands' modules are walked alike: of diffusers' the plainest, and the class that is another.
+FAST = {*((shape, "fastvae") for shape in CONFIGS), ("SD", "diffusers"), ("FLUX.2", "diffusers")}
+EVERY = [(shape, hand) for shape in CONFIGS for hand in HANDS]
+
+
+@pytest.mark.parametrize(
+    ("shape", "hand"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY]
+)
 def test_encode_and_decode_are_as_accurate_as_eager(shape, hand):
     vae = small_model(shape, hand)
     x, z = pixels(vae, height=16), latents(vae, height=4, width=3)
@@ -95,11 +101,11 @@ def test_every_call_owns_its_result():
     assert torch.equal(first, kept)
 
 
-@pytest.mark.parametrize("batches", [(3, 9), pytest.param(range(1, 10), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("batches", [(2, 3), pytest.param(range(1, 10), marks=pytest.mark.slow)], ids=str)
 def test_rows_do_not_depend_on_their_batch(batches):
     """deterministic=True: the bits of a row alone, at every batch size; nothing of ours hangs on the batch."""
     vae = fastvae.accelerate(small_model(), deterministic=True, freeze=True)
-    x = pixels(vae, batch=9, height=4, width=6)
+    x = pixels(vae, batch=max(batches), height=4, width=6)
     alone = torch.cat([moments_of(vae, row[None]) for row in x])
     for batch in batches:
         assert torch.equal(moments_of(vae, x[:batch]), alone[:batch]), batch
