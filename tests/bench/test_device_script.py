@@ -28,7 +28,9 @@ def run_script(out, *arguments, **environment):
 needs_bash = pytest.mark.skipif(shutil.which("timeout") is None, reason="the script is for Linux: bash and timeout")
 
 
+# What one part writes is in the tests of wrong and killed ones below.
 @needs_bash
+@pytest.mark.slow
 def test_a_dry_run_writes_its_results(tmp_path):
     done = run_script(tmp_path, "--dry")
     assert done.returncode == 0, done.stdout + done.stderr
