@@ -26,9 +26,10 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 a store is damaged or is none, or something else went wrong, 2 a wrong argument,
-    3 more failures than allowed, 4 the store was made by another model or other settings, 5 another run has
-    been planning the store for half an hour, 6 no space left, 75 interrupted: run it again. FASTVAE_DEBUG=1 in
-    the environment shows where an error came from.
+    3 more failures than allowed, or an image that compare cannot read, 4 the store was made by another model
+    or other settings, 5 another run has been planning the store for half an hour, or is writing what repair is
+    to mend, 6 no space left, 75 interrupted: run it again, 141 the reader of stdout went away. FASTVAE_DEBUG=1
+    in the environment shows where an error came from.
     """
 
 

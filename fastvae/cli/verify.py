@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
+from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, printable
 
 
 @click.command()
@@ -21,7 +21,7 @@ from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
 def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool, quiet: bool) -> None:
     """Whether every committed shard of STORE is what its record says. Exit code 1 if one is not.
 
-    Nothing is written but for --rebuild-index.
+    Nothing is written but for --rebuild-index, and with damage not for that either.
     """
     from fastvae.data.console import amount
     from fastvae.data.verify import rebuild_index as rebuild
@@ -31,13 +31,15 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
     if rebuild_index and not found.damaged:
         rebuild(store)
         found.stale = []
+    elif rebuild_index:
+        complain("fastvae: index.jsonl and failures.jsonl were not written anew: the store is damaged, repair it first")
     if as_json:
         echo_json({"store": store, "deep": deep, "pending": found.pending, **asdict(found)})
     else:
         for damage in found.damaged:
             echo(printable(f"damaged {damage.file} {damage.what}"))
         for name in found.stale:
-            echo(f"stale   {name} says something else than the records: the next encode writes it anew")
+            echo(f"stale   {name} is missing or says something else than the records: the next encode writes it anew")
         word = "damaged" if found.damaged else "sound"
         echo(
             f"{word:7s} {found.committed} of {found.planned} units, {found.rows} rows, {found.failed} quarantined, "

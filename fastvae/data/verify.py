@@ -31,7 +31,8 @@ class Damage:
 class Verified:
     """What was found: units that were planned and are committed, their rows, and every damage.
 
-    ``stale``: which derived files say something else than the records, as after a kill; the next encode rewrites them.
+    ``stale``: which derived files say something else than the records, as after a kill, or are missing where something
+    is committed; the next encode rewrites them.
     """
 
     planned: int = 0
@@ -70,8 +71,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
         if is_own(name, RECORD):
             _look(store, folder / name, units.get(Path(name).stem), deep, found)
     if not found.damaged:
-        made = {store.path / name: b"".join(lines) for name, lines in store.derived().items()}
-        found.stale = [path.name for path, whole in made.items() if path.is_file() and path.read_bytes() != whole]
+        found.stale = [name for name, lines in store.derived().items() if _is_stale(store.path / name, lines, found)]
     return found
 
 
@@ -84,6 +84,12 @@ def rebuild_index(path: str | os.PathLike[str]) -> list[str]:
     with locked(store.path):
         store.write_derived()
     return list(store.derived())
+
+
+def _is_stale(path: Path, lines: list[bytes], found: Verified) -> bool:
+    if not path.is_file():
+        return found.committed > 0
+    return path.read_bytes() != b"".join(lines)
 
 
 def _look(store: Store, record: Path, unit: Unit | None, deep: bool, found: Verified) -> None:

@@ -8,6 +8,7 @@ from small_store import SIDE, write_pictures, write_store
 
 from fastvae.cli.main import cli
 from fastvae.data.leases import Leases
+from fastvae.data.store import Store
 
 
 def run(*arguments, code=0, verb="verify"):
@@ -18,7 +19,9 @@ def run(*arguments, code=0, verb="verify"):
 
 @pytest.fixture
 def made(tmp_path):
-    return write_store(tmp_path / "out", {(32, 32): [f"{number}\x1b[31m.png" for number in range(6)]})
+    path = write_store(tmp_path / "out", {(32, 32): [f"{number}\x1b[31m.png" for number in range(6)]})
+    Store.open(path).write_derived()
+    return path
 
 
 @pytest.mark.parametrize("deep", [[], ["--deep"]], ids=["by hash", "deep"])
@@ -51,8 +54,15 @@ def test_a_stale_index_is_said_and_is_no_damage(made):
     (made / "index.jsonl").write_text("{}\n")
     for deep in ([], ["--deep"]):
         first, last = run(made, *deep).stdout.splitlines()
-        assert first.startswith("stale   index.jsonl says something else")
+        assert first.startswith("stale   index.jsonl is missing or says something else")
         assert last.startswith("sound")
+
+
+def test_a_missing_index_is_stale_where_something_is_committed(made, tmp_path):
+    (made / "index.jsonl").unlink()
+    (made / "failures.jsonl").unlink()
+    assert [line.split()[1] for line in run(made).stdout.splitlines()[:2]] == ["index.jsonl", "failures.jsonl"]
+    assert json.loads(run(write_store(tmp_path / "none", {}), "--json").stdout)["stale"] == []
 
 
 def test_rebuild_index_writes_what_the_records_say_and_no_shard(made):
@@ -68,7 +78,8 @@ def test_rebuild_index_writes_what_the_records_say_and_no_shard(made):
     (made / "index.jsonl").unlink()
     damaged = made / "shards" / "000001-32x32.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    run(made, "--rebuild-index", code=1)
+    said = run(made, "--rebuild-index", "-q", code=1).stderr
+    assert said.startswith("fastvae: index.jsonl and failures.jsonl were not written anew: the store is damaged")
     assert not (made / "index.jsonl").exists()
 
 
