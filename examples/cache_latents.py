@@ -130,12 +130,12 @@ def keep(path: Path, values: dict[str, np.ndarray]) -> None:
     partial.replace(path)
 
 
-def is_kept(path: Path, names: list[str]) -> bool:
-    """Whether a cache holds all of these arrays."""
+def is_kept(path: Path, names: list[str], size: tuple[int, int]) -> bool:
+    """Whether a cache holds all of these arrays, the first of them latents of this height and width."""
     if not path.exists():
         return False
     with np.load(path) as held:
-        return set(names) <= set(held.files)
+        return set(names) <= set(held.files) and held[names[0]].shape[-2:] == size
 
 
 def cache(
@@ -147,7 +147,8 @@ def cache(
         f = vae.downsample_factor
         ending = f"_{bucket[1] // f}x{bucket[0] // f}" if family in SEVERAL_SIZES else ""
         names = [f"{name}{ending}" for name in ("latents", "original_size", "crop_ltrb", *["latents_flipped"] * flip)]
-        missing = (picture for picture in group if not is_kept(picture.cache(family), names))
+        size = bucket[1] // f, bucket[0] // f
+        missing = (picture for picture in group if not is_kept(picture.cache(family), names, size))
         while rows := list(islice(missing, batch)):
             pixels = torch.stack([pixels_of(picture) for picture in rows])
             seeds = [seed_of(picture.path.name, seed) for picture in rows]

@@ -115,7 +115,7 @@ def _silence(stream: Any) -> None:
 
 def parse_count(text: str) -> int:
     """A count with an optional K, M or G, as in 178M; raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip(), re.ASCII)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kKmMgG]?)", text.strip(), re.ASCII)
     if not match:
         raise ValueError(f"expected a count such as 178M, got {text!r}")
     return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()])

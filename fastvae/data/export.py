@@ -118,7 +118,7 @@ def _sweep(out: Path) -> None:
     """Delete what exports to ``out`` left that were killed: their folders, where no lease in them is alive."""
     folder = out.absolute().parent
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_symlink() or not is_leftover(path, re.escape(out.name)):
+        if path.is_symlink() or not path.is_dir() or not is_leftover(path, re.escape(out.name)):
             continue
         with contextlib.suppress(FileNotFoundError):  # its own process is removing it
             age = time.time() - path.stat().st_mtime

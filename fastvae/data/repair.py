@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from fastvae.data.images import DEFAULT_MAX_PIXELS
 from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
-from fastvae.data.plan import rows_of
+from fastvae.data.plan import hashed, rows_of
 from fastvae.data.reading import Reading
-from fastvae.data.records import StoreLocked, Unit
+from fastvae.data.records import StoreError, StoreLocked, Unit
 from fastvae.data.report import EncodeReport
 from fastvae.data.settings import identity_of, load_model, named_model, stored_settings
-from fastvae.data.sources import Source, open_source
+from fastvae.data.sources import Source, SourceFile, open_source
 from fastvae.data.store import Store
 from fastvae.data.verify import Damage, verify
 
@@ -73,10 +73,11 @@ def repair(
     revision: the model; by default the one that the store names, which is said on stderr. All that counts in the
     store's identity is taken from the store. retry_failed: images whose last try failed are tried again, in units of
     their own, and what a repair planned so and was interrupted in. The others: see encode. Records of no unit are
-    deleted. An image that is no longer there is quarantined.
-    Raises ValueError for an argument, for a ``src`` that is needed and not given, or that holds none of the images;
-    StoreError for what is no store; StoreLocked while a run is writing it; IdentityMismatch for another model; OSError,
-    ENOSPC when the disk is full. Whatever is raised, what was sound stays so, and the same call goes on.
+    deleted where no shard lies beside them. An image that is no longer there is quarantined.
+    Raises ValueError for an argument, for a ``src`` that is needed and not given, that holds none of the images, or one
+    that is not as it was planned; StoreError for what is no store, or has a shard of no unit; StoreLocked while a run
+    is writing it; IdentityMismatch for another model; OSError, ENOSPC when the disk is full. Whatever is raised, what
+    was sound stays so, and the same call goes on.
     """
     check_amounts(batch, workers, max_failures, max_pixels)
     path = Path(store)
@@ -104,7 +105,7 @@ def repair(
     source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
     model = named_model(there, vae, subfolder, revision)
     job = _job(there, source, model, failed, settled_device(device), max_pixels)
-    _check_source([unit for unit in there.units() if unit.number in bad], again, job)
+    _check_source(_served(there, bad), again, job)
     check_memory(job.model, job.settings, batch)
     report = result.report = job.report()
     result.missing = len(failed.difference(job.reading.listed or {}))
@@ -156,12 +157,19 @@ def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
     return {number: own for number, own in keys.items() if number not in {*commits, *bad} and own <= failed}
 
 
-def _check_source(units: list[Unit], failed: Collection[str], job: Job) -> None:
-    """Raises ValueError where no image of the ``units`` is in the source: theirs would all be quarantined.
+def _served(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
+    """The images of the units ``bad`` that no later unit has again, as they were planned, by key."""
+    latest = {row.file.key: (unit.number, row.file) for unit in store.units() for row in unit.rows}
+    return {key: file for key, (number, file) in latest.items() if number in bad}
 
-    And where there are none, and none of those that ``failed`` is: nothing would be done.
+
+def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], job: Job) -> None:
+    """Raises ValueError where no image of ``planned`` is in the source: theirs would all be quarantined.
+
+    Where one is another than was planned: its latents would stand for the planned one's. And where there are none, and
+    none of those that ``failed`` is: nothing would be done.
     """
-    places = [(row.file.key, row.file.place) for unit in units for row in unit.rows]
+    places = [(key, file.place) for key, file in planned.items()]
     there = job.reading.listed or {}
     if failed and not places and there.keys().isdisjoint(failed):
         raise ValueError(
@@ -172,6 +180,14 @@ def _check_source(units: list[Unit], failed: Collection[str], job: Job) -> None:
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(places)} that are damaged is in "
             f"{job.reading.source.name}"
+        )
+    files = [file for file in job.listing.files if file.key in planned]
+    if any(file.sha256 for file in planned.values()):
+        files = hashed(files, job.reading)
+    if other := [file.key for file in files if not file.is_same_as(planned[file.key])]:
+        raise ValueError(
+            f"src must hold the images as they were planned: {len(other)} of {len(places)} in damaged units have "
+            f"another size, time or content, such as {other[0]!r}: fastvae encode SRC {job.out} takes them as edited"
         )
 
 
@@ -200,6 +216,11 @@ def _delete(strays: list[Path], store: Store, leases: Leases) -> None:
         _check_unused(store, leases)
     stems = {unit.stem for unit in store.units()}
     records = [path for path in strays if path.stem not in stems]
+    if whole := [path for path in records if path.with_suffix(".safetensors").exists()]:
+        raise StoreError(
+            f"{whole[0]}: {len(whole)} records with a shard beside them are of no unit in {store.path / 'plan'}: put "
+            "the missing plan back, or take both away by hand"
+        )
     for path in records:
         path.unlink(missing_ok=True)
     if records:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from small_store import SIDE, write_pictures, write_store
+from small_store import SIDE, picture, write_pictures, write_store
 
 import fastvae.checkpoints.atomic
 from fastvae.cli.main import cli
@@ -89,6 +89,21 @@ def repaired_without_a_source(places, monkeypatch):
     return ended(["repair", places["store"]])
 
 
+def repaired_from_other_pictures(places, monkeypatch):
+    assert ended(encode(places)).exit_code == 0
+    shard = next((places["out"] / "shards").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for number, path in enumerate(sorted(places["in"].glob("*.png"))):
+        picture(100 + number).save(path)
+    return ended(["repair", places["out"], places["in"]])
+
+
+def repaired_without_its_plan(places, monkeypatch):
+    for path in (places["store"] / "plan").iterdir():
+        path.unlink()
+    return ended(["repair", places["store"]])
+
+
 def full_disk(places, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -135,6 +150,8 @@ PRODUCED = {
     "two keys of one file": two_keys,
     "a key that is no path": no_path,
     "a repair without the images": repaired_without_a_source,
+    "a repair from other pictures": repaired_from_other_pictures,
+    "a repair of a store without its plan": repaired_without_its_plan,
     "more failures than allowed": failing,
     "the first failure, with --on-error fail": lambda p, m: failing(p, m, "--on-error", "fail"),
     "another identity": other_identity,

@@ -226,6 +226,41 @@ def test_another_source_is_refused_before_anything_is_lost(made, tmp_path):
     assert changed(before, state(made)) == set()
 
 
+@pytest.mark.parametrize("hash_files", ["none", "full"])
+def test_other_pictures_of_the_same_names_are_never_taken_for_those_that_were_planned(first, tmp_path, hash_files):
+    fixed = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, "hash": hash_files}
+    shutil.copytree(first / "in", tmp_path / "in")
+    encode(tmp_path / "in", tmp_path / "out", vae=first / "vae", **fixed, **OPTIONS)
+    flip(tmp_path / "out" / "shards" / f"000001-{SIDE}x{SIDE}.safetensors")
+    (tmp_path / "other").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "in").glob("*.png"))):
+        picture(100 + number).save(tmp_path / "other" / path.name)
+    before = state(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"src must hold the images as they were planned: \d+ of \d+ in damaged units"):
+        mend(tmp_path / "out", tmp_path / "other", vae=first / "vae")
+    assert state(tmp_path / "out") == before
+
+
+def test_a_copy_of_the_source_with_other_times_serves_where_the_bytes_were_hashed(first, tmp_path):
+    fixed = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, "hash": "full"}
+    encode(first / "in", tmp_path / "out", vae=first / "vae", **fixed, **OPTIONS)
+    flip(tmp_path / "out" / "shards" / f"000001-{SIDE}x{SIDE}.safetensors")
+    (tmp_path / "copy").mkdir()
+    for path in (first / "in").iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    assert mend(tmp_path / "out", tmp_path / "copy", vae=first / "vae").units == [1]
+    assert not verify(tmp_path / "out", deep=True, progress=False).damaged
+
+
+def test_records_whose_plan_is_gone_are_not_deleted(made, tmp_path):
+    for path in (made / "plan").iterdir():
+        path.unlink()
+    before = state(made)
+    with pytest.raises(StoreError, match=r"records with a shard beside them are of no unit in .*plan: put the missing"):
+        mend(made, tmp_path / "in")
+    assert state(made) == before
+
+
 @pytest.mark.parametrize("wrong", [{"max_failures": "abc"}, {"workers": 0}, {"batch": "many"}, {"max_pixels": 0}])
 def test_a_wrong_amount_is_refused_before_anything_is_done(made, tmp_path, wrong):
     flip(made / "shards" / "000000-32x32.safetensors")
