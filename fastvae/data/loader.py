@@ -202,7 +202,8 @@ class LatentLoader:
             given = key(batch) if callable(key) else batch[key]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"key must be a part of the batch, {_described(batch)}, got {key!r}") from error
-        values = given.tolist() if hasattr(given, "tolist") else list(given)  # a tensor or array
+        to_list = getattr(given, "tolist", None)  # of a tensor or array
+        values = list(given) if to_list is None else to_list()
         if len(values) != count or not all(isinstance(value, (str, int)) for value in values):
             raise ValueError(f"key must give a string or an integer for each of {count} images, got {values[:4]!r}")
         return [str(value) for value in values]

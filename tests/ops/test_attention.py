@@ -36,6 +36,11 @@ def _eager_product(query, key):
     return query.float() @ key.float().mT
 
 
+def _exact(x):
+    """On a GPU whole numbers, whose sums are exact: one row decides these cases, and so would eager's order of sums."""
+    return x.round() if x.is_cuda else x
+
+
 def _check_forward(ours, query, key, value, scale):
     out, lse = ours
     truth, true_lse = attention.reference(query.double(), key.double(), value.double(), scale)
@@ -89,19 +94,54 @@ def test_d_512(dtype):
 def test_keys_that_grow_along_the_sequence():
     """Every tile brings a new maximum, and each by far: what was summed must shrink to nothing."""
     query, key, value = _inputs(1, 90, 32)
-    # Whole numbers: their sums are exact in any order.
-    key = (key.abs() * torch.linspace(0, 30, 90, device=DEVICE)[None, :, None]).round()
-    query = query.abs().round()
+    key = _exact(key.abs() * torch.linspace(0, 30, 90, device=DEVICE)[None, :, None])
+    query = _exact(query.abs())
     for flip in (False, True):
         one = key.flip(1) if flip else key
         _check_forward(spatial_attention(query, one, value, 1.0), query, one, value, 1.0)
 
 
 def test_the_tail_of_the_keys_has_no_weight():
-    """All scores far below zero: one key past the end, at zero, would take everything. Sums of integers are exact."""
+    """All scores far below zero: one key past the end, at zero, would take everything."""
     query, _, value = _inputs(1, 21, 16)
-    query = query.abs().round() + 1
+    query = _exact(query.abs()) + 1
     _check_forward(spatial_attention(query, -query * 50, value, 1.0), query, -query * 50, value, 1.0)
+
+
+def test_whole_logits_of_hundreds_cost_the_weights_no_digit():
+    """Scores are exact here, and eager takes their differences before anything is rounded."""
+    query, key, value = _inputs(1, 90, 16)
+    query, key = (query * 4).round(), (key * 16).round()
+    _check_forward(spatial_attention(query, key, value, 1.0), query, key, value, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [64, 512])
+def test_logits_of_billions(channels, dtype):
+    """Beyond 2^24 a product and its rounding differ by powers of two: no weight may overflow, none of all be lost."""
+    generator = torch.Generator().manual_seed(channels)
+    query, key, value = (0.75 + torch.rand(3, 1, 40, channels, generator=generator) / 4).to(DEVICE)
+    size = {torch.float16: 2.0**13}.get(dtype, 2.0**17)
+    query, key, value = ((x * factor).to(dtype) for x, factor in ((query, size), (key, size), (value, 1.0)))
+    out, lse = spatial_attention(query, key, value, channels**-0.5)
+    _, true_lse = attention.reference(query.double(), key.double(), value.double(), channels**-0.5)
+    assert ((lse - true_lse).abs() <= 1e-6 * true_lse.abs()).all()
+    # Which key is the largest may hang on a sum's rounding; a mean of values it is all the same.
+    least, most, eps = value.amin(1, keepdim=True), value.amax(1, keepdim=True), torch.finfo(dtype).eps
+    assert ((out >= least * (1 - eps)) & (out <= most * (1 + eps))).all()
+
+
+def test_a_tile_that_is_all_minus_infinity_weighs_nothing():
+    query, key, value = _inputs(1, 300, 16)
+    query[..., 0], key[:, :40, 0], key[:, 40:, 0] = 1e20, 0.0, -1e20
+    out, _ = spatial_attention(query, key, value, 1.0)
+    alone, _ = spatial_attention(query[:, :40], key[:, :40], value[:, :40], 1.0)
+    assert torch.equal(out[:, :40], alone)
+
+
+def test_a_negative_scale_is_that_of_the_negative_query():
+    query, key, value = _inputs(1, 40, 16)
+    _check_forward(spatial_attention(query, key, value, -0.25), query, key, value, -0.25)
 
 
 PRODUCTS = {
@@ -276,7 +316,6 @@ def test_a_row_does_not_hang_on_the_batch():
     query, key, value, grad = _inputs(3, 41, 40, count=4)
     out, lse = spatial_attention(query, key, value, 0.2)
     grads = spatial_attention_backward(grad, query, key, value, out, lse, 0.2)
-    by_products, _ = spatial_attention(query, key, value, 0.2)
     for image in range(3):
         one = slice(image, image + 1)
         alone, alone_lse = spatial_attention(query[one], key[one], value[one], 0.2)
@@ -288,7 +327,6 @@ def test_a_row_does_not_hang_on_the_batch():
             strict=True,
         ):
             assert torch.equal(left, right[one])
-        assert torch.equal(attention_products.attend(query[one], key[one], value[one], 0.2)[0], by_products[one])
 
 
 def test_shared_keys_give_what_two_copies_give():
