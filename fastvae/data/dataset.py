@@ -170,10 +170,11 @@ class LatentDataset(torch.utils.data.Dataset):
         keys = [self._keys[number] for number in numbers.tolist()]
         seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
         stored = {name: self._gathered(parts, rows, name) for name in parts[0].arrays if name != "about"}
-        batch: dict[str, Any] = {"mean": self._space.mean(stored["mean"])}
+        batch: dict[str, Any] = {"mean": self._space.mean(stored["mean"], self._single(stored["mean"]))}
         if self._with_logvar:
             extent = stored.get("logvar_range")
-            batch["logvar"] = self._space.logvar(stored["logvar"], extent, stored["mean"].dtype)
+            single = self._single(stored["logvar"])
+            batch["logvar"] = self._space.logvar(stored["logvar"], extent, stored["mean"].dtype, single)
         if self._stored == "sample":
             batch = {"latents": batch["mean"]}
         elif self.posterior == "sample":
@@ -189,6 +190,10 @@ class LatentDataset(torch.utils.data.Dataset):
         batch["bucket"] = torch.from_numpy(np.tile(np.array(self._buckets[shards[0]], np.int32), (len(keys), 1)))
         batch |= {name: [values.get(key) for key in keys] for name, values in self._columns.items()}
         return Rows(batch)
+
+    def _single(self, stored: Tensor) -> Tensor | None:
+        """Where the scaled values of ``stored`` go, fp32, if they are scaled; see buffers.py."""
+        return self._buffers.empty(stored.shape, np.dtype(np.float32)) if self.scaled else None
 
     def _gathered(self, parts: list[Mapped], rows: list[int], name: str) -> Tensor:
         """Column ``name`` of each row of its part, copied into one tensor [B, ...]."""

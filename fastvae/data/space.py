@@ -26,22 +26,37 @@ class Space:
         self._factor, self._shift = _affine(scaling) if scaled else (torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
         self._spread = 2 * self._factor.abs().log()
 
-    def mean(self, stored: Tensor) -> Tensor:
-        """[B, L, h, w] as stored, or scaled: fp32, shifted and scaled as scale_latents does."""
+    def mean(self, stored: Tensor, out: Tensor | None = None) -> Tensor:
+        """[B, L, h, w] as stored, or scaled: fp32, shifted and scaled as scale_latents does.
+
+        out: fp32 [B, L, h, w] that is filled row by row, each of which stays in the processor's cache meanwhile.
+        """
         if not self.scaled:
             return stored
         shift, factor = (values.to(stored.device, non_blocking=True) for values in (self._shift, self._factor))
-        return (stored - shift) * factor
+        if out is None:
+            return (stored - shift) * factor
+        for row, values in zip(out, stored, strict=True):
+            row.copy_(values).sub_(shift).mul_(factor)
+        return out
 
-    def logvar(self, stored: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def logvar(self, stored: Tensor, extent: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """[B, L, h, w] in ``dtype``, or scaled, fp32: 2 ln(factor) added, so that drawing and scaling commute.
 
-        extent: fp32 [B, 2], the lowest and highest of each row, where ``stored`` is eight bits between the two.
+        extent: fp32 [B, 2], the lowest and highest of each row, where ``stored`` is eight bits between the two. out: as
+        for mean.
         """
         if extent is not None:
             low, high = extent[:, 0, None, None, None], extent[:, 1, None, None, None]
             stored = (stored * ((high - low) / LAST_LEVEL) + low).to(torch.float32 if self.scaled else dtype)
-        return stored + self._spread.to(stored.device, non_blocking=True) if self.scaled else stored
+        if not self.scaled:
+            return stored
+        spread = self._spread.to(stored.device, non_blocking=True)
+        if out is None:
+            return stored + spread
+        for row, values in zip(out, stored, strict=True):
+            row.copy_(values).add_(spread)
+        return out
 
 
 def scaling_of(model: Any) -> dict[str, Any]:
