@@ -10,7 +10,8 @@ assertion: the run ends at the first that fails.
    rows are committed; the third run ends it. `fastvae verify --deep` must be content.
 3. Each row must have its own key and the bits, size and crop of its image encoded alone, in a store of its own.
 4. Each row must be nearest, of all rows of its bucket, to the photograph that it was made from, opened by Pillow alone
-   and encoded by diffusers in fp32: no two rows have changed places, and no format lost its picture.
+   and encoded in fp32, by diffusers where --vae is a folder, else by fastvae's own model: no two rows have changed
+   places, and no format lost its picture.
 5. `fastvae decode --sheet` draws them all, and examples/train_loop.py's loop reads one epoch and trains.
 """
 
@@ -175,7 +176,7 @@ def compare_with_single_encodes(source: Path, out: Path, vae: str, options: list
 
 @torch.no_grad()
 def compare_with_originals(made: dict[str, tuple[Path, str]], out: Path, vae: str) -> dict[str, Any]:
-    """Each original, opened by Pillow and encoded by diffusers in fp32, beside all rows of its image's bucket."""
+    """Each original, opened by Pillow and encoded in fp32, beside all rows of its image's bucket."""
     model: Any = fastvae.AutoencoderKL.from_pretrained(vae)
     if Path(vae).is_dir():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
