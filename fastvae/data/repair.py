@@ -24,7 +24,7 @@ from fastvae.data.records import StoreError, StoreLocked, Unit
 from fastvae.data.report import EncodeReport
 from fastvae.data.settings import identity_of, load_model, named_model, stored_settings
 from fastvae.data.sources import Source, SourceFile, open_source
-from fastvae.data.store import Store
+from fastvae.data.store import Store, latest_units
 from fastvae.data.verify import Damage, verify
 
 SHARD_MB = 256  # of failures that are tried again
@@ -159,8 +159,10 @@ def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
 
 def _served(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
     """The images of the units ``bad`` that no later unit has again, as they were planned, by key."""
-    latest = {row.file.key: (unit.number, row.file) for unit in store.units() for row in unit.rows}
-    return {key: file for key, (number, file) in latest.items() if number in bad}
+    units = store.units()
+    latest = latest_units(units)
+    rows = [(unit.number, row) for unit in units if unit.number in bad for row in unit.rows]
+    return {row.file.key: row.file for number, row in rows if latest[row.file.key, row.variant] == number}
 
 
 def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], job: Job) -> None:

@@ -156,7 +156,7 @@ class Store:
 
     def failing(self) -> list[tuple[Failure, Commit]]:
         """Every failure that the latest unit of its row committed, and that unit's record."""
-        latest = _latest(self.units())
+        latest = latest_units(self.units())
         told = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
         return [pair for pair in told if latest[pair[0].key, pair[0].variant] == pair[1].unit]
 
@@ -233,7 +233,7 @@ class Store:
 
     def _served(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
         index: dict[tuple[str, int], tuple[str, int]] = {}
-        latest = _latest(self.units())
+        latest = latest_units(self.units())
         for commit in self.commits().values():
             if commit.shard is not None:
                 for row, name in enumerate(self._names(commit)):
@@ -290,6 +290,6 @@ def _is_ours(path: Path) -> bool:
     return path.name in (LOCK_NAME, "leases") or is_leftover(path, TOP)
 
 
-def _latest(units: list[Unit]) -> dict[tuple[str, int], int]:
+def latest_units(units: list[Unit]) -> dict[tuple[str, int], int]:
     """The number of the latest unit of each row."""
     return {row.name: unit.number for unit in units for row in unit.rows}
