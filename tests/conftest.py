@@ -86,8 +86,50 @@ def _patch_the_language_once():
     interpreter._patch_lang = patch_what_is_not
 
 
+def _describe_each_type_once():
+    # For every value the interpreter spells out its type's name and wraps its shape anew, for every array it lists all
+    # the types there are, and for every pair of values it compares shapes by wrapped numbers: half of a launch. In
+    # Triton 3.6 and 3.9.
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    core, np_dtype = tl.core, interpreter._get_np_dtype
+    semantics = tl.semantic.TritonSemantic
+    begin_block, begin_tensor = core.block_type.__init__, core.tensor.__init__
+    broadcast_values = semantics.broadcast_impl_value
+    blocks, shapes, arrays = {}, {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, *(side.value if isinstance(side, tl.constexpr) else side for side in shape)
+        if key not in blocks:
+            begin_block(self, element_ty, shape)
+            blocks[key] = {name: value for name, value in vars(self).items() if name != "element_ty"}
+        self.__dict__.update(blocks[key], element_ty=element_ty)
+
+    def tensor(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            begin_tensor(self, handle, type)
+            shapes[key] = {"shape": self.shape, "numel": self.numel}
+        self.__dict__.update(shapes[key], handle=handle, type=type, dtype=type.scalar)
+
+    def broadcast(self, left, right):
+        alike = left.type.is_block() and left.shape is right.shape  # as ``tensor`` above has it, of all equal ones
+        return (left, right) if alike else broadcast_values(self, left, right)
+
+    def array_dtype(type):
+        name = type.scalar.name
+        if name not in arrays:
+            arrays[name] = np_dtype(type)
+        return arrays[name]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    semantics.broadcast_impl_value, interpreter._get_np_dtype = broadcast, array_dtype
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _mend_interpreter()
+    _describe_each_type_once()
     _patch_the_language_once()
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -115,6 +116,21 @@ def test_the_face_is_light(command):
         + "\nassert not {'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules), sorted(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_encoding_does_not_load_the_compiler():
+    """torch._dynamo takes two seconds, as long as torch itself, and only torch.compile needs it."""
+    probe = (
+        "import sys; sys.path[:0] = ['.', 'kernels']\nimport torch\nimport fastvae, fastvae.data.encode\n"
+        "vae = fastvae.accelerate(fastvae.AutoencoderKL.from_pretrained('tiny'))\n"
+        "with torch.no_grad(): vae.encode(torch.zeros(1, 3, 16, 16))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    # torch loads it for an op of ours: a process that launches no kernel is spared it.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
 
 

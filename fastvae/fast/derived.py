@@ -14,6 +14,7 @@ from fastvae_kernels.upsample import fold_upsample_weights
 from torch import Tensor, nn
 
 from fastvae.fast import reasons
+from fastvae.fast.constant import assume_constant_result
 from fastvae.fast.layers import Layer, is_fake
 
 
@@ -151,7 +152,7 @@ def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:
 
 
 # Compiled, it is decided on the real weights too, once, while the graph is traced.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _decision(derived: Derived, attention: Layer) -> bool:
     weight = attention.to_out[0].weight
     decided = derived.shared.get((attention, weight.dtype))  # not asked twice: another thread may forget them

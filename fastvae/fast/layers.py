@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules import module as torch_module
 
+from fastvae.fast.constant import assume_constant_result
+
 # A module whose layers are read by their names, which a type checker cannot follow.
 Layer = Any
 PLAIN = (nn.Parameter, Tensor)
@@ -49,7 +51,7 @@ def as_module(module: Layer, x: Tensor) -> Tensor:
     return module(x, None) if given == "by place" else module(x, temb=None) if given == "by name" else module(x)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _time_embedding(kind: type) -> str | None:
     """How a class wants ``temb``; one that passes on what it is given is asked for the class that it stems from."""
     passes_on = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.fast.constant import assume_constant_result
+
 
 class Tally:
     """Rows of compiled calls, and rows that were not finite, added up in one small tensor for each device."""
@@ -29,7 +31,7 @@ class Tally:
 
 
 # Compiled, the tensor is a constant of the graph: looked up in the dictionary it would be guarded, and recompiled for.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _tally_on(tally: Tally, device: torch.device) -> Tensor:
     if device not in tally.kept:
         with torch.inference_mode(False):  # a tensor of inference mode could not be added to outside it

@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
+from fastvae.fast.constant import assume_constant_result
 
 # Both sides up to 160: what stock needs more than one compilation for lies on both sides of torch's thresholds.
 SIZES = [tuple(random.Random(seed).choices(range(4, 160), k=2)) for seed in range(30)]
@@ -21,6 +22,10 @@ def _compile_anew():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    assert vars(assume_constant_result(lambda: 0)) == vars(torch.compiler.assume_constant_result(lambda: 0))
 
 
 def model(hand, **changes):
