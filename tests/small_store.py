@@ -66,9 +66,11 @@ def write_store(
 ) -> Path:
     """A store of generated moments: the keys, or (key, variant), of each bucket; ``changes`` are its scaling's.
 
-    A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves it out.
+    A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves it out. preprocess: of the
+    identity.
     """
     logvar, posterior = changes.pop("logvar", "fp16"), changes.pop("posterior", "dist")
+    preprocess = changes.pop("preprocess", {})
     scaling = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": None, "latents_std": None}
     layout = {
         "buckets": [f"{height}x{width}" for height, width in rows_by_bucket],
@@ -80,7 +82,7 @@ def write_store(
         "created_by": "tests",
     }
     numerics = {"dtype": "fp32", "posterior": posterior, "mean": "fp16", "logvar": logvar}
-    identity = {"model": {"encoder_weights_sha256": "0"}, "numerics": numerics, "preprocess": {}}
+    identity = {"model": {"encoder_weights_sha256": "0"}, "numerics": numerics, "preprocess": preprocess}
     path.mkdir(parents=True, exist_ok=True)
     with Leases(path / "leases") as leases:
         store = Store.create_or_open(path, identity, layout, leases)

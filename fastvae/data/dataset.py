@@ -18,6 +18,7 @@ from fastvae.data.mapped_shards import Mapped, map_shard
 from fastvae.data.noise import checked, draw, noise_keys
 from fastvae.data.shards import sample_id
 from fastvae.data.space import Space
+from fastvae.data.stated import check_stated
 from fastvae.data.store import Store, StoreError
 
 # Maps kept by each process. A shard is about 256 MB, so this covers half a terabyte before any is made again.
@@ -215,6 +216,7 @@ class LatentDataset(torch.utils.data.Dataset):
             name = self._names[shard]
             sides = tuple(side // self.downsample_factor for side in self._buckets[shard])
             path = self.path / "shards" / name
+            check_stated(path, self._facts, self._buckets[shard])
             mapped = map_shard(path, (self.latent_channels, *sides), self._with_logvar)
             own = np.flatnonzero(self._shard_of == shard)
             listed = {

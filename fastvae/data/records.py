@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ RECORD = r"\d{6,}-\d+x\d+\.json"
 PLAN = r"units-\d{5,}\.jsonl"
 FORMAT = 1
 MOST = 2**20  # far above any model's channels or downsampling
+STORE = "store.json"
+DERIVED_NAMES = ("index.jsonl", "failures.jsonl")
 DERIVED = r"(?:index|failures)\.jsonl"
 TOP = rf"store\.json|{DERIVED}"
 
@@ -115,6 +118,8 @@ class Commit:
 
 def read_facts(path: Path) -> Any:
     """The JSON of ``path``, which has no NaN in it; raises StoreError for anything else."""
+    if what := strange(path):
+        raise StoreError(f"{path} is damaged: it {what}")
     try:
         return json_value(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -178,6 +183,8 @@ def _is_number(value: Any) -> bool:
 
 def read_commit(path: Path) -> Commit | None:
     """The record, or None if it is not one: records appear whole, so it was damaged and its unit is redone."""
+    if strange(path):
+        return None
     try:
         fields = json.loads(path.read_text("utf-8"))
         failed = [Failure(**failure) for failure in fields.pop("failed")]
@@ -190,6 +197,18 @@ def read_commit(path: Path) -> Commit | None:
     own = commit.shard is None or commit.shard == f"{path.stem}.safetensors"
     texts = all(isinstance(text, str) for failure in failed for text in (failure.key, failure.reason, failure.detail))
     return commit if own and texts and path.stem.startswith(f"{commit.unit:06d}-") else None
+
+
+def strange(path: Path) -> str | None:
+    """What lies at ``path`` in the place of a file, in words; None for a file. It is not opened: a pipe may never end.
+
+    Raises OSError, FileNotFoundError where there is nothing.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return f"is {kinds.get(stat.S_IFMT(mode), 'a device')} and no file"
 
 
 def is_own(name: str, names: str) -> bool:

@@ -20,7 +20,7 @@ from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
 from fastvae.data.plan import hashed, rows_of
 from fastvae.data.reading import Reading
-from fastvae.data.records import StoreError, StoreLocked, Unit
+from fastvae.data.records import DERIVED_NAMES, STORE, StoreError, StoreLocked, Unit
 from fastvae.data.report import EncodeReport
 from fastvae.data.settings import identity_of, load_model, named_model, stored_settings
 from fastvae.data.sources import Source, SourceFile, open_source
@@ -75,9 +75,10 @@ def repair(
     their own, and what a repair planned so and was interrupted in. The others: see encode. Records of no unit are
     deleted where no shard lies beside them. An image that is no longer there is quarantined.
     Raises ValueError for an argument, for a ``src`` that is needed and not given, that holds none of the images, or one
-    that is not as it was planned; StoreError for what is no store, or has a shard of no unit; StoreLocked while a run
-    is writing it; IdentityMismatch for another model; OSError, ENOSPC when the disk is full. Whatever is raised, what
-    was sound stays so, and the same call goes on.
+    that is not as it was planned; StoreError for what is no store, has a store.json that its shards contradict, a
+    folder in the place of a file, or a shard of no unit; StoreLocked while a run is writing it; IdentityMismatch for
+    another model; OSError, ENOSPC when the disk is full. Whatever is raised, what was sound stays so, and the same call
+    goes on.
     """
     check_amounts(batch, workers, max_failures, max_pixels)
     path = Path(store)
@@ -86,14 +87,19 @@ def repair(
     if leases.folder.is_dir():
         _check_unused(there, leases)
     found = verify(path, deep=True, progress=progress)
+    _check_mendable(path, found.damaged)
     bad = {damage.unit for damage in found.damaged if damage.unit is not None}
     failed = {failure.key for failure, commit in there.failing() if retry_failed and commit.unit not in bad}
     begun = _begun(there, bad) if retry_failed else {}
     result = Repaired(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
-    strays = [path / damage.file for damage in found.damaged if damage.unit is None]
+    strays = [
+        path / damage.file for damage in found.damaged if damage.unit is None and damage.file not in DERIVED_NAMES
+    ]
     if not (bad or failed or begun):
         with locked(path):
             _delete(strays, there, leases)
+            if len(strays) < len(found.damaged):
+                there.write_derived()
         return result
     again = failed.union(*begun.values())
     if src is None:
@@ -119,6 +125,17 @@ def repair(
 
     perform(job, manner, report, plan, again=bad)
     return result
+
+
+def _check_mendable(path: Path, damaged: Sequence[Damage]) -> None:
+    """Raises StoreError for damage that no encoding mends, before anything is written.
+
+    store.json is written once: were it written anew by what shards state, it would be nobody's word any more.
+    """
+    if edited := [damage.what for damage in damaged if damage.file == STORE]:
+        raise StoreError(f"{path / STORE} {'; '.join(edited)}: set it back to that, nothing was repaired")
+    if folders := [damage.file for damage in damaged if (path / damage.file).is_dir()]:
+        raise StoreError(f"{path / folders[0]} is a folder in the place of a file: move it away, nothing was repaired")
 
 
 def _job(

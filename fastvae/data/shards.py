@@ -129,6 +129,15 @@ def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
     return list(zip(names, columns["variant"].tolist(), strict=True))
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What the shard states of itself; raises OSError, SafetensorError or ValueError for a file that is no shard."""
+    from safetensors import safe_open
+
+    check_header(path, SHARD_HEADER)
+    with safe_open(os.fspath(path), framework="np") as shard:
+        return shard.metadata() or {}
+
+
 def _column(shard: Any, name: str, dtype: str) -> np.ndarray:
     part = shard.get_slice(name)
     if part.get_dtype() != dtype or len(part.get_shape()) != 1:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from fastvae.checkpoints.atomic import is_leftover, sweep, synchronise_folder, write_atomically
 from fastvae.checkpoints.report import first_few
 from fastvae.data import identity as identities
-from fastvae.data.buckets import Size, size_name
+from fastvae.data.buckets import Size
 from fastvae.data.json_text import json_bytes
 from fastvae.data.leases import Leases
 from fastvae.data.lock import LOCK_NAME
@@ -48,6 +48,7 @@ from fastvae.data.records import (
 )
 from fastvae.data.shards import Row, pack, read_names
 from fastvae.data.sources import SourceFile
+from fastvae.data.stated import metadata_of
 from fastvae.data.worklist import WorkList
 
 __all__ = ["Commit", "Failure", "IdentityMismatch", "Store", "StoreError", "Unit"]
@@ -160,6 +161,11 @@ class Store:
         told = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
         return [pair for pair in told if latest[pair[0].key, pair[0].variant] == pair[1].unit]
 
+    def pending(self) -> int:
+        """Rows that are planned and not committed: no run has made them yet, or their record cannot be trusted."""
+        commits = self.commits()
+        return sum(unit not in commits for unit in latest_units(self.units()).values())
+
     def commits(self, whole: bool = False) -> dict[int, Commit]:
         """The commit records that can be trusted, by unit.
 
@@ -194,13 +200,14 @@ class Store:
         shard, size, digest = None, 0, None
         if rows:
             shard = f"{unit.stem}.safetensors"
-            metadata = {**self.facts["metadata"], "identity": self.facts["identity_digest"]}
-            metadata |= {"bucket": size_name(unit.bucket), "latent_shape": json.dumps(rows[0].mean.shape)}
+            metadata = metadata_of(self.facts, unit.bucket, rows[0].mean.shape)
             size, digest = write_atomically(self.path / "shards" / shard, pack(rows, metadata))
         commit = Commit(
             unit.number, shard, size, digest, len(rows), self.facts["identity_digest"], host=platform.node(), **facts
         )
         write_atomically(self.path / "shards" / f"{unit.stem}.json", [json_bytes(asdict(commit), indent=1)])
+        if shard is None:  # what an earlier try left is of no record now
+            (self.path / "shards" / f"{unit.stem}.safetensors").unlink(missing_ok=True)
         return commit
 
     def write_derived(self) -> None:

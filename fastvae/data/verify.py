@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,9 +15,10 @@ from fastvae.checkpoints.atomic import sha256_of
 from fastvae.data.console import amount, say
 from fastvae.data.lock import locked
 from fastvae.data.mapped_shards import map_shard
-from fastvae.data.records import RECORD, Commit, StoreError, Unit, is_own, read_commit
-from fastvae.data.shards import key_text, read_names, row_checksum, sample_id
-from fastvae.data.store import Store
+from fastvae.data.records import DERIVED_NAMES, RECORD, STORE, Commit, StoreError, Unit, is_own, read_commit, strange
+from fastvae.data.shards import key_text, read_metadata, read_names, row_checksum, sample_id
+from fastvae.data.stated import SHAPE, Differences, differences, edited
+from fastvae.data.store import Store, latest_units
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,27 @@ class Damage:
 
 
 @dataclass
+class Looked:
+    """A record and, where it can be believed, its ``shard``; ``what`` is wrong with the one or the other, in words.
+
+    ``differences``: what the shard states otherwise than store.json, of which either may have been changed.
+    """
+
+    record: Path
+    unit: Unit | None
+    commit: Commit | None = None
+    shard: Path | None = None
+    what: str | None = None
+    differences: Differences = field(default_factory=dict)
+
+
+@dataclass
 class Verified:
     """What was found: units that were planned and are committed, their rows, and every damage.
 
-    ``stale``: which derived files say something else than the records, as after a kill, or are missing where something
-    is committed; the next encode rewrites them.
+    ``failed``: rows that the latest unit they were planned in could not make. ``stale``: which derived files say
+    something else than the records, as after a kill, or are missing where something is committed; the next encode
+    rewrites them.
     """
 
     planned: int = 0
@@ -48,10 +67,21 @@ class Verified:
         """Units that are planned and neither committed nor damaged: the same encode goes on with them."""
         return self.planned - self.committed - len({damage.unit for damage in self.damaged} - {None})
 
+    def add(self, store: Path, one: Looked, what: str | None, latest: Mapping[tuple[str, int], int]) -> None:
+        """Count a record, or the damage ``what``; a failure counts where no later unit has its row again."""
+        if what is not None or one.unit is None or one.commit is None:
+            file = (one.shard or one.record).relative_to(store).as_posix()
+            self.damaged.append(Damage(file, str(what), one.unit.number if one.unit else None))
+            return
+        self.committed += 1
+        self.rows += one.commit.rows
+        self.failed += sum(latest[each.key, each.variant] == one.unit.number for each in one.commit.failed)
+        self.bytes += one.commit.bytes
+
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool = True) -> Verified:
-    """Look at every committed shard of the store at ``path``: its size and its sha256; and where all are sound, whether
-    index.jsonl and failures.jsonl say what the records do.
+    """Look at every committed shard of the store at ``path``: its size, its sha256, and whether it states what
+    store.json says; and where all are sound, whether index.jsonl and failures.jsonl say what the records do.
 
     deep: also every row's checksum, that its values are finite, and that its key, variant and number are those that
     were planned. progress: a plan line on stderr.
@@ -67,9 +97,23 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
         say(f"verify  {store.path}  {len(commits)} of {len(units)} units, {rows} rows, {amount(size)}: {how}\n")
     folder = store.path / "shards"
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    for name in names:
-        if is_own(name, RECORD):
-            _look(store, folder / name, units.get(Path(name).stem), deep, found)
+    looked = [_look(store, folder / name, units.get(Path(name).stem)) for name in names if is_own(name, RECORD)]
+    whole = [one.differences for one in looked if one.shard is not None and one.what is None]
+    wrong = edited(whole)
+    shards = "its only shard states" if len(whole) == 1 else f"each of its {len(whole)} shards states"
+    found.damaged += [
+        Damage(STORE, f"says {name} {said}, and {shards} {stated}") for name, (said, stated) in wrong.items()
+    ]
+    facts = {**store.facts, **{name: int(wrong[name][1]) for name in SHAPE if name in wrong}}
+    latest = latest_units([*units.values()])
+    for one in looked:
+        what = one.what or _otherwise(one.differences, wrong)
+        if deep and what is None and one.unit is not None and one.commit is not None:
+            what = _wrong_rows(facts, one.shard, one.commit, one.unit)
+        found.add(store.path, one, what, latest)
+    for name in DERIVED_NAMES:
+        if (store.path / name).exists() and (what := strange(store.path / name)):
+            found.damaged.append(Damage(name, what))
     if not found.damaged:
         found.stale = [name for name, lines in store.derived().items() if _is_stale(store.path / name, lines, found)]
     return found
@@ -92,51 +136,59 @@ def _is_stale(path: Path, lines: list[bytes], found: Verified) -> bool:
     return path.read_bytes() != b"".join(lines)
 
 
-def _look(store: Store, record: Path, unit: Unit | None, deep: bool, found: Verified) -> None:
-    def damaged(path: Path, what: str) -> None:
-        found.damaged.append(Damage(path.relative_to(store.path).as_posix(), what, unit.number if unit else None))
-
-    commit = read_commit(record)
-    if unit is None:
-        return damaged(record, "belongs to no unit of the plan")
-    if commit is None:
-        return damaged(record, "is no commit record")
-    if commit.identity != store.facts["identity_digest"]:
-        return damaged(record, "is of another identity")
-    if not commit.belongs_to(unit):
-        return damaged(record, "speaks of other rows than its unit has")
-    if commit.shard is not None and (what := _wrong_bytes(store, commit)):
-        return damaged(record.with_suffix(".safetensors"), what)
-    if deep and (what := _wrong_rows(store, commit, unit)):
-        return damaged(record.with_suffix(".safetensors"), what)
-    found.committed += 1
-    found.rows += commit.rows
-    found.failed += len(commit.failed)
-    found.bytes += commit.bytes
-    return None
-
-
-def _wrong_bytes(store: Store, commit: Commit) -> str | None:
-    path = store.path / "shards" / str(commit.shard)
+def _look(store: Store, record: Path, unit: Unit | None) -> Looked:
+    one = Looked(record, unit)
     try:
-        size = path.stat().st_size
-        if size != commit.bytes:
-            return f"has {size} bytes, and its record says {commit.bytes}"
-        return None if sha256_of(path) == commit.sha256 else "has another sha256 than its record says"
+        one.commit = read_commit(record)
+        one.what = strange(record) or _wrong_record(store, one.commit, unit)
+        if one.what is None and unit is not None and one.commit is not None and one.commit.shard is not None:
+            one.shard = record.with_suffix(".safetensors")
+            one.what = strange(one.shard) or _wrong_bytes(one.shard, one.commit)
+            if one.what is None:
+                one.differences = differences(store.facts, unit.bucket, read_metadata(one.shard))
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        one.what = f"cannot be read: {error.strerror or error}"
+    except (SafetensorError, ValueError) as error:
+        one.what = f"is damaged: {error}"
+    return one
 
 
-def _wrong_rows(store: Store, commit: Commit, unit: Unit) -> str | None:
+def _wrong_record(store: Store, commit: Commit | None, unit: Unit | None) -> str | None:
+    if unit is None:
+        return "belongs to no unit of the plan"
+    if commit is None:
+        return "is no commit record"
+    if commit.identity != store.facts["identity_digest"]:
+        return "is of another identity"
+    return None if commit.belongs_to(unit) else "speaks of other rows than its unit has"
+
+
+def _wrong_bytes(shard: Path, commit: Commit) -> str | None:
+    size = shard.stat().st_size
+    if size != commit.bytes:
+        return f"has {size} bytes, and its record says {commit.bytes}"
+    return None if sha256_of(shard) == commit.sha256 else "has another sha256 than its record says"
+
+
+def _otherwise(of_shard: Differences, wrong: Differences) -> str | None:
+    """What a shard states otherwise than store.json, where not all do."""
+    said = [
+        f"states {name} {values[1]}, and store.json says {values[0]}"
+        for name, values in of_shard.items()
+        if name not in wrong
+    ]
+    return said[0] if said else None
+
+
+def _wrong_rows(facts: dict[str, Any], path: Path | None, commit: Commit, unit: Unit) -> str | None:
     failed = [(failure.key, failure.variant) for failure in commit.failed]
-    if commit.shard is None:
+    if path is None:
         return None if sorted(failed) == sorted(row.name for row in unit.rows) else "misses rows of its unit"
-    path = store.path / "shards" / commit.shard
-    sides = tuple(side // store.facts["downsample_factor"] for side in unit.bucket)
+    sides = tuple(side // facts["downsample_factor"] for side in unit.bucket)
     try:
         names = read_names(path)
-        with_logvar = store.facts["identity"]["numerics"]["posterior"] == "dist"
-        map_shard(path, (store.facts["latent_channels"], *sides), with_logvar)
+        with_logvar = facts["identity"]["numerics"]["posterior"] == "dist"
+        map_shard(path, (facts["latent_channels"], *sides), with_logvar)
         if sorted([*names, *failed]) != sorted(row.name for row in unit.rows):
             return "has other rows than its unit"
         return _wrong_values(path, names)

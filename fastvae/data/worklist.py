@@ -15,7 +15,7 @@ from typing import Any
 from fastvae.checkpoints.atomic import write_atomically
 from fastvae.data.buckets import Size, parse_size, size_name
 from fastvae.data.json_text import json_bytes
-from fastvae.data.records import PLAN, PlannedRow, StoreError, Unit, is_count, is_own
+from fastvae.data.records import PLAN, PlannedRow, StoreError, Unit, is_count, is_own, strange
 from fastvae.data.sources import SourceFile
 
 
@@ -110,6 +110,8 @@ def _source_line(file: SourceFile) -> dict[str, Any]:
 def read_plan(path: Path) -> PlanFile:
     """The contents of a plan file; raises StoreError for one that cannot be read."""
     plan = PlanFile()
+    if what := strange(path):
+        raise StoreError(f"{path} is damaged: it {what}")
     try:
         for line in path.read_text("utf-8").splitlines():
             entry = json.loads(line)

@@ -23,7 +23,7 @@ from fastvae.data.collate import collate
 from fastvae.data.dataset import LatentDataset
 from fastvae.data.noise import draw, noise_key
 from fastvae.data.sampler import BucketBatchSampler
-from fastvae.data.shards import sample_id
+from fastvae.data.shards import read_metadata, sample_id
 from fastvae.data.store import StoreError
 
 SQUARE, WIDE = (32, 32), (24, 48)
@@ -306,7 +306,7 @@ def test_a_shard_of_another_type_is_not_rounded_to_its_neighbours(tmp_path):
     write_store(tmp_path / "out", {SQUARE: ["a", "b", "c", "d"]}, rows_per_unit=2)
     second = sorted((tmp_path / "out" / "shards").glob("*.safetensors"))[1]
     tensors = load_file(second)
-    save_file({**tensors, "mean": tensors["mean"].astype(np.float32)}, second)
+    save_file({**tensors, "mean": tensors["mean"].astype(np.float32)}, second, read_metadata(second))
     record = second.with_suffix(".json")
     record.write_text(json.dumps({**json.loads(record.read_text()), "bytes": second.stat().st_size}))
     with pytest.raises(StoreError, match=r"000001-32x32\.safetensors is damaged: its tensors are of other types"):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small_store import SIDE, small_vae, write_pictures
+from small_store import SIDE, picture, small_vae, write_pictures
 
 from fastvae.checkpoints.atomic import sha256_of
 from fastvae.data.encode import encode
@@ -53,12 +53,12 @@ def test_row_32_every_single_bit_that_flips_is_found(made, flips):
 
 def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made):
     """Whoever writes another shard and its record's hash still leaves checksums, values and names that do not fit."""
-    from fastvae.data.shards import Row, pack
+    from fastvae.data.shards import Row, pack, read_metadata
 
     shard = sorted((made / "shards").glob("*.safetensors"))[0]
     record = shard.with_suffix(".json")
     told, whole = json.loads(record.read_text()), shard.read_bytes()
-    tensors = load_file(shard)
+    tensors, stated = load_file(shard), read_metadata(shard)
 
     def believed(data: bytes) -> list[str]:
         shard.write_bytes(data)
@@ -80,7 +80,7 @@ def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made)
         ([row(name, tensors["mean"][0]) for name in ("a", *names[1:])], "has other rows than its unit"),
         ([row(name, tensors["mean"][0][:, :2]) for name in names], "is damaged: "),
     ):
-        (what,) = believed(b"".join(bytes(part) for part in pack(rows, {"fvl": "1"})))
+        (what,) = believed(b"".join(bytes(part) for part in pack(rows, stated)))
         assert wrong in what
     assert believed(whole) == []
 
@@ -112,6 +112,13 @@ def test_row_32_every_damage_is_named(made, case):
     (found,) = verify(made, deep=True, progress=False).damaged
     assert words in found.what
     assert (made / found.file).name.startswith(shard.stem.split("-")[0] if case != "a record of no unit" else "000099")
+
+
+def test_a_failure_of_an_image_that_was_made_since_is_counted_no_more(made, tmp_path):
+    picture(50).save(tmp_path / "in" / "bad.png")
+    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), max_failures=1, **OPTIONS)
+    found = verify(made, progress=False)
+    assert (found.rows, found.failed, found.damaged) == (13, 0, [])
 
 
 def test_row_32_a_unit_that_is_not_yet_done_is_no_damage(made):

@@ -1,0 +1,94 @@
+"""A folder, a pipe or a device where a store has a file: named in a sentence, and never waited for."""
+
+import contextlib
+import os
+import shutil
+import signal
+
+import pytest
+from small_store import SIDE, small_vae, write_pictures, write_store
+
+from fastvae.data.encode import encode
+from fastvae.data.records import StoreError
+from fastvae.data.repair import repair
+from fastvae.data.store import Store
+from fastvae.data.verify import verify
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no such files")
+KINDS = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+SHARD = f"shards/000000-{SIDE}x{SIDE}.safetensors"
+RECORD = SHARD.replace(".safetensors", ".json")
+
+
+@contextlib.contextmanager
+def within(seconds: float):
+    """TimeoutError in whatever waits longer: for a pipe that nobody writes, or a device that has no end."""
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def replace(path, kind):
+    path.unlink()
+    KINDS[kind](path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = write_store(tmp_path_factory.mktemp("made") / "out", {(SIDE, SIDE): [f"{n}.png" for n in range(6)]})
+    Store.open(out).write_derived()
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [RECORD, SHARD, "index.jsonl", "failures.jsonl"])
+def test_verify_names_it(made, tmp_path, kind, name):
+    out = shutil.copytree(made, tmp_path / "out")
+    replace(out / name, kind)
+    for deep in (False, True):
+        with within(20):
+            found = verify(out, deep=deep, progress=False).damaged
+        assert [(damage.file, damage.what) for damage in found] == [(name, f"is {kind} and no file")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["store.json", "plan/units-00000.jsonl"])
+def test_without_store_json_or_plan_there_is_nothing_to_verify(made, tmp_path, kind, name):
+    out = shutil.copytree(made, tmp_path / "out")
+    replace(out / name, kind)
+    with within(20), pytest.raises(StoreError, match=rf"{name} is damaged: it is {kind} and no file"):
+        verify(out, progress=False)
+
+
+def test_a_repair_takes_the_place_of_a_pipe_and_leaves_a_folder_to_its_owner(tmp_path):
+    write_pictures(tmp_path / "in", 5)
+    options = {"device": "cpu", "progress": False}
+    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), buckets=SIDE, dtype="fp32", shard_mb=0.002, **options)
+    out = tmp_path / "out"
+    for name in (RECORD, SHARD.replace("000000", "000001"), "index.jsonl"):
+        replace(out / name, "a pipe")
+    with within(60):
+        assert repair(out, tmp_path / "in", vae=small_vae(), **options).units == [0, 1]
+    assert verify(out, deep=True, progress=False).damaged == []
+    replace(out / "failures.jsonl", "a pipe")
+    with within(60):
+        assert repair(out, **options).units == []
+    assert verify(out, deep=True, progress=False).damaged == []
+    whole = shutil.copytree(out, tmp_path / "whole")
+    for name in (RECORD, SHARD, "index.jsonl"):
+        shutil.copytree(whole, tmp_path / name.replace("/", " "))
+        replace(tmp_path / name.replace("/", " ") / name, "a folder")
+        with pytest.raises(StoreError, match=rf"{name} is a folder in the place of a file: move it away"):
+            repair(tmp_path / name.replace("/", " "), tmp_path / "in", vae=small_vae(), **options)
