@@ -30,16 +30,14 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 @click.option(
     "--family",
     type=click.Choice(["sd", "sdxl", "sd3", "flux"]),
-    default="sdxl",
-    show_default=True,
-    help="Of npz-kohya: whose caches, which decides names and space.",
+    help="Of npz-kohya: whose caches, which decides names and space. Default: sdxl.",
 )
 @click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @options.quiet
 @foreseen
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Write every row of the latent store STORE into the new folder DST, for other trainers to read."""
+    """Write every committed row of the latent store STORE into the new folder DST, for other trainers to read."""
     from fastvae.data.console import amount
     from fastvae.data.export import export as run
 
@@ -48,4 +46,6 @@ def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> No
         echo_json(asdict(done))
     else:
         what = f"{done.about['posterior']}, {done.about['space']}"
-        echo(printable(f"done    {done.rows} rows ({what}) in {done.files} files, {amount(done.bytes)}: {done.path}"))
+        rest = f"; {done.pending} rows are planned and not committed: fastvae verify tells why" if done.pending else ""
+        files = f"{done.files} files, {amount(done.bytes)}"
+        echo(printable(f"done    {done.rows} rows ({what}) in {files}: {done.path}{rest}"))

@@ -50,6 +50,7 @@ def decode(
     from fastvae.data.console import amount, say
     from fastvae.data.dataset import LatentDataset
     from fastvae.data.disk import free_bytes
+    from fastvae.data.store import Store
 
     dataset = LatentDataset(store)
     numbers = range(len(dataset))[rows]
@@ -62,7 +63,10 @@ def decode(
     if progress:
         most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
         free = amount(free_bytes(folder))
-        say(f"decode  {dataset.path}  {len(numbers)} of {len(dataset)} rows  at most {amount(most)} (free {free})\n")
+        pending = Store.open(dataset.path).pending()
+        rest = f", {pending} planned ones not committed" if pending else ""
+        what = f"{len(numbers)} of {len(dataset)} rows{rest}"
+        say(f"decode  {dataset.path}  {what}  at most {amount(most)} (free {free})\n")
     written, thumbnails = [], []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,17 +26,23 @@ FORMATS = ("npz-kohya", "wds", "parquet", "hf")
 POSTERIORS = ("dist", "mean", "sample")
 # Rows that are read together; they are of one shard, so of one size.
 ROWS_AT_ONCE = 64
+KOHYA_FAMILY = "sdxl"  # unless another is given
 ABOUT = "export.json"
+PENDING = "the others are not committed"
 # In the temporary folder: what becomes DST, and who is writing it.
 CONTENT, LEASES = "content", "leases"
 
 
 @dataclass
 class Exported:
-    """What an export wrote: the folder, rows, files and bytes, and ``about``, what export.json says of the latents."""
+    """What an export wrote: the folder, rows, files and bytes, and ``about``, what export.json says of the latents.
+
+    ``pending``: rows that are planned in the store and were not exported, since they are not committed.
+    """
 
     path: str
     rows: int = 0
+    pending: int = 0
     files: int = 0
     bytes: int = 0
     about: dict[str, Any] = field(default_factory=dict)
@@ -50,18 +56,20 @@ def export(
     posterior: str | None = None,
     scaled: bool = False,
     seed: int = 0,
-    family: str = "sdxl",
+    family: str | None = None,
     shard_mb: float = 256,
     progress: bool = True,
 ) -> Exported:
-    """Write every row of the latent store into the new folder ``dst``, which appears whole or not at all.
+    """Write every committed row of the latent store into the new folder ``dst``, which appears whole or not at all.
 
-    to: "npz-kohya", one file an image, as sd-scripts caches them; "wds", tar shards for WebDataset; "parquet"; or
-    "hf", a folder that datasets.load_dataset takes. posterior: "dist", mean and logvar [L, h, w], the default; "mean";
-    or "sample", one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant).
-    kohya's caches hold one latent an image: "sample", their default, or "mean". scaled: as scale_latents gives them, in
-    fp32, else raw as stored; ``family``, of kohya's alone ("sd", "sdxl", "sd3", "flux"), decides that for its caches:
-    raw but for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
+    Rows that are planned and not committed are left out, and counted as ``pending`` in the result, in export.json and
+    on stderr.
+    to: "npz-kohya", one file an image, as sd-scripts caches them; "wds", tar shards for WebDataset; "parquet"; or "hf",
+    a folder that datasets.load_dataset takes. posterior: "dist", mean and logvar [L, h, w], the default; "mean"; or
+    "sample", one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant). kohya's
+    caches hold one latent an image: "sample", their default, or "mean". scaled: as scale_latents gives them, in fp32,
+    else raw as stored; ``family``, of kohya's alone ("sd", "sdxl", "sd3", "flux"; by default "sdxl"), decides that for
+    its caches: raw but for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
     Raises FileExistsError if ``dst`` is there, ValueError for another argument, for keys that the format cannot hold or
     for several crops of an image in kohya's layout, StoreError for what is no store or cannot be scaled, OSError,
     ENOSPC where it does not fit, ImportError without pyarrow where it is needed.
@@ -71,8 +79,9 @@ def export(
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"dst must be a new folder, {out} is there already")
     is_kohya = to == "npz-kohya"
+    family = family or KOHYA_FAMILY
     posterior = posterior or ("sample" if is_kohya else "dist")
-    scaled = family in FAMILIES and FAMILIES[family].scaled if is_kohya else scaled
+    scaled = FAMILIES[family].scaled if is_kohya else scaled
     opened = Store.open(Path(store))
     stored = opened.facts["identity"]["numerics"]["posterior"]
     if stored == "sample" or (stored == "mean" and posterior == "dist"):
@@ -83,7 +92,8 @@ def export(
     _sweep(out)
     needed = _size(rows)
     if progress:
-        what = f"{opened.path}  {len(rows)} rows  {to}  {posterior}  {about['space']}"
+        missing = f" of {len(rows) + about['pending']}, {PENDING}" if about["pending"] else ""
+        what = f"{opened.path}  {len(rows)} rows{missing}  {to}  {posterior}  {about['space']}"
         say(f"export  {what}  ~{amount(needed)} (free {amount(free_bytes(out))})\n")
     check_room(out, needed)
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
@@ -100,7 +110,7 @@ def export(
             _take_name(content, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(os.fspath(out), len(rows), len(written), sum(written), about)
+    return Exported(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
 
 
 def _take_name(content: Path, out: Path) -> None:
@@ -130,17 +140,19 @@ def _sweep(out: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _check(to: str, posterior: str | None, scaled: bool, family: str, shard_mb: float) -> None:
+def _check(to: str, posterior: str | None, scaled: bool, family: str | None, shard_mb: float) -> None:
     for name, value, taken in (
         ("to", to, FORMATS),
         ("posterior", posterior, (None, *POSTERIORS)),
-        ("family", family, tuple(FAMILIES)),
+        ("family", family, (None, *FAMILIES)),
     ):
         if value not in taken:
             listed = ", ".join(repr(one) for one in taken if one is not None)
             raise ValueError(f"{name} must be one of {listed}, got {value!r}")
     if not 0 < shard_mb < float("inf"):
         raise ValueError(f"shard_mb must be above 0 and finite, got {shard_mb!r}")
+    if to != "npz-kohya" and family is not None:
+        raise ValueError(f"family must be left out for {to}: it is of npz-kohya's caches, got {family!r}")
     if to == "npz-kohya" and posterior == "dist":
         raise ValueError("posterior must be 'sample' or 'mean' for npz-kohya, which holds one latent an image")
     if to == "npz-kohya" and scaled:
@@ -152,6 +164,7 @@ def _about(store: Store, rows: LatentDataset, to: str, posterior: str, seed: int
     return {
         "format": to,
         "rows": len(rows),
+        "pending": store.pending(),
         "posterior": posterior,
         "noise": f"fastvae noise 1, epoch 0, seed {seed}" if drawn else None,
         "space": rows.scaling["space"],

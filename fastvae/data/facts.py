@@ -10,6 +10,8 @@ from typing import Any
 def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Rows, units, sizes, failures, identity and scaling of the store at ``path``; raises StoreError if it is none.
 
+    ``pending_rows``: planned and not committed, as no run has made them or their record cannot be trusted.
+
     ``bytes_per_row`` is what the shards take on disk; ``latent_bytes_per_row`` what their latents alone need.
     """
     from fastvae.data.buckets import size_name
@@ -37,6 +39,7 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "reasons": reasons,
         "units": {"planned": len(units), "committed": len(commits)},
         "planned_rows": len({row.name for unit in units for row in unit.rows}),
+        "pending_rows": store.pending(),
         "bytes": size,
         "bytes_per_row": round(size / rows, 1) if rows else None,
         "latent_bytes_per_row": round(_latent_bytes(store.facts, by_bucket) / rows, 1) if rows else None,

@@ -80,8 +80,27 @@ def test_export_says_what_it_will_write_and_what_it_wrote(pictures, model, tmp_p
     assert result.stdout.startswith("done    4 rows (dist, raw) in 2 files, ")
     facts = json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json", "-q").stdout)
     assert (facts["rows"], facts["files"], facts["about"]["family"]) == (4, 5, "sdxl")
+    refused = run("export", out, tmp_path / "new", "--to", "wds", "--family", "sd", code=2)
+    assert "family must be left out for wds" in refused.stderr
     again = run("export", out, tmp_path / "tars", "--to", "wds", code=1)
     assert again.stderr == f"fastvae: dst must be a new folder, {tmp_path / 'tars'} is there already\n"
+
+
+def test_export_decode_and_info_of_a_store_that_is_not_finished_say_so(model, tmp_path):
+    write_pictures(tmp_path / "in", 6)
+    out = tmp_path / "out"
+    encode(tmp_path / "in", out, model, "--shard-mb", 0.002, "-q")
+    next((out / "shards").glob("000001-*.json")).unlink()
+    done = run("export", out, tmp_path / "tars", "--to", "wds", "-q").stdout
+    assert done.startswith("done    4 rows (dist, raw) in 2 files, ")
+    assert done.endswith(
+        ": {}; 2 rows are planned and not committed: fastvae verify tells why\n".format(tmp_path / "tars")
+    )
+    assert json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json").stdout)["pending"] == 2
+    said = run("decode", out, tmp_path / "png").stderr
+    assert "  4 of 4 rows, 2 planned ones not committed  at most" in said
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert (facts["rows"], facts["planned_rows"], facts["pending_rows"]) == (4, 6, 2)
 
 
 def test_buckets_variants_and_a_dry_run(pictures, model, tmp_path):

@@ -15,7 +15,6 @@ import pytest
 import torch
 from small_store import moments_of, write_store
 
-import fastvae
 from fastvae.data import export as exports
 from fastvae.data.export import export
 from fastvae.data.export_formats import crop_ltrb
@@ -116,12 +115,7 @@ def test_mirrored_rows_are_latents_flipped(tmp_path):
     store = write_store(tmp_path / "store", {(32, 32): names})
     with pytest.raises(ValueError, match=r"holds one crop: a\.png has several"):
         run(store, tmp_path / "crops", "npz-kohya", posterior="mean")
-    facts = json.loads((store / "store.json").read_text())
-    facts["identity"]["preprocess"]["flip"] = True
-    facts["identity_digest"] = fastvae.data.identity.digest(facts["identity"])
-    for path in (store / "shards").glob("*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "identity": facts["identity_digest"]}))
-    (store / "store.json").write_text(json.dumps(facts))
+    store = write_store(tmp_path / "mirrored", {(32, 32): names}, preprocess={"flip": True})
     run(store, tmp_path / "out", "npz-kohya", posterior="mean")
     with np.load(tmp_path / "out" / "a_0032x0032_sdxl.npz") as cache:
         for name, variant in (("latents", 0), ("latents_flipped", 1)):
@@ -155,6 +149,23 @@ def test_a_store_of_draws_gives_its_draws(tmp_path):
     run(store, tmp_path / "out", "npz-kohya")
     with np.load(tmp_path / "out" / "x_0032x0032_sdxl.npz") as cache:
         assert bits(cache["latents"]) == bits(moments_of("x.png", 0, (32, 32))[0].astype(np.float32))
+
+
+def test_what_is_planned_and_not_committed_is_left_out_and_counted(store, tmp_path, capsys):
+    """A unit that no run has made, and one whose record cannot be trusted."""
+    last, first = (store / "shards" / name for name in ("000002-48x32.json", "000000-32x32.json"))
+    for out, (damage, pending) in {"unmade": (last.unlink, 3), "noise": (lambda: first.write_text("[]"), 7)}.items():
+        damage()
+        done = export(store, tmp_path / out, to="wds")
+        assert (done.rows, done.pending, done.about["pending"]) == (8 - pending, pending, pending)
+        assert json.loads((tmp_path / out / "export.json").read_text())["pending"] == pending
+        assert f"{8 - pending} rows of 8, the others are not committed  wds" in capsys.readouterr().err
+
+
+def test_a_whole_store_leaves_nothing_out(store, tmp_path, capsys):
+    done = export(store, tmp_path / "out", to="wds")
+    assert (done.rows, done.pending, done.about["pending"]) == (8, 0, 0)
+    assert "8 rows  wds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)
@@ -207,6 +218,7 @@ def test_a_full_disk_leaves_nothing(store, tmp_path, monkeypatch):
         ({"to": "npz-kohya", "posterior": "dist"}, "holds one latent an image"),
         ({"to": "npz-kohya", "scaled": True}, "scaled must be left out for npz-kohya"),
         ({"to": "npz-kohya", "family": "sdx"}, "family must be one of"),
+        ({"to": "wds", "family": "sdxl"}, "family must be left out for wds: it is of npz-kohya's caches, got 'sdxl'"),
         ({"to": "wds", "shard_mb": 0}, "shard_mb must be above 0"),
         ({"to": "wds", "seed": -1}, "seed must be"),
     ],
