@@ -16,7 +16,8 @@ from fastvae.data.records import Commit
 @dataclass
 class EncodeReport:
     """Rows are variants of images: ``ok`` newly encoded, ``failed`` newly quarantined, ``resumed`` found committed
-    before, ``elsewhere`` committed by other processes meanwhile; ``taken_over`` counts units lost to one of them.
+    before, ``elsewhere`` committed by other processes meanwhile; ``taken_over`` counts units lost to one of them;
+    ``kept`` rows a repair took over from damaged shards, since their images are gone.
 
     ``planned`` is a dry run's: rows by bucket, ``planned_bytes`` what they will take, ``unreadable_headers`` how many
     of them will fail. ``batches`` is by bucket; ``halved`` counts how often one did not fit in memory. Seconds are wall
@@ -34,6 +35,7 @@ class EncodeReport:
     resumed: int = 0
     elsewhere: int = 0
     taken_over: int = 0
+    kept: int = 0
     failed_before: int = 0
     redone_fp32: int = 0
     ignored_files: int = 0
@@ -97,6 +99,8 @@ class EncodeReport:
             lines.append(f"failed  {counts}: see {self.store}/failures.jsonl; again with --retry-failed")
         if self.elsewhere or self.taken_over:
             lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
+        if self.kept:
+            lines.append(f"kept    {self.kept} sound rows of damaged shards, whose images cannot be read any more")
         if self.halved:
             sizes = ", ".join(f"{bucket} {batch}" for bucket, batch in sorted(self.batches.items()))
             lines.append(f"memory  ran out {self.halved} times; batches now: {sizes}")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastvae import __version__
 from fastvae.data.console import Stderr, amount, say
+from fastvae.data.kept import sound_rows
 from fastvae.data.leases import Leases
 from fastvae.data.pipeline import Chunk, Encoding, chunks_of, decode_chunk, encoded_chunks
 from fastvae.data.plan import count_by_bucket, needed_bytes, started_at
@@ -24,6 +25,7 @@ from fastvae.data.reasons import ImageError
 from fastvae.data.records import Failure, Unit
 from fastvae.data.report import EncodeReport, parse_limit
 from fastvae.data.settings import Settings
+from fastvae.data.shards import Row
 from fastvae.data.store import Store
 from fastvae.data.threads import BackgroundWriter
 
@@ -198,6 +200,11 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
             return
         rows = [row for chunk in gathered for row in chunk.rows]
         failed = [failure for chunk in gathered for failure in chunk.failures]
+        kept = _kept(run, unit, failed)
+        if kept:
+            order = {row.name: number for number, row in enumerate(unit.rows)}
+            rows = sorted([*rows, *kept.values()], key=lambda row: order[row.key, row.variant])
+            failed = [failure for failure in failed if (failure.key, failure.variant) not in kept]
         flags = sum((chunk.flags for chunk in gathered), Counter())
         redone = sum(chunk.redone for chunk in gathered)
         commit = run.store.commit(
@@ -212,9 +219,20 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
         )
         run.leases.release(unit.lease)
         report.add(commit)
+        report.ok, report.kept = report.ok - len(kept), report.kept + len(kept)
         run.done.add(unit.number)
 
     return write
+
+
+def _kept(run: Run, unit: Unit, failed: list[Failure]) -> dict[tuple[str, int], Row]:
+    """In a repair, the sound rows that the unit's damaged shard has of images that cannot be had any more."""
+    gone = {(failure.key, failure.variant) for failure in failed if failure.reason == "unreadable"}
+    if not gone or unit.number not in (run.again or ()):
+        return {}
+    shard = run.store.path / "shards" / f"{unit.stem}.safetensors"
+    sound = sound_rows(shard, unit, run.store.facts, run.settings)
+    return {name: row for name, row in sound.items() if name in gone}
 
 
 def finish(run: Run, max_failures: str | float | int) -> None:

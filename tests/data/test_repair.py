@@ -1,78 +1,29 @@
 """Repair: damaged units encoded again and failed images tried again, by the store's own settings, and nothing else."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import torch
+from data.repairs import OPTIONS, changed, copy_of, first_store, flip, mend, state
 from data.store_checks import committed, failures
 from small_store import SIDE, picture, small_vae, write_pictures
 
-from fastvae.checkpoints.atomic import sha256_of
 from fastvae.data.encode import encode
-from fastvae.data.leases import Leases
-from fastvae.data.records import IdentityMismatch, StoreError, StoreLocked
-from fastvae.data.repair import repair
+from fastvae.data.kept import sound_rows
+from fastvae.data.settings import stored_settings
+from fastvae.data.store import Store
 from fastvae.data.verify import verify
-
-OPTIONS = {"progress": False, "device": "cpu"}
-# Of no reading's: a run may touch them.
-PASSING = (".lock", "leases")
-
-
-_first: list[Path] = []
 
 
 @pytest.fixture
 def first(tmp_path_factory):
-    """A store of twelve pictures, four to a shard, and a file that was no picture; its source and model beside it.
-
-    Made once, but inside a test: what conftest.py sets for each decides which layers run.
-    """
-    if _first:
-        return _first[0]
-    folder = tmp_path_factory.mktemp("first")
-    small_vae().save_pretrained(folder / "vae")
-    write_pictures(folder / "in", 12)
-    (folder / "in" / "bad.png").write_bytes(b"")
-    fixed = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1}
-    encode(folder / "in", folder / "out", vae=folder / "vae", **fixed, **OPTIONS)
-    _first.append(folder)
-    return folder
+    return first_store(tmp_path_factory)
 
 
 @pytest.fixture
 def made(first, tmp_path):
-    """A copy of that store, and of its source."""
-    shutil.copytree(first / "in", tmp_path / "in")
-    return shutil.copytree(first / "out", tmp_path / "out")
-
-
-def state(out: Path) -> dict[str, tuple[str, int]]:
-    """The hash and the time of change of every file that a repair has no business with."""
-    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    return {
-        name: (sha256_of(path), path.stat().st_mtime_ns)
-        for name, path in files.items()
-        if name.split("/")[0] not in PASSING
-    }
-
-
-def changed(before: dict, after: dict) -> set[str]:
-    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 4
-    path.write_bytes(data)
-
-
-def mend(out, src=None, **more):
-    return repair(out, src, **{"max_failures": 1, **OPTIONS, **more})
+    return copy_of(first, tmp_path)
 
 
 def test_row_32_a_damaged_unit_is_made_again_and_no_other_file_is_touched(made, tmp_path):
@@ -94,16 +45,6 @@ def test_nothing_to_do_needs_no_source_and_touches_nothing(made):
     before = state(made)
     done = mend(made)
     assert (done.units, done.retried, done.report) == ([], 0, None)
-    assert changed(before, state(made)) == set()
-
-
-def test_a_source_is_asked_for_in_a_sentence_and_nothing_is_changed(made):
-    flip(made / "shards" / "000000-32x32.safetensors")
-    before = state(made)
-    with pytest.raises(ValueError, match=r"src must be named, since 1 units of .*out are encoded again .*repair .*SRC"):
-        mend(made)
-    with pytest.raises(ValueError, match="since 1 units and 1 images that failed of "):
-        mend(made, retry_failed=True)
     assert changed(before, state(made)) == set()
 
 
@@ -202,45 +143,6 @@ def test_every_setting_is_taken_from_the_store(tmp_path, first, kind):
     assert len(same) == len(done.units)
 
 
-def test_another_model_is_refused_and_nothing_is_changed(made, tmp_path):
-    small_vae(seed=1).save_pretrained(tmp_path / "other")
-    flip(made / "shards" / "000000-32x32.safetensors")
-    before = state(made)
-    with pytest.raises(IdentityMismatch, match="encoder_weights_sha256"):
-        mend(made, tmp_path / "in", vae=tmp_path / "other")
-    facts = json.loads((made / "store.json").read_text())  # what it names holds other weights by now
-    facts["source"]["vae"] = str(tmp_path / "other")
-    (made / "store.json").write_text(json.dumps(facts))
-    before = state(made)
-    with pytest.raises(IdentityMismatch, match="encoder_weights_sha256"):
-        mend(made, tmp_path / "in")
-    assert changed(before, state(made)) == set()
-
-
-def test_another_source_is_refused_before_anything_is_lost(made, tmp_path):
-    flip(made / "shards" / "000000-32x32.safetensors")
-    before = state(made)
-    write_pictures(tmp_path / "elsewhere" / "deeper", 2)
-    with pytest.raises(ValueError, match=r"src must hold the images that .* none of the 4 that are damaged is in"):
-        mend(made, tmp_path / "elsewhere")
-    assert changed(before, state(made)) == set()
-
-
-@pytest.mark.parametrize("hash_files", ["none", "full"])
-def test_other_pictures_of_the_same_names_are_never_taken_for_those_that_were_planned(first, tmp_path, hash_files):
-    fixed = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, "hash": hash_files}
-    shutil.copytree(first / "in", tmp_path / "in")
-    encode(tmp_path / "in", tmp_path / "out", vae=first / "vae", **fixed, **OPTIONS)
-    flip(tmp_path / "out" / "shards" / f"000001-{SIDE}x{SIDE}.safetensors")
-    (tmp_path / "other").mkdir()
-    for number, path in enumerate(sorted((tmp_path / "in").glob("*.png"))):
-        picture(100 + number).save(tmp_path / "other" / path.name)
-    before = state(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"src must hold the images as they were planned: \d+ of \d+ in damaged units"):
-        mend(tmp_path / "out", tmp_path / "other", vae=first / "vae")
-    assert state(tmp_path / "out") == before
-
-
 def test_a_copy_of_the_source_with_other_times_serves_where_the_bytes_were_hashed(first, tmp_path):
     fixed = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, "hash": "full"}
     encode(first / "in", tmp_path / "out", vae=first / "vae", **fixed, **OPTIONS)
@@ -250,24 +152,6 @@ def test_a_copy_of_the_source_with_other_times_serves_where_the_bytes_were_hashe
         (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
     assert mend(tmp_path / "out", tmp_path / "copy", vae=first / "vae").units == [1]
     assert not verify(tmp_path / "out", deep=True, progress=False).damaged
-
-
-def test_records_whose_plan_is_gone_are_not_deleted(made, tmp_path):
-    for path in (made / "plan").iterdir():
-        path.unlink()
-    before = state(made)
-    with pytest.raises(StoreError, match=r"records with a shard beside them are of no unit in .*plan: put the missing"):
-        mend(made, tmp_path / "in")
-    assert state(made) == before
-
-
-@pytest.mark.parametrize("wrong", [{"max_failures": "abc"}, {"workers": 0}, {"batch": "many"}, {"max_pixels": 0}])
-def test_a_wrong_amount_is_refused_before_anything_is_done(made, tmp_path, wrong):
-    flip(made / "shards" / "000000-32x32.safetensors")
-    before = state(made)
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be "):
-        mend(made, tmp_path / "in", **wrong)
-    assert changed(before, state(made)) == set()
 
 
 def test_failures_that_are_not_in_the_source_are_said(made, tmp_path):
@@ -297,112 +181,45 @@ def test_a_record_that_an_encode_made_during_the_look_is_not_deleted(made, first
     assert ("new.png", 0) in committed(made)
 
 
-def test_a_running_writer_is_waited_for_by_the_user(made, tmp_path):
-    flip(made / "shards" / "000000-32x32.safetensors")
-    with (
-        Leases(made / "leases") as other,
-        pytest.raises(StoreLocked, match=f"is being written, lease run-{other.owner}"),
-    ):
-        mend(made, tmp_path / "in")
-    assert mend(made, tmp_path / "in").units == [0]
-
-
-def test_row_13_a_plan_of_anothers_opens_nothing_outside_the_source_that_is_named(made, tmp_path):
-    """Their damaged unit names a picture of the user's beside the source: it is quarantined, not encoded."""
-    picture(9).save(tmp_path / "private.png")
-    (plan,) = (made / "plan").iterdir()
-    plan.write_text(plan.read_text().replace('"000.png"', '"../private.png"'))
-    flip(made / "shards" / "000000-32x32.safetensors")
-    done = mend(made, tmp_path / "in", max_failures=2)
-    assert (done.report.ok, done.report.reasons["unreadable"]) == (3, 1)
-    assert not {key for key, _ in committed(made)} & {"../private.png", "000.png"}
-
-
-def test_the_models_name_is_said_before_it_is_opened_and_drives_no_terminal(made, tmp_path, capsys):
-    flip(made / "shards" / "000000-32x32.safetensors")
-    facts = json.loads((made / "store.json").read_text())
-    facts["source"]["vae"] = f"{tmp_path}/\x1b[2Jgone\nfastvae: all is well"
-    (made / "store.json").write_text(json.dumps(facts))
-    with pytest.raises((OSError, ValueError)):
-        mend(made, tmp_path / "in")
-    said = capsys.readouterr().err
-    assert f"model   {tmp_path}/?[2Jgone fastvae: all is well: what the store names; --vae takes another\n" in said
-    facts["source"]["subfolder"] = ["vae"]
-    (made / "store.json").write_text(json.dumps(facts))
-    with pytest.raises(StoreError, match=r"source\.subfolder and source.revision must be text"):
-        mend(made, tmp_path / "in")
-
-
-def test_a_store_of_an_object_needs_the_model(tmp_path):
-    write_pictures(tmp_path / "in", 2)
-    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), buckets=SIDE, dtype="fp32", **OPTIONS)
-    flip(tmp_path / "out" / "shards" / "000000-32x32.safetensors")
-    with pytest.raises(ValueError, match="vae must be given: the store was made with a AutoencoderKL object"):
-        mend(tmp_path / "out", tmp_path / "in")
-    assert mend(tmp_path / "out", tmp_path / "in", vae=small_vae()).report.ok == 2
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import fastvae.checkpoints.atomic as atomic
-from fastvae.data.repair import repair
-source, retry, real, calls = sys.argv[1], sys.argv[2] == "retry", os.replace, []
-def killing(number):
-    def replace(*paths):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), 9)
-        real(*paths)
-    return replace
-for number, out in enumerate(sys.argv[3:], 1):
-    child = os.fork()
-    if child == 0:
-        atomic.os.replace = killing(number)
-        repair(out, source, retry_failed=retry, max_failures=1, device="cpu", progress=False, workers=1)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def killed(source: Path, retry: str, *stores: Path) -> None:
-    """A repair of each store, killed at its first rename, at the second of the next, and so on."""
-    command = [sys.executable, "-c", KILLED, source, retry, *stores]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["-9"] * len(stores), done.stderr
-
-
-@pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_16_a_repair_that_is_killed_while_it_tries_failures_again_goes_on(made, tmp_path):
-    """The unit that it had planned is neither damaged nor a failure, and still the same call's."""
-    picture(77).save(tmp_path / "in" / "bad.png")
-    stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
-    killed(tmp_path / "in", "retry", *stores)
-    for out in stores:
-        with pytest.raises(ValueError, match="src must be named, since 1 images that failed of "):
-            mend(out, retry_failed=True)
-        assert mend(out, tmp_path / "in").pending == 1
-        done = mend(out, tmp_path / "in", retry_failed=True, max_failures=0)
-        assert (done.retried, done.pending, done.report.ok) == (1, 0, 1)
-        assert failures(out) == {}
-        assert ("bad.png", 0) in committed(out)
-        assert len(list((out / "plan").iterdir())) == 2
-
-
-@pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_16_a_repair_that_is_killed_goes_on(made, tmp_path):
-    """Before the shard's rename, and between it and the record's: SIGKILL, then the same call."""
+def test_sound_rows_of_a_damaged_shard_are_kept_where_their_images_are_gone(made, tmp_path):
+    """004 and 005 are gone and sound, 006 is there, 007 is gone, and it is its mean that has another bit."""
     whole = committed(made)
-    stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
-    for out in stores:
-        for shard in (out / "shards").glob("*.safetensors"):
-            flip(shard)
-    killed(tmp_path / "in", "", *stores)
-    for out, damaged in zip(stores, (3, 2), strict=True):
-        assert len(verify(out, deep=True, progress=False).damaged) == damaged
-        mend(out, tmp_path / "in")
-        assert committed(out) == whole
-        assert not list(out.rglob("*.tmp.*"))
+    flip(made / "shards" / "000001-32x32.safetensors")
+    for number in (4, 5, 7):
+        (tmp_path / "in" / f"00{number}.png").unlink()
+    report = mend(made, tmp_path / "in", max_failures=2).report
+    assert (report.ok, report.kept, report.failed) == (1, 2, 1)
+    assert "kept    2 sound rows of damaged shards, whose images cannot be read any more" in report.lines()
+    assert failures(made) == {"bad.png": "empty", "007.png": "unreadable"}
+    assert committed(made) == {name: row for name, row in whole.items() if name != ("007.png", 0)}
+    assert verify(made, deep=True, progress=False).damaged == []
+
+
+def test_a_row_of_which_any_bit_is_another_is_not_kept_and_none_of_another_identity(made):
+    store = Store.open(made)
+    unit, shard = store.units()[1], made / "shards" / "000001-32x32.safetensors"
+    settings, whole = stored_settings(store, small_vae(), torch.device("cpu")), shard.read_bytes()
+    assert [*sound_rows(shard, unit, store.facts, settings)] == [row.name for row in unit.rows]
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    for name in header.keys() - {"__metadata__"}:
+        data = bytearray(whole)
+        data[8 + length + header[name]["data_offsets"][0]] ^= 1
+        shard.write_bytes(data)
+        kept = [*sound_rows(shard, unit, store.facts, settings)]
+        assert kept == ([] if name == "key_offset" else [row.name for row in unit.rows[1:]]), name
+    shard.write_bytes(whole.replace(store.facts["identity_digest"].encode(), b"0" * 64))
+    assert sound_rows(shard, unit, store.facts, settings) == {}
+
+
+def test_a_damaged_unit_all_of_whose_rows_fail_leaves_no_shard(made, tmp_path):
+    flip(made / "shards" / "000000-32x32.safetensors")
+    shard = made / "shards" / "000001-32x32.safetensors"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    for number in range(4, 8):
+        (tmp_path / "in" / f"00{number}.png").unlink()
+    report = mend(made, tmp_path / "in", max_failures=5).report
+    assert (report.ok, report.kept, report.failed) == (4, 0, 4)
+    assert not shard.exists()
+    assert json.loads(shard.with_suffix(".json").read_text())["shard"] is None
+    assert verify(made, deep=True, progress=False).damaged == []

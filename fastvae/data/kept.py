@@ -1,0 +1,65 @@
+"""Rows of a damaged shard that are sound by themselves: what a repair keeps of images that are gone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fastvae.data.mapped_shards import map_shard
+from fastvae.data.preprocess import scaled_size
+from fastvae.data.records import PlannedRow, StoreError, Unit
+from fastvae.data.settings import Settings
+from fastvae.data.shards import Row, read_names, row_checksum, sample_id
+from fastvae.data.stated import check_stated
+
+STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")}
+
+
+def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Settings) -> dict[tuple[str, int], Row]:
+    """The rows of ``shard``, a damaged one of ``unit``, that are what was planned, by name; none if it is no shard.
+
+    It must state what store.json's ``facts`` say. Of a row the checksum fits, all is finite, the number is its key's,
+    and size and crop, over which no checksum goes, are those that follow from the plan.
+    """
+    storing, planned = settings.storing, {row.name: row for row in unit.rows}
+    latent = (settings.latent_channels, *(side // settings.factor for side in unit.bucket))
+    try:
+        check_stated(shard, facts, unit.bucket)
+        names = read_names(shard)
+        columns = map_shard(shard, latent, storing.logvar_dtype is not None).arrays
+        with safe_open(os.fspath(shard), framework="np") as opened:
+            checksums = opened.get_tensor("row_crc32").tolist()
+    except (StoreError, SafetensorError, ValueError, TypeError, OSError):
+        return {}
+    means, logvars, extents = (columns.get(name) for name in ("mean", "logvar", "logvar_range"))
+    if means is None or not len(names) == len(checksums) == len(means) or means.dtype != STORED[storing.mean]:
+        return {}
+    if logvars is not None and logvars.dtype != STORED[str(storing.logvar_dtype)]:
+        return {}
+    rows = {}
+    for number, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
+        place = _place(planned[name], unit, settings) if name in planned else None
+        if place is None or place != columns["about"][number].tolist():
+            continue
+        mean = means[number]
+        logvar, extent = (None if part is None else part[number] for part in (logvars, extents))
+        finite = all(np.isfinite(part).all() for part in (mean, logvar, extent) if part is not None)
+        if finite and row_checksum(mean, logvar, extent) == checksum:
+            top, left, height, width = place[4:]
+            rows[name] = Row(name[0], mean, logvar, (place[2], place[3]), (top, left, height, width), name[1], extent)
+    return rows
+
+
+def _place(row: PlannedRow, unit: Unit, settings: Settings) -> list[int] | None:
+    """sample_id by its bits, variant, original_hw and crop_tlhw of a row; None for one of unknown size."""
+    if not all(row.original_hw):
+        return None
+    free = [scaled - side for scaled, side in zip(scaled_size(row.original_hw, unit.bucket), unit.bucket, strict=True)]
+    corner = settings.variants.corner(row.file.key, row.variant, (free[0], free[1]))
+    number = int(np.array(sample_id(row.file.key), np.uint64).view(np.int64))
+    return [number, row.variant, *row.original_hw, *corner, *unit.bucket]
