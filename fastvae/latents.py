@@ -92,9 +92,21 @@ def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
 def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
     """moments_of_images, [B, 2L, H / f, W / f], without a wait for a GPU: who calls this looks whether they are finite.
 
-    Rows that half precision leaves not finite are not done again. Errors as in encode_latents, for the images alone.
+    Rows that half precision leaves not finite are not done again: see mended_moments. Errors as in encode_latents, for
+    the images alone.
     """
     return _moments(vae, _whole_pixels(vae, images), mend=False)
+
+
+@torch.no_grad()
+def mended_moments(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
+    """What moments_of_images gives, from what unchecked_moments_of_images gave: rows that half precision left not
+    finite are made again in fp32, and no others. Raises ValueError where one still is not finite."""
+    fast = vars(vae).get(ACCELERATED)
+    if fast is not None:
+        moments = fast.mended(vae, _as_taken(vae, _whole_pixels(vae, images)), moments)
+    check_finite("the moments", moments, f"computed in {moments.dtype}")
+    return moments
 
 
 def _whole_pixels(vae: Autoencoder, images: Any) -> Tensor:
@@ -107,8 +119,11 @@ def _moments(vae: Autoencoder, pixels: Tensor, mend: bool) -> Tensor:
     fast = vars(vae).get(ACCELERATED)
     if fast is None:
         return vae.encode(like_weights(vae, pixels)).latent_dist.parameters
-    pixels = _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
-    return fast.moments(vae, pixels, again_in_fp32=mend)
+    return fast.moments(vae, _as_taken(vae, pixels), again_in_fp32=mend)
+
+
+def _as_taken(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    return _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
 
 
 def encode_moments(vae: Autoencoder, x: Tensor) -> Tensor:

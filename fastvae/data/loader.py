@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastvae.data.noise import checked, noise_keys
+from fastvae.data.noise import check_state, checked, noise_keys
 from fastvae.data.shards import LOGVAR_RANGE
 from fastvae.data.space import Space, scaling_of
 from fastvae.data.transfer import Made, Transfer, transfer_to
-from fastvae.latents import check_finite, moments_of_images, scale_latents, unchecked_moments_of_images
+from fastvae.latents import check_finite, mended_moments, scale_latents, unchecked_moments_of_images
 from fastvae.sampling import sample_posterior
 
 END = object()
@@ -102,6 +102,7 @@ class LatentLoader:
 
         Raises ValueError if the state is of another seed.
         """
+        check_state(state, "epoch", "batches", "images", "seed")
         if state["seed"] != self.seed:
             raise ValueError(f"the state is of seed {state['seed']}, this loader has seed {self.seed}")
         self._epoch, self._start = state["epoch"], (state["batches"], state["images"])
@@ -151,17 +152,19 @@ class LatentLoader:
                 finished = waiting.popleft().result()
                 if finished is END:
                     break
-                batch, place, seeds, made = finished
+                batch, place, seeds, moments, made = finished
                 latents, finite = transfer.take(made)
                 if not finite:
-                    # Again, looking: an accelerated model's half precision is mended in fp32, the rest refused. In a
-                    # thread of its own: the encoder's may wait for batches that come after this one was trained on.
+                    # An accelerated model's half precision is mended in fp32, the rest refused. In a thread of its own:
+                    # the encoder's may wait for batches that come after this one was trained on.
                     uploaded = transfer.up(_images_of(batch, place), seeds)
                     with new_encoder() as alone:
-                        latents, _ = transfer.take(alone.submit(transfer.run, uploaded, self._checked).result())
+                        mended = alone.submit(transfer.run, uploaded, functools.partial(self._mended, *moments))
+                        latents, _ = transfer.take(mended.result())
+                    del mended
                 batch = _in_place(batch, place, latents)
                 self._batches, self._done = self._batches + 1, self._done + len(seeds)
-                del finished, made, latents
+                del finished, moments, made, latents
                 yield batch
                 del batch
             self._batches = self._done = 0  # of the epoch that may follow
@@ -213,18 +216,20 @@ class LatentLoader:
             return END
         *rest, uploaded = got
         # With uint8 images nobody waits for a GPU here: it is given the next batch while it works on this one.
-        return *rest, transfer.run(uploaded, self._unchecked)
+        moments: list[Tensor] = []
+        return *rest, moments, transfer.run(uploaded, functools.partial(self._unchecked, moments))
 
     @torch.no_grad()
-    def _unchecked(self, images: Tensor, seeds: Tensor) -> Made:
+    def _unchecked(self, kept: list[Tensor], images: Tensor, seeds: Tensor) -> Made:
         # The moments too, part of which may be clamped or left out of what is made.
         moments = unchecked_moments_of_images(self.vae, images)
+        kept.append(moments)
         made = self._latents(moments, seeds)
         return made, [moments, *(values for values in made.values() if values.is_floating_point())]
 
     @torch.no_grad()
-    def _checked(self, images: Tensor, seeds: Tensor) -> Made:
-        moments = moments_of_images(self.vae, images)
+    def _mended(self, moments: Tensor, images: Tensor, seeds: Tensor) -> Made:
+        moments = mended_moments(self.vae, images, moments)
         made = self._latents(moments, seeds)
         for name, values in made.items():
             if values.is_floating_point():

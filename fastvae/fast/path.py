@@ -146,8 +146,11 @@ class FastPath:
             moments = self.compiled.call(self._walked, encoder, x, quant_conv)
         else:
             moments = self._walked(encoder, x, quant_conv)
-        if not again_in_fp32:
-            return moments
+        return self.mended(vae, x, moments) if again_in_fp32 else moments
+
+    def mended(self, vae: Any, x: Tensor, moments: Tensor) -> Tensor:
+        """``moments`` of pixels ``x`` with the rows of half precision that are not finite done again in fp32, and no
+        others; this waits for the result."""
 
         def again(wide: Any, row: slice) -> Tensor:
             return wide.encode(_as_floats(wide.encoder, x[row])).latent_dist.parameters
