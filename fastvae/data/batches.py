@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastvae.data.buckets import Size, size_name
+from fastvae.data.console import amount
 from fastvae.data.devices import DTYPES
 from fastvae.data.moment_encoder import MomentEncoder
 from fastvae.data.report import EncodeReport
@@ -102,8 +103,8 @@ def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
     there = _whole_memory(settings.device)
     if needed > there:
         raise ValueError(
-            f"buckets of {size_name(bucket)} in batches of {size} need about {needed / 1e9:.1f} GB a step, and "
-            f"{settings.device} has {there / 1e9:.1f} GB"
+            f"buckets of {size_name(bucket)} in batches of {size} need about {amount(needed)} a step, and "
+            f"{settings.device} has {amount(there)}"
         )
 
 

@@ -52,6 +52,10 @@ class Buckets:
         else:
             raise ValueError(f"buckets must be {TAKEN}, got {text!r}")
         sizes, side = _table(place)
+        if scaled and _side(scaled) < multiple:
+            raise ValueError(
+                f"buckets must be scaled to a side of at least the model's {multiple} pixels, got {text!r}"
+            )
         if scaled:
             sizes = _scaled(sizes, _side(scaled), side, multiple)
         return cls(text, _checked(sizes, multiple, text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastvae.data.buckets import Size, parse_size
 from fastvae.data.buffers import Buffers
 from fastvae.data.collate import Rows
 from fastvae.data.mapped_shards import Mapped, map_shard
-from fastvae.data.noise import checked, draw, noise_keys
+from fastvae.data.noise import check_state, checked, draw, noise_keys
 from fastvae.data.shards import sample_id
 from fastvae.data.space import Space
 from fastvae.data.stated import check_stated
@@ -124,7 +125,8 @@ class LatentDataset(torch.utils.data.Dataset):
         return {"epoch": self.epoch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the epoch of ``state``; raises ValueError if it is of another seed."""
+        """Go on in the epoch of ``state``; raises ValueError if it is of another seed or no state."""
+        check_state(state, "epoch", "seed")
         if state["seed"] != self.seed:
             raise ValueError(f"the state is of seed {state['seed']}, this dataset has seed {self.seed}")
         self.set_epoch(state["epoch"])
@@ -143,13 +145,20 @@ class LatentDataset(torch.utils.data.Dataset):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise TypeError(f"index must be the number of one row, got {index!r:.80}") from None
         if not -len(self) <= index < len(self):  # an IndexError ends a for loop over the dataset
             raise IndexError(f"index must be within the dataset's {len(self)} rows, got {index}")
         return self._read(np.array([index % len(self)]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """The items of ``indices``; those of one bucket are read as one batch, which collate takes as it is."""
-        numbers = np.asarray(indices, dtype=np.int64)
+        numbers = np.asarray(indices)
+        if len(numbers) and numbers.dtype.kind not in "iu":
+            raise TypeError(f"indices must be numbers of rows, got values of type {numbers.dtype}")
+        numbers = numbers.astype(np.int64)
         if len(outside := numbers[(numbers < -len(self)) | (numbers >= len(self))]):
             raise IndexError(f"indices must be within the dataset's {len(self)} rows, got {outside[0]}")
         buckets = {self._buckets[shard] for shard in self._shard_of[numbers].tolist()}

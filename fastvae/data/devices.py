@@ -26,6 +26,8 @@ def settled_device(device: str | torch.device | None) -> torch.device:
     taken = "one of this machine's, such as 'cpu' or 'cuda:0'"
     try:
         place = torch.device(device)
+        if place.type == "cpu" and place.index:  # torch takes any number, and gives the one CPU for each
+            raise RuntimeError("there is one CPU, and it has no number")
         torch.zeros(1, device=place).item()
     # What torch raises for a name it does not know, a build without that device, a machine without it, and "meta".
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -139,6 +139,8 @@ def encode(
     # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
     existing = _foreseen(job)
     report = job.report()
+    if retry_failed and not _failed_before(job, existing):
+        report.notes.append("no image of the source has failed before: there is nothing that --retry-failed could try")
     if dry_run:
         return _planned(job, existing, report)
     manner = Manner(batch, workers, on_error, max_failures, deterministic, progress)
@@ -160,6 +162,12 @@ def _foreseen(job: _Encode) -> Store | None:
     # The images' buckets are not known yet: at least this much.
     check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
     return existing
+
+
+def _failed_before(job: _Encode, existing: Store | None) -> set[str]:
+    """The keys of the source's images whose last try failed."""
+    keys = {failure.key for failure, _ in existing.failing()} if existing is not None else set()
+    return keys & {file.key for file in job.files}
 
 
 def _check_layout(store: Store, layout: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fastvae_kernels.moments import HIGHEST, LOWEST
 from torch import Tensor
@@ -47,6 +48,13 @@ def checked(name: str, value: int, bits: int = 64) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
         raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1, got {value!r}")
     return value
+
+
+def check_state(state: Any, *names: str) -> None:
+    """Raises ValueError unless ``state`` is a dict with all of ``names``, as a state_dict() of the same class gives."""
+    if not isinstance(state, dict) or (missing := [name for name in names if name not in state]):
+        lacks = f"one without {', '.join(missing)}" if isinstance(state, dict) else f"{state!r:.80}"
+        raise ValueError(f"state must be what state_dict() gave, got {lacks}")
 
 
 def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvae.data.noise import check_state
 from fastvae.data.order import Order
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def order_state(order: Order, dataset: LatentDataset) -> dict[str, Any]:
 
 
 def check_order(state: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raises ValueError unless both states are of one order, in whatever epoch."""
+    """Raises ValueError unless ``state`` is a state, and of the order of ``own``, in whatever epoch."""
+    check_state(state, "batches", *own)
     differing = [name for name in own if name != "epoch" and state[name] != own[name]]
     if differing:
         said = ", ".join(f"{name} was {state[name]} and is {own[name]}" for name in differing)

@@ -14,6 +14,7 @@ encoded again, and its old latents are served no more.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -89,6 +90,10 @@ class Store:
             if lines and store._has_records():
                 raise IdentityMismatch(path, lines)
             return None if lines else store
+        if path.is_symlink() and not path.exists():
+            raise StoreError(
+                f"the output must be a folder, {path} is a link to {os.readlink(path)}, which is not there"
+            )
         if path.exists() and not path.is_dir():
             raise StoreError(f"the output must be a folder, {path} is a file")
         if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_ours(entry))):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.data.console import amount
 from fastvae.data.devices import DTYPES, default_dtype, settled_device
 from fastvae.fast.explain import explain
 from fastvae.latents import pixel_multiple
@@ -127,7 +128,7 @@ def _check(model: Any, size: int, batch: int, dtype: torch.dtype, device: torch.
     there = memory_bytes(device)
     if there is not None and needed > there:
         raise ValueError(
-            f"size {size} in batches of {batch} needs about {needed / 1e9:.1f} GB, and {device} has {there / 1e9:.1f}"
+            f"size {size} in batches of {batch} needs about {amount(needed)}, and {device} has {amount(there)}"
         )
 
 

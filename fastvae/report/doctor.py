@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvae.data.console import amount
 from fastvae.report.machine import driver, processor, versions
 
 OK, NOTE, BAD = "ok", "note", "bad"
@@ -89,9 +90,7 @@ def check_gpu(torch: Any) -> Finding:
             "driver": shown,
             "cuda": built,
         }
-        listed = ", ".join(
-            f"{card.name} ({card.total_memory / 1e9:.0f} GB, sm_{card.major}{card.minor})" for card in cards
-        )
+        listed = ", ".join(f"{card.name} ({amount(card.total_memory)}, sm_{card.major}{card.minor})" for card in cards)
         sentence = f"{listed}, driver {shown or 'unknown'}, torch built for {built}"
         if torch.version.cuda and min(card.major for card in cards) < 8:
             return Finding(
@@ -119,7 +118,7 @@ def check_gpu(torch: Any) -> Finding:
 
 
 def check_disk(folder: Path, repeats: int = 5) -> Finding:
-    """How long a file of 1 MB takes to be safe in ``folder``, or in the nearest folder above it that is there."""
+    """How long a file of 1 MiB takes to be safe in ``folder``, or in the nearest folder above it that is there."""
     import errno
     import os
     import shutil
@@ -143,9 +142,9 @@ def check_disk(folder: Path, repeats: int = 5) -> Finding:
         return Finding("disk", BAD, f"{place} cannot be written ({error.strerror}): give latents another folder")
     taken = statistics.median(seconds)
     facts = {"folder": str(place), "fsync_seconds": seconds, "free_bytes": free}
-    sentence = f"1 MB is safe in {place} after {1e3 * taken:.1f} ms (fsync), {free / 1e9:.1f} GB are free"
+    sentence = f"1 MiB is safe in {place} after {1e3 * taken:.1f} ms (fsync), {amount(free)} are free"
     if free < 2**30:
-        return Finding("disk", NOTE, f"{sentence}: that is little, a million latents of 256x256 need 16 GB", facts)
+        return Finding("disk", NOTE, f"{sentence}: that is little, a million latents of 256x256 need 15.3 GiB", facts)
     if taken > 0.2:
         return Finding("disk", NOTE, f"{sentence}: that is slow, a local disk would not be", facts)
     return Finding("disk", OK, sentence, facts)

@@ -171,10 +171,14 @@ def test_retry_failed_does_what_failed_again_and_touches_nothing_else(pictures, 
     bad.write_bytes(whole)  # as it was: neither its size nor its time tells
     os.utime(bad, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert "0 ok, 3 resumed, 1 quarantined" in encode(pictures, out, model, code=3).stdout
-    assert encode(pictures, out, model, "--retry-failed").stdout.startswith("done    1 ok, 3 resumed, 0 quarantined")
+    result = encode(pictures, out, model, "--retry-failed").stdout
+    assert result.startswith("done    1 ok, 3 resumed, 0 quarantined")
+    assert "has failed before" not in result
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     assert (out / "failures.jsonl").read_text() == ""
-    assert encode(pictures, out, model, "--retry-failed").stdout.startswith("done    0 ok, 4 resumed")
+    result = encode(pictures, out, model, "--retry-failed").stdout
+    assert result.startswith("done    0 ok, 4 resumed")
+    assert result.splitlines()[-1].startswith("note    no image of the source has failed before")
 
 
 def test_row_25_another_identity_is_exit_code_4_with_the_difference(pictures, model, tmp_path):
@@ -232,6 +236,8 @@ def test_the_device_is_an_option(pictures, model, tmp_path):
     for command in (["encode", pictures, tmp_path / "other", "--vae", model], ["decode", tmp_path / "out", tmp_path]):
         result = run(*command, "--device", "gpu", code=2)
         assert "fastvae: device must be one of this machine's, such as 'cpu' or 'cuda:0', got 'gpu'" in result.stderr
+        result = run(*command, "--device", "cpu:5", code=2)
+        assert "got 'cpu:5' (there is one CPU, and it has no number)" in result.stderr
 
 
 def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch):
@@ -243,6 +249,13 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
     assert result.stderr.splitlines()[-1] == "fastvae: interrupted; run the same command again to go on"
 
 
+def test_an_output_that_is_a_link_to_nothing_is_a_sentence(pictures, model, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    result = encode(pictures, tmp_path / "out", model, code=1)
+    said = f"the output must be a folder, {tmp_path / 'out'} is a link to {tmp_path / 'gone'}, which is not there"
+    assert result.stderr.splitlines()[-1] == f"fastvae: {said}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -251,6 +264,10 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
             "buckets must be a side in pixels such as 512, 'sdxl', 'flux' or a JSON file, scaled down as in",
         ),
         (["encode", "{in}", "{out}", "--buckets", "36"], "buckets must be a multiple of the model's 8 pixels"),
+        (
+            ["encode", "{in}", "{out}", "--buckets", "sdxl@0"],
+            "buckets must be scaled to a side of at least the model's 8",
+        ),
         (["encode", "{empty}", "{out}"], "no images under"),
         (["encode", "{in}", "{in}"], "out must be another folder than src"),
         (["encode", "{in}/nothing", "{out}"], "the source must be a folder of images"),

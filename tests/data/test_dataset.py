@@ -75,6 +75,12 @@ def test_an_item(made):
             dataset[outside]
         with pytest.raises(IndexError, match=f"indices must be within the dataset's 9 rows, got {outside}"):
             dataset.__getitems__([0, outside])
+    for wrong in (1.5, torch.tensor(1.5), "a", slice(2)):
+        with pytest.raises(TypeError, match="index must be the number of one row, got "):
+            dataset[wrong]
+    with pytest.raises(TypeError, match="indices must be numbers of rows, got values of type float64"):
+        dataset.__getitems__([1, 1.5])
+    assert dataset[torch.tensor(7)]["key"] == dataset.__getitems__([np.int16(7)])[0]["key"] == "g"
     assert dataset.scaling["space"] == "raw"
     assert dataset.downsample_factor == 8
     assert dataset.latent_channels == 4

@@ -115,7 +115,7 @@ def test_flux2_takes_whole_patches(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"buckets": 65_536}, r"buckets of 65536x65536 in batches of 1 need about .* GB a step"),
+        ({"buckets": 65_536}, r"buckets of 65536x65536 in batches of 1 need about .* GiB a step"),
         ({"buckets": 10**30}, "buckets must be at most 65536"),
         ({"batch": 10**6}, "batch must be at most"),
         ({"workers": 10**6}, "workers must be at most"),

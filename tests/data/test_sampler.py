@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_store import write_store
+from small_store import small_vae, write_store
 from torch.utils.data import DataLoader
 
 from fastvae.data.collate import collate
 from fastvae.data.dataset import LatentDataset
+from fastvae.data.iterable import LatentIterable
+from fastvae.data.loader import LatentLoader
 from fastvae.data.order import Order
 from fastvae.data.sampler import BucketBatchSampler
 
@@ -122,6 +124,16 @@ def test_a_state_of_another_order_is_refused(store):
         BucketBatchSampler(dataset, 4).load_state_dict(state)
     with pytest.raises(ValueError, match="seed was 0 and is 1, shuffle was True and is False"):
         BucketBatchSampler(dataset, 3, seed=1, shuffle=False).load_state_dict(state)
+
+
+def test_what_is_no_state_is_refused_in_a_sentence_by_all_that_take_one(store):
+    dataset = LatentDataset(store)
+    takers = [dataset, BucketBatchSampler(dataset, 3), LatentIterable(store, 3), LatentLoader([], small_vae())]
+    for taker in takers:
+        with pytest.raises(ValueError, match=r"^state must be what state_dict\(\) gave, got one without .*seed"):
+            taker.load_state_dict({})
+        with pytest.raises(ValueError, match=r"^state must be what state_dict\(\) gave, got None"):
+            taker.load_state_dict(None)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_a_preset_has_random_weights_alike_every_time(monkeypatch):
     [
         ({"sizes": (36,)}, "size must be a multiple of the model's 8 pixels per latent, got 36"),
         ({"sizes": (16, 4)}, "size must be a multiple of the model's 8 pixels per latent, got 4"),
-        ({"batches": (10**12,)}, "in batches of 1000000000000 needs about .* GB, and cpu has"),
+        ({"batches": (10**12,)}, "in batches of 1000000000000 needs about .* GiB, and cpu has .* [GM]iB"),
         ({"device": "gpu"}, "device must be one of this machine's"),
     ],
     ids=["no multiple", "the second of two", "more than the memory", "no such device"],

@@ -69,7 +69,7 @@ def torch_with(*cards, cuda: str | None = "12.8"):
 @pytest.mark.parametrize(
     ("fake", "driver", "state", "words"),
     [
-        (torch_with(Card("H", 80e9, 9, 0)), "570.1", "ok", "H (80 GB, sm_90), driver 570.1, torch built for 12.8"),
+        (torch_with(Card("H", 80e9, 9, 0)), "570.1", "ok", "H (74.5 GiB, sm_90), driver 570.1, torch built for 12.8"),
         (torch_with(Card("H", 80e9, 9, 0), Card("T", 16e9, 7, 5)), "570.1", "note", "sm_80 and newer"),
         (torch_with(cuda=None), "570.1", "bad", "torch 2.13.0 is a CPU build: install one with CUDA from pytorch.org"),
         (torch_with(), "570.1", "bad", "torch (CUDA 12.8) cannot use it: update the driver, or mend CUDA_VISIBLE_DEV"),
@@ -88,7 +88,7 @@ def test_disk_is_timed_in_the_nearest_folder_that_is_there_and_nothing_stays(tmp
     finding = check_disk(tmp_path / "not" / "yet", repeats=2)
     assert finding.facts["folder"] == str(tmp_path)
     assert len(finding.facts["fsync_seconds"]) == 2
-    assert f"1 MB is safe in {tmp_path} after " in finding.sentence
+    assert f"1 MiB is safe in {tmp_path} after " in finding.sentence
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +110,9 @@ def test_a_place_that_cannot_be_written_is_bad(tmp_path, monkeypatch):
 def test_a_slow_disk_and_a_full_one_are_notes(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(1, 1, 10**8))
-    assert "0.1 GB are free: that is little" in check_disk(tmp_path).sentence
+    assert (
+        "95.4 MiB are free: that is little, a million latents of 256x256 need 15.3 GiB" in check_disk(tmp_path).sentence
+    )
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(1, 1, 10**12))
     monkeypatch.setattr(doctor.time, "perf_counter", itertools.count().__next__)
     finding = check_disk(tmp_path)
