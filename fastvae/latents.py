@@ -100,8 +100,11 @@ def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
 
 @torch.no_grad()
 def mended_moments(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
-    """What moments_of_images gives, from what unchecked_moments_of_images gave: rows that half precision left not
-    finite are made again in fp32, and no others. Raises ValueError where one still is not finite."""
+    """What moments_of_images gives, [B, 2L, H / f, W / f], from the ``moments`` that the unchecked function gave.
+
+    Rows that half precision left not finite are made again in fp32, and no others. Raises ValueError where one still is
+    not finite.
+    """
     fast = vars(vae).get(ACCELERATED)
     if fast is not None:
         moments = fast.mended(vae, _as_taken(vae, _whole_pixels(vae, images)), moments)
