@@ -175,17 +175,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     sizes = bucket_sizes(arguments.side, arguments.step, arguments.least, arguments.most)
-    pictures = plan(arguments.photographs, sizes)
-    if not pictures:
-        parser.error(f"there is no picture ({', '.join(sorted(SUFFIXES))}) under {arguments.photographs}")
-
     cuda = torch.cuda.is_available()
-    vae = fastvae.AutoencoderKL.from_pretrained(
-        arguments.vae,
-        torch_dtype=torch.float16 if cuda else torch.float32,
-        device="cuda" if cuda else "cpu",
-        parts=("encoder",),
-    )
+    try:
+        pictures = plan(arguments.photographs, sizes)
+        if not pictures:
+            parser.error(f"there is no picture ({', '.join(sorted(SUFFIXES))}) under {arguments.photographs}")
+        vae = fastvae.AutoencoderKL.from_pretrained(
+            arguments.vae,
+            torch_dtype=torch.float16 if cuda else torch.float32,
+            device="cuda" if cuda else "cpu",
+            parts=("encoder",),
+        )
+    except (OSError, ValueError) as error:  # a model that is none, a picture that cannot be read, two of one cache
+        parser.error(str(error))
     fastvae.accelerate(vae, freeze=True)
     done = cache(vae, pictures, arguments.family, batch=arguments.batch, flip=arguments.flip, seed=arguments.seed)
     print(f"{done} of {len(pictures)} pictures encoded, in {len({picture.bucket for picture in pictures})} buckets")

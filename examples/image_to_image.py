@@ -3,8 +3,8 @@
     python examples/image_to_image.py picture.jpg --model path/to/pipeline --prompt "a watercolour"
     python examples/image_to_image.py --tiny  # a pipeline of random weights: nothing is fetched
 
-Needs diffusers, and transformers for a model with a text encoder. On a CPU the fused kernels do not run; what
-``accelerate`` does there is in docs/performance.md.
+Needs `pip install "fastvae[diffusers]"`, and for a model with a text encoder `pip install transformers`. On a CPU the
+fused kernels do not run; what ``accelerate`` does there is in docs/performance.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Both see the same latents: an image's noise depends on the seed, the epoch and its key alone. Encoded in the loop, the
 next batch is made while one trains on the last; stored, batches are read from memory-mapped files and drawn from on the
-training device. Needs `pip install fastvae[diffusers]`.
+training device. Needs `pip install "fastvae[diffusers]"`.
 """
 
 from __future__ import annotations

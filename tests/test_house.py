@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,12 @@ def test_the_map_of_the_largest_room_names_every_file():
     lines = text.split("\n\n", 1)[1].splitlines()
     listed = re.findall(r"[a-z_]+", " ".join(line.split(": ")[-1] for line in lines))
     assert sorted(listed) == sorted(files)
+
+
+def test_the_readme_names_every_extra_that_a_user_may_need():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in extras.keys() - {"bench", "dev"} if f"`[{name}]`" not in text]
 
 
 def test_no_tests_folder_is_a_package():

@@ -51,6 +51,32 @@ def edited(places, monkeypatch):
     return ended(["info", places["store"]])
 
 
+def edited_scaling(places, monkeypatch, verb="verify", *more):
+    assert ended(encode(places)).exit_code == 0
+    path = places["out"] / "store.json"
+    facts = json.loads(path.read_text())
+    facts["scaling"]["scaling_factor"] = 0.5
+    path.write_text(json.dumps(facts))
+    return ended([verb, places["out"], *more])
+
+
+def folder_for_a_record(places, monkeypatch):
+    path = places["store"] / "shards" / "000000-32x32.json"
+    path.unlink()
+    path.mkdir()
+    return ended(["verify", places["store"]])
+
+
+def rebuilt_while_damaged(places, monkeypatch):
+    damaged_shard(places, monkeypatch)
+    return ended(["verify", places["store"], "--rebuild-index"])
+
+
+def link_to_nothing(places, monkeypatch):
+    places["out"].symlink_to(places["out"].with_name("gone"))
+    return ended(encode(places))
+
+
 def empty_store(places, monkeypatch):
     for path in (places["store"] / "shards").glob("*.json"):
         path.unlink()
@@ -133,9 +159,14 @@ PRODUCED = {
     "a damaged shard": damaged_shard,
     "a folder that is no store": lambda p, m: ended(["verify", p["in"]]),
     "an edited store.json": edited,
+    "an edited scaling in store.json": edited_scaling,
+    "a repair of such a store": lambda p, m: edited_scaling(p, m, "repair", p["in"]),
+    "a folder in the place of a file": folder_for_a_record,
+    "a rebuilt index of a damaged store": rebuilt_while_damaged,
     "an export onto what is there": lambda p, m: ended(["export", p["store"], p["in"], "--to", "wds"]),
     "a store without a row": empty_store,
     "what the store does not hold": means_alone,
+    "an output that is a link to nothing": link_to_nothing,
     "no such option": lambda p, m: ended(["info", p["store"], "--deep"]),
     "a missing argument": lambda p, m: ended(["verify"]),
     "a source without images": lambda p, m: ended(encode({**p, "in": p["in"] / "nothing"})),
@@ -147,6 +178,7 @@ PRODUCED = {
     "a posterior that the layout cannot hold": lambda p, m: ended(
         ["export", p["store"], p["out"], "--to", "npz-kohya", "--posterior", "dist"]
     ),
+    "a family of another layout": lambda p, m: ended(["export", p["store"], p["out"], "--to", "wds", "--family", "sd"]),
     "two keys of one file": two_keys,
     "a key that is no path": no_path,
     "a repair without the images": repaired_without_a_source,
@@ -154,6 +186,9 @@ PRODUCED = {
     "a repair of a store without its plan": repaired_without_its_plan,
     "more failures than allowed": failing,
     "the first failure, with --on-error fail": lambda p, m: failing(p, m, "--on-error", "fail"),
+    "an image that compare cannot read": lambda p, m: ended(
+        ["compare", f"{p['model']}/config.json", "--vae", p["model"], "--device", "cpu"]
+    ),
     "another identity": other_identity,
     "a plan that takes for ever": planned_for_ever,
     "a repair under a run": repaired_under_a_run,

@@ -149,3 +149,14 @@ def test_a_folder_without_pictures_is_refused(kohya, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         kohya.main()
     assert "there is no picture (.bmp, .jpeg, .jpg, .png, .webp) under" in capsys.readouterr().err
+
+
+def test_a_model_that_is_none_is_one_sentence(kohya, photographs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(
+        "sys.argv", ["cache_latents.py", str(photographs), "--vae", str(tmp_path / "empty"), "--family", "sd"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        kohya.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"cache_latents.py: error: {tmp_path / 'empty'}")
