@@ -1,6 +1,7 @@
 """What the tests of data and cli share: a VAE of a few thousand parameters, and folders of generated pictures."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastvae.data.store import Store
 from fastvae.models import AutoencoderKL
 
 SIDE = 32
+MASK = {"alpha": "mask"}  # of a store that keeps it: its preprocessing
 
 
 def small_vae(seed: int = 0, **changes) -> AutoencoderKL:
@@ -56,6 +58,12 @@ def moments_of(key: str, variant: int, bucket: tuple[int, int], channels: int = 
     return mean.astype(np.float16), logvar.astype(np.float16)
 
 
+def opacity_of(key: str, variant: int, bucket: tuple[int, int]) -> np.ndarray:
+    """The opacity, uint8 [h, w], that write_store gives a row of a store with masks."""
+    mean, _ = moments_of(key, variant, bucket)
+    return np.clip(128 + 40 * mean[0], 0, 255).astype(np.uint8)
+
+
 def write_store(
     path: Path,
     rows_by_bucket: dict[tuple[int, int], list[str | tuple[str, int]]],
@@ -67,7 +75,7 @@ def write_store(
     """A store of generated moments: the keys, or (key, variant), of each bucket; ``changes`` are its scaling's.
 
     A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves it out. preprocess: of the
-    identity.
+    identity; of MASK each row has its opacity_of.
     """
     logvar, posterior = changes.pop("logvar", "fp16"), changes.pop("posterior", "dist")
     preprocess = changes.pop("preprocess", {})
@@ -92,7 +100,10 @@ def write_store(
                 file = SourceFile(key, 1, 0, columns=(columns or {}).get(key, {}))
                 fresh.append((bucket, PlannedRow(file, variant, bucket)))
         for unit in store.extend_plan(fresh, lambda bucket: rows_per_unit):
-            store.commit(unit, [_row(planned, unit.bucket, logvar, posterior) for planned in unit.rows])
+            rows = [_row(planned, unit.bucket, logvar, posterior) for planned in unit.rows]
+            if preprocess.get("alpha") == "mask":
+                rows = [replace(row, alpha=opacity_of(row.key, row.variant, unit.bucket)) for row in rows]
+            store.commit(unit, rows)
     return path
 
 

@@ -67,10 +67,10 @@ from fastvae.cli.output import FAILURES, echo, foreseen, printable
 )
 @click.option(
     "--alpha",
-    type=click.Choice(["white", "drop"]),
+    type=click.Choice(["white", "drop", "mask"]),
     default="white",
     show_default=True,
-    help="Lay transparency over white, or drop it.",
+    help="Lay transparency over white, or drop it; mask: over white, and store where it was as well.",
 )
 @click.option(
     "--animated",

@@ -28,9 +28,10 @@ class Rows(Sequence):
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items of a LatentDataset as one batch: a DataLoader's ``collate_fn``.
 
-    mean and logvar, or latents, [B, L, h, w]; noise_key and sample_id uint64 [B]; original_hw and bucket [B, 2],
-    crop_tlhw [B, 4], variant [B]; key, and columns of the source, lists of B. ``fastvae.sample_posterior(batch["mean"],
-    batch["logvar"], batch["noise_key"])`` draws on the batch's device. Raises ValueError for rows of several buckets.
+    mean and logvar, or latents, [B, L, h, w]; alpha [B, h, w] where the store has it; noise_key and sample_id uint64
+    [B]; original_hw and bucket [B, 2], crop_tlhw [B, 4], variant [B]; key, and columns of the source, lists of B.
+    ``fastvae.sample_posterior(batch["mean"], batch["logvar"], batch["noise_key"])`` draws on the batch's device. Raises
+    ValueError for rows of several buckets.
     """
     if isinstance(rows, Rows):
         return rows.batch

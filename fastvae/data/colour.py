@@ -18,26 +18,44 @@ TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 PHOTOMETRIC = 262  # TIFF tag; 0 says that zero is white
 
 
-def to_srgb(image: Image.Image, image_format: str, alpha: str, flags: list[str], name: str) -> Image.Image:
-    """``image``, loaded, as RGB; what was mended is added to ``flags``.
+def to_srgb(
+    image: Image.Image, image_format: str, alpha: str, flags: list[str], name: str
+) -> tuple[Image.Image, Image.Image | None]:
+    """``image``, loaded, as RGB, and with ``alpha`` "mask" its opacity as L, None where nothing states any.
+
+    What is transparent is laid over white, unless ``alpha`` is "drop". What was mended is added to ``flags``.
 
     Raises ImageError("unsupported") for samples without an agreed white level (floats, 32-bit integers).
     """
     profile = image.info.get("icc_profile")
-    colours, mask = _split(_eight_bit(image, name), alpha)
+    colours, opacity = _split(_eight_bit(image, name))
     if colours.mode == "CMYK" and image_format == "JPEG" and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for Adobe's inverted kind; libjpeg's rule is that Adobe's marker says so.
         from PIL import ImageChops
 
         colours = ImageChops.invert(colours)
     rgb = _through_profile(colours, profile, flags) if profile else colours.convert("RGB")
-    if mask is None:
-        return rgb
+    if opacity is None or alpha == "drop":
+        return rgb, None
     from PIL import Image
 
     white = Image.new("RGB", rgb.size, (255, 255, 255))
-    white.paste(rgb, mask=mask)
-    return white
+    white.paste(rgb, mask=opacity)
+    return white, opacity if alpha == "mask" else None
+
+
+def scale_colour_key(image: Image.Image) -> None:
+    """Bring the colour that an opened PNG names as transparent to the scale of its pixels; to be called before load().
+
+    Pillow leaves it as the file has it, of 2, 4 or 16 bits, and scales the pixels to 8.
+    """
+    tiles = getattr(image, "tile", None)
+    key, raw = image.info.get("transparency"), tiles[0].args if tiles else None
+    if isinstance(key, int) and raw in ("L;2", "L;4"):
+        greatest = 2 ** int(raw[-1]) - 1
+        image.info["transparency"] = (key & greatest) * (255 // greatest)
+    elif isinstance(key, tuple) and raw == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in key)
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
@@ -64,17 +82,17 @@ def _tags(image: Image.Image) -> dict:
     return getattr(image, "tag_v2", {})
 
 
-def _split(image: Image.Image, alpha: str) -> tuple[Image.Image, Image.Image | None]:
-    """Colours without transparency, and the mask to lay them over white with (None: nothing to do)."""
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours without transparency, and how opaque each pixel is (L; None: nothing says that one is not)."""
     if image.mode in TRANSPARENT or "transparency" in image.info:
         if image.mode == "RGBa":
             image = image.convert("RGBA")
         elif image.mode == "La":
             image = image.convert("LA")
         if image.mode == "LA":
-            return image.getchannel("L"), image.getchannel("A") if alpha == "white" else None
+            return image.getchannel("L"), image.getchannel("A")
         rgba = image.convert("RGBA")
-        return rgba.convert("RGB"), rgba.getchannel("A") if alpha == "white" else None
+        return rgba.convert("RGB"), rgba.getchannel("A")
     if image.mode in ("L", "RGB", "CMYK"):
         return image, None
     return image.convert("L" if image.mode == "1" else "RGB"), None

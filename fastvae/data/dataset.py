@@ -17,6 +17,7 @@ from fastvae.data.buffers import Buffers
 from fastvae.data.collate import Rows
 from fastvae.data.mapped_shards import Mapped, map_shard
 from fastvae.data.noise import check_state, checked, draw, noise_keys
+from fastvae.data.records import keeps_alpha
 from fastvae.data.shards import sample_id
 from fastvae.data.space import Space
 from fastvae.data.stated import check_stated
@@ -24,13 +25,16 @@ from fastvae.data.store import Store, StoreError
 
 # Maps kept by each process. A shard is about 256 MB, so this covers half a terabyte before any is made again.
 OPEN_SHARDS = 2048
-ITEM = ("mean", "logvar", "latents", "noise_key", "key", "original_hw", "crop_tlhw", "bucket", "variant", "sample_id")
+# Of an item: what was made of the image, as far as it is there, and all that has a name of its own.
+ARRAYS = ("mean", "logvar", "latents", "alpha")
+ITEM = (*ARRAYS, "noise_key", "key", "original_hw", "crop_tlhw", "bucket", "variant", "sample_id")
 
 
 class LatentDataset(torch.utils.data.Dataset):
     """The rows of the store at ``path``, in the order of their shards.
 
-    Item: ``mean`` and ``logvar`` [L, h, w] (``logvar`` missing when only means were stored); ``noise_key``
+    Item: ``mean`` and ``logvar`` [L, h, w] (``logvar`` missing when only means were stored); of a store that was made
+    with alpha="mask", ``alpha`` uint8 [h, w], how opaque the image is in each latent, 255 opaque; ``noise_key``
     (torch.uint64), the row's seed for sample_posterior in this epoch, from ``seed``, the epoch, the key and the variant
     alone; ``key``, ``original_hw`` (height, width of the upright source), ``crop_tlhw`` (top, left, height, width in
     the scaled image), ``bucket`` (height, width in pixels), ``variant`` and ``sample_id`` (torch.uint64).
@@ -69,6 +73,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if posterior not in ("dist", self._stored) and self._stored != "dist":
             raise StoreError(f"{self.path} has no posterior {posterior!r}: it was made with {self._stored!r}")
         self._with_logvar = self._stored == "dist" and posterior != "mean"
+        self._with_alpha = keeps_alpha(store.facts)
         self._space = Space(store.facts["scaling"], scaled)
         self._keys = [key for key, _ in index]
         self._variants = np.array([variant for _, variant in index])
@@ -189,6 +194,8 @@ class LatentDataset(torch.utils.data.Dataset):
             batch = {"latents": batch["mean"]}
         elif self.posterior == "sample":
             batch = {"latents": draw(batch["mean"], batch["logvar"], seeds)}
+        if self._with_alpha:
+            batch["alpha"] = stored["alpha"]
         batch["noise_key"] = torch.from_numpy(np.array(seeds, np.uint64))
         batch["key"] = keys
         about = self._about[numbers]
@@ -226,7 +233,7 @@ class LatentDataset(torch.utils.data.Dataset):
             sides = tuple(side // self.downsample_factor for side in self._buckets[shard])
             path = self.path / "shards" / name
             check_stated(path, self._facts, self._buckets[shard])
-            mapped = map_shard(path, (self.latent_channels, *sides), self._with_logvar)
+            mapped = map_shard(path, (self.latent_channels, *sides), self._with_logvar, self._with_alpha)
             own = np.flatnonzero(self._shard_of == shard)
             listed = {
                 int(self._row_of[number]): (sample_id(self._keys[number]), int(self._variants[number]))

@@ -89,11 +89,12 @@ def encode(
     mean, "sample" one draw by ``seed`` in its place; store_dtype: the mean as "fp16" or "fp32"; logvar: "fp16" or "u8".
     batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill can lose two's work.
     max_failures: rows that may fail, a share or a count, before the report is ``exceeded``. on_error: "quarantine", or
-    "fail" to stop at the first. alpha, animated, max_pixels: see read_image. deterministic: image by image, and on a
-    CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once more, so
-    that an edit is seen that keeps size and time, and a new time alone encodes nothing again. retry_failed: images that
-    failed are tried again, whatever the reason was. progress: a plan line and a bar on stderr. limit: the first N
-    images only. dry_run: plan, report and write nothing.
+    "fail" to stop at the first. alpha: see read_image; "mask" also stores how opaque the image is in each latent, uint8
+    [h, w]. animated, max_pixels: see read_image. deterministic: image by image, and on a CPU each in one thread, so
+    that neither batch nor workers change a bit. hash: "full" reads every file once more, so that an edit is seen that
+    keeps size and time, and a new time alone encodes nothing again. retry_failed: images that failed are tried again,
+    whatever the reason was. progress: a plan line and a bar on stderr. limit: the first N images only. dry_run: plan,
+    report and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
     StoreError when ``out`` is damaged or holds other things, StoreLocked when another run plans it for too long,
@@ -130,7 +131,7 @@ def encode(
     settings = decided(Path(out), wanted)
     check_memory(model, settings, batch)
     listed = {file.key: file.place for file in listing.files}
-    reading = Reading(source, table, kinds, alpha, max_pixels, listed, animated)
+    reading = Reading(source, table, kinds, alpha, factor, max_pixels, listed, animated)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
     files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
     job = _Encode(

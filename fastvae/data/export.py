@@ -15,7 +15,7 @@ from typing import Any
 
 from fastvae.checkpoints.atomic import is_leftover, synchronise_folder, write_atomically
 from fastvae.data.console import amount, say
-from fastvae.data.dataset import LatentDataset
+from fastvae.data.dataset import ARRAYS, LatentDataset
 from fastvae.data.disk import check_room, free_bytes
 from fastvae.data.export_formats import FAMILIES, Kohya, Parquet, Tar
 from fastvae.data.json_text import json_bytes
@@ -181,7 +181,7 @@ def _rows(rows: LatentDataset, columns: dict[str, dict[str, Any]]) -> Iterator[d
     for _, numbers in rows.shards():
         for part in numbers.split(ROWS_AT_ONCE):
             for item in rows.__getitems__(part.tolist()):
-                latents = {name: item[name].numpy() for name in ("mean", "logvar", "latents") if name in item}
+                arrays = {name: item[name].numpy() for name in ARRAYS if name in item}
                 placed = {name: [int(n) for n in item[name]] for name in ("original_hw", "crop_tlhw", "bucket")}
                 key = item["key"]
                 yield {
@@ -189,16 +189,16 @@ def _rows(rows: LatentDataset, columns: dict[str, dict[str, Any]]) -> Iterator[d
                     "variant": int(item["variant"]),
                     **placed,
                     "columns": columns.get(key, {}),
-                    **latents,
+                    **arrays,
                 }
 
 
 def _size(rows: LatentDataset) -> int:
-    """About how many bytes the latents are, by the first row of each shard."""
+    """About how many bytes the latents and masks are, by the first row of each shard."""
     total = 0
     for _, numbers in rows.shards():
         item = rows[int(numbers[0])]
-        total += len(numbers) * sum(item[name].nbytes for name in ("mean", "logvar", "latents") if name in item)
+        total += len(numbers) * sum(item[name].nbytes for name in ARRAYS if name in item)
     return total
 
 

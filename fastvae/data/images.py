@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from fastvae.data.colour import to_srgb
+from fastvae.data.colour import scale_colour_key, to_srgb
 from fastvae.data.jpeg import decoded_by_simplejpeg
 from fastvae.data.reasons import ImageError, check_bytes, unreadable
 from fastvae.data.signatures import damaged_png_chunk, describe_refused, ends_early, has_late_png_text, identify
@@ -28,7 +28,7 @@ from fastvae.data.signatures import damaged_png_chunk, describe_refused, ends_ea
 if TYPE_CHECKING:
     from PIL import Image
 
-ALPHAS = ("white", "drop")
+ALPHAS = ("white", "drop", "mask")
 ANIMATED = ("first", "skip")
 DEFAULT_MAX_PIXELS = 178_000_000
 SMALLEST_SIDE = 8
@@ -67,11 +67,15 @@ _quiet_filters = contextlib.ExitStack()
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB image; ``original_hw`` is its size before any scaled decoding; ``flags`` say what was mended."""
+    """An upright RGB image; ``original_hw`` is its size before any scaled decoding; ``flags`` say what was mended.
+
+    ``opacity``: L, of the image's size, where it was asked for; None for a picture in which nothing is transparent.
+    """
 
     image: Image.Image
     original_hw: tuple[int, int]
     flags: tuple[str, ...] = ()
+    opacity: Image.Image | None = None
 
 
 def read_image(
@@ -85,17 +89,17 @@ def read_image(
 ) -> Picture:
     """The first frame of ``source`` (a path, or a file's bytes) as upright 8-bit sRGB.
 
-    ``alpha``: "white" composites over white, "drop" takes the colours as they are. ``animated``: "skip"
-    refuses what has several frames. ``max_pixels`` is compared with the
-    header's width times height before anything is decoded. ``at_least``: a JPEG may be decoded at 1/2, 1/4 or 1/8 of
-    its size as long as the upright image stays at least this (height, width), or both sides this long. ``name`` stands
-    for the file in messages.
+    ``alpha``: "white" composites over white, "drop" takes the colours as they are, "mask" composites over white too and
+    keeps the opacity beside the image. ``animated``: "skip" refuses what has several frames. ``max_pixels`` is compared
+    with the header's width times height before anything is decoded. ``at_least``: a JPEG may be decoded at 1/2, 1/4 or
+    1/8 of its size as long as the upright image stays at least this (height, width), or both sides this long. ``name``
+    stands for the file in messages.
     Raises ImageError for every file that cannot be used, ValueError for another ``alpha``, ``animated``, ``at_least``.
     """
     if animated not in ANIMATED:
         raise ValueError(f"animated must be 'first' or 'skip', got {animated!r}")
     if alpha not in ALPHAS:
-        raise ValueError(f"alpha must be 'white' or 'drop', got {alpha!r}")
+        raise ValueError(f"alpha must be 'white', 'drop' or 'mask', got {alpha!r}")
     cover = (at_least, at_least) if isinstance(at_least, int) else at_least
     if cover is not None and (len(cover) != 2 or min(cover) < 1):
         raise ValueError(f"at_least must be a length or (height, width) in pixels, got {at_least!r}")
@@ -204,12 +208,15 @@ def _decode(
                     if animated == "skip":
                         raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
                     flags.append("first_frame")
+                if image_format == "PNG":
+                    scale_colour_key(image)
                 image.load()
                 # Read after load(): Pillow has turned a TIFF by then, and reports 1; a PNG may state it at its end.
                 orientation = _orientation(image, flags)
-        rgb = _upright(to_srgb(image, image_format, alpha, flags, name), orientation)
+        rgb, opacity = to_srgb(image, image_format, alpha, flags, name)
+        rgb, opacity = _upright(rgb, orientation), None if opacity is None else _upright(opacity, orientation)
     original_hw = (width, height) if orientation >= 5 else (height, width)
-    return Picture(rgb, original_hw, tuple(flags))
+    return Picture(rgb, original_hw, tuple(flags), opacity)
 
 
 def _jpeg(image: Image.Image, data: bytes, cover: tuple[int, int] | None, orientation: int) -> Image.Image:

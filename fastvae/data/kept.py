@@ -14,7 +14,7 @@ from fastvae.data.mapped_shards import map_shard
 from fastvae.data.preprocess import scaled_size
 from fastvae.data.records import PlannedRow, StoreError, Unit
 from fastvae.data.settings import Settings
-from fastvae.data.shards import Row, read_names, row_checksum, sample_id
+from fastvae.data.shards import SUMMED, Row, read_names, row_checksum, sample_id
 from fastvae.data.stated import check_stated
 
 STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")}
@@ -31,12 +31,12 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
     try:
         check_stated(shard, facts, unit.bucket)
         names = read_names(shard)
-        columns = map_shard(shard, latent, storing.logvar_dtype is not None).arrays
+        columns = map_shard(shard, latent, storing.logvar_dtype is not None, settings.alpha == "mask").arrays
         with safe_open(os.fspath(shard), framework="np") as opened:
             checksums = opened.get_tensor("row_crc32").tolist()
     except (StoreError, SafetensorError, ValueError, TypeError, OSError):
         return {}
-    means, logvars, extents = (columns.get(name) for name in ("mean", "logvar", "logvar_range"))
+    means, logvars, *others = (columns.get(name) for name in SUMMED)
     if means is None or not len(names) == len(checksums) == len(means) or means.dtype != STORED[storing.mean]:
         return {}
     if logvars is not None and logvars.dtype != STORED[str(storing.logvar_dtype)]:
@@ -47,11 +47,12 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
         if place is None or place != columns["about"][number].tolist():
             continue
         mean = means[number]
-        logvar, extent = (None if part is None else part[number] for part in (logvars, extents))
+        logvar, extent, alpha = (None if part is None else part[number] for part in (logvars, *others))
         finite = all(np.isfinite(part).all() for part in (mean, logvar, extent) if part is not None)
-        if finite and row_checksum(mean, logvar, extent) == checksum:
+        if finite and row_checksum(mean, logvar, extent, alpha) == checksum:
             top, left, height, width = place[4:]
-            rows[name] = Row(name[0], mean, logvar, (place[2], place[3]), (top, left, height, width), name[1], extent)
+            size, crop = (place[2], place[3]), (top, left, height, width)
+            rows[name] = Row(name[0], mean, logvar, size, crop, name[1], extent, alpha)
     return rows
 
 

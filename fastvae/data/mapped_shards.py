@@ -15,23 +15,18 @@ from torch import Tensor
 from fastvae.checkpoints.header import SHARD_HEADER, check_header
 from fastvae.data.store import StoreError
 
-# What each column holds beside the rows: the shape of one row, None for that of a latent; and its types.
+# What each small column holds: the shape of one row, and its type.
 SMALL = {
     "sample_id": ((), (torch.uint64,)),
     "variant": ((), (torch.uint16,)),
     "original_hw": ((2,), (torch.int32,)),
     "crop_tlhw": ((4,), (torch.int32,)),
 }
-LARGE = {
-    "mean": (None, (torch.float16, torch.float32)),
-    "logvar": (None, (torch.float16, torch.float32, torch.uint8)),
-    "logvar_range": ((2,), (torch.float32,)),
-}
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """A shard: mean, logvar and logvar_range as they are stored, not read before they are indexed, and ``about``.
+    """A shard: mean, logvar, logvar_range, alpha as they are stored, not read before they are indexed, and ``about``.
 
     That is int64 [N, 8], since one gather is cheaper than four: sample_id by its bits, variant, original_hw, crop_tlhw.
     """
@@ -49,24 +44,25 @@ class Mapped:
         return all(row < len(there) and there[row] == given for row, given in listed.items())
 
 
-def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool) -> Mapped:
+def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool, with_alpha: bool = False) -> Mapped:
     """The columns of the shard at ``path``, whose latents are [L, h, w]; raises StoreError for anything else."""
     try:
         check_header(path, SHARD_HEADER)
         # On a CPU these are views of one private map of the file, however large it is.
         with safe_open(os.fspath(path), framework="pt") as shard:
             there = set(shard.keys())
-            columns = {name: shard.get_tensor(name) for name in _wanted(there, with_logvar)}
+            columns = {name: shard.get_tensor(name) for name in _wanted(there, with_logvar, with_alpha)}
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     rows = columns["mean"].shape[0] if columns["mean"].ndim else 0
+    kinds = SMALL | _large(latent)
     for name, column in columns.items():
-        each, dtypes = {**SMALL, **LARGE}[name]
-        wanted = (rows, *(latent if each is None else each))
-        if tuple(column.shape) != wanted or column.dtype not in dtypes:
+        each, dtypes = kinds[name]
+        if tuple(column.shape) != (rows, *each) or column.dtype not in dtypes:
+            taken = " or ".join(map(_named, dtypes))
             raise StoreError(
-                f"{path} is damaged: {name} is {str(column.dtype).removeprefix('torch.')} {list(column.shape)}, and "
-                f"should be [{', '.join(map(str, wanted))}]"
+                f"{path} is damaged: {name} is {_named(column.dtype)} {list(column.shape)}, and should be {taken} "
+                f"{[rows, *each]}"
             )
     if with_logvar and columns["logvar"].dtype == torch.uint8 and "logvar_range" not in columns:
         raise StoreError(f"{path} is damaged: it lacks logvar_range, without which eight bits of logvar mean nothing")
@@ -76,7 +72,21 @@ def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool) -> Mapped:
     return Mapped(columns)
 
 
-def _wanted(there: set[str], with_logvar: bool) -> list[str]:
-    large = ["mean", "logvar"] if with_logvar else ["mean"]
+def _large(latent: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """As SMALL, of the columns whose size is the latents'."""
+    return {
+        "mean": (latent, (torch.float16, torch.float32)),
+        "logvar": (latent, (torch.float16, torch.float32, torch.uint8)),
+        "logvar_range": ((2,), (torch.float32,)),
+        "alpha": (latent[1:], (torch.uint8,)),
+    }
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _wanted(there: set[str], with_logvar: bool, with_alpha: bool) -> list[str]:
+    large = ["mean"] + ["logvar"] * with_logvar + ["alpha"] * with_alpha
     optional = ["logvar_range"] if with_logvar and "logvar_range" in there else []
     return [*large, *optional, *SMALL]

@@ -35,12 +35,13 @@ SAID = {
 
 @dataclass
 class Decoded:
-    """One row's pixels uint8 [H, W, 3] and where they come from."""
+    """One row's pixels uint8 [H, W, 3], where they come from, and where it is kept its opacity, uint8 [h, w]."""
 
     row: PlannedRow
     pixels: np.ndarray
     original_hw: tuple[int, int]
     crop_tlhw: tuple[int, int, int, int]
+    mask: np.ndarray | None
 
 
 @dataclass
@@ -87,7 +88,8 @@ def decode_chunk(chunk: Chunk, reading: Reading) -> Chunk:
             key, found = row.file.key, _read(chunk, row, reading)
         if isinstance(found, Picture):
             pixels, crop = to_bucket(found, chunk.unit.bucket, reading.variants, row.variant, row.file.key)
-            chunk.decoded.append(Decoded(row, pixels, found.original_hw, crop))
+            mask = reading.mask(found, chunk.unit.bucket, row.variant, row.file.key)
+            chunk.decoded.append(Decoded(row, pixels, found.original_hw, crop, mask))
         elif found is not None:
             chunk.failures.append(Failure(row.file.key, found.reason, found.detail, row.variant))
     chunk.decode_seconds = time.perf_counter() - started
@@ -143,7 +145,7 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: Stor
                 chunk.failures.append(Failure(key, stored, f"the latent of {key} {SAID[stored]}", variant))
                 continue
             place = item.original_hw, item.crop_tlhw, variant
-            chunk.rows.append(Row(key, stored.mean, stored.logvar, *place, stored.logvar_range))
+            chunk.rows.append(Row(key, stored.mean, stored.logvar, *place, stored.logvar_range, item.mask))
     chunk.decoded = []
     chunk.encode_seconds += time.perf_counter() - started
     return chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from fastvae.data.buckets import Buckets, Size
 from fastvae.data.images import Picture
 from fastvae.data.noise import checked
 from fastvae.data.shards import key_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CROPS = ("centre", "random")
 
@@ -73,18 +77,39 @@ def to_bucket(
     bucket, after it was mirrored if the variant is: SDXL's crop coordinates are its first two. The filter is Pillow's
     Lanczos, which widens with the scale and so does not alias.
     """
+    cut, crop = _cut(picture.image, picture.original_hw, _sides(bucket), variants, variant, key)
+    return np.array(cut), crop
+
+
+def opacity_in_cells(
+    picture: Picture, bucket: Size | int, factor: int, variants: Variants = SINGLE, variant: int = 0, key: str = ""
+) -> np.ndarray:
+    """How opaque ``picture`` is where to_bucket cuts it: uint8 [H / factor, W / factor], 255 for opaque.
+
+    Each is the mean, rounded, of its ``factor`` x ``factor`` pixels; they are mirrored, scaled and cut as the colours.
+    """
+    size = _sides(bucket)
+    rows, columns = size[0] // factor, size[1] // factor
+    if picture.opacity is None:
+        return np.full((rows, columns), 255, np.uint8)
+    cut, _ = _cut(picture.opacity, picture.original_hw, size, variants, variant, key)
+    totals = np.asarray(cut).reshape(rows, factor, columns, factor).sum((1, 3), dtype=np.uint32)
+    return ((totals + factor**2 // 2) // factor**2).astype(np.uint8)
+
+
+def _cut(
+    image: Image.Image, original_hw: Size, size: Size, variants: Variants, variant: int, key: str
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """What to_bucket cuts out of one picture, colours or opacity, and where."""
     from PIL import Image
 
-    size = _sides(bucket)
-    height, width = scaled_size(picture.original_hw, size)
-    image = picture.image
+    height, width = scaled_size(original_hw, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if variants.is_mirrored(variant):
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left = variants.corner(key, variant, (height - size[0], width - size[1]))
-    cut = image.crop((left, top, left + size[1], top + size[0]))
-    return np.array(cut), (top, left, *size)
+    return image.crop((left, top, left + size[1], top + size[0])), (top, left, *size)
 
 
 def scaled_size(original_hw: Size, bucket: Size | int) -> Size:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fastvae.checkpoints.atomic import sha256_of
 from fastvae.data.buckets import Buckets, Size
 from fastvae.data.images import Picture, image_size, read_image
-from fastvae.data.preprocess import Variants
+from fastvae.data.preprocess import Variants, opacity_in_cells
 from fastvae.data.reasons import ImageError
 from fastvae.data.sources import Source, SourceFile
 
@@ -19,13 +21,15 @@ from fastvae.data.sources import Source, SourceFile
 class Reading:
     """Where files come from, what they are brought to, and the policies of read_image.
 
-    ``listed``: the place of each key of the source now. A plan may be another's: what it names beside is not opened.
+    ``factor``: pixels per latent. ``listed``: the place of each key of the source now. A plan may be another's: what it
+    names beside is not opened.
     """
 
     source: Source
     buckets: Buckets
     variants: Variants
     alpha: str
+    factor: int
     max_pixels: int
     listed: Mapping[str, str] | None = None
     animated: str = "first"
@@ -54,6 +58,12 @@ class Reading:
             found = "x".join(map(str, picture.original_hw))
             raise ImageError("unreadable", f"{file.key} is {found} now, which was not so when the run was planned")
         return picture
+
+    def mask(self, picture: Picture, bucket: Size, variant: int, key: str) -> np.ndarray | None:
+        """The opacity of each latent of a row, uint8 [h, w], under the policy that keeps it; else None."""
+        if self.alpha != "mask":
+            return None
+        return opacity_in_cells(picture, bucket, self.factor, self.variants, variant, key)
 
     def opens(self, file: SourceFile) -> bool:
         """Whether the bytes of ``file`` can be had now."""

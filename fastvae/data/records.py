@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,11 @@ def check_facts(facts: Any, path: Path) -> None:
         raise StoreError(f"{path} is damaged: it lacks {', '.join(wrong)}")
     if wrong := _wrong_values(facts):
         raise StoreError(f"{path} is damaged: {', '.join(wrong)} cannot be what it says")
+
+
+def keeps_alpha(facts: Mapping[str, Any]) -> bool:
+    """Whether the rows of a store with these ``facts`` hold how opaque their images are, beside the latents."""
+    return facts["identity"]["preprocess"].get("alpha") == "mask"
 
 
 def _wrong_values(facts: dict[str, Any]) -> list[str]:

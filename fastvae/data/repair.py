@@ -153,7 +153,14 @@ def _job(
     Store.check(store.path, identity)
     listed = {file.key: file.place for file in listing.files}
     reading = Reading(
-        source, settings.buckets, settings.variants, settings.alpha, max_pixels, listed, settings.animated
+        source,
+        settings.buckets,
+        settings.variants,
+        settings.alpha,
+        settings.factor,
+        max_pixels,
+        listed,
+        settings.animated,
     )
     files = [file for file in listing.files if file.key in failed]
     return Job(store.path, model, made_with, settings, reading, listing, files, identity)

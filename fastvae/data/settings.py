@@ -45,7 +45,9 @@ class Settings:
     def row_size(self, bucket: Size) -> int:
         """About how many bytes a row of ``bucket`` takes in the store."""
         height, width = (side // self.factor for side in bucket)
-        return row_bytes(self.latent_channels, height, width, self.storing.mean, self.storing.logvar_dtype)
+        return row_bytes(
+            self.latent_channels, height, width, self.storing.mean, self.storing.logvar_dtype, self.alpha == "mask"
+        )
 
 
 def check_choices(**choices: tuple[Any, tuple[Any, ...]]) -> None:

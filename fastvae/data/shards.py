@@ -4,8 +4,8 @@ Tensors, for N rows: mean [N, L, h, w] F16 or F32 (the draw, for posterior "samp
 [N, L, h, w] F16, raw as the model gives them, log-variance clamped to [-30, 20] as every sampler does; or logvar U8
 with logvar_range [N, 2] F32, the row's least and greatest: logvar = least + u8 / 255 (greatest - least). sample_id [N]
 U64, the first 8 bytes, little-endian, of the key's sha256; original_hw [N, 2] I32, after rotation; crop_tlhw [N, 4]
-I32; variant [N] U16; row_crc32 [N] U32 over the row's mean, logvar and logvar_range bytes; key_utf8 U8 with key_offset
-[N + 1] I64.
+I32; variant [N] U16; row_crc32 [N] U32 over the row's mean, logvar, logvar_range and alpha bytes; key_utf8 U8 with
+key_offset [N + 1] I64. With alpha="mask" also alpha [N, h, w] U8: how opaque the picture is in each latent, 255 opaque.
 The header is written here and not by the safetensors package, which orders metadata at random: equal rows give equal
 bytes.
 """
@@ -36,13 +36,15 @@ DTYPE_NAMES = {
 }
 # What names the rows: each of one dimension.
 NAMES = {"key_utf8": "U8", "key_offset": "I64", "variant": "U16"}
+# What a row's checksum covers, in this order; all but the mean may be missing.
+SUMMED = ("mean", "logvar", "logvar_range", "alpha")
 HALF_MAXIMUM = 65504.0
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded image: ``mean`` and ``logvar`` [L, h, w] as stored; ``key`` names the source file."""
+    """One encoded image: ``mean`` and ``logvar`` [L, h, w], ``alpha`` [h, w], as stored; ``key`` of its file."""
 
     key: str
     mean: np.ndarray
@@ -51,6 +53,7 @@ class Row:
     crop_tlhw: tuple[int, int, int, int]
     variant: int = 0
     logvar_range: np.ndarray | None = None
+    alpha: np.ndarray | None = None
 
 
 def sample_id(key: str) -> int:
@@ -77,11 +80,11 @@ def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:
         "original_hw": np.array([row.original_hw for row in rows], "<i4"),
         "crop_tlhw": np.array([row.crop_tlhw for row in rows], "<i4"),
         "variant": np.array([row.variant for row in rows], "<u2"),
-        "row_crc32": np.array([row_checksum(row.mean, row.logvar, row.logvar_range) for row in rows], "<u4"),
+        "row_crc32": np.array([row_checksum(*(getattr(row, name) for name in SUMMED)) for row in rows], "<u4"),
         "key_utf8": np.frombuffer(b"".join(keys), "u1"),
         "key_offset": np.cumsum([0, *map(len, keys)], dtype="<i8"),
     }
-    for name in ("logvar", "logvar_range"):
+    for name in SUMMED[1:]:
         if getattr(rows[0], name) is not None:
             tensors[name] = np.stack([getattr(row, name) for row in rows])
     # Widest elements first keeps every tensor aligned to its own element.
@@ -103,7 +106,7 @@ def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:
 
 
 def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
-    """The CRC-32 of a row's mean bytes, continued over its log-variance's and their range's where they are there."""
+    """The CRC-32 of the bytes of a row's SUMMED, one after another: its mean's, and the others' that are there."""
     checksum = 0
     for array in (mean, *others):
         if array is not None:
@@ -145,11 +148,13 @@ def _column(shard: Any, name: str, dtype: str) -> np.ndarray:
     return shard.get_tensor(name)
 
 
-def row_bytes(latent_channels: int, height: int, width: int, store_dtype: str, logvar: str | None) -> int:
+def row_bytes(
+    latent_channels: int, height: int, width: int, store_dtype: str, logvar: str | None, with_alpha: bool = False
+) -> int:
     """About how many bytes one row takes: its tensors, of latents ``height`` by ``width``, and 200 for its columns.
 
     ``logvar``: "fp16", "u8", or None where it is not stored.
     """
     elements = latent_channels * height * width
     widths = {"fp32": 4, "fp16": 2, "u8": 1}
-    return elements * (widths[store_dtype] + (widths[logvar] if logvar else 0)) + 200
+    return elements * (widths[store_dtype] + (widths[logvar] if logvar else 0)) + height * width * with_alpha + 200

@@ -15,8 +15,19 @@ from fastvae.checkpoints.atomic import sha256_of
 from fastvae.data.console import amount, say
 from fastvae.data.lock import locked
 from fastvae.data.mapped_shards import map_shard
-from fastvae.data.records import DERIVED_NAMES, RECORD, STORE, Commit, StoreError, Unit, is_own, read_commit, strange
-from fastvae.data.shards import key_text, read_metadata, read_names, row_checksum, sample_id
+from fastvae.data.records import (
+    DERIVED_NAMES,
+    RECORD,
+    STORE,
+    Commit,
+    StoreError,
+    Unit,
+    is_own,
+    keeps_alpha,
+    read_commit,
+    strange,
+)
+from fastvae.data.shards import SUMMED, key_text, read_metadata, read_names, row_checksum, sample_id
 from fastvae.data.stated import SHAPE, Differences, differences, edited
 from fastvae.data.store import Store, latest_units
 
@@ -188,7 +199,7 @@ def _wrong_rows(facts: dict[str, Any], path: Path | None, commit: Commit, unit: 
     try:
         names = read_names(path)
         with_logvar = facts["identity"]["numerics"]["posterior"] == "dist"
-        map_shard(path, (facts["latent_channels"], *sides), with_logvar)
+        map_shard(path, (facts["latent_channels"], *sides), with_logvar, keeps_alpha(facts))
         if sorted([*names, *failed]) != sorted(row.name for row in unit.rows):
             return "has other rows than its unit"
         return _wrong_values(path, names)
@@ -199,7 +210,7 @@ def _wrong_rows(facts: dict[str, Any], path: Path | None, commit: Commit, unit: 
 def _wrong_values(path: Path, names: list[tuple[str, int]]) -> str | None:
     with safe_open(os.fspath(path), framework="np") as shard:
         there = set(shard.keys())
-        parts = [shard.get_tensor(name) if name in there else None for name in ("mean", "logvar", "logvar_range")]
+        parts = [shard.get_tensor(name) if name in there else None for name in SUMMED]
         checksums, ids = shard.get_tensor("row_crc32"), shard.get_tensor("sample_id")
     if not len(checksums) == len(ids) == len(names):
         return "has columns of different lengths"

@@ -36,7 +36,7 @@ def shard_rows(path: Path) -> dict[tuple[str, int], bytes]:
     offsets, text = tensors["key_offset"].tolist(), tensors["key_utf8"].tobytes()
     rows = {}
     for row, checksum in enumerate(tensors["row_crc32"].tolist()):
-        parts = [tensors[name][row] for name in ("mean", "logvar", "logvar_range") if name in tensors]
+        parts = [tensors[name][row] for name in ("mean", "logvar", "logvar_range", "alpha") if name in tensors]
         data = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
         assert zlib.crc32(data) == checksum, f"{path.name} row {row}: another checksum"
         assert all(np.isfinite(part).all() for part in parts), f"{path.name} row {row}: not finite"

@@ -237,6 +237,7 @@ def test_limit_takes_the_first_and_a_later_run_the_rest(tmp_path):
         ({"store_dtype": "fp32"}, "numerics.mean"),
         ({"buckets": 64}, "preprocess.buckets"),
         ({"alpha": "drop"}, "preprocess.alpha"),
+        ({"alpha": "mask"}, "preprocess.alpha"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

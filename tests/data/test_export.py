@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from small_store import moments_of, write_store
+from small_store import MASK, moments_of, opacity_of, write_store
 
 from fastvae.data import export as exports
 from fastvae.data.export import export
@@ -166,6 +166,62 @@ def test_a_whole_store_leaves_nothing_out(store, tmp_path, capsys):
     done = export(store, tmp_path / "out", to="wds")
     assert (done.rows, done.pending, done.about["pending"]) == (8, 0, 0)
     assert "8 rows  wds" in capsys.readouterr().err
+
+
+# Masks
+
+
+@pytest.fixture
+def masked(tmp_path):
+    return write_store(tmp_path / "masked", BUCKETS, preprocess=MASK)
+
+
+# Its reader leaves the archives open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_masks(masked, tmp_path):
+    wds = pytest.importorskip("webdataset", reason="WebDataset is not installed")
+    run(masked, tmp_path / "out", "wds", posterior="sample")
+    (tar,) = (tmp_path / "out").glob("*.tar")
+    rows = list(wds.WebDataset([str(tar)], shardshuffle=False).decode())
+    assert [row["json"]["key"] for row in rows] == list(KEYS)
+    for row in rows:
+        assert bits(row["alpha.npy"]) == bits(opacity_of(row["json"]["key"], 0, KEYS[row["json"]["key"]]))
+
+
+def test_pyarrow_and_datasets_read_the_masks(masked, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    for to in ("parquet", "hf"):
+        run(masked, tmp_path / to, to)
+    rows = pyarrow.parquet.read_table(tmp_path / "parquet" / "rows-00000.parquet").to_pylist()
+    loaded = datasets.load_dataset(str(tmp_path / "hf"), split="train", cache_dir=str(tmp_path / "cache"))
+    for found in (rows, loaded.with_format("numpy")):
+        assert [row["key"] for row in found] == list(KEYS)
+        for row in found:
+            shape = [int(side) for side in row["alpha_shape"]]
+            alpha = np.array(row["alpha"], np.uint8).reshape(shape)
+            assert bits(alpha) == bits(opacity_of(row["key"], 0, KEYS[row["key"]]))
+    assert str(loaded.features["alpha"].feature.dtype) == "uint8"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_sd_scripts_weighs_its_loss_by_the_masks(tmp_path, family):
+    """Its trainer stacks masks at the bucket's size and takes their means over each latent; it mirrors them itself."""
+    names = [("a.png", 0), ("a.png", 1), ("b.png", 0)]
+    store = write_store(tmp_path / "store", {(48, 32): names}, preprocess={**MASK, "flip": True})
+    run(store, tmp_path / "out", "npz-kohya", family=family)
+    ending = "_6x4" if family == "flux" else ""
+    for key in ("a.png", "b.png"):
+        with np.load(tmp_path / "out" / f"{key[0]}_0032x0048_{family}.npz", allow_pickle=False) as cache:
+            assert (f"latents_flipped{ending}" in cache.files) == (key == "a.png")
+            found = cache[f"alpha_mask{ending}"]
+        assert (found.dtype, found.shape) == (np.float32, (48, 32))
+        weights = torch.nn.functional.interpolate(torch.from_numpy(found)[None, None], size=(6, 4), mode="area")
+        levels = opacity_of(key, 0, (48, 32))
+        assert np.array_equal(torch.round(weights[0, 0] * 255).byte(), levels)
+        # Each of a sum's 63 additions is rounded by half a step.
+        assert np.abs(weights[0, 0].numpy() - levels / 255).max() <= 32 * np.finfo(np.float32).eps
+    assert (tmp_path / "out" / f"a_0032x0048_{family}.npz").stat().st_size < 48 * 32 * 4
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from data.failures import entry, hostile_configs, hostile_safetensors, safetensors_bytes
 from safetensors import SafetensorError
-from small_store import SIDE, small_vae, write_pictures, write_store
+from small_store import MASK, SIDE, small_vae, write_pictures, write_store
 
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, validate_config
 from fastvae.data.dataset import LatentDataset
@@ -117,6 +117,11 @@ WRONG_TENSORS = {
     "fewer rows in one column": {"original_hw": torch.zeros(3, 2, dtype=torch.int32)},
     "a column of another shape": {"crop_tlhw": torch.zeros(4, 2, dtype=torch.int32)},
     "no log-variance": {"logvar": None},
+    "no mask": {"alpha": None},
+    "a mask of floats": {"alpha": torch.ones(4, 4, 4)},
+    "a mask of another shape": {"alpha": torch.zeros(4, 8, 2, dtype=torch.uint8)},
+    "a mask for each channel": {"alpha": torch.zeros(4, 4, 4, 4, dtype=torch.uint8)},
+    "masks of fewer rows": {"alpha": torch.zeros(3, 4, 4, dtype=torch.uint8)},
 }
 
 
@@ -124,12 +129,13 @@ WRONG_TENSORS = {
 def test_row_27_a_shard_that_breaks_the_schema_is_a_store_error(tmp_path, case):
     from safetensors.torch import load_file, save_file
 
-    out = write_store(tmp_path / "out", {(SIDE, SIDE): ["a", "b", "c", "d"]})
+    out = write_store(tmp_path / "out", {(SIDE, SIDE): ["a", "b", "c", "d"]}, preprocess=MASK)
     (path,) = (out / "shards").glob("*.safetensors")
+    map_shard(path, (4, SIDE // 8, SIDE // 8), True, True)
     tensors = {**load_file(path), **WRONG_TENSORS[case]}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(StoreError):
-        map_shard(path, (4, SIDE // 8, SIDE // 8), True)
+        map_shard(path, (4, SIDE // 8, SIDE // 8), True, True)
 
 
 WRONG_FACTS = {

@@ -134,6 +134,7 @@ KINDS = {
     "single precision": {"store_dtype": "fp32"},
     "means": {"posterior": "mean"},
     "draws": {"posterior": "sample"},
+    "masks": {"alpha": "mask"},
     "crops, mirrored, in many buckets": {"buckets": "sdxl@64", "crop": "random", "variants": 2, "flip": True},
 }
 
@@ -150,7 +151,8 @@ def test_row_32_every_kind_of_store_is_sound_and_a_bit_of_each_tensor_is_seen(tm
     shard = sorted((out / "shards").glob("*.safetensors"))[0]
     record, whole, tensors = shard.with_suffix(".json"), shard.read_bytes(), load_file(shard)
     told = json.loads(record.read_text())
-    for name in {"mean", "logvar", "logvar_range", "sample_id", "row_crc32", "variant", "key_utf8"} & tensors.keys():
+    summed = {"mean", "logvar", "logvar_range", "alpha", "sample_id", "row_crc32", "variant", "key_utf8"}
+    for name in summed & tensors.keys():
         damaged = bytearray(whole)
         damaged[whole.index(tensors[name].tobytes())] ^= 1
         shard.write_bytes(damaged)

@@ -291,8 +291,8 @@ def test_row_11_any_size_is_refused_or_covers_the_bucket(width, height, side):
 
 
 def test_another_alpha_policy_is_refused():
-    with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'mask'"):
-        read_image(EVERY_KIND["png"], alpha="mask")
+    with pytest.raises(ValueError, match="alpha must be 'white', 'drop' or 'mask', got 'black'"):
+        read_image(EVERY_KIND["png"], alpha="black")
 
 
 # Sizes from headers

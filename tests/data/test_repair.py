@@ -7,6 +7,8 @@ import pytest
 import torch
 from data.repairs import OPTIONS, changed, copy_of, first_store, flip, mend, state
 from data.store_checks import committed, failures
+from PIL import Image
+from safetensors.numpy import load_file
 from small_store import SIDE, picture, small_vae, write_pictures
 
 from fastvae.data.encode import encode
@@ -119,6 +121,7 @@ def test_a_record_of_no_unit_is_deleted_without_a_source(made):
 KINDS = {
     "eight bits of log-variance, single precision": {"logvar": "u8", "store_dtype": "fp32"},
     "means, transparency dropped": {"posterior": "mean", "alpha": "drop"},
+    "means, and masks": {"posterior": "mean", "alpha": "mask"},
     "draws by a seed": {"posterior": "sample", "seed": 2**64 - 1},
     "crops by a seed, mirrored, in many buckets": {
         "buckets": "sdxl@64", "crop": "random", "variants": 2, "flip": True, "seed": 5,
@@ -193,6 +196,27 @@ def test_sound_rows_of_a_damaged_shard_are_kept_where_their_images_are_gone(made
     assert failures(made) == {"bad.png": "empty", "007.png": "unreadable"}
     assert committed(made) == {name: row for name, row in whole.items() if name != ("007.png", 0)}
     assert verify(made, deep=True, progress=False).damaged == []
+
+
+def test_masks_of_images_that_are_gone_are_kept_and_a_level_of_one_is_not_changed_unseen(tmp_path, first):
+    """Of three rows with masks the image of the first is gone, and of the third too, whose mask has another level."""
+    keys = write_pictures(tmp_path / "in", 3)
+    for key in keys:
+        image = Image.open(tmp_path / "in" / key)
+        image.putalpha(image.convert("L"))
+        image.save(tmp_path / "in" / key)
+    out = tmp_path / "out"
+    encode(tmp_path / "in", out, vae=first / "vae", buckets=SIDE, dtype="fp32", alpha="mask", **OPTIONS)
+    whole = committed(out)
+    (shard,) = (out / "shards").glob("*.safetensors")
+    data, levels = bytearray(shard.read_bytes()), load_file(shard)["alpha"].tobytes()
+    data[data.index(levels) + len(levels) - 1] ^= 1
+    shard.write_bytes(data)
+    for key in (keys[0], keys[2]):
+        (tmp_path / "in" / key).unlink()
+    report = mend(out, tmp_path / "in").report
+    assert (report.ok, report.kept, report.failed) == (1, 1, 1)
+    assert committed(out) == {name: row for name, row in whole.items() if name != (keys[2], 0)}
 
 
 def test_a_row_of_which_any_bit_is_another_is_not_kept_and_none_of_another_identity(made):

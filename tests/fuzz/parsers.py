@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.failures import EVERY_KIND
 from safetensors import SafetensorError
-from small_store import small_vae, write_store
+from small_store import MASK, small_vae, write_store
 
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, read_config_file, validate_config
 from fastvae.checkpoints.files import Repository, WeightFiles
@@ -34,7 +34,7 @@ from fastvae.data.store import Store
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fastvae-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 BUCKET, KEYS = (32, 32), ["a.png", "b/ü.png", "c\n.png"]
-STORE = write_store(SCRATCH / "store", {BUCKET: KEYS}, logvar="u8")
+STORE = write_store(SCRATCH / "store", {BUCKET: KEYS}, logvar="u8", preprocess=MASK)
 PLAN, SHARD, RECORD = (
     STORE / "plan" / "units-00000.jsonl",
     STORE / "shards" / "000000-32x32.safetensors",
@@ -130,7 +130,7 @@ def shard(data: bytes) -> None:
             read_names(SHARD)
         for with_logvar in (False, True):
             with contextlib.suppress(StoreError):
-                map_shard(SHARD, (4, 4, 4), with_logvar)
+                map_shard(SHARD, (4, 4, 4), with_logvar, with_logvar)
         read_store()
 
 
