@@ -27,7 +27,7 @@ import pytest
 def _mend_interpreter():
     # It keeps bfloat16 as raw 16-bit integers: tl.dot and arithmetic take those for numbers (results of 1e10), and a
     # cast from fp32 cuts off what a GPU rounds to nearest, ties to even. All in Triton 3.6 and 3.9. And 3.6 takes int()
-    # of an array of one, which numpy 2.4 refuses.
+    # of an array of one, which numpy 2.4 refuses, and rounds a multiply-add twice.
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -56,6 +56,10 @@ def _mend_interpreter():
         rounded = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(np.shape(values))
 
+    def create_fma(self, x, y, z):
+        wide = np.multiply(x.data, y.data, dtype=np.float64) + z.data
+        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_with_index(tensor, *rest):
@@ -65,6 +69,8 @@ def _mend_interpreter():
     interpreter._patch_lang_tensor = patch_tensor_with_index
     builder.create_dot, builder.binary_op = create_wide_dot, wide_binary_op
     interpreter._convert_float = convert_rounding
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        builder.create_fma = create_fma
 
 
 def _patch_the_language_once():
@@ -91,12 +97,12 @@ def _describe_each_type_once():
     # the types there are, and for every pair of values it compares shapes by wrapped numbers: half of a launch. In
     # Triton 3.6 and 3.9.
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     core, np_dtype = tl.core, interpreter._get_np_dtype
-    semantics = tl.semantic.TritonSemantic
     begin_block, begin_tensor = core.block_type.__init__, core.tensor.__init__
-    broadcast_values = semantics.broadcast_impl_value
+    broadcast_values = TritonSemantic.broadcast_impl_value
     blocks, shapes, arrays = {}, {}, {}
 
     def block_type(self, element_ty, shape):
@@ -124,7 +130,7 @@ def _describe_each_type_once():
         return arrays[name]
 
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
-    semantics.broadcast_impl_value, interpreter._get_np_dtype = broadcast, array_dtype
+    TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype = broadcast, array_dtype
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

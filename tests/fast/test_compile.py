@@ -151,18 +151,20 @@ def compilations(function, inputs):
 
 
 @pytest.mark.parametrize(
-    ("hand", "name"),
+    ("hand", "name", "sizes"),
     [
-        ("diffusers", "encode"),
-        pytest.param("diffusers", "decode", marks=pytest.mark.slow),
-        pytest.param("fastvae", "encode", marks=pytest.mark.slow),
-        pytest.param("fastvae", "decode", marks=pytest.mark.slow),
+        pytest.param("diffusers", "encode", SIZES[:4], id="diffusers-encode-four"),
+        *(
+            pytest.param(hand, name, SIZES, marks=pytest.mark.slow, id=f"{hand}-{name}-thirty")
+            for hand in HANDS
+            for name in ("encode", "decode")
+        ),
     ],
 )
-def test_thirty_resolutions_compile_no_more_often_than_stock(hand, name):
+def test_resolutions_compile_no_more_often_than_stock(hand, name, sizes):
     """Counted calls, kept copies and decided forms hang on no size and change no guard."""
     stock = model("diffusers")
     fast = fastvae.accelerate(copy.deepcopy(stock) if hand == "diffusers" else model(hand))
     make = pixels if name == "encode" else latents
-    inputs = [make(stock, 1, *size) for size in SIZES]
+    inputs = [make(stock, 1, *size) for size in sizes]
     assert compilations(getattr(fast, name), inputs) <= compilations(getattr(stock, name), inputs)

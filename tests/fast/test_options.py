@@ -434,7 +434,11 @@ def test_ten_threads_accelerate_restore_and_encode(monkeypatch):
     assert torch.equal(moments(fastvae.restore(vae), x), stock)
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": True}, {"deterministic": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"freeze": True}, {"deterministic": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_ten_threads_encode_at_once_with_equal_results(options, compilations):
     vae, x = fastvae.accelerate(tiny(), **options), pixels(2)
     expected = fastvae.accelerate(tiny(), **options)
