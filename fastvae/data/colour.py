@@ -44,18 +44,21 @@ def to_srgb(
     return white, opacity if alpha == "mask" else None
 
 
-def scale_colour_key(image: Image.Image) -> None:
-    """Bring the colour that an opened PNG names as transparent to the scale of its pixels; to be called before load().
+def mend_transparency(image: Image.Image, bits: int) -> None:
+    """Make what a loaded PNG of ``bits`` a sample says of transparency fit its pixels, which Pillow scaled to 8 bits.
 
-    Pillow leaves it as the file has it, of 2, 4 or 16 bits, and scales the pixels to 8.
+    A transparent colour it leaves as the file has it; of levels for a palette it takes more than there can be colours.
     """
-    tiles = getattr(image, "tile", None)
-    key, raw = image.info.get("transparency"), tiles[0].args if tiles else None
-    if isinstance(key, int) and raw in ("L;2", "L;4"):
-        greatest = 2 ** int(raw[-1]) - 1
-        image.info["transparency"] = (key & greatest) * (255 // greatest)
-    elif isinstance(key, tuple) and raw == "RGB;16B":
-        image.info["transparency"] = tuple(level >> 8 for level in key)
+    said = image.info.get("transparency")
+    if isinstance(said, bytes):
+        image.info["transparency"] = said[:256]
+    elif isinstance(said, tuple) and bits == 16:
+        image.info["transparency"] = tuple(level >> 8 for level in said)
+    elif isinstance(said, int) and image.mode == "L" and bits in (2, 4):
+        greatest = 2**bits - 1
+        image.info["transparency"] = (said & greatest) * (255 // greatest)
+    elif isinstance(said, int) and image.mode == "P" and said > 255:
+        del image.info["transparency"]
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:

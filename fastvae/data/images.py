@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from fastvae.data.colour import scale_colour_key, to_srgb
+from fastvae.data.colour import mend_transparency, to_srgb
 from fastvae.data.jpeg import decoded_by_simplejpeg
 from fastvae.data.reasons import ImageError, check_bytes, unreadable
 from fastvae.data.signatures import damaged_png_chunk, describe_refused, ends_early, has_late_png_text, identify
@@ -208,9 +208,9 @@ def _decode(
                     if animated == "skip":
                         raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
                     flags.append("first_frame")
-                if image_format == "PNG":
-                    scale_colour_key(image)
                 image.load()
+                if image_format == "PNG":
+                    mend_transparency(image, data[24])
                 # Read after load(): Pillow has turned a TIFF by then, and reports 1; a PNG may state it at its end.
                 orientation = _orientation(image, flags)
         rgb, opacity = to_srgb(image, image_format, alpha, flags, name)

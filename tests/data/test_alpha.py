@@ -1,6 +1,7 @@
 """Transparency kept as a mask: the right level in each latent, from every kind of file, and none of it in colours."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastvae.data.dataset import LatentDataset
 from fastvae.data.encode import encode
 from fastvae.data.images import read_image
 from fastvae.data.iterable import LatentIterable
+from fastvae.data.reasons import ImageError
 from fastvae.data.records import StoreError
 from fastvae.data.shards import read_metadata
 from fastvae.data.store import Store
@@ -26,6 +28,7 @@ from fastvae.data.verify import verify
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 FACTOR = 8  # of the small model
+PNG_START = b"\x89PNG\r\n\x1a\n"
 
 # Pictures at their bucket's size, so that nothing is scaled, and the opacity of each pixel
 
@@ -232,6 +235,53 @@ def test_row_05_a_transparent_colour_is_laid_over_white_at_every_depth(bits):
     assert ((np.asarray(read.image) == 255).all(-1) >= (HOLES == 0)).all()
     key = {2: 170, 4: 85}.get(bits, 0x12)
     assert not (np.asarray(read.image)[HOLES == 0][:, 0] == key).any()
+
+
+def test_row_01_what_a_png_says_of_transparency_raises_nothing_but_image_errors():
+    """Depths, palettes and transparent colours that do not belong together, each chunk with the right checksum."""
+    chance, outcomes = random.Random(0), set()
+    pictures = [data for name, (data, _) in GOLDEN.items() if name.endswith(".png")]
+    for _ in range(600):
+        chunks = chunks_of(chance.choice(pictures))
+        number = chance.randrange(len(chunks))
+        name, body = chunks[number]
+        if name == b"IHDR":
+            body = body[:8] + bytes([chance.choice((1, 2, 4, 8, 16)), chance.choice((0, 2, 3, 4, 6))]) + body[10:]
+        else:
+            body = body[: chance.randrange(len(body) + 1)]
+        chunks[number] = name, body
+        made = chance.choice((b"tRNS", b"PLTE")), chance.randbytes(chance.choice((1, 2, 3, 6, 48, 256, 300, 768)))
+        chunks.insert(chance.randrange(1, len(chunks)), made)
+        data = PNG_START + b"".join(png_chunk(*chunk) for chunk in chunks)
+        try:
+            read = read_image(data, alpha="mask", max_pixels=10**6)
+            outcomes.add(read.opacity is None)
+            assert read.image.tobytes() == read_image(data, max_pixels=10**6).image.tobytes()
+        except ImageError as error:
+            outcomes.add(error.reason)
+    assert {True, False, "decode_error"} <= outcomes
+
+
+def chunks_of(data: bytes) -> list[tuple[bytes, bytes]]:
+    """The name and body of each chunk of a PNG."""
+    at, chunks = len(PNG_START), []
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : end]))
+        at = end + 4
+    return chunks
+
+
+@pytest.mark.parametrize("clear", [3, 300])
+def test_row_01_a_palette_with_more_levels_than_colours_is_read(clear):
+    """Pillow takes such a tRNS chunk, and fails on it later, in the words of ValueError."""
+    index = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 250
+    image = Image.frombytes("P", (SIDE, SIDE), index.astype(np.uint8).tobytes())
+    image.putpalette(bytes(range(256)) * 3)
+    for levels in (bytes(255 if number != clear else 0 for number in range(400)), bytes([7] * 400)):
+        opacity = read_image(with_transparent(encoded(image, "PNG"), levels), alpha="mask").opacity
+        found = np.full_like(index, 255) if opacity is None else np.asarray(opacity)
+        assert np.array_equal(found, np.frombuffer(levels, np.uint8)[index])
 
 
 def test_row_05_masks_are_scaled_cropped_and_mirrored_as_the_colours(tmp_path):

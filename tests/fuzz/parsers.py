@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from data.failures import EVERY_KIND
+from data.failures import EVERY_KIND, SMALL, encoded
+from PIL import Image
 from safetensors import SafetensorError
 from small_store import MASK, small_vae, write_store
 
@@ -182,9 +183,9 @@ def structure(data: bytes) -> None:
 
 def image(data: bytes) -> None:
     """An image file through Pillow and the rules around it."""
-    for read in (image_size, read_image):
+    for read, options in ((image_size, {}), (read_image, {}), (read_image, {"alpha": "mask"})):
         with contextlib.suppress(ImageError):
-            read(data, max_pixels=2**20)
+            read(data, max_pixels=2**20, **options)
 
 
 def _archive_seed() -> bytes:
@@ -198,6 +199,19 @@ def _archive_seed() -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def _transparent_seeds() -> list[bytes]:
+    levels = SMALL.convert("L")
+    kinds = [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+    seeds = [encoded(Image.merge("RGBA", (*SMALL.split(), levels)), kind, **options) for kind, options in kinds]
+    seeds += [encoded(Image.merge("LA", (levels, levels)), "PNG"), encoded(levels, "PNG", transparency=9)]
+    indexed = SMALL.quantize(16)
+    return [
+        *seeds,
+        encoded(indexed, "PNG", transparency=bytes(range(0, 256, 16))),
+        encoded(indexed, "GIF", transparency=3),
+    ]
 
 
 def _config_seed() -> bytes:
@@ -224,5 +238,5 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "archive": (archive, [_archive_seed()]),
     "table": (table, [json.dumps({"sizes": [[64, 64], [32, 128]], "side": 64}).encode()]),
     "structure": (structure, list(EVERY_KIND.values())),
-    "image": (image, list(EVERY_KIND.values())),
+    "image": (image, [*EVERY_KIND.values(), *_transparent_seeds()]),
 }
