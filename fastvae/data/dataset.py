@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.data.buckets import Size, parse_size
 from fastvae.data.buffers import Buffers
 from fastvae.data.collate import Rows
 from fastvae.data.mapped_shards import Mapped, map_shard
 from fastvae.data.noise import check_state, checked, draw, noise_keys
-from fastvae.data.records import keeps_alpha
+from fastvae.data.records import bucket_of, keeps_alpha
 from fastvae.data.shards import sample_id
 from fastvae.data.space import Space
 from fastvae.data.stated import check_stated
@@ -79,7 +78,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self._variants = np.array([variant for _, variant in index])
         names, self._shard_of = np.unique([shard for shard, _ in index.values()], return_inverse=True)
         self._names: list[str] = names.tolist()
-        self._buckets = [_bucket(name) for name in self._names]
+        self._buckets = [bucket_of(name) for name in self._names]
         self._row_of = np.array([row for _, row in index.values()])
         self._columns = _named_columns(store, columns, self._keys)
         # Shared memory: set_epoch then reaches workers that live on.
@@ -248,11 +247,6 @@ class LatentDataset(torch.utils.data.Dataset):
             self._about[own] = mapped.arrays["about"][self._row_of[own]]
             self._maps[shard], self._types = mapped, types
         return mapped
-
-
-def _bucket(shard: str) -> Size:
-    """Height and width in pixels, by the shard's name."""
-    return parse_size(shard.removesuffix(".safetensors").rsplit("-", 1)[-1])
 
 
 def _named_columns(store: Store, names: Sequence[str], keys: list[str]) -> dict[str, dict[str, Any]]:

@@ -8,18 +8,23 @@ from typing import Any
 
 
 def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Rows, units, sizes, failures, identity and scaling of the store at ``path``; raises StoreError if it is none.
+    """Rows, units, sizes, failures, identity and scaling of the store at ``path``.
+
+    Raises StoreError if it is none, or says otherwise than its first shard how latents are scaled.
 
     ``pending_rows``: planned and not committed, as no run has made them or their record cannot be trusted.
-
     ``bytes_per_row`` is what the shards take on disk; ``latent_bytes_per_row`` what their latents alone need.
     """
     from fastvae.data.buckets import size_name
+    from fastvae.data.records import bucket_of
+    from fastvae.data.stated import check_stated
     from fastvae.data.store import Store
 
     store = Store.open(Path(path))
     units, commits = store.units(), store.commits()
     index, failures = store.resolve(), store.failures()
+    for shard, _ in list(index.values())[:1]:  # so that no scaling is told that was edited
+        check_stated(store.path / "shards" / shard, store.facts, bucket_of(shard))
     numerics = store.facts["identity"]["numerics"]
     by_bucket: dict[str, int] = {}
     buckets = {unit.number: unit.bucket for unit in units}

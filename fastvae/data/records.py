@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.buckets import Size, size_name
+from fastvae.data.buckets import Size, parse_size, size_name
 from fastvae.data.json_text import json_value
 from fastvae.data.sources import SourceFile
 
@@ -215,6 +215,11 @@ def strange(path: Path) -> str | None:
         return None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return f"is {kinds.get(stat.S_IFMT(mode), 'a device')} and no file"
+
+
+def bucket_of(shard: str) -> Size:
+    """Height and width in pixels, by a shard's name."""
+    return parse_size(shard.removesuffix(".safetensors").rsplit("-", 1)[-1])
 
 
 def is_own(name: str, names: str) -> bool:

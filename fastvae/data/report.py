@@ -85,7 +85,7 @@ class EncodeReport:
         """The report for people, a line each."""
         if self.planned is not None:
             return self._plan_lines() + self._source_lines()
-        total = max(1, self.ok + self.failed + self.resumed + self.failed_before)
+        total = max(1, self.ok + self.kept + self.failed + self.resumed + self.failed_before)
         failed = self.failed + self.failed_before
         lines = [
             f"done    {self.ok} ok, {self.resumed} resumed, {failed} quarantined ({100 * failed / total:.2f} %), "

@@ -97,13 +97,16 @@ def test_an_edited_store_json_is_found_and_neither_mended_read_nor_added_to(made
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_an_edited_store_json_is_exit_code_1_of_both_verbs(made, tmp_path):
+def test_an_edited_store_json_is_exit_code_1_of_every_verb(made, tmp_path):
     edit(made, "scaling.scaling_factor", 0.5)
     found = CliRunner().invoke(cli, ["verify", str(made), "-q"])
     assert found.exit_code == 1
     assert found.stdout.splitlines()[0] == (
         "damaged store.json says scaling.scaling_factor 0.5, and each of its 3 shards states 0.18215"
     )
+    told = CliRunner().invoke(cli, ["info", str(made), "-q"])
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert "states scaling.scaling_factor 0.18215, and store.json says 0.5: one of them was changed" in told.stderr
     mended = CliRunner().invoke(cli, ["repair", str(made), str(tmp_path / "in"), "-q"])
     assert (mended.exit_code, mended.stdout) == (1, "")
     assert "set it back to that, nothing was repaired" in mended.stderr
