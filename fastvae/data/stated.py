@@ -39,7 +39,7 @@ def differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str
     pairs |= {f"scaling.{name}": (json.dumps(scaling[name]), stated[name]) for name in scaling if name in stated}
     pairs |= {f"metadata.{name}": (text, stated.get(name)) for name, text in facts["metadata"].items()}
     shape = _shape(stated.get("latent_shape"))
-    if shape is None or bucket[0] // shape[1] != bucket[1] // shape[2]:
+    if shape is None or not 0 < bucket[0] // shape[1] == bucket[1] // shape[2]:
         sides = [side // facts["downsample_factor"] for side in bucket]
         pairs["latent_shape"] = (json.dumps([facts["latent_channels"], *sides]), stated.get("latent_shape"))
     else:

@@ -15,6 +15,7 @@ from fastvae.data.encode import encode
 from fastvae.data.export import export
 from fastvae.data.records import StoreError
 from fastvae.data.repair import repair
+from fastvae.data.stated import differences, edited, metadata_of
 from fastvae.data.verify import verify
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.002}
@@ -156,6 +157,27 @@ def test_a_shard_that_states_otherwise_is_made_again(made, tmp_path):
     assert repair(made, tmp_path / "in", vae=small_vae(), device="cpu", progress=False).units == [1]
     assert shard.read_bytes() == whole
     assert damages(made, deep=True) == []
+
+
+SHAPES = {
+    "larger than the bucket": "[4, 1000, 1000]",
+    "of no size": "[4, 0, 0]",
+    "of another aspect": "[4, 4, 2]",
+    "of no dimension": "[]",
+    "nothing": "null",
+    "no JSON": "x",
+    "nested too deep": "[" * 100_000,
+    "left out": None,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_shape_that_no_latent_of_the_bucket_has_is_never_taken_for_store_jsons(made, shape):
+    facts = json.loads((made / "store.json").read_text())
+    stated = {**metadata_of(facts, (SIDE, SIDE), (4, 4, 4)), "latent_shape": shape}
+    found = differences(facts, (SIDE, SIDE), {name: text for name, text in stated.items() if text is not None})
+    assert found == {"latent_shape": ("[4, 4, 4]", (shape or "nothing")[:4096])}
+    assert edited([found] * 3) == {}
 
 
 def test_the_only_shard_of_a_store_is_believed_by_its_hash(tmp_path):
