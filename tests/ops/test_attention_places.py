@@ -152,7 +152,13 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(512, "float32"), (512, "bfloat16"), (48, "bfloat16")])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [
+        (512, "bfloat16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((512, "float32"), (48, "bfloat16"))),
+    ],
+)
 def test_thirty_sizes_compile_at_most_two_variants(channels, dtype):
     """In a process without the interpreter, on fake tensors: what Triton would key its compilations by."""
     folders = {name: str(ROOT / name) for name in ("bench", "kernels")}
