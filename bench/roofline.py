@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,14 @@ def predicted(costs: list[Cost], share: float = 0.75) -> float:
     return floor(costs, 4.0e12, share * RATE)
 
 
-def table(bandwidth: float = BANDWIDTH, rate: float = RATE) -> str:
+def table(bandwidth: float = BANDWIDTH, rate: float = RATE, sizes: Iterable[tuple[int, int]] = SIZES) -> str:
     """Markdown: one row per pass, size and batch."""
     lines = [
         "| pass | images | launches | where weights may move | GB | TFLOP | floor, ms | predicted, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("encoder", "decoder"):
-        for size, batch in SIZES:
+        for size, batch in sizes:
             costs = count(name, size, batch)
             total = sum(costs, trace.NOTHING)
             free = sum(count(name, size, batch, frozen=False), trace.NOTHING)
