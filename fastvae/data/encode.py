@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -16,17 +15,23 @@ from fastvae.data.batches import check_memory
 from fastvae.data.buckets import Buckets, size_name
 from fastvae.data.devices import settled_device
 from fastvae.data.disk import check_room
-from fastvae.data.identity import differences
 from fastvae.data.images import ALPHAS, ANIMATED, DEFAULT_MAX_PIXELS
 from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
-from fastvae.data.json_text import json_bytes
 from fastvae.data.leases import Leases
 from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
 from fastvae.data.preprocess import CROPS, checked_variants
 from fastvae.data.reading import Reading
-from fastvae.data.records import STORE, StoreError, Unit
+from fastvae.data.records import Unit
 from fastvae.data.report import EncodeReport
-from fastvae.data.settings import Settings, check_choices, decided, identity_of, layout_of, load_model
+from fastvae.data.settings import (
+    Settings,
+    check_choices,
+    check_layout,
+    decided,
+    identity_of,
+    layout_of,
+    load_model,
+)
 from fastvae.data.sources import open_source
 from fastvae.data.store import Store
 from fastvae.data.storing import LOGVARS, POSTERIORS, Storing
@@ -153,7 +158,7 @@ def _foreseen(job: _Encode) -> Store | None:
     """The store that is there; raises what can be told of it, and of the disk, without writing anything."""
     existing = Store.check(job.out, job.identity)
     if existing is not None:
-        _check_layout(existing, job.layout)
+        check_layout(existing, job.layout)
     files, done = job.files, 0
     if existing is not None:
         commits = existing.commits()
@@ -169,17 +174,6 @@ def _failed_before(job: _Encode, existing: Store | None) -> set[str]:
     """The keys of the source's images whose last try failed."""
     keys = {failure.key for failure, _ in existing.failing()} if existing is not None else set()
     return keys & {file.key for file in job.files}
-
-
-def _check_layout(store: Store, layout: dict[str, Any]) -> None:
-    """Raises StoreError where store.json says otherwise than the model how its latents are shaped and scaled.
-
-    The model is the same by its digest: it was edited, and shards of this run would state what it says.
-    """
-    names = ("scaling", "latent_channels", "downsample_factor", "metadata")
-    ours = json.loads(json_bytes({name: layout[name] for name in names}))
-    if lines := differences({name: store.facts[name] for name in names}, ours):
-        raise StoreError(f"{store.path / STORE} was edited: {lines[0]}")
 
 
 def _plan(job: _Encode, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:

@@ -1,4 +1,4 @@
-"""Rows of a damaged shard that are sound by themselves: what a repair keeps of images that are gone."""
+"""Rows of a damaged shard that are sound by themselves: what a repair keeps of images that give no latent any more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastvae.data.mapped_shards import map_shard
 from fastvae.data.preprocess import scaled_size
-from fastvae.data.records import PlannedRow, StoreError, Unit
+from fastvae.data.records import PlannedRow, StoreError, Unit, strange
 from fastvae.data.settings import Settings
 from fastvae.data.shards import SUMMED, Row, read_names, row_checksum, sample_id
 from fastvae.data.stated import check_stated
@@ -29,6 +29,8 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
     storing, planned = settings.storing, {row.name: row for row in unit.rows}
     latent = (settings.latent_channels, *(side // settings.factor for side in unit.bucket))
     try:
+        if strange(shard):
+            return {}
         check_stated(shard, facts, unit.bucket)
         names = read_names(shard)
         columns = map_shard(shard, latent, storing.logvar_dtype is not None, settings.alpha == "mask").arrays

@@ -161,7 +161,7 @@ class LatentLoader:
                     with new_encoder() as alone:
                         mended = alone.submit(transfer.run, uploaded, functools.partial(self._mended, *moments))
                         latents, _ = transfer.take(mended.result())
-                    del mended
+                    del mended, uploaded
                 batch = _in_place(batch, place, latents)
                 self._batches, self._done = self._batches + 1, self._done + len(seeds)
                 del finished, moments, made, latents

@@ -131,6 +131,7 @@ def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str, animat
         "cmyk": "embedded profile, else Pillow's conversion; JPEG inverted when Adobe's marker is there",
         "16-bit": "grey by round(v / 257); colour by Pillow, its high byte",
         "alpha": alpha,
+        "transparent_colour": "of a PNG: on the scale of its pixels after decoding",
         "frames": animated,
         "buckets": buckets.names,
         "bucket_of": "nearest aspect ratio",

@@ -22,7 +22,7 @@ from fastvae.data.plan import hashed, rows_of
 from fastvae.data.reading import Reading
 from fastvae.data.records import DERIVED_NAMES, STORE, StoreError, StoreLocked, Unit
 from fastvae.data.report import EncodeReport
-from fastvae.data.settings import identity_of, load_model, named_model, stored_settings
+from fastvae.data.settings import check_layout, identity_of, layout_of, load_model, named_model, stored_settings
 from fastvae.data.sources import Source, SourceFile, open_source
 from fastvae.data.store import Store, latest_units
 from fastvae.data.verify import Damage, verify
@@ -151,6 +151,7 @@ def _job(
     settings = stored_settings(store, model, device)
     identity = identity_of(model, settings)
     Store.check(store.path, identity)
+    check_layout(store, layout_of(model, made_with, settings))
     listed = {file.key: file.place for file in listing.files}
     reading = Reading(
         source,

@@ -17,7 +17,7 @@ from fastvae.data.records import Commit
 class EncodeReport:
     """Rows are variants of images: ``ok`` newly encoded, ``failed`` newly quarantined, ``resumed`` found committed
     before, ``elsewhere`` committed by other processes meanwhile; ``taken_over`` counts units lost to one of them;
-    ``kept`` rows a repair took over from damaged shards, since their images are gone.
+    ``kept`` rows a repair took over from damaged shards, since their images gave none.
 
     ``planned`` is a dry run's: rows by bucket, ``planned_bytes`` what they will take, ``unreadable_headers`` how many
     of them will fail. ``batches`` is by bucket; ``halved`` counts how often one did not fit in memory. Seconds are wall
@@ -65,9 +65,10 @@ class EncodeReport:
         """Images encoded for each second of wall time, decoding and writing included."""
         return self.ok / self.seconds if self.seconds else 0.0
 
-    def add(self, commit: Commit) -> None:
-        """Count what this run committed."""
-        self.ok += commit.rows
+    def add(self, commit: Commit, kept: int = 0) -> None:
+        """Count what this run committed; ``kept`` of its rows were not made by it."""
+        self.ok += commit.rows - kept
+        self.kept += kept
         self.failed += len(commit.failed)
         self.redone_fp32 += commit.redone
         self.bytes_written += commit.bytes
@@ -100,7 +101,7 @@ class EncodeReport:
         if self.elsewhere or self.taken_over:
             lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
         if self.kept:
-            lines.append(f"kept    {self.kept} sound rows of damaged shards, whose images cannot be read any more")
+            lines.append(f"kept    {self.kept} sound rows of damaged shards, whose images gave no latent any more")
         if self.halved:
             sizes = ", ".join(f"{bucket} {batch}" for bucket, batch in sorted(self.batches.items()))
             lines.append(f"memory  ran out {self.halved} times; batches now: {sizes}")

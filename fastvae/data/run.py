@@ -159,7 +159,8 @@ def _one_of_the_dead(run: Run, others: list[Unit], bar: tqdm) -> bool:
     if run.on_error == "fail":
         raise ImageError("worker_died", f"{said} {unit.rows[0].file.key}")
     failed = [Failure(row.file.key, "worker_died", f"{said} {row.file.key}", row.variant) for row in unit.rows]
-    run.report.add(run.store.commit(unit, [], failed=failed))
+    rows, failed, kept = _with_kept(run, unit, [], failed)
+    run.report.add(run.store.commit(unit, rows, failed=failed), kept)
     run.done.add(unit.number)
     run.leases.release(unit.lease)
     bar.update(len(unit.rows))
@@ -200,11 +201,7 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
             return
         rows = [row for chunk in gathered for row in chunk.rows]
         failed = [failure for chunk in gathered for failure in chunk.failures]
-        kept = _kept(run, unit, failed)
-        if kept:
-            order = {row.name: number for number, row in enumerate(unit.rows)}
-            rows = sorted([*rows, *kept.values()], key=lambda row: order[row.key, row.variant])
-            failed = [failure for failure in failed if (failure.key, failure.variant) not in kept]
+        rows, failed, kept = _with_kept(run, unit, rows, failed)
         flags = sum((chunk.flags for chunk in gathered), Counter())
         redone = sum(chunk.redone for chunk in gathered)
         commit = run.store.commit(
@@ -218,21 +215,26 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
             max_pixels=int(run.reading.max_pixels),
         )
         run.leases.release(unit.lease)
-        report.add(commit)
-        report.ok, report.kept = report.ok - len(kept), report.kept + len(kept)
+        report.add(commit, kept)
         run.done.add(unit.number)
 
     return write
 
 
-def _kept(run: Run, unit: Unit, failed: list[Failure]) -> dict[tuple[str, int], Row]:
-    """In a repair, the sound rows that the unit's damaged shard has of images that cannot be had any more."""
-    gone = {(failure.key, failure.variant) for failure in failed if failure.reason == "unreadable"}
-    if not gone or unit.number not in (run.again or ()):
-        return {}
+def _with_kept(run: Run, unit: Unit, rows: list[Row], failed: list[Failure]) -> tuple[list[Row], list[Failure], int]:
+    """``rows`` and ``failed``; in a repair with the rows that failed and are sound in the unit's damaged shard.
+
+    And how many those are: what an image gives no more is not thrown away where it is still there.
+    """
+    if not failed or unit.number not in (run.again or ()):
+        return rows, failed, 0
+    lost = {(failure.key, failure.variant) for failure in failed}
     shard = run.store.path / "shards" / f"{unit.stem}.safetensors"
     sound = sound_rows(shard, unit, run.store.facts, run.settings)
-    return {name: row for name, row in sound.items() if name in gone}
+    kept = {name: row for name, row in sound.items() if name in lost}
+    order = {row.name: number for number, row in enumerate(unit.rows)}
+    together = sorted([*rows, *kept.values()], key=lambda row: order[row.key, row.variant])
+    return together, [failure for failure in failed if (failure.key, failure.variant) not in kept], len(kept)
 
 
 def finish(run: Run, max_failures: str | float | int) -> None:

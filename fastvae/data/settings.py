@@ -18,9 +18,11 @@ from fastvae.data.accepted import check_model
 from fastvae.data.buckets import Buckets, Size
 from fastvae.data.console import say
 from fastvae.data.devices import DTYPES, default_dtype
-from fastvae.data.identity import model_identity
+from fastvae.data.identity import differences, model_identity
 from fastvae.data.images import ALPHAS, ANIMATED
+from fastvae.data.json_text import json_bytes
 from fastvae.data.preprocess import Variants, checked_variants, preprocess_identity
+from fastvae.data.records import STORE
 from fastvae.data.shards import row_bytes
 from fastvae.data.space import scaling_of
 from fastvae.data.store import Store, StoreError
@@ -187,6 +189,17 @@ def layout_of(model: Any, source: dict[str, Any], settings: Settings) -> dict[st
         "source": {**source, "commit": _commit(model), "files": weight_files(model)},
         "created_by": f"fastvae {__version__}",
     }
+
+
+def check_layout(store: Store, layout: dict[str, Any]) -> None:
+    """Raises StoreError where store.json says otherwise than ``layout`` how latents are shaped and scaled.
+
+    The model is the same by its digest: store.json was edited, and shards of a run would state what it says.
+    """
+    names = ("scaling", "latent_channels", "downsample_factor", "metadata")
+    ours = json.loads(json_bytes({name: layout[name] for name in names}))
+    if lines := differences({name: store.facts[name] for name in names}, ours):
+        raise StoreError(f"{store.path / STORE} was edited: {lines[0]}")
 
 
 def _commit(model: Any) -> str | None:

@@ -45,7 +45,7 @@ def differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str
     else:
         found = (shape[0], bucket[0] // shape[1])
         pairs |= {name: (str(facts[name]), str(value)) for name, value in zip(SHAPE, found, strict=True)}
-    return {field: (said, (there or "nothing")[:MOST_TEXT]) for field, (said, there) in pairs.items() if said != there}
+    return {field: (said, _one_line(there)) for field, (said, there) in pairs.items() if said != there}
 
 
 def edited(of_shards: Sequence[Differences]) -> Differences:
@@ -71,6 +71,11 @@ def check_stated(path: Path, facts: Mapping[str, Any], bucket: Size) -> None:
             f"{path} states {field} {there}, and store.json says {said}: one of them was changed, and fastvae verify "
             "tells which"
         )
+
+
+def _one_line(text: str | None) -> str:
+    """A stranger's text, which may not look like a line of ours."""
+    return "nothing" if text is None else " ".join(text[:MOST_TEXT].split())
 
 
 def _shape(text: str | None) -> tuple[int, int, int] | None:

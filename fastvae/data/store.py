@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -193,8 +194,11 @@ class Store:
         if commit is None or commit.identity != self.facts["identity_digest"] or not commit.belongs_to(unit):
             return None
         if commit.shard is not None:
-            shard = self.path / "shards" / commit.shard
-            if not shard.is_file() or shard.stat().st_size != commit.bytes:
+            try:
+                there = (self.path / "shards" / commit.shard).stat()
+            except OSError:  # another process may be taking it away
+                return None
+            if not stat.S_ISREG(there.st_mode) or there.st_size != commit.bytes:
                 return None
             if whole and not self._is_whole(commit, unit):
                 return None

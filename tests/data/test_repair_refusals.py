@@ -133,3 +133,16 @@ def test_a_store_of_an_object_needs_the_model(tmp_path):
     with pytest.raises(ValueError, match="vae must be given: the store was made with a AutoencoderKL object"):
         mend(tmp_path / "out", tmp_path / "in")
     assert mend(tmp_path / "out", tmp_path / "in", vae=small_vae()).report.ok == 2
+
+
+def test_an_edited_scaling_is_refused_where_no_whole_shard_is_left_to_contradict_it(made, tmp_path):
+    """What the model says does: the shards that a repair made would state what was edited."""
+    facts = json.loads((made / "store.json").read_text())
+    facts["scaling"]["scaling_factor"], facts["metadata"]["scaling_factor"] = 0.5, "0.5"
+    (made / "store.json").write_text(json.dumps(facts))
+    for shard in (made / "shards").glob("*.safetensors"):
+        flip(shard)
+    before = state(made)
+    with pytest.raises(StoreError, match=r"store.json was edited: .*scaling_factor"):
+        mend(made, tmp_path / "in")
+    assert state(made) == before
