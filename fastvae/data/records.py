@@ -134,7 +134,9 @@ def check_facts(facts: Any, path: Path) -> None:
     kinds = {"identity": dict, "identity_digest": str, "buckets": list, "latent_channels": int}
     kinds |= {"downsample_factor": int}
     kinds |= {"scaling": dict, "metadata": dict, "source": dict, "created_by": str}
-    wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
+    wrong = [name for name in kinds if name not in facts]
+    if not wrong and (others := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]):
+        raise StoreError(f"{path} is damaged: {', '.join(others)} cannot be what it says")
     if not wrong:
         identity = facts["identity"]
         parts = {"model": identity.get("model"), "preprocess": identity.get("preprocess")}
@@ -178,7 +180,9 @@ def _wrong_values(facts: dict[str, Any]) -> list[str]:
     right["scaling.latents_std"] &= 0 not in deviations
     right["scaling.batch_norm"] = isinstance(scaling["batch_norm"], bool)
     right["buckets"] = all(isinstance(bucket, str) for bucket in facts["buckets"])
-    right["metadata"] = all(isinstance(text, str) for text in facts["metadata"].values())
+    # The last three are a shard's own.
+    names = facts["metadata"].keys().isdisjoint(("identity", "bucket", "latent_shape"))
+    right["metadata"] = names and all(isinstance(text, str) for text in facts["metadata"].values())
     right["source.vae"] = isinstance(facts["source"]["vae"], str)
     return [name for name, is_right in right.items() if not is_right]
 

@@ -19,6 +19,8 @@ from fastvae.data.shards import read_metadata
 
 MOST_TEXT = 4096  # of a value in a sentence
 SHAPE = ("latent_channels", "downsample_factor")
+# Of a shard alone: store.json has no such metadata.
+OWN = ("identity", "bucket", "latent_shape")
 # By field of store.json: what it says, and what a shard states.
 Differences = dict[str, tuple[str, str]]
 
@@ -31,13 +33,14 @@ def metadata_of(facts: Mapping[str, Any], bucket: Size, latent: Sequence[int]) -
 
 def differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str]) -> Differences:
     """The fields in which ``stated``, the metadata of a shard of ``bucket``, is not what store.json's ``facts`` say."""
-    pairs: dict[str, tuple[Any, str | None]] = {
+    pairs: dict[str, tuple[str | None, str | None]] = {
         "identity_digest": (facts["identity_digest"], stated.get("identity")),
         "bucket": (size_name(bucket), stated.get("bucket")),
     }
     scaling = facts["scaling"]
     pairs |= {f"scaling.{name}": (json.dumps(scaling[name]), stated[name]) for name in scaling if name in stated}
-    pairs |= {f"metadata.{name}": (text, stated.get(name)) for name, text in facts["metadata"].items()}
+    told = [name for name in {**facts["metadata"], **stated} if name not in OWN]
+    pairs |= {f"metadata.{name}": (facts["metadata"].get(name), stated.get(name)) for name in told}
     shape = _shape(stated.get("latent_shape"))
     if shape is None or not 0 < bucket[0] // shape[1] == bucket[1] // shape[2]:
         sides = [side // facts["downsample_factor"] for side in bucket]
@@ -45,7 +48,7 @@ def differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str
     else:
         found = (shape[0], bucket[0] // shape[1])
         pairs |= {name: (str(facts[name]), str(value)) for name, value in zip(SHAPE, found, strict=True)}
-    return {field: (said, _one_line(there)) for field, (said, there) in pairs.items() if said != there}
+    return {field: (_one_line(said), _one_line(there)) for field, (said, there) in pairs.items() if said != there}
 
 
 def edited(of_shards: Sequence[Differences]) -> Differences:

@@ -109,6 +109,9 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
     folder = store.path / "shards"
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     looked = [_look(store, folder / name, units.get(Path(name).stem)) for name in names if is_own(name, RECORD)]
+    if exchanged := _other_identity(store, looked):
+        found.damaged.append(exchanged)
+        return found
     whole = [one.differences for one in looked if one.shard is not None and one.what is None]
     wrong = edited(whole)
     shards = "its only shard states" if len(whole) == 1 else f"each of its {len(whole)} shards states"
@@ -172,6 +175,16 @@ def _wrong_record(store: Store, commit: Commit | None, unit: Unit | None) -> str
     if commit.identity != store.facts["identity_digest"]:
         return "is of another identity"
     return None if commit.belongs_to(unit) else "speaks of other rows than its unit has"
+
+
+def _other_identity(store: Store, looked: list[Looked]) -> Damage | None:
+    """store.json's own damage, where all records are of one identity, and that is another: it is another store's."""
+    own = store.facts["identity_digest"]
+    stated = [str(one.commit.identity) for one in looked if one.unit is not None and one.commit is not None]
+    if own in stated or len({*stated}) != 1:
+        return None
+    records = "its only record states" if len(stated) == 1 else f"each of its {len(stated)} records states"
+    return Damage(STORE, f"says identity_digest {own}, and {records} {' '.join(stated[0].split())[:64]}")
 
 
 def _wrong_bytes(shard: Path, commit: Commit) -> str | None:

@@ -98,6 +98,45 @@ def test_an_edited_store_json_is_found_and_neither_mended_read_nor_added_to(made
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_metadata_that_store_json_lacks_is_found(made):
+    facts = json.loads((made / "store.json").read_text())
+    del facts["metadata"]["space"]
+    (made / "store.json").write_text(json.dumps(facts))
+    assert damages(made, deep=False) == [
+        ("store.json", "says metadata.space nothing, and each of its 3 shards states raw")
+    ]
+    with pytest.raises(StoreError, match=r"states metadata\.space raw, and store\.json says nothing"):
+        LatentDataset(made)[0]
+
+
+@pytest.mark.parametrize("field", ["metadata.bucket", "metadata.latent_shape", "metadata.identity"])
+def test_metadata_that_is_a_shards_own_is_none_of_store_jsons(made, field):
+    edit(made, field, f"{SIDE}x{SIDE}")
+    with pytest.raises(StoreError, match=r"store\.json is damaged: metadata cannot be what it says"):
+        verify(made, progress=False)
+
+
+def test_the_store_json_of_another_store_is_found_and_no_latent_is_replaced(made, tmp_path):
+    """The same images, made by another rule: a repair by that rule would replace each of them."""
+    encode(tmp_path / "in", tmp_path / "other", vae=small_vae(), alpha="drop", **OPTIONS)
+    digest = json.loads((made / "store.json").read_text())["identity_digest"]
+    shutil.copy(tmp_path / "other" / "store.json", made / "store.json")
+    other = json.loads((made / "store.json").read_text())["identity_digest"]
+    what = f"says identity_digest {other}, and each of its 3 records states {digest}"
+    assert damages(made, deep=False) == damages(made, deep=True) == [("store.json", what)]
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match="set it back to that, nothing was repaired"):
+        repair(made, tmp_path / "in", vae=small_vae(), device="cpu", progress=False)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("value", ["4", 4.0, True])
+def test_a_field_of_another_type_is_there_and_cannot_be_what_it_says(made, value):
+    edit(made, "latent_channels", value)
+    with pytest.raises(StoreError, match=r"store\.json is damaged: latent_channels cannot be what it says"):
+        LatentDataset(made)
+
+
 def test_an_edited_store_json_is_exit_code_1_of_every_verb(made, tmp_path):
     edit(made, "scaling.scaling_factor", 0.5)
     found = CliRunner().invoke(cli, ["verify", str(made), "-q"])
