@@ -4,7 +4,8 @@ Where images come from: sources, patterns, remote_source, tar_source, table_sour
 What pixels they give: images, colour, jpeg, signatures, reasons; buckets, preprocess, reading.
 A run: encode, repair, kept, job, settings, accepted, identity, devices, self_check; plan, batches, pipeline,
 moment_encoder, storing, threads; run, report, console.
-What lies on disk: store, records, worklist, shards, stated, json_text; leases, lock, disk; facts, verify.
+What lies on disk: store, records, worklist, shards, stated, json_text; leases, lock, places, disk; facts,
+verify.
 What training reads: dataset, iterable, sampler, collate; order, noise, normals, space, mapped_shards, buffers; loader,
 transfer.
 And back to pictures: decode, demonstration.

@@ -20,6 +20,8 @@ from typing import Any, Self
 
 from fastvae.checkpoints.atomic import is_leftover, write_atomically
 from fastvae.data.lock import locked
+from fastvae.data.places import CLOCK_NAME, check_place, open_own
+from fastvae.data.records import strange
 
 HEARTBEAT, STALE, EMPTY = 15.0, 60.0, 2.0
 LEASE = r"(?:\d{6,}|run-[0-9a-f]{16})\.lease"
@@ -37,6 +39,7 @@ class Leases:
         self._heart = threading.Thread(target=self._beat, name="fastvae-heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
+        check_place(self.folder, "a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.acquire(f"run-{self.owner}")  # says that this run is there, between its units as well
         self._heart.start()
@@ -130,9 +133,13 @@ class Leases:
 
     def _now(self) -> float:
         """The time by the file system's clock, by which every host's heartbeats are told."""
-        clock = self.folder / ".clock"
-        clock.touch()
-        return clock.stat().st_mtime
+        clock = self.folder / CLOCK_NAME
+        descriptor = open_own(clock)
+        try:
+            os.utime(descriptor if os.utime in os.supports_fd else clock)
+            return os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
@@ -152,6 +159,8 @@ class Leases:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if strange(path):
+            return {}
         content = json.loads(path.read_text("ascii"))
     except (OSError, ValueError, RecursionError):
         return {}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastvae.data.places import LOCK_NAME, open_own
 from fastvae.data.records import StoreLocked
 
 try:
@@ -16,7 +17,6 @@ try:
 except ImportError:  # Windows: no such lock, and the user sees to one process at a time
     fcntl = None
 
-LOCK_NAME = ".lock"
 # What file systems without locks answer (some network mounts): there too the user sees to it.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 # A plan over millions of images takes minutes; whoever holds the lock for longer is stuck.
@@ -27,14 +27,15 @@ PATIENCE, PAUSE = 1800.0, 0.05
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which exists, waiting for it.
 
-    Raises StoreLocked, naming the holder's pid, when another process has held it for PATIENCE seconds.
+    Raises StoreLocked, naming the holder's pid, when another process has held it for PATIENCE seconds, and StoreError
+    where its lock is no file, but a link to one or another thing.
     """
-    path = folder / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    descriptor = open_own(folder / LOCK_NAME)
     try:
         _take(descriptor, folder)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+        if os.fstat(descriptor).st_nlink == 1:  # by its other name it may be anybody's file
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
         yield
     finally:
         os.close(descriptor)  # which gives the lock back; the file stays, as removing it would let two processes in

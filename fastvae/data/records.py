@@ -214,11 +214,15 @@ def strange(path: Path) -> str | None:
 
     Raises OSError, FileNotFoundError where there is nothing.
     """
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return f"is {kinds.get(stat.S_IFMT(mode), 'a device')} and no file"
+    kind = kind_of(path.stat().st_mode)
+    return None if kind == "a file" else f"is {kind} and no file"
+
+
+def kind_of(mode: int) -> str:
+    """What has the ``mode`` that the system gives, in words."""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}
+    kinds |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def bucket_of(shard: str) -> Size:

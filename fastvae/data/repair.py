@@ -18,6 +18,7 @@ from fastvae.data.images import DEFAULT_MAX_PIXELS
 from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
+from fastvae.data.places import check_places
 from fastvae.data.plan import hashed, rows_of
 from fastvae.data.reading import Reading
 from fastvae.data.records import DERIVED_NAMES, STORE, StoreError, StoreLocked, Unit
@@ -83,6 +84,7 @@ def repair(
     check_amounts(batch, workers, max_failures, max_pixels)
     path = Path(store)
     there = Store.open(path)
+    check_places(path)
     leases = Leases(path / "leases")
     if leases.folder.is_dir():
         _check_unused(there, leases)
@@ -134,8 +136,6 @@ def _check_mendable(path: Path, damaged: Sequence[Damage]) -> None:
     """
     if edited := [damage.what for damage in damaged if damage.file == STORE]:
         raise StoreError(f"{path / STORE} {'; '.join(edited)}: set it back to that, nothing was repaired")
-    if folders := [damage.file for damage in damaged if (path / damage.file).is_dir()]:
-        raise StoreError(f"{path / folders[0]} is a folder in the place of a file: move it away, nothing was repaired")
 
 
 def _job(

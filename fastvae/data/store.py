@@ -30,7 +30,7 @@ from fastvae.data import identity as identities
 from fastvae.data.buckets import Size
 from fastvae.data.json_text import json_bytes
 from fastvae.data.leases import Leases
-from fastvae.data.lock import LOCK_NAME
+from fastvae.data.places import LOCK_NAME, check_places
 from fastvae.data.records import (
     DERIVED,
     PLAN,
@@ -82,10 +82,11 @@ class Store:
         """The store at ``path`` if latents of ``identity`` can be added to it, None if one can be made; writes nothing.
 
         One of another identity without a commit is as good as none. Raises IdentityMismatch for one with commits,
-        StoreError for a folder with other things in it.
+        StoreError for a folder with other things in it, or with others in the places of a store's own.
         """
         path = Path(path)
         if (path / "store.json").exists():
+            check_places(path)
             store = cls.open(path)
             lines = identities.differences(store.facts["identity"], json.loads(identities.canonical_json(identity)))
             if lines and store._has_records():
@@ -99,6 +100,7 @@ class Store:
             raise StoreError(f"the output must be a folder, {path} is a file")
         if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_ours(entry))):
             raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
+        check_places(path)
         return None
 
     @classmethod
