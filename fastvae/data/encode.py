@@ -18,7 +18,7 @@ from fastvae.data.disk import check_room
 from fastvae.data.images import ALPHAS, ANIMATED, DEFAULT_MAX_PIXELS
 from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
 from fastvae.data.leases import Leases
-from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of
+from fastvae.data.plan import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of, unplanned
 from fastvae.data.preprocess import CROPS, checked_variants
 from fastvae.data.reading import Reading
 from fastvae.data.records import Unit
@@ -159,6 +159,7 @@ def _foreseen(job: _Encode) -> Store | None:
     existing = Store.check(job.out, job.identity)
     if existing is not None:
         check_layout(existing, job.layout)
+        unplanned(existing)
     files, done = job.files, 0
     if existing is not None:
         commits = existing.commits()
@@ -179,6 +180,7 @@ def _failed_before(job: _Encode, existing: Store | None) -> set[str]:
 def _plan(job: _Encode, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store with a plan for every file, and the units without a commit; by the holder of the lock."""
     store = Store.create_or_open(job.out, job.identity, job.layout, leases)
+    unplanned(store)
     fresh = rows_of(fresh_files(store, job.listing.files, job.files, job.reading, job.retry), job.reading)
     check_room(job.out, sum(job.settings.row_size(bucket) for bucket, _ in fresh))
     store.extend_plan(fresh, rows_per_unit(job.settings, shard_mb), job.files)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from fastvae.data.buckets import Size
 from fastvae.data.reading import Reading
-from fastvae.data.records import Commit, Failure, PlannedRow, Unit
+from fastvae.data.records import Commit, Failure, PlannedRow, StoreError, Unit
 from fastvae.data.sources import SourceFile
 from fastvae.data.store import Store
 from fastvae.data.threads import ordered_map
@@ -40,6 +41,22 @@ def fresh_files(
         return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)
 
     return store.fresh(files, again)
+
+
+def unplanned(store: Store) -> list[Path]:
+    """The records of no unit; raises StoreError for those with a shard beside them, whose plan was lost.
+
+    No file tells any more of which images they are: what has their keys now may have been edited.
+    """
+    records = store.records()  # before the plan is read: another run adds to the plan first, and then commits
+    stems = {unit.stem for unit in store.units()}
+    records = [path for path in records if path.stem not in stems]
+    if whole := [path for path in records if path.with_suffix(".safetensors").exists()]:
+        raise StoreError(
+            f"{whole[0]}: {len(whole)} records with a shard beside them are of no unit in {store.path / 'plan'}: put "
+            "the missing plan back, or take both away by hand"
+        )
+    return records
 
 
 def hashed(files: Sequence[SourceFile], reading: Reading) -> list[SourceFile]:

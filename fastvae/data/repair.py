@@ -19,7 +19,7 @@ from fastvae.data.job import Job, Manner, check_amounts, check_buckets, perform,
 from fastvae.data.leases import Leases
 from fastvae.data.lock import locked
 from fastvae.data.places import check_places
-from fastvae.data.plan import hashed, rows_of
+from fastvae.data.plan import hashed, rows_of, unplanned
 from fastvae.data.reading import Reading
 from fastvae.data.records import DERIVED_NAMES, STORE, StoreError, StoreLocked, Unit
 from fastvae.data.report import EncodeReport
@@ -90,17 +90,15 @@ def repair(
         _check_unused(there, leases)
     found = verify(path, deep=True, progress=progress)
     _check_mendable(path, found.damaged)
+    unplanned(there)
     bad = {damage.unit for damage in found.damaged if damage.unit is not None}
     failed = {failure.key for failure, commit in there.failing() if retry_failed and commit.unit not in bad}
     begun = _begun(there, bad) if retry_failed else {}
     result = Repaired(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
-    strays = [
-        path / damage.file for damage in found.damaged if damage.unit is None and damage.file not in DERIVED_NAMES
-    ]
     if not (bad or failed or begun):
         with locked(path):
-            _delete(strays, there, leases)
-            if len(strays) < len(found.damaged):
+            _delete_unplanned(there, leases)
+            if any(damage.file in DERIVED_NAMES for damage in found.damaged):
                 there.write_derived()
         return result
     again = failed.union(*begun.values())
@@ -120,12 +118,7 @@ def repair(
     result.retried = len(again) - result.missing
     manner = Manner(batch, workers, "quarantine", max_failures, deterministic, progress)
 
-    def plan(leases: Leases) -> tuple[Store, list[Unit]]:
-        opened, todo = _plan(job, leases, {*bad, *begun}, report)
-        _delete(strays, opened, leases)
-        return opened, todo
-
-    perform(job, manner, report, plan, again=bad)
+    perform(job, manner, report, lambda leases: _plan(job, leases, {*bad, *begun}, report), again=bad)
     return result
 
 
@@ -221,7 +214,7 @@ def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], jo
 def _plan(job: Job, leases: Leases, again: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store and the units to be done, by the holder of its lock."""
     store = Store.create_or_open(job.out, job.identity, {}, leases)
-    _check_unused(store, leases)
+    _delete_unplanned(store, leases)
     todo = [unit for unit in store.units() if unit.number in again]
     check_buckets(todo, job.settings, job.out)
     fresh = rows_of(job.files, job.reading)
@@ -237,17 +230,11 @@ def _check_unused(store: Store, leases: Leases) -> None:
         raise StoreLocked(f"{store.path} is being written, lease {live[0]}: let that run end first")
 
 
-def _delete(strays: list[Path], store: Store, leases: Leases) -> None:
-    """Delete the records ``strays``, but those whose unit was planned since they were found; by the lock's holder."""
+def _delete_unplanned(store: Store, leases: Leases) -> None:
+    """Delete the records of no unit that have no shard; by the lock's holder."""
     if leases.folder.is_dir():
         _check_unused(store, leases)
-    stems = {unit.stem for unit in store.units()}
-    records = [path for path in strays if path.stem not in stems]
-    if whole := [path for path in records if path.with_suffix(".safetensors").exists()]:
-        raise StoreError(
-            f"{whole[0]}: {len(whole)} records with a shard beside them are of no unit in {store.path / 'plan'}: put "
-            "the missing plan back, or take both away by hand"
-        )
+    records = unplanned(store)
     for path in records:
         path.unlink(missing_ok=True)
     if records:

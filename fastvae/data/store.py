@@ -149,8 +149,13 @@ class Store:
         rows_per_unit: Callable[[Size], int],
         files: Iterable[SourceFile] = (),
     ) -> list[Unit]:
-        """See WorkList.extend."""
-        return self._work.extend(fresh, rows_per_unit, files)
+        """See WorkList.extend. No unit gets the number of a record whose plan was lost: it would speak for it."""
+        numbers = [int(path.name.split("-")[0]) for path in self.records()]
+        return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1)
+
+    def records(self) -> list[Path]:
+        """The commit records that lie in the store, whether they can be trusted or not."""
+        return self._files("shards", RECORD)
 
     def fresh(
         self, files: Iterable[SourceFile], again: Callable[[Failure, Commit], bool] = lambda failure, commit: False
@@ -285,7 +290,7 @@ class Store:
         return sorted(path for path in inside.iterdir() if is_own(path.name, names)) if inside.is_dir() else []
 
     def _has_records(self) -> bool:
-        return bool(self._files("shards", RECORD))
+        return bool(self.records())
 
     def _sweep(self, leases: Leases) -> None:
         """Delete what killed runs left, but not what the holder of a live lease is writing."""

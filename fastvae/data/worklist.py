@@ -50,14 +50,16 @@ class WorkList:
         fresh: Sequence[tuple[Size, PlannedRow]],
         rows_per_unit: Callable[[Size], int],
         files: Iterable[SourceFile] = (),
+        least: int = 0,
     ) -> list[Unit]:
         """Append units for the ``fresh`` rows, each with its bucket, one bucket a unit; returns them.
 
+        Their numbers follow those that are planned, and are at least ``least``.
         ``files``: the source's; the columns of those that are planned and have others now are noted as well. No plan
         file is ever replaced.
         """
         units, plan = self.units(), self.files()
-        first = units[-1].number + 1 if units else 0
+        first = max(least, units[-1].number + 1 if units else 0)
         added: list[Unit] = []
         for bucket in dict.fromkeys(bucket for bucket, _ in fresh):
             rows, most = [row for size, row in fresh if size == bucket], rows_per_unit(bucket)

@@ -130,6 +130,12 @@ def repaired_without_its_plan(places, monkeypatch):
     return ended(["repair", places["store"]])
 
 
+def encoded_without_its_plan(places, monkeypatch):
+    assert ended(encode(places)).exit_code == 0
+    next((places["out"] / "plan").iterdir()).unlink()
+    return ended(encode(places))
+
+
 def full_disk(places, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -184,6 +190,7 @@ PRODUCED = {
     "a repair without the images": repaired_without_a_source,
     "a repair from other pictures": repaired_from_other_pictures,
     "a repair of a store without its plan": repaired_without_its_plan,
+    "a run into a store without its plan": encoded_without_its_plan,
     "more failures than allowed": failing,
     "the first failure, with --on-error fail": lambda p, m: failing(p, m, "--on-error", "fail"),
     "an image that compare cannot read": lambda p, m: ended(
