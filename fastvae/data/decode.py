@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastvae.checkpoints.atomic import replace_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +46,9 @@ def decode(
     ``vae`` is what encode takes; by default what the store says it was made with, which is said on stderr before it is
     opened, and refused if its weights are others by now. If it is given, another model is taken with a warning. File
     names are the row's number and a harmless form of its key. sheet: a PNG file for all of them at a glance, each at
-    most 256 pixels a side. progress: a plan line on stderr. Raises StoreError
+    most 256 pixels a side. progress: a plan line on stderr. Every file appears whole or not at all. Raises StoreError
     for a path that is no store, ValueError for rows that are not there or a model that cannot decode them to 1, 3 or 4
-    channels.
+    channels, OSError where a file cannot be written, ENOSPC when the disk is full.
     """
     from fastvae.data.console import amount, say
     from fastvae.data.dataset import LatentDataset
@@ -72,7 +75,7 @@ def decode(
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:06d}-{harmless(key)}.png"
         image = as_image(pixels)
-        image.save(path)
+        replace_atomically(path, functools.partial(image.save, format="PNG"))
         written.append((key, path))
         if sheet is not None:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -204,7 +207,7 @@ def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str |
         draw.text((left + 2, top + 2), caption, fill=(0, 0, 0))
         sheet.paste(as_image(original), (left, top + CAPTION_HEIGHT))
         sheet.paste(as_image(reconstruction), (left + width, top + CAPTION_HEIGHT))
-    sheet.save(path)
+    replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))
 
 
 def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathLike[str]) -> None:
@@ -213,8 +216,6 @@ def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str |
     Raises ValueError for no pictures, OSError where the file cannot be written.
     """
     from PIL import Image, ImageDraw
-
-    from fastvae.checkpoints.atomic import replace_atomically
 
     if not pictures:
         raise ValueError("pictures must hold at least one picture, got none")
@@ -228,4 +229,4 @@ def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str |
         sheet.paste(image, (left, top + CAPTION_HEIGHT))
         # A long name ends where its picture does: about 6 pixels a letter.
         draw.text((left + 2, top + 2), caption[: width // 6 - 1], fill=(0, 0, 0))
-    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, "PNG"))
+    replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))

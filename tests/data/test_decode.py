@@ -1,5 +1,7 @@
 """Rows back to pictures."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,35 @@ def test_rows_are_decoded_under_their_own_keys(made, tmp_path):
     assert shown.shape == (SIDE, SIDE, 3)
     # Rounding to the nearest level, and a hundredth for scaling there and back in fp32.
     assert np.abs(shown - wanted).max() <= 0.51
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system limits no file's size")
+@pytest.mark.parametrize("full", ["a picture", "a sheet"])
+def test_row_15_a_picture_that_cannot_be_written_whole_is_not_there(tmp_path, full):
+    """The system refuses bytes in the middle of the file, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    vae, out, side = small_vae(), tmp_path / "png", 128  # larger than what Pillow writes at once
+    options = {"buckets": side, "dtype": "fp32", "progress": False, "device": "cpu"}
+    write_pictures(tmp_path / "in", 1)
+    encode(tmp_path / "in", tmp_path / "out", vae=vae, **options)
+    decode(tmp_path / "out", out, vae=vae, progress=False)
+    (whole,) = out.iterdir()
+    before, size = whole.read_bytes(), whole.stat().st_size
+    black = np.zeros((side, side, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    writers = {
+        "a picture": lambda: decode(tmp_path / "out", out, vae=vae, progress=False),
+        "a sheet": lambda: write_sheet([("a", black, noise)], whole),
+    }
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writers[full]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in out.iterdir()] == [whole.name]
+    assert whole.read_bytes() == before
 
 
 def test_a_store_of_draws_is_decoded_from_its_draws(tmp_path):
