@@ -192,14 +192,19 @@ def _is_number(value: Any) -> bool:
 
 
 def read_commit(path: Path) -> Commit | None:
-    """The record, or None if it is not one: records appear whole, so it was damaged and its unit is redone."""
-    if strange(path):
-        return None
+    """The record, or None if it is not one: records appear whole, so it was damaged and its unit is redone.
+
+    One that the system cannot read, such as a link to itself, is none either; FileNotFoundError where there is nothing.
+    """
     try:
+        if strange(path):
+            return None
         fields = json.loads(path.read_text("utf-8"))
         failed = [Failure(**failure) for failure in fields.pop("failed")]
         commit = Commit(**fields, failed=failed)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not all(is_count(number) for number in (commit.unit, commit.bytes, commit.rows)):
         return None

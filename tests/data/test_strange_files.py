@@ -6,9 +6,12 @@ import shutil
 import signal
 
 import pytest
+from data.repairs import state
 from small_store import SIDE, small_vae, write_pictures, write_store
 
+from fastvae.data.dataset import LatentDataset
 from fastvae.data.encode import encode
+from fastvae.data.facts import store_facts
 from fastvae.data.records import StoreError
 from fastvae.data.repair import repair
 from fastvae.data.store import Store
@@ -61,6 +64,38 @@ def test_verify_names_it(made, tmp_path, kind, name):
         with within(20):
             found = verify(out, deep=deep, progress=False).damaged
         assert [(damage.file, damage.what) for damage in found] == [(name, f"is {kind} and no file")]
+
+
+def test_a_record_that_is_a_link_to_itself_ends_no_verb(tmp_path):
+    write_pictures(tmp_path / "in", 5)
+    fixed = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "device": "cpu", "progress": False}
+    out, record = tmp_path / "out", tmp_path / "out" / RECORD
+    encode(tmp_path / "in", out, vae=small_vae(), **fixed)
+    record.unlink()
+    record.symlink_to(record.name)
+    assert len(LatentDataset(out)) == store_facts(out)["rows"] == 1
+    (damage,) = verify(out, progress=False).damaged
+    assert (damage.file, damage.what) == (RECORD, "cannot be read: Too many levels of symbolic links")
+    assert encode(tmp_path / "in", out, vae=small_vae(), **fixed).ok == 4
+    assert verify(out, deep=True, progress=False).damaged == []
+    assert not record.is_symlink()
+
+
+@pytest.mark.parametrize("name", [RECORD, SHARD, "index.jsonl", "failures.jsonl"])
+def test_a_run_leaves_a_folder_to_its_owner_before_anything_is_written(tmp_path, name):
+    write_pictures(tmp_path / "in", 6)
+    out = tmp_path / "out"
+    options = {"vae": small_vae(), "buckets": SIDE, "dtype": "fp32", "device": "cpu", "progress": False}
+    encode(tmp_path / "in", out, **options)
+    replace(out / name, "a folder")
+    before = state(out)
+    for dry_run in (True, False):
+        with pytest.raises(StoreError, match=rf"{name} is a folder in the place of a file: move it away"):
+            encode(tmp_path / "in", out, dry_run=dry_run, **options)
+    assert state(out) == before
+    (out / name).rmdir()
+    encode(tmp_path / "in", out, **options)
+    assert verify(out, deep=True, progress=False).damaged == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
