@@ -31,7 +31,12 @@ def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, 
     else:
         from fastvae.data.facts import model_facts
 
-        facts = model_facts(what, subfolder, revision)
+        try:
+            facts = model_facts(what, subfolder, revision)
+        except FileNotFoundError as error:
+            if Path(what).is_dir() and not Path(what, subfolder or "", "config.json").exists():
+                raise FileNotFoundError(f"{what} is no store and no model: no store.json and no config.json") from error
+            raise
     if as_json:
         echo_json(facts)
         return

@@ -60,6 +60,11 @@ def edited_scaling(places, monkeypatch, verb="verify", *more):
     return ended([verb, places["out"], *more])
 
 
+def without_store_json(places, monkeypatch):
+    (places["store"] / "store.json").unlink()
+    return ended(["info", places["store"]])
+
+
 def folder_for_a_record(places, monkeypatch):
     path = places["store"] / "shards" / "000000-32x32.json"
     path.unlink()
@@ -167,6 +172,7 @@ PRODUCED = {
     "an edited store.json": edited,
     "an edited scaling in store.json": edited_scaling,
     "a repair of such a store": lambda p, m: edited_scaling(p, m, "repair", p["in"]),
+    "what is neither store nor model": without_store_json,
     "a folder in the place of a file": folder_for_a_record,
     "a rebuilt index of a damaged store": rebuilt_while_damaged,
     "an export onto what is there": lambda p, m: ended(["export", p["store"], p["in"], "--to", "wds"]),
