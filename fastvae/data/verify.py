@@ -17,12 +17,10 @@ from fastvae.data.lock import locked
 from fastvae.data.mapped_shards import map_shard
 from fastvae.data.records import (
     DERIVED_NAMES,
-    RECORD,
     STORE,
     Commit,
     StoreError,
     Unit,
-    is_own,
     keeps_alpha,
     read_commit,
     strange,
@@ -99,6 +97,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
     Nothing is written. Raises StoreError for what is no store, or has a plan that cannot be read.
     """
     store = Store.open(Path(path))
+    records = store.records()  # before the plan: a run that is on adds to the plan first
     units = {unit.stem: unit for unit in store.units()}
     found = Verified(len(units))
     if progress:
@@ -106,9 +105,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
         rows, size = sum(commit.rows for commit in commits), sum(commit.bytes for commit in commits)
         how = "hashes, rows and values" if deep else "hashes"
         say(f"verify  {store.path}  {len(commits)} of {len(units)} units, {rows} rows, {amount(size)}: {how}\n")
-    folder = store.path / "shards"
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    looked = [_look(store, folder / name, units.get(Path(name).stem)) for name in names if is_own(name, RECORD)]
+    looked = [_look(store, record, units.get(record.stem)) for record in records]
     if exchanged := _other_identity(store, looked):
         found.damaged.append(exchanged)
         return found
