@@ -15,6 +15,22 @@ def _as_a_users_cpu(monkeypatch):
 
 
 @pytest.fixture
+def first(tmp_path_factory):
+    """The folder of the store that the tests of repair begin with, its source and its model; made once."""
+    from data.repairs import first_store  # not needed by the other tests here
+
+    return first_store(tmp_path_factory)
+
+
+@pytest.fixture
+def made(first, tmp_path):
+    """A copy of that store, to be damaged, and of its source beside it."""
+    from data.repairs import copy_of
+
+    return copy_of(first, tmp_path)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A folder that holds 64 MB."""
     place = tmp_path / "disk"

@@ -4,22 +4,12 @@ import json
 import shutil
 
 import pytest
-from data.repairs import OPTIONS, changed, copy_of, first_store, flip, mend, state
+from data.repairs import OPTIONS, changed, flip, mend, state
 from data.store_checks import committed, failures
 from small_store import SIDE, picture, write_pictures
 
 from fastvae.data.encode import encode
 from fastvae.data.verify import verify
-
-
-@pytest.fixture
-def first(tmp_path_factory):
-    return first_store(tmp_path_factory)
-
-
-@pytest.fixture
-def made(first, tmp_path):
-    return copy_of(first, tmp_path)
 
 
 def test_row_32_a_damaged_unit_is_made_again_and_no_other_file_is_touched(made, tmp_path):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from data.repairs import OPTIONS, copy_of, first_store, flip, mend
+from data.repairs import OPTIONS, flip, mend
 from data.store_checks import committed, failures
 from PIL import Image
 from safetensors.numpy import load_file
@@ -17,16 +17,6 @@ from fastvae.data.leases import Leases
 from fastvae.data.settings import stored_settings
 from fastvae.data.store import Store
 from fastvae.data.verify import verify
-
-
-@pytest.fixture
-def first(tmp_path_factory):
-    return first_store(tmp_path_factory)
-
-
-@pytest.fixture
-def made(first, tmp_path):
-    return copy_of(first, tmp_path)
 
 
 def test_sound_rows_of_a_damaged_shard_are_kept_where_their_images_are_gone(made, tmp_path):

@@ -7,22 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from data.repairs import copy_of, first_store, flip, mend
+from data.repairs import flip, mend
 from data.store_checks import committed, failures
 from small_store import picture
 
 from fastvae.data.verify import verify
-
-
-@pytest.fixture
-def first(tmp_path_factory):
-    return first_store(tmp_path_factory)
-
-
-@pytest.fixture
-def made(first, tmp_path):
-    return copy_of(first, tmp_path)
-
 
 KILLED = """
 import os, sys

@@ -4,23 +4,13 @@ import json
 import shutil
 
 import pytest
-from data.repairs import OPTIONS, changed, copy_of, first_store, flip, mend, state
+from data.repairs import OPTIONS, changed, flip, mend, state
 from data.store_checks import committed
 from small_store import SIDE, picture, small_vae, write_pictures
 
 from fastvae.data.encode import encode
 from fastvae.data.leases import Leases
 from fastvae.data.records import IdentityMismatch, StoreError, StoreLocked
-
-
-@pytest.fixture
-def first(tmp_path_factory):
-    return first_store(tmp_path_factory)
-
-
-@pytest.fixture
-def made(first, tmp_path):
-    return copy_of(first, tmp_path)
 
 
 def test_a_source_is_asked_for_in_a_sentence_and_nothing_is_changed(made):
