@@ -28,7 +28,6 @@ POSTERIORS = ("dist", "mean", "sample")
 ROWS_AT_ONCE = 64
 KOHYA_FAMILY = "sdxl"  # unless another is given
 ABOUT = "export.json"
-PENDING = "the others are not committed"
 # In the temporary folder: what becomes DST, and who is writing it.
 CONTENT, LEASES = "content", "leases"
 
@@ -92,7 +91,7 @@ def export(
     _sweep(out)
     needed = _size(rows)
     if progress:
-        missing = f" of {len(rows) + about['pending']}, {PENDING}" if about["pending"] else ""
+        missing = f" of {len(rows) + about['pending']}, the others are not committed" if about["pending"] else ""
         what = f"{opened.path}  {len(rows)} rows{missing}  {to}  {posterior}  {about['space']}"
         say(f"export  {what}  ~{amount(needed)} (free {amount(free_bytes(out))})\n")
     check_room(out, needed)

@@ -14,7 +14,7 @@ from fastvae.data.mapped_shards import map_shard
 from fastvae.data.preprocess import scaled_size
 from fastvae.data.records import PlannedRow, StoreError, Unit, strange
 from fastvae.data.settings import Settings
-from fastvae.data.shards import SUMMED, Row, read_names, row_checksum, sample_id
+from fastvae.data.shards import SUMMED, Row, read_names, wrong_row
 from fastvae.data.stated import check_stated
 
 STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")}
@@ -38,31 +38,28 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
             checksums = opened.get_tensor("row_crc32").tolist()
     except (StoreError, SafetensorError, ValueError, TypeError, OSError):
         return {}
-    means, logvars, *others = (columns.get(name) for name in SUMMED)
+    large = [columns.get(name) for name in SUMMED]
+    means, logvars, *_ = large
     if means is None or not len(names) == len(checksums) == len(means) or means.dtype != STORED[storing.mean]:
         return {}
     if logvars is not None and logvars.dtype != STORED[str(storing.logvar_dtype)]:
         return {}
     rows = {}
-    for number, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
-        place = _place(planned[name], unit, settings) if name in planned else None
-        if place is None or place != columns["about"][number].tolist():
+    for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
+        number, *place = columns["about"][row].tolist()
+        if name not in planned or place != _place(planned[name], unit, settings):
             continue
-        mean = means[number]
-        logvar, extent, alpha = (None if part is None else part[number] for part in (logvars, *others))
-        finite = all(np.isfinite(part).all() for part in (mean, logvar, extent) if part is not None)
-        if finite and row_checksum(mean, logvar, extent, alpha) == checksum:
-            top, left, height, width = place[4:]
-            size, crop = (place[2], place[3]), (top, left, height, width)
-            rows[name] = Row(name[0], mean, logvar, size, crop, name[1], extent, alpha)
+        mean, logvar, extent, alpha = values = [None if part is None else part[row] for part in large]
+        if mean is not None and not wrong_row(name[0], values, checksum, number):
+            (_, height, width), crop = place[:3], tuple(place[3:])
+            rows[name] = Row(name[0], mean, logvar, (height, width), crop, name[1], extent, alpha)
     return rows
 
 
 def _place(row: PlannedRow, unit: Unit, settings: Settings) -> list[int] | None:
-    """sample_id by its bits, variant, original_hw and crop_tlhw of a row; None for one of unknown size."""
+    """Variant, original_hw and crop_tlhw of a row; None for one of unknown size."""
     if not all(row.original_hw):
         return None
     free = [scaled - side for scaled, side in zip(scaled_size(row.original_hw, unit.bucket), unit.bucket, strict=True)]
     corner = settings.variants.corner(row.file.key, row.variant, (free[0], free[1]))
-    number = int(np.array(sample_id(row.file.key), np.uint64).view(np.int64))
-    return [number, row.variant, *row.original_hw, *corner, *unit.bucket]
+    return [row.variant, *row.original_hw, *corner, *unit.bucket]

@@ -22,8 +22,10 @@ FORMAT = 1
 MOST = 2**20  # far above any model's channels or downsampling
 STORE = "store.json"
 DERIVED_NAMES = ("index.jsonl", "failures.jsonl")
-DERIVED = r"(?:index|failures)\.jsonl"
-TOP = rf"store\.json|{DERIVED}"
+DERIVED = "|".join(map(re.escape, DERIVED_NAMES))
+TOP = rf"{re.escape(STORE)}|{DERIVED}"
+# Metadata of a shard alone: store.json has none of these names.
+OWN = ("identity", "bucket", "latent_shape")
 
 
 class StoreError(ValueError):
@@ -180,9 +182,9 @@ def _wrong_values(facts: dict[str, Any]) -> list[str]:
     right["scaling.latents_std"] &= 0 not in deviations
     right["scaling.batch_norm"] = isinstance(scaling["batch_norm"], bool)
     right["buckets"] = all(isinstance(bucket, str) for bucket in facts["buckets"])
-    # The last three are a shard's own.
-    names = facts["metadata"].keys().isdisjoint(("identity", "bucket", "latent_shape"))
-    right["metadata"] = names and all(isinstance(text, str) for text in facts["metadata"].values())
+    right["metadata"] = facts["metadata"].keys().isdisjoint(OWN) and all(
+        isinstance(text, str) for text in facts["metadata"].values()
+    )
     right["source.vae"] = isinstance(facts["source"]["vae"], str)
     return [name for name, is_right in right.items() if not is_right]
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -112,6 +113,17 @@ def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
         if array is not None:
             checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum
+
+
+def wrong_row(key: str, values: Sequence[np.ndarray | None], checksum: int, number: int) -> str | None:
+    """What is wrong with a row as its shard has it, in words: its SUMMED ``values``, None for those that are not there,
+    its checksum, and its number modulo 2^64; None for a sound one.
+    """
+    if row_checksum(*values) != checksum:  # type: ignore[arg-type]
+        return "has another checksum than it says"
+    if not all(np.isfinite(part).all() for part in values if part is not None):
+        return "is not finite"
+    return None if number % 2**64 == sample_id(key) else "has another number than its key"
 
 
 def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:

@@ -14,13 +14,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fastvae.data.buckets import Size, size_name
-from fastvae.data.records import StoreError, is_count
+from fastvae.data.records import OWN, StoreError, is_count
 from fastvae.data.shards import read_metadata
 
 MOST_TEXT = 4096  # of a value in a sentence
 SHAPE = ("latent_channels", "downsample_factor")
-# Of a shard alone: store.json has no such metadata.
-OWN = ("identity", "bucket", "latent_shape")
 # By field of store.json: what it says, and what a shard states.
 Differences = dict[str, tuple[str, str]]
 

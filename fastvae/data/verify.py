@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fastvae.checkpoints.atomic import sha256_of
@@ -25,7 +24,7 @@ from fastvae.data.records import (
     read_commit,
     strange,
 )
-from fastvae.data.shards import SUMMED, key_text, read_metadata, read_names, row_checksum, sample_id
+from fastvae.data.shards import SUMMED, key_text, read_metadata, read_names, wrong_row
 from fastvae.data.stated import SHAPE, Differences, differences, edited
 from fastvae.data.store import Store, latest_units
 
@@ -226,11 +225,6 @@ def _wrong_values(path: Path, names: list[tuple[str, int]]) -> str | None:
         return "has columns of different lengths"
     for row, (key, _) in enumerate(names):
         values = [None if part is None else part[row] for part in parts]
-        said = key_text(key.encode("utf-8", "backslashreplace"))
-        if row_checksum(*values) != checksums[row]:  # type: ignore[arg-type]
-            return f"row {row} ({said}) has another checksum than it says"
-        if not all(np.isfinite(value).all() for value in values if value is not None):
-            return f"row {row} ({said}) is not finite"
-        if ids[row] != sample_id(key):
-            return f"row {row} ({said}) has another number than its key"
+        if what := wrong_row(key, values, int(checksums[row]), int(ids[row])):
+            return f"row {row} ({key_text(key.encode('utf-8', 'backslashreplace'))}) {what}"
     return None
