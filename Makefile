@@ -49,7 +49,7 @@ test-diffusers: $(VENV)/.dev
 
 # The page of examples/ in a browser, and the exported kernels in Hugging Face's own loader; half a minute.
 test-doors: $(VENV)/.dev $(DOORS_FOLDER)/.done
-	PYTHONPATH=$(DOORS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_hub_export.py tests/examples/test_compare_page.py
+	PYTHONPATH=$(DOORS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/examples/test_export_kernels.py tests/examples/test_compare_page.py
 
 # Every parser of ours under bytes that nobody should write: by Hypothesis, then by atheris for FUZZ_SECONDS each. What
 # is found is left in build/fuzz, and ends this.
@@ -68,24 +68,24 @@ check: $(VENV)/.dev
 # which bars are held; within ten minutes.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -rfE -p no:logging --results $(RESULTS)
-	$(BIN)/python bench/tables.py
-	$(BIN)/python bench/bars.py $(RESULTS)
+	$(BIN)/python bench/pages/tables.py
+	$(BIN)/python bench/pages/targets.py $(RESULTS)
 
 # README's and docs/performance.md's tables and pictures, from bench/results.
 report: $(VENV)/.dev
-	$(BIN)/python bench/tables.py
+	$(BIN)/python bench/pages/tables.py
 
 # This tree beside the commit BASE, in turns; red where an op or the encoder became slower.
 bench-compare: $(VENV)/.bench
-	$(BIN)/python bench/compare.py $(BASE)
+	$(BIN)/python bench/timing/regressions.py $(BASE)
 
 # Compiles every kernel for six targets under two Tritons; up to half an hour with a cold Triton cache.
 audit: $(VENV)/.dev $(OLDEST_FOLDER)/.done
-	$(BIN)/python bench/audit.py
+	$(BIN)/python bench/kernels/audit.py
 
 # Every small wrong change in the list must turn a test red; about seven minutes.
 mutate: $(VENV)/.dev
-	$(BIN)/python bench/mutate.py
+	$(BIN)/python bench/kernels/mutate.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(DOORS_FOLDER) $(FUZZ_FOLDER) demo .pytest_cache .ruff_cache *.egg-info

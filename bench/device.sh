@@ -86,10 +86,10 @@ for name in "${parts[@]}"; do
         philox) measure philox test_ops -k generator ;;
         encoder | decoder) measure "$name" "test_$name" "${without[@]}" ;;
         profile | loader) measure "$name" "test_$name" ;;
-        tune) part tune "$PYTHON" bench/tune.py --copy "$out" ;;
+        tune) part tune "$PYTHON" bench/kernels/tune.py --copy "$out" ;;
     esac
 done
-"$PYTHON" bench/merge.py "$out" "${statuses[@]}" "${dry[@]}" || failed+=(merge)
+"$PYTHON" bench/pages/merge_parts.py "$out" "${statuses[@]}" "${dry[@]}" || failed+=(merge)
 # Few files come back: the logs are one.
 declare -A said=()
 for name in "${parts[@]}"; do

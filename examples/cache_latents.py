@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastvae
-from fastvae.latents import moments_of_images
+from fastvae.latents.convert import moments_of_images
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Families whose files hold several resolutions, and those whose latents are kept as the model wants them.

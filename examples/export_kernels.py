@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 
 import fastvae_kernels
-from fastvae_kernels.tiles import TARGETS
+from fastvae_kernels.shared.tiles import TARGETS
 
 SOURCES = Path(fastvae_kernels.__file__).parent
 NAME = "fastvae-kernels"

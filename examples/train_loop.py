@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fastvae
-from fastvae.data.images import read_image
-from fastvae.data.preprocess import to_bucket
-from fastvae.data.sources import list_folder
+from fastvae.data.images.crop import to_bucket
+from fastvae.data.images.read import read_image
+from fastvae.data.sources.source import list_folder
 
 Epoch = Callable[[int], Iterable[dict[str, Any]]]
 

@@ -14,31 +14,31 @@ _WHERE = {
     "AutoencoderKL": "fastvae.models",
     "AutoencoderKLFlux2": "fastvae.models",
     "AutoencoderKLOutput": "fastvae.models",
-    "BucketBatchSampler": "fastvae.data.sampler",
+    "BucketBatchSampler": "fastvae.data.datasets.sampler",
     "DecoderOutput": "fastvae.models",
     "DiagonalGaussianDistribution": "fastvae.models",
-    "LatentDataset": "fastvae.data.dataset",
-    "LatentIterable": "fastvae.data.iterable",
-    "LatentLoader": "fastvae.data.loader",
+    "LatentDataset": "fastvae.data.datasets.dataset",
+    "LatentIterable": "fastvae.data.datasets.iterable",
+    "LatentLoader": "fastvae.data.datasets.loader",
     "accelerate": "fastvae.fast.accelerate",
     "accelerated": "fastvae.fast.accelerate",
     "calibrate": "fastvae.fast.calibration",
-    "collate": "fastvae.data.collate",
+    "collate": "fastvae.data.datasets.collate",
     "compare": "fastvae.report.compare",
-    "decode_latents": "fastvae.latents",
-    "encode": "fastvae.data.encode",
-    "encode_latents": "fastvae.latents",
+    "decode_latents": "fastvae.latents.convert",
+    "encode": "fastvae.data.encoding.encode",
+    "encode_latents": "fastvae.latents.convert",
     "explain": "fastvae.fast.explain",
-    "export": "fastvae.data.export",
+    "export": "fastvae.data.exporting.export",
     "fast_report": "fastvae.fast.accelerate",
-    "noise_key": "fastvae.data.noise",
+    "noise_key": "fastvae.latents.cpu_sampling",
     "refresh": "fastvae.fast.accelerate",
-    "repair": "fastvae.data.repair",
+    "repair": "fastvae.data.encoding.repair",
     "restore": "fastvae.fast.accelerate",
-    "sample_posterior": "fastvae.sampling",
-    "scale_latents": "fastvae.latents",
-    "unscale_latents": "fastvae.latents",
-    "verify": "fastvae.data.verify",
+    "sample_posterior": "fastvae.latents.sampling",
+    "scale_latents": "fastvae.latents.convert",
+    "unscale_latents": "fastvae.latents.convert",
+    "verify": "fastvae.data.store.verify",
 }
 
 __all__ = [
@@ -73,16 +73,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastvae.data.collate import collate as collate
-    from fastvae.data.dataset import LatentDataset as LatentDataset
-    from fastvae.data.encode import encode as encode
-    from fastvae.data.export import export as export
-    from fastvae.data.iterable import LatentIterable as LatentIterable
-    from fastvae.data.loader import LatentLoader as LatentLoader
-    from fastvae.data.noise import noise_key as noise_key
-    from fastvae.data.repair import repair as repair
-    from fastvae.data.sampler import BucketBatchSampler as BucketBatchSampler
-    from fastvae.data.verify import verify as verify
+    from fastvae.data.datasets.collate import collate as collate
+    from fastvae.data.datasets.dataset import LatentDataset as LatentDataset
+    from fastvae.data.datasets.iterable import LatentIterable as LatentIterable
+    from fastvae.data.datasets.loader import LatentLoader as LatentLoader
+    from fastvae.data.datasets.sampler import BucketBatchSampler as BucketBatchSampler
+    from fastvae.data.encoding.encode import encode as encode
+    from fastvae.data.encoding.repair import repair as repair
+    from fastvae.data.exporting.export import export as export
+    from fastvae.data.store.verify import verify as verify
     from fastvae.fast.accelerate import accelerate as accelerate
     from fastvae.fast.accelerate import accelerated as accelerated
     from fastvae.fast.accelerate import fast_report as fast_report
@@ -90,17 +89,18 @@ if TYPE_CHECKING:
     from fastvae.fast.accelerate import restore as restore
     from fastvae.fast.calibration import calibrate as calibrate
     from fastvae.fast.explain import explain as explain
-    from fastvae.latents import decode_latents as decode_latents
-    from fastvae.latents import encode_latents as encode_latents
-    from fastvae.latents import scale_latents as scale_latents
-    from fastvae.latents import unscale_latents as unscale_latents
+    from fastvae.latents.convert import decode_latents as decode_latents
+    from fastvae.latents.convert import encode_latents as encode_latents
+    from fastvae.latents.convert import scale_latents as scale_latents
+    from fastvae.latents.convert import unscale_latents as unscale_latents
+    from fastvae.latents.cpu_sampling import noise_key as noise_key
+    from fastvae.latents.sampling import sample_posterior as sample_posterior
     from fastvae.models import AutoencoderKL as AutoencoderKL
     from fastvae.models import AutoencoderKLFlux2 as AutoencoderKLFlux2
     from fastvae.models import AutoencoderKLOutput as AutoencoderKLOutput
     from fastvae.models import DecoderOutput as DecoderOutput
     from fastvae.models import DiagonalGaussianDistribution as DiagonalGaussianDistribution
     from fastvae.report.compare import compare as compare
-    from fastvae.sampling import sample_posterior as sample_posterior
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvae.checkpoints.atomic import replace_together
 from fastvae.checkpoints.files import CONFIG_NAME, index_name, weights_name
+from fastvae.system.atomic_files import replace_together
 
 #: The diffusers release whose layout is written.
 DIFFUSERS_VERSION = "0.42.1"

@@ -93,7 +93,7 @@ def bench(
 
 def _write(results: dict[str, Any], html: str | None, json_file: str | None) -> None:
     if json_file not in (None, "-"):
-        from fastvae.data.report import strict_json
+        from fastvae.data.encoding.report import strict_json
 
         Path(json_file).write_text(strict_json(results) + "\n", encoding="utf-8")
     if html is not None:
@@ -103,7 +103,7 @@ def _write(results: dict[str, Any], html: str | None, json_file: str | None) -> 
 
 
 def _lines(results: dict[str, Any]) -> list[str]:
-    from fastvae.report.figures import interval, megabytes, number
+    from fastvae.report.number_format import interval, megabytes, number
 
     lines = []
     for case in results["cases"]:

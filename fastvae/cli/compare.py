@@ -40,8 +40,8 @@ def compare(
         from fastvae.report.page import check_extra
 
         check_extra()  # before a minute is spent
-    from fastvae.data.console import say
     from fastvae.report.compare import compare_files
+    from fastvae.system.terminal import say
 
     if not quiet:
         say(f"compare {len(images)} images  {given['vae']}  against eager and float64\n")

@@ -24,8 +24,8 @@ from fastvae.cli.output import complain, echo, echo_json, foreseen, printable
 @foreseen
 def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Decode rows of the latent store STORE into PNG files in OUT."""
-    from fastvae.data.decode import decode as run
-    from fastvae.data.decode import parse_rows
+    from fastvae.data.decoding.decode import decode as run
+    from fastvae.data.decoding.decode import parse_rows
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -17,7 +17,7 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 @foreseen
 def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
     """Real photographs to latents and back, in the folder OUT."""
-    from fastvae.data.demonstration import demonstrate
+    from fastvae.data.decoding.demo import demonstrate
 
     result = demonstrate(Path(out), vae=vae, progress=not quiet)
     if as_json:

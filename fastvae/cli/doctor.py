@@ -29,9 +29,9 @@ def doctor(
 
     Every line is ok, a note, or bad; exit code 1 if one is bad.
     """
-    from fastvae.data.console import amount, say
     from fastvae.data.disk import free_bytes
     from fastvae.report.doctor import BAD, NOTE, examine
+    from fastvae.system.terminal import amount, say
 
     if not quiet:
         say(f"doctor  {vae}  for latents in {folder} (free {amount(free_bytes(folder))})\n")

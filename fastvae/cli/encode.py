@@ -100,7 +100,7 @@ def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool
     SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, on this machine or wherever fsspec
     reaches. Any number of these commands may share one OUT.
     """
-    from fastvae.data.encode import encode as run
+    from fastvae.data.encoding.encode import encode as run
 
     report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **given)
     if as_json:

@@ -38,8 +38,8 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 @foreseen
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Write every committed row of the latent store STORE into the new folder DST, for other trainers to read."""
-    from fastvae.data.console import amount
-    from fastvae.data.export import export as run
+    from fastvae.data.exporting.export import export as run
+    from fastvae.system.terminal import amount
 
     done = run(store, dst, progress=not quiet, **given)
     if as_json:

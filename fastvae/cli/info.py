@@ -19,17 +19,17 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 @foreseen
 def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
     """What a latent store holds, or what a model is."""
-    from fastvae.data.console import say
+    from fastvae.system.terminal import say
 
     is_store = (Path(what) / "store.json").exists()
     if not quiet:
         say(f"info    {'latent store' if is_store else 'model'} {what}\n")
     if is_store:
-        from fastvae.data.facts import store_facts
+        from fastvae.data.store.info import store_facts
 
         facts = store_facts(what)
     else:
-        from fastvae.data.facts import model_facts
+        from fastvae.data.store.info import model_facts
 
         try:
             facts = model_facts(what, subfolder, revision)

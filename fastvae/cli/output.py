@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from fastvae.cli.signals import orderly
-from fastvae.data.console import printable
+from fastvae.system.terminal import printable
 
 OTHER, USAGE, FAILURES, IDENTITY, LOCKED, NO_SPACE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 5, 6, 75, 141
 DEBUG = "FASTVAE_DEBUG"
@@ -56,8 +56,8 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
 
 
 def _problem(error: ValueError | ImportError | OSError) -> Problem:
-    from fastvae.data.reasons import ImageError
-    from fastvae.data.records import IdentityMismatch, StoreError, StoreLocked
+    from fastvae.data.images.errors import ImageError
+    from fastvae.data.store.commits import IdentityMismatch, StoreError, StoreLocked
 
     if isinstance(error, StoreLocked):
         return Problem(str(error), LOCKED)
@@ -97,7 +97,7 @@ def complain(text: str) -> None:
 
 def echo_json(value: Any) -> None:
     """One JSON document on stdout."""
-    from fastvae.data.report import strict_json
+    from fastvae.data.encoding.report import strict_json
 
     echo(strict_json(value))
 

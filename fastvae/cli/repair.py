@@ -30,7 +30,7 @@ def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bo
     Settings and model are those that the store names. SRC is what it was encoded from; it may be left out where
     nothing is damaged. Exit code 5 while a run is writing the store.
     """
-    from fastvae.data.repair import repair as run
+    from fastvae.data.encoding.repair import repair as run
 
     done = run(store, src[0] if len(src) == 1 else src or None, progress=not quiet, **given)
     report = done.report

@@ -23,9 +23,9 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
 
     Nothing is written but for --rebuild-index, and with damage not for that either.
     """
-    from fastvae.data.console import amount
-    from fastvae.data.verify import rebuild_index as rebuild
-    from fastvae.data.verify import verify as look
+    from fastvae.data.store.verify import rebuild_index as rebuild
+    from fastvae.data.store.verify import verify as look
+    from fastvae.system.terminal import amount
 
     found = look(store, deep=deep, progress=not quiet)
     if rebuild_index and not found.damaged:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fastvae_kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TURN, WORD, seed_list
+from fastvae_kernels.shared.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TURN, WORD, seed_list
 from torch import Tensor
 
 # Elements whose five arrays of eight bytes fit in a core's own cache, or nearly.
@@ -19,7 +19,7 @@ BLOCK = 16384
 
 
 def normals(seeds: Sequence[int] | Tensor, count: int) -> Tensor:
-    """``count`` standard normals for each seed, fp32 [len(seeds), count]; see fastvae_kernels.philox.normals.
+    """``count`` standard normals for each seed, fp32 [len(seeds), count]; see fastvae_kernels.shared.philox.normals.
 
     Raises ValueError for a seed outside [0, 2^64). A row has fewer than 2^32 elements.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvae.data.noise import checked
+from fastvae.latents.cpu_sampling import checked
 
 Shards = Sequence[tuple[tuple[int, int], Tensor]]
 PREFIX = b"fastvae order 1\0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastvae.data.records import DERIVED_NAMES, RECORD, SHARD, StoreError, is_own, kind_of
+from fastvae.data.store.commits import DERIVED_NAMES, RECORD, SHARD, StoreError, is_own, kind_of
 
 FOLDERS = ("plan", "shards", "leases")
 LOCK_NAME, CLOCK_NAME = ".lock", ".clock"

@@ -16,10 +16,12 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from fastvae.fast import copies, layers, reasons
-from fastvae.fast.path import FastPath
-from fastvae.fast.reasons import Reason
-from fastvae.latents import ACCELERATED
+from fastvae.fast import copying as copies
+from fastvae.fast import fallback_reasons as reasons
+from fastvae.fast import layer_checks as layers
+from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.fast_path import FastPath
+from fastvae.latents.convert import ACCELERATED
 
 Model = TypeVar("Model")
 # Held while forwards are exchanged: calls need none, since each finds either the one or the other.

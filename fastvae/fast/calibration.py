@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.fast import reasons, walk
+from fastvae.fast import fallback_reasons as reasons
+from fastvae.fast import network_walk as walk
 from fastvae.fast.accelerate import path_of, vae_of
-from fastvae.fast.derived import Derived, weights_of
-from fastvae.fast.inference import Inference
-from fastvae.fast.path import Factors
-from fastvae.fast.reasons import Layer
-from fastvae.fast.walk import Flow
-from fastvae.latents import ACCELERATED, pixels_from_images, unscale_latents
+from fastvae.fast.fallback_reasons import Layer
+from fastvae.fast.fast_path import Factors
+from fastvae.fast.inference_pass import Inference
+from fastvae.fast.network_walk import Flow
+from fastvae.fast.packed_weights import Derived, weights_of
+from fastvae.latents.convert import ACCELERATED, pixels_from_images, unscale_latents
 
 LARGEST = torch.finfo(torch.float16).max
 # Other images reach further than those that were looked at: sixteen times as far are left to them.

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastvae_kernels.runtime import Cost
+from fastvae_kernels.shared.runtime import Cost
 from torch import Tensor
 
-from fastvae.fast import reasons, trace
+from fastvae.fast import cost_trace as trace
+from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast.accelerate import out_of_reach, path_of, unwrapped, vae_of
-from fastvae.fast.inference import Inference
-from fastvae.fast.reasons import Layer, Reason
+from fastvae.fast.fallback_reasons import Layer, Reason
+from fastvae.fast.inference_pass import Inference
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.data.devices import DTYPES, default_dtype, settled_device
-from fastvae.data.images import read_image
+from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import unwrapped, vae_of
-from fastvae.fast.path import FastPath
-from fastvae.latents import ACCELERATED, like_weights, pixel_multiple, pixels_from_images
-from fastvae.report import contestants, stages
+from fastvae.fast.fast_path import FastPath
+from fastvae.latents.convert import ACCELERATED, like_weights, pixel_multiple, pixels_from_images
+from fastvae.report import compare_stages as stages
+from fastvae.report import rivals as contestants
 from fastvae.report.correctness import tolerance
-from fastvae.report.figures import number
+from fastvae.report.number_format import number
+from fastvae.system.devices import DTYPES, default_dtype, settled_device
 
 HANDS = ("fast", "eager", "float64")
 

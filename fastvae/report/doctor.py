@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.console import amount
 from fastvae.report.machine import driver, processor, versions
+from fastvae.system.terminal import amount
 
 OK, NOTE, BAD = "ok", "note", "bad"
 OLDEST = {"torch": (2, 11), "triton": (3, 6), "python": (3, 11), "diffusers": (0, 38)}
@@ -40,8 +40,8 @@ def examine(
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing or broken
         yield Finding("torch", BAD, f"torch cannot be imported, so nothing else was looked at: {error}")
         return
-    from fastvae.data.devices import settled_device
-    from fastvae.report import health
+    from fastvae.report import torch_checks as health
+    from fastvae.system.devices import settled_device
 
     yield check_gpu(torch)
     device = settled_device(None)

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvae.report.figures import interval, megabytes, number
+from fastvae.report.number_format import interval, megabytes, number
 
 if TYPE_CHECKING:
     from fastvae.report.compare import Comparison
@@ -113,7 +113,7 @@ def _between(row: Mapping[str, Any]) -> str:
 
 
 def _pictures(rows: list[dict[str, Any]]) -> dict[str, str]:
-    from fastvae.report.plot import bars
+    from fastvae.report.bar_chart import bars
 
     drawn = {scheme: bars(rows, dark=scheme == "dark").encode() for scheme in ("light", "dark")}
     return {name: "data:image/svg+xml;base64," + base64.b64encode(svg).decode() for name, svg in drawn.items()}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastvae.checkpoints.atomic import replace_atomically
-from fastvae.latents import normalized
+from fastvae.latents.convert import normalized
+from fastvae.system.atomic_files import replace_atomically
 from fastvae.training.losses import vae_loss
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae_kernels import attention_gradient, attention_products
-from fastvae_kernels.attention_tiles import DTYPES, check
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
+from fastvae_kernels.parts import attention_gradient, attention_products
+from fastvae_kernels.parts.attention_tiles import DTYPES, check
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
 # How many queries the reference takes at a time, so that its memory is linear in S as well.
 REFERENCE_ROWS = 1024

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae_kernels.moments import (
+from fastvae_kernels.parts.moments import (
     BLOCK,
     HIGHEST,
     LOWEST,
@@ -25,7 +25,7 @@ from fastvae_kernels.moments import (
     is_channels_last,
     locate_moments,
 )
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 CHUNK = 8192
 

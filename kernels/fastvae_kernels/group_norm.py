@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae_kernels import statistics, tiles
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared import statistics, tiles
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def statistics_reference(x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def _(x, scale, shift, factor=1.0):
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/audit.py)."""
+    """Launches for the compile audit (bench/kernels/audit.py)."""
     for name, dtype, channels in tiles.audited():
 
         def call(dtype=dtype, channels=channels):

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae_kernels import statistics, tiles
-from fastvae_kernels.group_norm_gradient import gradients
-from fastvae_kernels.group_norm_tiles import load_vectors, pointwise
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.parts.group_norm_gradient import gradients
+from fastvae_kernels.parts.group_norm_tiles import load_vectors, pointwise
+from fastvae_kernels.shared import statistics, tiles
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
@@ -220,7 +220,7 @@ def _detached(partials: Tensor | None) -> Tensor | None:
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/audit.py)."""
+    """Launches for the compile audit (bench/kernels/audit.py)."""
 
     def case(dtype, channels, groups):
         x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))

@@ -13,8 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae_kernels import philox
-from fastvae_kernels.moments import (
+from fastvae_kernels.parts.moments import (
     HIGHEST,
     LOWEST,
     dense,
@@ -23,8 +22,9 @@ from fastvae_kernels.moments import (
     locate_latents,
     over_latents,
 )
-from fastvae_kernels.posterior_gradient import gradient
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, backend, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.parts.posterior_gradient import gradient
+from fastvae_kernels.shared import philox
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, backend, on_its_device, size_in_bytes, tl, triton
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae_kernels import statistics, tiles
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared import statistics, tiles
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def reference(
@@ -206,7 +206,7 @@ residual_add.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/audit.py)."""
+    """Launches for the compile audit (bench/kernels/audit.py)."""
     for name, dtype, channels in tiles.audited():
 
         def call(dtype=dtype, channels=channels):

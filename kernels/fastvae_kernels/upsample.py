@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae_kernels import statistics
-from fastvae_kernels.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
+from fastvae_kernels.shared import statistics
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

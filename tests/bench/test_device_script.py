@@ -1,4 +1,4 @@
-"""bench/device.sh runs, writes what it promises and turns red on a wrong result; bench/tune.py chooses as it says."""
+"""bench/device.sh runs, writes what it promises and turns red on a wrong result; tune.py chooses as it says."""
 
 import importlib
 import importlib.util
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvae_kernels import tiles
-from fastvae_kernels.tiles import Tile
+from fastvae_kernels.shared import tiles
+from fastvae_kernels.shared.tiles import Tile
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,7 +122,7 @@ def test_a_part_that_is_killed_keeps_the_cases_it_had_done(tmp_path):
 
 WRONG_NETWORK = """
 def pytest_collection_finish(session):
-    from fastvae.fast import walk
+    from fastvae.fast import network_walk as walk
     right = walk.through
     walk.through = lambda *given: right(*given) + 1
 """
@@ -158,7 +158,7 @@ sys.path[:0] = [{bench!r}, {kernels!r}, {tests!r}]
 import torch, cases, operations, tune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
-from fastvae_kernels import tiles
+from fastvae_kernels.shared import tiles
 launched = []
 JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launched.append(kernel)
 tiles.target_of = lambda device: tiles.TARGETS["sm_90"]

@@ -1,12 +1,12 @@
 """What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call."""
 
 import pytest
-from small_store import small_vae
+from support.small_store import small_vae
 
 
 @pytest.fixture(autouse=True)
 def _as_a_users_cpu(monkeypatch):
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of the processes that a test starts
 
 

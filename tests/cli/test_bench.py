@@ -5,11 +5,11 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from small_store import small_vae
+from support.small_store import small_vae
 
 from fastvae.cli.main import cli
 from fastvae.report import benchmark as module
-from fastvae.report import contestants
+from fastvae.report import rivals as contestants
 
 
 @pytest.fixture(scope="module")

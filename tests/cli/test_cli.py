@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from small_store import SIDE, picture, small_vae, write_pictures
+from support.small_store import SIDE, picture, small_vae, write_pictures
 
-import fastvae.checkpoints.atomic
+import fastvae.system.atomic_files
 from fastvae.cli.main import cli
 from fastvae.cli.output import parse_count, printable
-from fastvae.data.demonstration import PHOTOGRAPHS
-from fastvae.data.lock import locked
+from fastvae.data.decoding.demo import PHOTOGRAPHS
+from fastvae.data.store.lock import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,7 +192,7 @@ def test_row_15_a_full_disk_is_exit_code_6(pictures, model, tmp_path, monkeypatc
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
+    monkeypatch.setattr(fastvae.system.atomic_files.os, "fsync", full)
     result = encode(pictures, tmp_path / "out", model, code=6)
     assert result.stderr.splitlines()[-1].startswith("fastvae: no space left")
 
@@ -244,7 +244,7 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
     def interrupt(self, pixels):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastvae.data.moment_encoder.MomentEncoder.start", interrupt)
+    monkeypatch.setattr("fastvae.data.encoding.encoder.MomentEncoder.start", interrupt)
     result = encode(pictures, tmp_path / "out", model, code=75)
     assert result.stderr.splitlines()[-1] == "fastvae: interrupted; run the same command again to go on"
 
@@ -425,7 +425,7 @@ def test_a_closed_stderr_stops_nothing(pictures, model, tmp_path):
 def test_a_store_that_another_run_plans_for_ever_is_exit_code_5(pictures, model, tmp_path, monkeypatch):
     pytest.importorskip("fcntl", reason="this system has no such lock")
     encode(pictures, tmp_path / "out", model, "--limit", 1)
-    monkeypatch.setattr("fastvae.data.lock.PATIENCE", 0.1)
+    monkeypatch.setattr("fastvae.data.store.lock.PATIENCE", 0.1)
     with locked(tmp_path / "out"):
         result = encode(pictures, tmp_path / "out", model, code=5)
     assert f"is locked: process {os.getpid()} has been planning it" in result.stderr

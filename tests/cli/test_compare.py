@@ -5,10 +5,10 @@ import re
 
 import pytest
 from click.testing import CliRunner
-from small_store import picture, small_vae
+from support.small_store import picture, small_vae
 
 from fastvae.cli.main import cli
-from fastvae.report import stages
+from fastvae.report import compare_stages as stages
 
 
 @pytest.fixture(scope="module")

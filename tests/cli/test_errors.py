@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from small_store import SIDE, picture, write_pictures, write_store
+from support.small_store import SIDE, picture, write_pictures, write_store
 
-import fastvae.checkpoints.atomic
+import fastvae.system.atomic_files
 from fastvae.cli.main import cli
-from fastvae.data.leases import Leases
-from fastvae.data.lock import locked
+from fastvae.data.store.leases import Leases
+from fastvae.data.store.lock import locked
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.read_text().splitlines()]
@@ -104,7 +104,7 @@ def other_identity(places, monkeypatch):
 
 
 def planned_for_ever(places, monkeypatch):
-    monkeypatch.setattr("fastvae.data.lock.PATIENCE", 0.2)
+    monkeypatch.setattr("fastvae.data.store.lock.PATIENCE", 0.2)
     places["out"].mkdir()
     with locked(places["out"]):
         return ended(encode(places))
@@ -145,7 +145,7 @@ def full_disk(places, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fastvae.checkpoints.atomic.os, "fsync", full)
+    monkeypatch.setattr(fastvae.system.atomic_files.os, "fsync", full)
     return ended(encode(places))
 
 
@@ -153,7 +153,7 @@ def interrupted(places, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastvae.data.encode.encode", stop)
+    monkeypatch.setattr("fastvae.data.encoding.encode.encode", stop)
     return ended(encode(places))
 
 

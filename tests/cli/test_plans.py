@@ -4,11 +4,11 @@ import re
 
 import pytest
 from click.testing import CliRunner
-from small_store import SIDE, picture, write_pictures, write_store
+from support.small_store import SIDE, picture, write_pictures, write_store
 
 from fastvae.checkpoints.presets import PRESETS, matching
 from fastvae.cli.main import cli
-from fastvae.data.console import amount
+from fastvae.system.terminal import amount
 
 SIZE = r"\d+\.\d [KMG]iB"
 PLANS = {

@@ -8,11 +8,11 @@ import threading
 import time
 
 import pytest
-from data.store_checks import committed
-from small_store import write_pictures
+from support.small_store import write_pictures
+from support.store_checks import committed
 
 from fastvae.cli.signals import orderly
-from fastvae.data.verify import verify
+from fastvae.data.store.verify import verify
 
 WITHIN = 10  # seconds
 PICTURES = 36

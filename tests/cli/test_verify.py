@@ -4,11 +4,11 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from small_store import SIDE, write_pictures, write_store
+from support.small_store import SIDE, write_pictures, write_store
 
 from fastvae.cli.main import cli
-from fastvae.data.leases import Leases
-from fastvae.data.store import Store
+from fastvae.data.store.leases import Leases
+from fastvae.data.store.store import Store
 
 
 def run(*arguments, code=0, verb="verify"):

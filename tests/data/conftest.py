@@ -9,15 +9,15 @@ from fastvae_kernels import posterior
 
 @pytest.fixture(autouse=True)
 def _as_a_users_cpu(monkeypatch):
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
-    monkeypatch.setattr("fastvae.sampling.posterior_op", posterior.reference)
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+    monkeypatch.setattr("fastvae.latents.sampling.posterior_op", posterior.reference)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of the processes that a test starts
 
 
 @pytest.fixture
 def first(tmp_path_factory):
     """The folder of the store that the tests of repair begin with, its source and its model; made once."""
-    from data.repairs import first_store  # not needed by the other tests here
+    from support.repairs import first_store  # not needed by the other tests here
 
     return first_store(tmp_path_factory)
 
@@ -25,7 +25,7 @@ def first(tmp_path_factory):
 @pytest.fixture
 def made(first, tmp_path):
     """A copy of that store, to be damaged, and of its source beside it."""
-    from data.repairs import copy_of
+    from support.repairs import copy_of
 
     return copy_of(first, tmp_path)
 

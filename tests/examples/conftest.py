@@ -13,8 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(autouse=True)
 def as_a_users_cpu(monkeypatch):
     """The tests' interpreter takes seconds a call; without it the CPU is what it is for a user."""
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
-    monkeypatch.setattr("fastvae.sampling.posterior_op", posterior.reference)
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+    monkeypatch.setattr("fastvae.latents.sampling.posterior_op", posterior.reference)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from PIL import Image
-from small_store import picture, small_vae
+from support.accuracy import assert_as_accurate
+from support.small_store import picture, small_vae
 
 import fastvae
 

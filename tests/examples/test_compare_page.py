@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from report.browser import CHROMIUM, browsing
-from small_store import picture, small_vae
+from support.small_store import picture, small_vae
 
 import fastvae
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from small_store import small_vae, write_pictures
+from support.small_store import small_vae, write_pictures
 
-from fastvae.data.encode import encode
+from fastvae.data.encoding.encode import encode
 
 SIDE = 32
 

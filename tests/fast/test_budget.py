@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from fast.small_models import latents, pixels, small_model
-from fastvae_kernels.runtime import INTERPRETED
-from traffic import counted
+from fastvae_kernels.shared.runtime import INTERPRETED
+from support.traffic import counted
 
 import fastvae
-from fastvae.fast import explain, trace
+from fastvae.fast import cost_trace as trace
+from fastvae.fast import explain
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -50,7 +51,7 @@ def test_weights_that_may_move_cost_launches_but_hardly_bytes(name):
 )
 def test_the_documented_table_is_what_is_counted(sizes):
     documented = (ROOT / "docs" / "performance.md").read_text().splitlines()
-    assert {*roofline.table(sizes=sizes).splitlines()} <= {*documented}, "run: python bench/roofline.py"
+    assert {*roofline.table(sizes=sizes).splitlines()} <= {*documented}, "run: python bench/timing/roofline.py"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own launches")

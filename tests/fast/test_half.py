@@ -6,15 +6,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from fast.small_models import HANDS, TWO, latents, pixels
+from support.accuracy import assert_as_accurate
 from torch import nn
 
 import fastvae
-from fastvae.data.moment_encoder import MomentEncoder, _placed
+from fastvae.data.encoding.encoder import MomentEncoder, _placed
 from fastvae.fast.accelerate import path_of
-from fastvae.fast.inference import Inference
-from fastvae.fast.path import UNSCALED, Factors
+from fastvae.fast.fast_path import UNSCALED, Factors
+from fastvae.fast.inference_pass import Inference
 
 CONFIG = {**TWO, "block_out_channels": (16, 32), "norm_num_groups": 4}
 # The interpreter computes in numpy, which tells of the overflows that are made here on purpose.
@@ -228,7 +228,7 @@ def test_a_row_that_overflows_is_encoded_again_in_fp32():
     exact = copy.deepcopy(vae).float().encode(x[1:2].float()).latent_dist.mean * vae.config.scaling_factor
     fastvae.accelerate(vae)
     path_of(vae).factors = {"encoder": UNSCALED, "decoder": UNSCALED}
-    plain = fastvae.latents.encode_moments(vae, x).chunk(2, 1)[0] * vae.config.scaling_factor
+    plain = fastvae.latents.convert.encode_moments(vae, x).chunk(2, 1)[0] * vae.config.scaling_factor
     assert [bool(row.isfinite().all()) for row in plain] == [True, False, True]
     assert {
         **fastvae.fast_report(vae),
@@ -297,7 +297,7 @@ def test_the_command_lines_encoder_takes_the_fast_path():
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_command_lines_encoder_does_such_rows_again(fast, monkeypatch):
     if not fast:
-        monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
+        monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
     vae = blown_up(half_model())
     photo = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     if fast:

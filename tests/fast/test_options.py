@@ -14,21 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from fast.small_models import HANDS
 from fast.small_models import smallest_model as tiny
+from support.accuracy import assert_as_accurate
 from torch import nn
 from torch.nn.parallel import replicate
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
-from fastvae.fast import copies
-from fastvae.fast.reasons import Reason
+from fastvae.fast import copying as copies
+from fastvae.fast.fallback_reasons import Reason
 
 
 @pytest.fixture(autouse=True)
 def _as_a_users_cpu(monkeypatch):
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
 
 
 @pytest.fixture

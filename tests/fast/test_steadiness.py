@@ -26,7 +26,7 @@ MOST_MILLISECONDS = 50
 
 @pytest.fixture(autouse=True)
 def _as_a_users_cpu(monkeypatch):
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
 
 
 def pixels():

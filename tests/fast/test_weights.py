@@ -7,15 +7,15 @@ import pickle
 import diffusers
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from diffusers.training_utils import EMAModel
 from fast.small_models import HANDS, TWO, small_model
 from safetensors.torch import load_file, save_file
+from support.accuracy import assert_as_accurate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
-from fastvae.fast.reasons import Reason
+from fastvae.fast.fallback_reasons import Reason
 
 SMALL = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}
 WHERE = "encoder.mid_block.resnets.0.conv1.weight"

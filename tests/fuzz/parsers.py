@@ -11,27 +11,27 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from data.failures import EVERY_KIND, SMALL, encoded
+from data.failures.corpus import EVERY_KIND, SMALL, encoded
 from PIL import Image
 from safetensors import SafetensorError
-from small_store import MASK, small_vae, write_store
+from support.small_store import MASK, small_vae, write_store
 
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, read_config_file, validate_config
 from fastvae.checkpoints.files import Repository, WeightFiles
 from fastvae.checkpoints.reading import Checkpoint
-from fastvae.data import signatures
-from fastvae.data.buckets import Buckets
-from fastvae.data.dataset import LatentDataset
-from fastvae.data.facts import store_facts
-from fastvae.data.identity import digest
-from fastvae.data.images import PLUGINS, image_size, read_image
-from fastvae.data.leases import Leases
-from fastvae.data.mapped_shards import map_shard
-from fastvae.data.reasons import ImageError
-from fastvae.data.records import StoreError, Unit, read_commit
-from fastvae.data.shards import read_names
-from fastvae.data.sources import open_source
-from fastvae.data.store import Store
+from fastvae.data.datasets.dataset import LatentDataset
+from fastvae.data.images import formats as signatures
+from fastvae.data.images.buckets import Buckets
+from fastvae.data.images.errors import ImageError
+from fastvae.data.images.read import PLUGINS, image_size, read_image
+from fastvae.data.sources.source import open_source
+from fastvae.data.store.commits import StoreError, Unit, read_commit
+from fastvae.data.store.identity import digest
+from fastvae.data.store.info import store_facts
+from fastvae.data.store.leases import Leases
+from fastvae.data.store.mapped_shard import map_shard
+from fastvae.data.store.shard import read_names
+from fastvae.data.store.store import Store
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fastvae-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 BUCKET, KEYS = (32, 32), ["a.png", "b/ü.png", "c\n.png"]

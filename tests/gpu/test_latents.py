@@ -8,8 +8,8 @@ from gpu.gpu_models import model, pictures
 from torch.utils.data import DataLoader
 
 import fastvae
-from fastvae.data.loader import LatentLoader
-from fastvae.data.noise import noise_key
+from fastvae.data.datasets.loader import LatentLoader
+from fastvae.latents.cpu_sampling import noise_key
 
 
 class Rows(torch.utils.data.Dataset):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from gpu.gpu_models import model, pictures
+from support.accuracy import assert_as_accurate
 
 import fastvae
-from fastvae.latents import normalized
+from fastvae.latents.convert import normalized
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -6,7 +6,7 @@ import pickle
 import diffusers
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from support.accuracy import assert_as_accurate
 
 import fastvae
 from fastvae.models import AttnProcessor2_0, FusedAttnProcessor2_0

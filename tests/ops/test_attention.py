@@ -3,16 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from fastvae_kernels import (
-    attention,
-    attention_gradient,
-    attention_products,
-    attention_tiles,
-    runtime,
-    tiles,
-)
+from fastvae_kernels import attention
 from fastvae_kernels.attention import spatial_attention, spatial_attention_backward, spatial_attention_shared
+from fastvae_kernels.parts import attention_gradient, attention_products, attention_tiles
+from fastvae_kernels.shared import runtime, tiles
+from support.accuracy import assert_as_accurate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

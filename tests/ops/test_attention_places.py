@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastvae_kernels import attention_gradient, attention_products
-from fastvae_kernels.attention_tiles import Round
-from fastvae_kernels.runtime import INTERPRETED
+from fastvae_kernels.parts import attention_gradient, attention_products
+from fastvae_kernels.parts.attention_tiles import Round
+from fastvae_kernels.shared.runtime import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +125,8 @@ sys.path[:0] = [{bench!r}, {kernels!r}]
 import launches, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
-from fastvae_kernels import attention, tiles
+from fastvae_kernels import attention
+from fastvae_kernels.shared import tiles
 seen = {{}}
 def take(kernel, *args, grid, warmup, **kwargs):
     launch = launches.describe(kernel, "", args, kwargs)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from fastvae_kernels import attention, attention_products, attention_tiles, tiles
-from fastvae_kernels.runtime import INTERPRETED
-from traffic import counted
+from fastvae_kernels import attention
+from fastvae_kernels.parts import attention_products, attention_tiles
+from fastvae_kernels.shared import tiles
+from fastvae_kernels.shared.runtime import INTERPRETED
+from support.traffic import counted
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own loads and stores")
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from fastvae_kernels import group_norm, group_norm_silu, runtime, statistics
+from fastvae_kernels import group_norm, group_norm_silu
+from fastvae_kernels.shared import runtime, statistics
+from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvae_kernels.runtime import tl, triton
+from fastvae_kernels.shared.runtime import tl, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from fastvae_kernels import attention, divergence, philox, posterior, upsample
+from fastvae_kernels import attention, divergence, posterior, upsample
 from fastvae_kernels.group_norm import group_norm_statistics
 from fastvae_kernels.group_norm_silu import group_norm_forward, group_norm_silu
+from fastvae_kernels.shared import philox
+from support.accuracy import assert_as_accurate
 
 KERNELS = Path(posterior.__file__).parent
 
@@ -127,7 +128,8 @@ import sys
 sys.modules["triton"] = None
 sys.path.insert(0, {str(KERNELS.parent)!r})
 import torch
-from fastvae_kernels import attention, group_norm_silu, posterior, runtime, upsample
+from fastvae_kernels import attention, group_norm_silu, posterior, upsample
+from fastvae_kernels.shared import runtime
 assert runtime.KERNEL_DEVICES == ()
 x = torch.randn(1, 8, 4, 4)
 group_norm_silu.group_norm_silu(x, torch.ones(8), torch.zeros(8), 4, 1e-6)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from fastvae_kernels import philox
-from fastvae_kernels.runtime import tl, triton
+from fastvae_kernels.shared import philox
+from fastvae_kernels.shared.runtime import tl, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KNOWN = [

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
 from fastvae_kernels import pixels as conv_in
-from fastvae_kernels import statistics
 from fastvae_kernels.group_norm import group_norm_statistics
 from fastvae_kernels.pixels import pixels_conv_in
+from fastvae_kernels.shared import statistics
+from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from fastvae_kernels import divergence, philox, posterior
-from fastvae_kernels import moments as layout
+from fastvae_kernels import divergence, posterior
 from fastvae_kernels.divergence import kl_divergence
+from fastvae_kernels.parts import moments as layout
 from fastvae_kernels.posterior import sample_posterior
+from fastvae_kernels.shared import philox
+from support.accuracy import assert_as_accurate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

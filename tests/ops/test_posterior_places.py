@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvae_kernels import divergence, moments, philox
-from fastvae_kernels.runtime import tl, triton
+from fastvae_kernels import divergence
+from fastvae_kernels.parts import moments
+from fastvae_kernels.shared import philox
+from fastvae_kernels.shared.runtime import tl, triton
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, statistics, upsample
+from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, upsample
+from fastvae_kernels.shared import statistics
+from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from fastvae_kernels import residual, statistics
+from fastvae_kernels import residual
 from fastvae_kernels.group_norm import group_norm_statistics
 from fastvae_kernels.residual import residual_add
+from fastvae_kernels.shared import statistics
+from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from fastvae_kernels import statistics, tiles
 from fastvae_kernels.group_norm import group_norm_statistics, launch_statistics
-from fastvae_kernels.runtime import tl, triton
+from fastvae_kernels.shared import statistics, tiles
+from fastvae_kernels.shared.runtime import tl, triton
+from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fastvae_kernels import tiles
+from fastvae_kernels.shared import tiles
 
 CHANNELS = (3, 8, 32, 48, 80, 96, 128, 256, 512, 1024)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, statistics
-from fastvae_kernels.runtime import INTERPRETED
-from traffic import counted
+from fastvae_kernels import group_norm, group_norm_silu, pixels, residual
+from fastvae_kernels.shared import statistics
+from fastvae_kernels.shared.runtime import INTERPRETED
+from support.traffic import counted
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own loads and stores")
 

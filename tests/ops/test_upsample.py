@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from fastvae_kernels import statistics, upsample
+from fastvae_kernels import upsample
+from fastvae_kernels.shared import statistics
 from fastvae_kernels.upsample import fold_upsample_weights, upsample_conv
+from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

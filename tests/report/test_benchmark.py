@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_store import small_vae
+from support.small_store import small_vae
 
 from fastvae.checkpoints import PRESETS, Preset
-from fastvae.data.report import strict_json
+from fastvae.data.encoding.report import strict_json
 from fastvae.report import benchmark as module
-from fastvae.report import contestants
+from fastvae.report import rivals as contestants
 from fastvae.report.benchmark import benchmark, is_right
 from fastvae.report.correctness import Truth, truth_of
 

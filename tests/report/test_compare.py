@@ -8,14 +8,14 @@ import pytest
 import torch
 from fast.small_models import CONFIGS, latents, pixels, small_model
 from PIL import Image
-from small_store import picture, small_vae
+from support.small_store import picture, small_vae
 
 import fastvae
-from fastvae.data.reasons import ImageError
-from fastvae.data.report import strict_json
-from fastvae.fast.path import FastPath
+from fastvae.data.encoding.report import strict_json
+from fastvae.data.images.errors import ImageError
+from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
-from fastvae.report import stages
+from fastvae.report import compare_stages as stages
 from fastvae.report.compare import Comparison
 
 pytestmark = pytest.mark.usefixtures("as_a_users_cpu")
@@ -95,7 +95,7 @@ def test_the_errors_are_those_of_the_definition():
 
 def test_psnr_is_that_of_the_round_trip():
     vae = small_vae()
-    x = fastvae.latents.pixels_from_images(vae, [picture(0, 32, 32)])
+    x = fastvae.latents.convert.pixels_from_images(vae, [picture(0, 32, 32)])
     found = fastvae.compare(vae, x)
     with torch.no_grad():
         image = vae.decode(vae.encode(x).latent_dist.mode()).sample
@@ -142,7 +142,7 @@ def test_what_overflows_in_eager_must_be_finite_on_the_fast_path():
 def test_the_fused_kernels_are_seen_through_what_they_carry(monkeypatch):
     """fp16 is carried times a power of two and biases come later: the stages undo both."""
     monkeypatch.undo()  # the interpreter stands for a GPU
-    if "cpu" not in fastvae.fast.reasons.KERNEL_DEVICES:
+    if "cpu" not in fastvae.fast.fallback_reasons.KERNEL_DEVICES:
         pytest.skip("no kernel runs here: TRITON_INTERPRET is not set")
     torch.manual_seed(0)
     small = {"block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}

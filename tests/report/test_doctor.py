@@ -10,10 +10,11 @@ from collections import namedtuple
 import pytest
 import torch
 from fastvae_kernels import group_norm_silu
-from fastvae_kernels.runtime import KERNEL_DEVICES
-from small_store import small_vae
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES
+from support.small_store import small_vae
 
-from fastvae.report import doctor, health
+from fastvae.report import doctor
+from fastvae.report import torch_checks as health
 from fastvae.report.correctness import Truth
 from fastvae.report.doctor import check_disk, check_gpu, check_versions, examine
 

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from report.examples import result, row
 
-from fastvae.report.figures import interval, megabytes, number
+from fastvae.report.bar_chart import bars
+from fastvae.report.number_format import interval, megabytes, number
 from fastvae.report.page import check_extra, page
-from fastvae.report.plot import bars
 
 VOID = {"meta", "link", "source", "img"}
 

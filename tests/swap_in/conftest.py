@@ -6,4 +6,4 @@ import pytest
 @pytest.fixture
 def users_cpu(monkeypatch):
     """No kernel runs; a test that wants the fused ones puts KERNEL_DEVICES back."""
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())

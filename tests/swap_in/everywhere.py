@@ -9,7 +9,7 @@ import functools
 import diffusers
 
 import fastvae
-from fastvae.fast.path import FastPath
+from fastvae.fast.fast_path import FastPath
 
 COUNTS = {"models": 0, "calls": 0}
 

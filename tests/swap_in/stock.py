@@ -5,12 +5,12 @@ import copy
 import diffusers
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from fast.small_models import smallest_model
+from support.accuracy import assert_as_accurate
 
 import fastvae
-from fastvae.fast import walk
-from fastvae.latents import ACCELERATED
+from fastvae.fast import network_walk as walk
+from fastvae.latents.convert import ACCELERATED
 
 # A mark for tests of group offload.
 offloads_groups = pytest.mark.skipif(

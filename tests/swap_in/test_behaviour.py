@@ -7,10 +7,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
+from support.accuracy import assert_as_accurate
 from swap_in.stock import (
     Walks,
     assert_computes_like,

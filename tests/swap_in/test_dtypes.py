@@ -8,9 +8,9 @@ import copy
 import diffusers
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
-from fastvae_kernels.runtime import KERNEL_DEVICES
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES
+from support.accuracy import assert_as_accurate
 from swap_in.stock import (
     Walks,
     assert_computes_like,
@@ -24,7 +24,7 @@ from swap_in.stock import (
 )
 
 import fastvae
-from fastvae.fast.reasons import Reason
+from fastvae.fast.fallback_reasons import Reason
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
@@ -203,7 +203,7 @@ def test_requires_grad_back_and_forth(monkeypatch):
 
 def test_the_fused_kernels_take_the_ping_pong(monkeypatch):
     """Under the interpreter: packed weights of one dtype are not used for another."""
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", KERNEL_DEVICES)
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", KERNEL_DEVICES)
     small = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",)}
     small |= {"up_block_types": ("UpDecoderBlock2D",), "mid_block_add_attention": False}
     vae, stock = fastvae.accelerate(tiny(**small).half(), freeze=True), tiny(**small).half()

@@ -12,8 +12,8 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.loaders import lora_base
-from fastvae_kernels.runtime import KERNEL_DEVICES
-from listening_hooks import Listening, Registered
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES
+from support.listening_hooks import Listening, Registered
 from swap_in.stock import (
     Walks,
     assert_computes_like,
@@ -28,7 +28,7 @@ from swap_in.stock import (
 )
 
 import fastvae
-from fastvae.fast.reasons import Reason
+from fastvae.fast.fallback_reasons import Reason
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
@@ -266,7 +266,7 @@ def test_the_pipelines_own_calls_around_hooks():
 
 def test_the_fused_kernels_run_under_a_hook(monkeypatch):
     """With the same bits as without."""
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", KERNEL_DEVICES)
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", KERNEL_DEVICES)
     vae, x, calls = fastvae.accelerate(tiny()), pixels(size=8), []
     put_on("accelerate", vae.encoder, calls)
     under = moments_of(vae, x)

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
+from support.accuracy import assert_as_accurate
 from swap_in.tiny_parts import autoencoder, ddim, sixteen_latents, unet
 from torch import Tensor, nn
 
 import fastvae
-from fastvae.fast import reasons
-from fastvae.fast.in_place import InPlace
-from fastvae.fast.inference import Inference
-from fastvae.fast.training import Training
+from fastvae.fast import fallback_reasons as reasons
+from fastvae.fast.cpu_pass import InPlace
+from fastvae.fast.inference_pass import Inference
+from fastvae.fast.training_pass import Training
 
 
 @pytest.fixture(params=["a user's CPU", "fused kernels"], autouse=True)
@@ -26,7 +26,7 @@ def passes(request, monkeypatch):
         if "cpu" not in reasons.KERNEL_DEVICES:
             pytest.skip("no interpreter, so that kernels run on a GPU alone")
     else:
-        monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ())
+        monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
     taken: set[str] = set()
 
     def recorded(begin, name):

@@ -9,8 +9,8 @@ import diffusers
 import peft
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from fastvae_kernels.runtime import KERNEL_DEVICES
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES
+from support.accuracy import assert_as_accurate
 from swap_in.stock import (
     Walks,
     assert_computes_like,
@@ -26,7 +26,7 @@ from swap_in.stock import (
 )
 
 import fastvae
-from fastvae.fast.reasons import Reason
+from fastvae.fast.fallback_reasons import Reason
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
@@ -75,7 +75,7 @@ def test_adapters_through_their_whole_life(monkeypatch):
     assert vae.state_dict().keys() == tiny().state_dict().keys()
     assert_computes_like(vae, stock)
     torch.testing.assert_close(moments_of(vae, pixels()), moments_of(tiny(), pixels()))
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ("cpu",))
     assert not fastvae.explain(vae, SHAPE).reasons, "what is gone leaves no reason"
 
 
@@ -200,7 +200,7 @@ def counted(function, calls):
 
 def test_gradient_checkpointing_of_the_fused_kernels(monkeypatch):
     """Under the interpreter every block of a walk with a gradient goes through the part's own checkpointing."""
-    monkeypatch.setattr("fastvae.fast.reasons.KERNEL_DEVICES", KERNEL_DEVICES)
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", KERNEL_DEVICES)
     vae, calls = fastvae.accelerate(tiny()).requires_grad_(True).train(), []
     vae.enable_gradient_checkpointing()
     vae.encoder._gradient_checkpointing_func = counted(vae.encoder._gradient_checkpointing_func, calls)

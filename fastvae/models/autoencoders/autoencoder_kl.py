@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastvae import latents
+from fastvae.latents import convert as latents
 from fastvae.models.attention_processor import AttentionMixin
 from fastvae.models.autoencoders.vae import (
     AutoencoderMixin,
@@ -159,7 +159,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         if x.dtype != weight and weight.itemsize > 1 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must have the model's dtype {weight}, got {x.dtype}")
 
-    # Latents in one call: fastvae.latents holds these for any VAE object; see there for arguments and errors.
+    # Latents in one call: fastvae.latents.convert holds these for any VAE object; see there for arguments and errors.
 
     def encode_latents(
         self,

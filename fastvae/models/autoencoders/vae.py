@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvae.latents.sampling import sample_posterior
 from fastvae.models.modeling_outputs import BaseOutput
 from fastvae.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
-from fastvae.sampling import sample_posterior
 
 
 @dataclass

@@ -1,0 +1,239 @@
+"""The tables and pictures of results in README.md and docs/, written from the results themselves.
+
+    python bench/pages/tables.py          (make report)
+
+Between `<!-- results: FILE TABLE -->` and `<!-- end -->` stands what FILE holds; a test compares the two. TABLE is
+pipeline, ops, encoder, decoder or profile; devices stands for all of them, of every GPU whose results FILE (with a *)
+finds. Pictures go to docs/images, named after the results' folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.pages import bar_svg as pictures
+from bench.timing import profiles
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/performance.md")
+SECTION = re.compile(r"(<!-- results: (?P<file>\S+) (?P<table>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS, IMAGES = "bench/results/*/results.json", "docs/images"
+NOT_YET = "Not measured yet."
+
+
+def _milliseconds(value: float) -> str:
+    """Milliseconds in three digits or more."""
+    return f"{1e3 * value:.{0 if value >= 0.1 else 1 if value >= 0.01 else 3}f}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return " to ".join(_milliseconds(end) for end in row["interval"]) if row["interval"] else "too few rounds"
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    return f"{row['times_diffusers']:.2f}" if row["times_diffusers"] else ""
+
+
+def _why_not(row: Mapping[str, Any]) -> str:
+    return f"left out: {row['left_out']}" if "left_out" in row else f"failed: {row['failed']}"
+
+
+def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
+    """For each case of an encoder or decoder: contestant, median, interval, times diffusers, error, share of floor."""
+    lines: list[str] = []
+    for entry in result.get("networks", {}).values():
+        if entry["part"] != part:
+            continue
+        floor = f"{entry['rounds']} rounds; floor {_milliseconds(entry['floor_seconds'])} ms"
+        beside = ", with torch.compile" if entry["compiled"] else ""
+        lines += [
+            f"**{pictures.title(entry)}{beside}** ({floor})",
+            "",
+            "| | median, ms | 95 % interval | times diffusers | error | share of the floor | peak memory |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in entry["contestants"].items():
+            if "median_seconds" not in row:
+                lines.append(f"| {name} | {_why_not(row)} | | | | | |")
+                continue
+            memory = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
+            lines.append(
+                f"| {name} | {_milliseconds(row['median_seconds'])} | {_interval(row)} | {_times(row)} "
+                f"| {_share(row['error'])} | {100 * row['share_of_floor']:.0f} % | {memory} |"
+            )
+        lines.append("")
+    return lines
+
+
+def _share(error: float) -> str:
+    """An rms error as a share of the result's spread."""
+    return f"{100 * error:.2f} %" if error >= 1e-4 else f"{error:.1e}"
+
+
+def ops_table(result: Mapping[str, Any]) -> list[str]:
+    """Each op: median of ours, the roof's share, and eager by layout."""
+    if not result.get("cases"):
+        return []
+    lines = ["| op | ours | median, ms | share of the roof | times eager |", "|---|---|---|---|---|"]
+    for name, row in result["cases"].items():
+        beside = ", ".join(f"{ratio:.2f} {layout}" for layout, ratio in row["times_eager"].items())
+        lines.append(
+            f"| {name} | {row['ours']} | {_milliseconds(row['median_seconds']['ours'])} "
+            f"| {100 * row['share_of_roof']:.0f} % | {beside} |"
+        )
+    return [*lines, ""]
+
+
+def pipeline_table(result: Mapping[str, Any]) -> list[str]:
+    """A folder of photographs to latents on disk: images a second."""
+    entry = result.get("pipeline")
+    if not entry:
+        return []
+    lines = [
+        "| | images/s | 95 % interval | times diffusers | error of the mean, rms, as a share of its spread |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in entry["contestants"].items():
+        ends = row["interval"] and [entry["images"] / end for end in reversed(row["interval"])]
+        between = "too few rounds" if not ends else " to ".join(f"{end:.2f}" for end in ends)
+        error = "compared with" if row["error"] is None else f"{100 * row['error']:.2f} %"
+        label = "diffusers at its defaults (fp32)" if name == "diffusers" else name
+        lines.append(f"| {label} | {row['images_per_second']:.2f} | {between} | {_times(row)} | {error} |")
+    return [*lines, "", f"{entry['images']} photographs, medians of {entry['rounds']} rounds."]
+
+
+def profile_table(result: Mapping[str, Any]) -> list[str]:
+    """Where the time of a pass goes: a row for each group of operators or kernels, a column for each contestant."""
+    lines: list[str] = []
+    for entry in result.get("profiles", {}).values():
+        columns = profiles.shown(entry["contestants"])
+        totals = {name: sum(groups.values()) for name, groups in columns.items()}
+        lines += [
+            f"**{pictures.title(entry)}** (ms in {entry['counted']}; of {entry['calls']} calls the middle one)",
+            "",
+            f"| | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+        ]
+        for group in next(iter(columns.values())):
+            cells = (
+                f"{_milliseconds(told[group])} ({100 * told[group] / totals[name]:.0f} %)"
+                for name, told in columns.items()
+            )
+            lines.append(f"| {group} | {' | '.join(cells)} |")
+        lines += [f"| together | {' | '.join(map(_milliseconds, totals.values()))} |", ""]
+    return lines
+
+
+def origin(result: Mapping[str, Any], table: str) -> str:
+    """Where the numbers come from: device, versions, commit; those of the part, where parts were run one by one."""
+    part = result.get("parts", {}).get(table, {})
+    facts = {**result, **part}
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS if facts["versions"].get(name))
+    on_cpu = facts["device"] == "cpu"
+    place = (
+        f"{facts['threads']} threads of {facts['processor']}"
+        if on_cpu
+        else f"{facts['device']}, driver {facts['driver']}"
+    )
+    failed = f" This part did not pass: {part['status']}." if part and not part["passed"] else ""
+    return f"{place}; {versions}; commit {facts['commit'][:12]}, {facts['date']}.{failed}"
+
+
+VERSIONS = ("torch", "triton", "diffusers", "onnxruntime", "openvino")
+TABLES = {
+    "pipeline": pipeline_table,
+    "ops": ops_table,
+    "encoder": lambda result: network_tables(result, "encoder"),
+    "decoder": lambda result: network_tables(result, "decoder"),
+    "profile": profile_table,
+}
+
+
+def _drawn(result: Mapping[str, Any], table: str) -> str:
+    """The SVG that belongs to a table; "" where there is nothing to draw."""
+    if table == "profile":
+        entries = list(result.get("profiles", {}).values())
+        return pictures.stacks(entries) if entries else ""
+    rows = [entry for entry in result.get("networks", {}).values() if entry["part"] == table]
+    timed = [entry for entry in rows if any("median_seconds" in row for row in entry["contestants"].values())]
+    return pictures.medians(timed) if timed else ""
+
+
+def section(path: Path, result: Mapping[str, Any], table: str) -> list[str]:
+    """A table, its picture if it has one, and where its numbers come from; nothing where nothing was measured."""
+    lines = TABLES[table](result)
+    if not lines:
+        return []
+    if _drawn(result, table):
+        lines = [*lines, f"![{table}: the table above as bars](images/{path.parent.name}-{table}.svg)", ""]
+    return [*lines, origin(result, table)]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    result = json.loads(path.read_text())
+    if result["dry"]:
+        raise ValueError(f"{path.parent.name}/{path.name} is of a dry run: it has no times")
+    return result
+
+
+def _devices(root: Path, pattern: str) -> list[str]:
+    """All tables of every GPU, each under its name."""
+    lines: list[str] = []
+    for path in sorted(root.glob(pattern)):
+        result = json.loads(path.read_text())
+        if result["dry"] or result["device"] == "cpu":
+            continue
+        sections = [section(path, result, table) for table in TABLES]
+        lines += [f"### {result['device']}", "", *(line for found in sections if found for line in [*found, ""])]
+    return lines[:-1]
+
+
+def with_results(text: str, root: Path = ROOT) -> str:
+    """``text`` with every section of results written anew; where there is no result yet, it says so.
+
+    Raises ValueError for a result of a dry run, and for a table that is none.
+    """
+
+    def written(found: re.Match) -> str:
+        table, path = found["table"], root / found["file"]
+        if table == "devices":
+            lines = _devices(root, found["file"])
+        elif table in TABLES:
+            lines = section(path, _read(path), table) if path.exists() else []
+        else:
+            raise ValueError(f"TABLE must be one of {', '.join(TABLES)} or devices, got {table!r}")
+        return found[1] + "\n".join(lines or [NOT_YET]) + f"\n{found[4]}"
+
+    return SECTION.sub(written, text)
+
+
+def drawings(root: Path = ROOT) -> dict[str, str]:
+    """Name -> SVG of every picture that the results give."""
+    made = {}
+    for path in sorted(root.glob(RESULTS)):
+        result = json.loads(path.read_text())
+        if not result["dry"]:
+            found = {table: _drawn(result, table) for table in TABLES}
+            made |= {f"{IMAGES}/{path.parent.name}-{table}.svg": svg for table, svg in found.items() if svg}
+    return made
+
+
+def write(root: Path = ROOT) -> list[str]:
+    """Write the tables of every page and the pictures; the names of what changed."""
+    made = {name: with_results((root / name).read_text(), root) for name in PAGES} | drawings(root)
+    changed = []
+    for name, new in made.items():
+        path = root / name
+        if not path.exists() or path.read_text() != new:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(new)
+            changed.append(name)
+    return changed
+
+
+if __name__ == "__main__":
+    print("written: " + (", ".join(write()) or "nothing, all tables are as their results"))

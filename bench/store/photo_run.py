@@ -1,0 +1,249 @@
+"""A folder of photographs through the whole of `fastvae encode`: killed twice, resumed, checked, decoded, trained on.
+
+    python bench/store/photo_run.py PHOTOGRAPHS WORK [--vae tiny] [--buckets sdxl@256] [--count 100] [--batch 4]
+
+WORK must not exist; the mixed formats, the store, the contact sheet and result.json are left in it. Every check is an
+assertion: the run ends at the first that fails.
+
+1. Every other photograph is written in another format or form (mixed_formats.py), the others lie as they are.
+2. `fastvae encode` runs in a process of its own and is killed with SIGKILL twice, when a third and two thirds of the
+   rows are committed; the third run ends it. `fastvae verify --deep` must be content.
+3. Each row must have its own key and the bits, size and crop of its image encoded alone, in a store of its own.
+4. Each row must be nearest, of all rows of its bucket, to the photograph that it was made from, opened by Pillow alone
+   and encoded in fp32, by diffusers where --vae is a folder, else by fastvae's own model: no two rows have changed
+   places, and no format lost its picture.
+5. `fastvae decode --sheet` draws them all, and examples/train_loop.py's loop reads one epoch and trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import fastvae
+from bench.store.mixed_formats import as_seen, photographs_in, write_mixed
+from fastvae.report.machine import processor
+
+ROOT = Path(__file__).parents[2]
+LOOK = 0.005
+LONGEST_OPENED = 2048  # of an original, in pixels, where it is compared
+COMPARED = ("mean", "logvar", "original_hw", "crop_tlhw", "bucket", "variant", "sample_id", "noise_key")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--vae", default="tiny", help="a folder, or tiny; 'sd15' makes one of that size at random")
+    parser.add_argument("--buckets", default="sdxl@256")
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--batch", default="4")
+    parser.add_argument("--rows-per-shard", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=100, help="of training, after the epoch that is only read")
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True)
+    vae = _model(asked.vae, asked.work)
+    mixed, out = asked.work / "photographs", asked.work / "latents"
+    made = write_mixed(photographs_in(asked.photographs, asked.count), mixed)
+    result: dict[str, Any] = {"photographs": len(made), "model": asked.vae, "buckets": asked.buckets}
+    result |= {"processor": processor(), "threads": torch.get_num_threads()}
+    result["forms"] = dict(Counter(form for _, form in made.values()))
+    result["pixels"] = _extent(mixed)
+
+    options = ["--vae", vae, "--buckets", asked.buckets, "--batch", asked.batch, "--deterministic"]
+    options += ["--shard-mb", str(_shard_mb(vae, asked.buckets, asked.rows_per_shard))]
+    result["runs"] = [_killed(mixed, out, options, len(made) * third // 3) for third in (1, 2)]
+    result["runs"].append(_finished(mixed, out, options, len(made)))
+    result["rows"] = dict(Counter("x".join(map(str, bucket)) for bucket in _buckets(out)))
+    _command("verify", str(out), "--deep")
+    print("verify --deep: sound", flush=True)
+
+    result["bits"] = compare_with_single_encodes(mixed, out, vae, options)
+    result["nearest"] = compare_with_originals(made, out, vae)
+    _command("decode", str(out), str(asked.work / "decoded"), "--rows", "0:", "--sheet", str(asked.work / "sheet.png"))
+    result["training"] = train(out, asked.steps)
+    (asked.work / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+def _model(name: str, work: Path) -> str:
+    if name != "sd15":
+        return name
+    fastvae.AutoencoderKL.from_preset(name, seed=0).save_pretrained(work / "model")
+    return str(work / "model")
+
+
+def _extent(folder: Path) -> str:
+    """Width and height of the photographs of fewest and of most pixels, and the bytes of all."""
+    from fastvae.data.images.read import image_size
+
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = sorted((image_size(path) for path in paths), key=lambda size: size[0] * size[1])
+    megabytes = sum(path.stat().st_size for path in paths) / 1e6
+    return f"{sizes[0][1]}x{sizes[0][0]} to {sizes[-1][1]}x{sizes[-1][0]}, {megabytes:.0f} MB"
+
+
+def _shard_mb(vae: str, buckets: str, rows: int) -> float:
+    """The size of a shard of so many rows of the table's largest bucket."""
+    from fastvae.data.images.buckets import Buckets
+    from fastvae.data.store.shard import row_bytes
+
+    model = fastvae.AutoencoderKL.from_pretrained(vae, parts=("encoder",))
+    sizes = Buckets.named(buckets, model.downsample_factor).sizes
+    area = max(height * width for height, width in sizes) // model.downsample_factor**2
+    return rows * row_bytes(int(model.config.latent_channels), area, 1, "fp16", "fp16") / 1e6
+
+
+def _command(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "fastvae", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"fastvae {' '.join(words)}: exit code {done.returncode}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+def _committed(out: Path) -> int:
+    """The rows of every commit record, read as anybody would."""
+    records = (out / "shards").glob("*.json") if (out / "shards").is_dir() else ()
+    return sum(json.loads(path.read_text())["rows"] for path in records)
+
+
+def _killed(source: Path, out: Path, options: list[str], rows: int) -> dict[str, Any]:
+    """Begin to encode, and kill the process as soon as ``rows`` are committed."""
+    before, started = _committed(out), time.perf_counter()
+    command = [sys.executable, "-m", "fastvae", "encode", str(source), str(out), *options, "-q"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while _committed(out) < rows and process.poll() is None:
+        time.sleep(LOOK)
+    process.kill()
+    code, said = process.wait(), process.communicate()[1]
+    assert code == -9, f"encode ended with {code} before {rows} rows were committed: {said!r}"
+    told = {"killed_at": _committed(out), "found": before, "seconds": round(time.perf_counter() - started, 1)}
+    print(told, flush=True)
+    return told
+
+
+def _finished(source: Path, out: Path, options: list[str], count: int) -> dict[str, Any]:
+    before, children = _committed(out), resource.getrusage(resource.RUSAGE_CHILDREN)
+    report = json.loads(_command("encode", str(source), str(out), *options, "-q", "--json"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (report["resumed"], report["ok"], report["failed"]) == (before, count - before, 0), report
+    names = ("ok", "resumed", "seconds", "decode_seconds", "encode_seconds", "dtype", "dtype_error", "flags")
+    told = {name: report[name] for name in names} | {"images_per_s": round(report["ok"] / report["seconds"], 1)}
+    told["process_cpu_seconds"] = round(after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime, 1)
+    print(told, flush=True)
+    return told
+
+
+def _buckets(out: Path) -> list[tuple[int, int]]:
+    return [bucket for bucket, rows in fastvae.LatentDataset(out).shards() for _ in range(len(rows))]
+
+
+def compare_with_single_encodes(source: Path, out: Path, vae: str, options: list[str]) -> dict[str, int]:
+    """Each row beside the only row of a store of its image alone, under its own key: nothing may differ in any bit."""
+    buckets = options[options.index("--buckets") + 1]
+    model = fastvae.AutoencoderKL.from_pretrained(vae)
+    rows, alone = fastvae.LatentDataset(out), out.parent / "alone"
+    there = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert sorted(rows.keys()) == sorted(there), "the keys are other than the files"
+    values = 0
+    for number in range(len(rows)):
+        row, key = rows[number], rows.keys()[number]
+        target = alone / str(number) / "in" / key
+        target.parent.mkdir(parents=True)
+        os.link(source / key, target)
+        single = alone / str(number) / "out"
+        own = {"vae": model, "buckets": buckets, "batch": 1, "deterministic": True, "progress": False}
+        fastvae.encode(alone / str(number) / "in", single, **own)
+        (other,) = fastvae.LatentDataset(single)
+        assert other["key"] == row["key"] == key
+        for name in COMPARED:
+            assert torch.equal(row[name], other[name]), f"{key}: {name} is another than in a store of its own"
+        values += row["mean"].numel() + row["logvar"].numel()
+    print(f"{len(rows)} rows have the bits of their image alone", flush=True)
+    return {"rows": len(rows), "values": values, "differing": 0}
+
+
+@torch.no_grad()
+def compare_with_originals(made: dict[str, tuple[Path, str]], out: Path, vae: str) -> dict[str, Any]:
+    """Each original, opened by Pillow and encoded in fp32, beside all rows of its image's bucket."""
+    model: Any = fastvae.AutoencoderKL.from_pretrained(vae)
+    if Path(vae).is_dir():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        model = AutoencoderKL.from_pretrained(vae)
+    rows = fastvae.LatentDataset(out)
+    means = [rows[number]["mean"].float() for number in range(len(rows))]
+    own: dict[str, float] = {}
+    worst = 0.0
+    for number, key in enumerate(rows.keys()):
+        bucket = rows[number]["bucket"].tolist()
+        x = (
+            torch.from_numpy(_covering(as_seen(*made[key], LONGEST_OPENED), *bucket)).permute(2, 0, 1)[None].float()
+            / 127.5
+            - 1
+        )
+        expected = model.encode(x).latent_dist.mean[0]
+        error = {other: _rms(means[other] - expected) for other in _rows_of(rows, bucket)}
+        nearest = min(error, key=error.__getitem__)
+        assert nearest == number, f"{key} ({made[key][1]}) is nearer to {rows.keys()[nearest]}: {error}"
+        share = error[number] / _rms(expected - expected.mean())
+        own[made[key][1]] = max(own.get(made[key][1], 0.0), share)
+        others = [value for other, value in error.items() if other != number]
+        worst = max(worst, error[number] / min(others)) if others else worst
+    print(f"{len(rows)} rows are nearest to their own photograph", flush=True)
+    return {
+        "rows": len(rows),
+        "largest_error_by_form": {form: round(share, 3) for form, share in own.items()},
+        "own_over_nearest_other": round(worst, 3),
+    }
+
+
+def _rows_of(rows: fastvae.LatentDataset, bucket: list[int]) -> list[int]:
+    return [number for size, numbers in rows.shards() if list(size) == bucket for number in numbers.tolist()]
+
+
+def _covering(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """A picture scaled to cover the bucket, cut at its centre: uint8 [height, width, 3]."""
+    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)).copy()
+
+
+def _rms(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def train(out: Path, steps: int) -> dict[str, Any]:
+    """One epoch read, each row once; then so many steps of the example's denoiser on the stored latents."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import train_loop  # type: ignore[import-not-found]
+
+    epoch = train_loop.stored(out, torch.device("cpu"), 4, 0, 0)
+    seen = Counter(key for batch in epoch(0) for key in batch["key"])
+    assert seen == Counter(fastvae.LatentDataset(out).keys()), "an epoch is not every row once"
+    channels = fastvae.LatentDataset(out).latent_channels
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    losses = train_loop.train(train_loop.Denoiser(channels, torch.device("cpu")), epoch, steps)
+    first, last = (float(np.mean(part)) for part in (losses[:10], losses[-10:]))
+    assert last < first, f"the loss did not fall: {first:.3f} to {last:.3f}"
+    per_s = steps / (time.perf_counter() - started)
+    return {
+        "rows": len(seen),
+        "steps": steps,
+        "loss": [round(first, 3), round(last, 3)],
+        "steps_per_s": round(per_s, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

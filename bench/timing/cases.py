@@ -1,0 +1,148 @@
+"""What is timed: one table of cases from the Stable Diffusion autoencoder, for the ops and for the whole network.
+
+Each has a table for a GPU, one for a CPU, and a dry one that runs in seconds on tiny shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.timing.operations import Case
+
+
+@dataclass(frozen=True)
+class Network:
+    """An encoder or a decoder at one shape. preset: whose configuration, or TINY; side: of the square images.
+
+    compiled: torch.compile takes part, which takes a minute or more; exported: so do ONNX Runtime and OpenVINO.
+    """
+
+    part: str
+    preset: str
+    side: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    compiled: bool = False
+    exported: bool = False
+
+    @property
+    def name(self) -> str:
+        words = f"{self.part} {self.preset} {self.batch}x{self.side}x{self.side} {self.dtype}"
+        return f"{words} compiled" if self.compiled else words
+
+
+def encoder_stages(side: int) -> list[tuple[int, ...]]:
+    """What the norms of an encoder at side x side see."""
+    return [(1, 128, side, side), (1, 256, side // 2, side // 2), (1, 512, side // 4, side // 4),
+            (1, 512, side // 8, side // 8)]  # fmt: skip
+
+
+def decoder_stages(side: int) -> list[tuple[int, ...]]:
+    """What the norms of a decoder see beyond the encoder's: the first of a level has the channels of the one before."""
+    return [(1, 256, side, side), (1, 512, side // 2, side // 2)]
+
+
+SIDES = (256, 512, 1024, 2048)
+POINTWISE = ("group_norm_silu_measured", "group_norm_statistics", "scale_shift_silu", "residual_add")
+# The norm that published kernels are compared on: [1, 128, 20, 256, 256], its frames laid below each other.
+TALL = (1, 128, 20 * 256, 256)
+_TABLE = [
+    *(Case("group_norm_silu", shape) for side in SIDES for shape in encoder_stages(side) + decoder_stages(side)),
+    Case("group_norm_silu", TALL),
+    Case("group_norm_silu_measured", TALL),
+    Case("group_norm_silu", (8, 128, 512, 512)),
+    *(Case("group_norm_silu", (1, 128, 1024, 1024), dtype) for dtype in ("float16", "float32")),
+    *(Case(op, shape) for op in POINTWISE for side in SIDES[1:] for shape in encoder_stages(side)[:3]),
+    Case("residual_add", (1, 128, 1024, 1024), "float16"),
+    *(Case("residual_add_padded", shape) for shape in encoder_stages(512)[:3]),
+    *(Case("group_norm_silu_backward", shape) for shape in encoder_stages(512)[:3]),
+    *(Case("spatial_attention", (1, length, 512)) for length in (1024, 4096, 16384)),
+    *(Case("spatial_attention", (8, length, 512)) for length in (1024, 4096)),
+    Case("spatial_attention", (8, 4096, 256)),
+    Case("spatial_attention", (1, 4096, 512), "float16"),
+    *(Case("spatial_attention_shared", (1, length, 512)) for length in (1024, 4096, 16384)),
+    *(Case("spatial_attention_backward", (1, length, 512)) for length in (1024, 4096, 16384)),
+    *(Case("pixels_conv_in", (1, 3, side, side)) for side in SIDES),
+    Case("pixels_conv_in", (8, 3, 512, 512)),
+    Case("pixels_conv_in", (1, 3, 1024, 1024), layout="NCHW"),
+    *(Case("upsample_conv", (1, 512, side // by, side // by)) for side in (512, 1024) for by in (8, 4)),
+    *(Case("upsample_conv", (1, 256, side // 2, side // 2)) for side in (512, 1024, 2048)),
+    *(Case("sample_posterior", (8, 8, side // 8, side // 8), layout="NCHW") for side in SIDES),
+    Case("sample_posterior", (8, 8, 64, 64), "float16"),
+    Case("kl_divergence", (8, 8, 64, 64), layout="NCHW"),
+    Case("kl_divergence", (8, 8, 256, 256), layout="NCHW"),
+]  # fmt: skip
+# Levels of neighbouring sizes meet: each shape once.
+CASES = list(dict.fromkeys(_TABLE))
+# Every op once, as the encoder sees it at 256 x 256. Without a GPU the ops are their references.
+CPU = [
+    *(Case("group_norm_silu", (1, 128, 256, 256), dtype) for dtype in ("float32", "bfloat16")),
+    *(Case(op, (1, 128, 256, 256), "float32") for op in (*POINTWISE, "residual_add_padded")),
+    Case("group_norm_silu_backward", (1, 128, 256, 256), "float32"),
+    *(Case("spatial_attention", (1, 1024, 512), dtype) for dtype in ("float32", "bfloat16")),
+    *(Case(f"spatial_attention_{end}", (1, 1024, 512), "float32") for end in ("shared", "backward")),
+    Case("pixels_conv_in", (1, 3, 256, 256), "float32"),
+    Case("upsample_conv", (1, 512, 32, 32), "float32"),
+    *(Case(op, (8, 8, 32, 32), "float32", layout="NCHW") for op in ("sample_posterior", "kl_divergence")),
+]
+# Tiny, and every op once: what the interpreter runs in seconds.
+DRY = [
+    Case("group_norm_silu", (1, 64, 4, 5)),
+    Case("group_norm_silu_measured", (1, 64, 4, 5), "float32"),
+    Case("group_norm_statistics", (1, 64, 4, 5)),
+    Case("scale_shift_silu", (1, 64, 4, 5), "float16"),
+    Case("residual_add", (1, 64, 4, 5)),
+    Case("residual_add_padded", (1, 64, 4, 5)),
+    Case("group_norm_silu_backward", (1, 64, 4, 5), "float32"),
+    Case("spatial_attention", (1, 20, 32)),
+    Case("spatial_attention", (2, 20, 264)),
+    Case("spatial_attention_shared", (1, 20, 32), "float16"),
+    Case("spatial_attention_backward", (1, 20, 32), "float32"),
+    Case("pixels_conv_in", (1, 3, 6, 5)),
+    Case("pixels_conv_in", (1, 3, 6, 5), layout="NCHW"),
+    Case("upsample_conv", (1, 32, 3, 4)),
+    Case("sample_posterior", (2, 8, 3, 4), layout="NCHW"),
+    Case("kl_divergence", (2, 8, 3, 4), layout="NCHW"),
+]
+OPS = {"cuda": CASES, "cpu": CPU, "dry": DRY}
+
+# A model of the same make in miniature, for dry runs.
+TINY = "tiny"
+# (preset, side, batch), the most telling first: a run that is cut short has those. A preset is its shapes alone.
+_SHAPES = [
+    ("sd15", 512, 8), ("sd15", 512, 1), ("sd15", 256, 1), ("sd15", 1024, 1), ("sdxl", 1024, 4), ("flux", 1024, 1),
+    ("sd15", 256, 32), ("flux", 512, 32), ("sd15", 2048, 1),
+]  # fmt: skip
+
+
+def _on_a_gpu(part: str) -> list[Network]:
+    named = [Network(part, *shape) for shape in _SHAPES]
+    half = Network(part, "sd15", 512, 8, "float16")
+    # Last: compiling takes as long as all the others together.
+    return [*named[:1], half, *named[1:], Network(part, "sd15", 512, 8, compiled=True)]
+
+
+ENCODERS = {
+    "cuda": _on_a_gpu("encoder"),
+    "cpu": [
+        Network("encoder", "sd15", 256, dtype=dtype, compiled=True, exported=True) for dtype in ("float32", "bfloat16")
+    ],
+    "dry": [Network("encoder", TINY, 4, dtype="bfloat16")],
+}
+DECODERS = {
+    "cuda": _on_a_gpu("decoder"),
+    "cpu": [Network("decoder", "sd15", 256, dtype="float32", exported=True)],
+    "dry": [Network("decoder", TINY, 4, dtype="float32")],
+}
+# Whose time is taken apart, kernel by kernel.
+PROFILES = {
+    "cuda": [Network(part, "sd15", 512, 8) for part in ("encoder", "decoder")],
+    "cpu": [Network("encoder", "sd15", 256, dtype=dtype) for dtype in ("bfloat16", "float32")],
+    "dry": [Network("encoder", TINY, 4, dtype="float32")],
+}
+# Encoding in the training loop; a CPU's loader is held to its steps by tests/data.
+LOADERS = {
+    "cuda": [Network("encoder", "sd15", side, batch, "float16") for side, batch in ((256, 32), (512, 8))],
+    "cpu": [],
+    "dry": [Network("encoder", TINY, 4, dtype="float32")],
+}

@@ -1,0 +1,187 @@
+"""Options, the device, its measured roof, and the results file of the benchmarks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT / "tests")]
+
+# Read by torch at its first allocation, for every contestant that is torch's: large tensors on 2 MiB pages. Fresh
+# memory in pages of 4 KiB was a fifth of a bf16 encode on two cores.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# ruff: noqa: E402
+# Found by the paths above.
+import torch
+
+from bench.timing.environment import surroundings
+from bench.timing.stopwatch import Stopwatch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", default="", help="write the results to this JSON")
+    parser.addoption("--dry", action="store_true", help="a few tiny cases: whether it runs, not how fast")
+    parser.addoption("--without", action="append", default=[], help="leave this contestant out (may be repeated)")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        kind = "dry" if metafunc.config.getoption("dry") else "cuda" if torch.cuda.is_available() else "cpu"
+        table = metafunc.module.TABLE[kind]
+        metafunc.parametrize("case", table, ids=lambda case: case.name.replace(" ", "-"))
+
+
+def pytest_configure(config):
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "roof")
+    config.results = {**{name: {} for name in data}, "failed": []}
+    if config.getoption("dry") or torch.cuda.is_available():
+        # The tests' own settings: the interpreter where there is no GPU, and what mends it. Before the kernels are
+        # imported; a measurement on a CPU has its own threads, and no interpreter.
+        path = ROOT / "tests" / "conftest.py"
+        specification = importlib.util.spec_from_file_location("settings_of_the_tests", path)
+        assert specification is not None
+        assert specification.loader is not None
+        specification.loader.exec_module(importlib.util.module_from_spec(specification))
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        _config.results["failed"].append(report.nodeid.split("::")[-1])
+    if report.when == "teardown":  # what is killed in the next case has this one's
+        _write(_config, passed=False)
+
+
+def pytest_sessionstart(session):
+    global _config
+    _config = session.config
+
+
+def pytest_sessionfinish(session, exitstatus):
+    _write(session.config, passed=exitstatus == 0)
+
+
+_surroundings = functools.cache(surroundings)
+
+
+def _write(config, passed):
+    """The results file as it stands; ``passed``: whether that is all, and well."""
+    path = config.getoption("results")
+    if path:
+        whole = _surroundings() | {"dry": config.getoption("dry"), "passed": passed} | config.results
+        Path(f"{path}.tmp").write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(f"{path}.tmp", path)
+
+
+def said(row: dict[str, Any], dry: bool) -> str:
+    """One contestant's row in words."""
+    if "median_seconds" not in row:
+        return "; ".join(f"{key.replace('_', ' ')}: {row[key]}" for key in ("left_out", "failed") if key in row)
+    if dry:
+        return "right"
+    words = [f"{1e3 * row['median_seconds']:9.2f} ms"]
+    if row["interval"]:
+        words.append("[{:.2f}, {:.2f}]".format(*(1e3 * end for end in row["interval"])))
+    if row["times_diffusers"]:
+        words.append(f"x{row['times_diffusers']:.2f} diffusers")
+    if row.get("share_of_floor"):
+        words.append(f"{100 * row['share_of_floor']:.0f} % of the floor")
+    return ", ".join(words)
+
+
+def pytest_terminal_summary(terminalreporter):
+    results = terminalreporter.config.results
+    dry = terminalreporter.config.getoption("dry")
+    roof = {name: round(value["rate"] / 1e12, 3) for name, value in results["roof"].items()}
+    if not dry:
+        terminalreporter.write_line(f"roof measured in this run, TB/s and TFLOP/s: {roof}")
+    for name, row in results["cases"].items():
+        if dry:
+            terminalreporter.write_line(f"{name:58} right")
+            continue
+        beside = " ".join(f"x{ratio:.2f} {layout}" for layout, ratio in row["times_eager"].items())
+        terminalreporter.write_line(
+            f"{name:58} {1e6 * row['median_seconds']['ours']:10.1f} µs {row['rate'] / 1e12:8.3f} {row['unit']:8} "
+            f"{100 * row['share_of_roof']:5.1f} % of the roof, eager {beside}"
+        )
+    for name, entry in results["networks"].items():
+        for contestant, row in entry["contestants"].items():
+            terminalreporter.write_line(f"{name:44} {contestant:28} {said(row, dry)}")
+    for contestant, row in results["pipeline"].get("contestants", {}).items():
+        terminalreporter.write_line(f"{'pipeline':44} {contestant:28} {said(row, dry)}")
+    for name, entry in results["profiles"].items():
+        for contestant, row in entry["contestants"].items():
+            ranked = sorted(row["groups"].items(), key=lambda item: -item[1])
+            spent = ", ".join(f"{group} {1e3 * seconds:.2f}" for group, seconds in ranked[:6])
+            terminalreporter.write_line(f"{name:44} {contestant:28} {'right' if dry else f'ms: {spent}'}")
+    for name, row in results["loader"].items():
+        rates = ", ".join(f"{who} {rate:.1f} images/s" for who, rate in row["images_per_second"].items())
+        words = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
+        terminalreporter.write_line(f"{name:44} {words}")
+    for name in results["failed"]:
+        terminalreporter.write_line(f"FAILED {name}")
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def dry(request):
+    return request.config.getoption("dry")
+
+
+@pytest.fixture(scope="session")
+def without(request):
+    return request.config.getoption("without")
+
+
+@pytest.fixture(scope="session")
+def stopwatch(device, dry):
+    return Stopwatch(device, rounds=1 if dry else 15, warm=not dry)
+
+
+@pytest.fixture(scope="session")
+def results(request):
+    return request.config.results
+
+
+@pytest.fixture(scope="session")
+def roof(device, dry, stopwatch, results):
+    """What this device does at best, measured now: bytes copied a second, and products of each dtype."""
+
+    # A CPU has a hundredth of a GPU's rates, and 256 MB exceed its caches as 1 GB does a GPU's.
+    elements, side = (2**20, 128) if dry else (2**29, 8192) if device.type == "cuda" else (2**27, 2048)
+
+    def copy() -> dict[str, Any]:
+        source = torch.randn(elements, device=device).bfloat16()
+        target = torch.empty_like(source)
+        return {"work": 2 * source.numel() * source.element_size(), "call": lambda: target.copy_(source)}
+
+    def product(dtype: torch.dtype) -> dict[str, Any]:
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return {"work": 2 * side**3, "call": lambda: left @ right}
+
+    made = {"bytes": copy}
+    dtypes = ["bfloat16", "float16", "float32"]
+    if device.type == "cpu" and not dry:
+        dtypes.remove("float16")  # no case has it there
+    made |= {name: lambda name=name: product(getattr(torch, name)) for name in dtypes}
+    for name, make in made.items():
+        measured = make()
+        seconds = stopwatch.interleaved({"roof": [measured["call"]]})["roof"]
+        # What it does at best: the fastest round.
+        results["roof"][name] = {"rate": measured["work"] / min(seconds), "seconds": seconds}
+        del measured
+    return {name: value["rate"] for name, value in results["roof"].items()}

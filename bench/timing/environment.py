@@ -1,0 +1,61 @@
+"""What a result must carry to be worth anything later: commit, sources, versions, device, driver."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.kernels.audit import source_hash
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = ("torch", "triton", "pytest-benchmark", "diffusers", "onnxruntime", "openvino", "onnx", "numpy")
+
+
+def _command(*words: str) -> str:
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def surroundings() -> dict[str, Any]:
+    """The facts of this tree and this machine, as they stand in a results file."""
+    from fastvae.report.machine import processor
+
+    versions = {name: _version(name) for name in VERSIONS}
+    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    # "-dirty" where files differ from the commit.
+    described = _command("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    found: dict[str, Any] = {
+        "commit": os.environ.get("COMMIT") or described,
+        "kernel_sources": source_hash(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+    }
+    if not torch.cuda.is_available():
+        return found | {"device": "cpu", "driver": None}
+    properties = torch.cuda.get_device_properties(0)
+    return found | {
+        "device": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }

@@ -1,0 +1,79 @@
+"""A store read in one pass, a few shards at a time: for stores that are too large for the page cache."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastvae.data.datasets.collate import collate
+from fastvae.data.datasets.dataset import LatentDataset
+from fastvae.data.datasets.sampler import check_order, order_state
+from fastvae.data.order import Order
+
+
+class LatentIterable(torch.utils.data.IterableDataset):
+    """Batches of the store at ``path``, each of one bucket: ``DataLoader(LatentIterable(...), batch_size=None)``.
+
+    The shards' order is mixed, and rows within ``window`` shards at a time: so much of the store is read at random, and
+    stays in memory while it is. A DataLoader's workers share the batches and hand them out in one order, whatever their
+    number. rank, ranks, shuffle and drop_last are BucketBatchSampler's; ``options`` are LatentDataset's (scaled,
+    posterior, columns). Raises what the two raise.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        window: int = 8,
+        drop_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        **options: Any,
+    ):
+        self.dataset = LatentDataset(path, seed=seed, **options)
+        self._order = Order(batch_size, seed, shuffle, drop_last, rank, ranks, window)
+        self._shards = self.dataset.shards()
+        # An epoch, and how many of its batches are left out; shared memory, for workers that live on.
+        self._resume = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration's order and noise."""
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self._order.count(self._shards) - self._start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if info is None else (info.id, info.num_workers)
+        batches = self._order.batches(self._shards, self.dataset.epoch)
+        for numbers in itertools.islice(batches, self._start() + first, None, step):
+            yield collate(self.dataset.__getitems__(numbers))
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """Where the epoch is, to go on from with load_state_dict; ``done``: its batches that training has finished.
+
+        Counted from the epoch's start, the same for every rank. The count is the caller's: batches are made in workers,
+        ahead of training.
+        """
+        return {"batches": done, **order_state(self._order, self.dataset)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the epoch of ``state``: its iterations begin after the batches that were done.
+
+        Those of another epoch begin at its start. Raises ValueError where the order was another.
+        """
+        check_order(state, order_state(self._order, self.dataset))
+        self.dataset.set_epoch(state["epoch"])
+        self._resume.copy_(torch.tensor([state["epoch"], state["batches"]]))
+
+    def _start(self) -> int:
+        epoch, done = self._resume.tolist()
+        return done if epoch == self.dataset.epoch else 0

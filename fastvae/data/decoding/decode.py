@@ -1,0 +1,232 @@
+"""A store's rows back to images: PNG files, and a sheet of originals beside reconstructions."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastvae.system.atomic_files import replace_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from fastvae.data.datasets.dataset import LatentDataset
+
+CHANNELS = (1, 3, 4)
+SHEET_GAP = 8
+SHEET_PAIRS_ACROSS = 2
+CAPTION_HEIGHT = 16
+# The longest side of a picture on a contact sheet, in pixels.
+THUMBNAIL = 256
+
+
+def decode(
+    store: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rows: slice = slice(0, 16),
+    vae: str | os.PathLike[str] | torch.nn.Module | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    sheet: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> list[tuple[str, Path]]:
+    """Decode the means (of a store of draws, these) of ``rows`` into PNG files in the folder ``out``: (key, file) each.
+
+    ``vae`` is what encode takes; by default what the store says it was made with, which is said on stderr before it is
+    opened, and refused if its weights are others by now. If it is given, another model is taken with a warning. File
+    names are the row's number and a harmless form of its key. sheet: a PNG file for all of them at a glance, each at
+    most 256 pixels a side. progress: a plan line on stderr. Every file appears whole or not at all. Raises StoreError
+    for a path that is no store, ValueError for rows that are not there or a model that cannot decode them to 1, 3 or 4
+    channels, OSError where a file cannot be written, ENOSPC when the disk is full.
+    """
+    from fastvae.data.datasets.dataset import LatentDataset
+    from fastvae.data.disk import free_bytes
+    from fastvae.data.store.store import Store
+    from fastvae.system.terminal import amount, say
+
+    dataset = LatentDataset(store)
+    numbers = range(len(dataset))[rows]
+    if not numbers:
+        stop = "" if rows.stop is None else rows.stop
+        raise ValueError(f"rows must be among the store's 0:{len(dataset)}, got {rows.start or 0}:{stop}")
+    if sheet is not None and not Path(sheet).absolute().parent.is_dir():
+        raise ValueError(f"sheet must be a file in a folder that is there, got {os.fspath(sheet)!r}")
+    folder = Path(out)
+    if progress:
+        most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
+        free = amount(free_bytes(folder))
+        pending = Store.open(dataset.path).pending()
+        rest = f", {pending} planned ones not committed" if pending else ""
+        what = f"{len(numbers)} of {len(dataset)} rows{rest}"
+        say(f"decode  {dataset.path}  {what}  at most {amount(most)} (free {free})\n")
+    written, thumbnails = [], []
+    for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{number:06d}-{harmless(key)}.png"
+        image = as_image(pixels)
+        replace_atomically(path, functools.partial(image.save, format="PNG"))
+        written.append((key, path))
+        if sheet is not None:
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            thumbnails.append((f"{number} {printed(key)}", image))
+    if sheet is not None:
+        write_contact_sheet(thumbnails, sheet)
+    return written
+
+
+def decoded_rows(
+    dataset: LatentDataset,
+    numbers: Sequence[int],
+    vae: Any = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    device: Any = None,
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """(row, key, uint8 [H, W, C]) of the rows' means or draws, one by one; C: the model's out_channels, 1, 3 or 4."""
+    import torch
+
+    from fastvae.latents.convert import decode_latents, scale_latents
+
+    model = _decoder(dataset, vae, subfolder, revision, device)
+    weight = next(model.decoder.parameters())
+    with torch.inference_mode():
+        for number in numbers:
+            item = dataset[number]
+            latents = item["latents" if "latents" in item else "mean"]
+            raw = latents[None].to(device=weight.device, dtype=torch.float32)
+            pixels = decode_latents(model, scale_latents(model, raw), output="uint8")
+            yield number, item["key"], pixels[0].permute(1, 2, 0).cpu().numpy()  # type: ignore[union-attr, call-overload]
+
+
+def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: str | None, device: Any) -> Any:
+    import torch
+
+    from fastvae.data.encoding.settings import named_model, open_model
+    from fastvae.data.store.store import Store
+    from fastvae.fast.accelerate import accelerate
+    from fastvae.system.devices import DTYPES, default_dtype, settled_device
+
+    place = settled_device(device)
+    is_given = vae is not None
+    if isinstance(vae, torch.nn.Module):
+        _check_channels(dataset, vae)
+        if getattr(vae, "encoder", None) is not None:
+            _compare(dataset, lambda: vae, type(vae).__name__, is_given)
+        return vae
+    vae, subfolder, revision = named_model(Store.open(dataset.path), vae, subfolder, revision)
+    name = os.fspath(vae)
+    model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",))
+    _check_channels(dataset, model)
+    if not _has_same_files(dataset, model):
+        _compare(dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",)), name, is_given)
+    model = model.requires_grad_(False).to(device=place, memory_format=torch.channels_last)
+    return model if place.type == "cpu" else accelerate(model, freeze=True)
+
+
+def _check_channels(dataset: LatentDataset, model: Any) -> None:
+    channels, taken = dataset.latent_channels, model.config.latent_channels
+    if taken != channels:
+        raise ValueError(f"the model decodes {taken} latent channels, the store has {channels}")
+    if model.config.out_channels not in CHANNELS:
+        raise ValueError(f"the model decodes to {model.config.out_channels} channels; a picture has 1, 3 or 4")
+
+
+def _has_same_files(dataset: LatentDataset, model: Any) -> bool:
+    from fastvae.data.encoding.settings import weight_files
+
+    stored = dataset.made_with.get("files")
+    return bool(stored) and weight_files(model) == stored
+
+
+def _compare(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_given: bool) -> None:
+    """Refuse a model whose encoder has other weights than the store's; warn of it if it ``is_given``."""
+    from fastvae.data.store.identity import model_identity
+
+    if model_identity(encoder())["encoder_weights_sha256"] == dataset.encoder_weights:
+        return
+    if not is_given:
+        raise ValueError(
+            f"{name} holds other weights than those the store was made with: name the model by vae (--vae), and it is "
+            "taken whatever it holds"
+        )
+    warnings.warn(f"{name} is another model than the one {dataset.path} was made with", stacklevel=2)
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as a picture: C = 1 grey, 3 RGB, 4 RGBA."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def harmless(key: str) -> str:
+    """The last part of a key as a file name that any system takes: at most 80 letters, digits, dots, dashes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", key.rsplit("/", 1)[-1]).lstrip(".")[:80] or "image"
+
+
+def printed(key: str) -> str:
+    """A key as a picture's caption: what is not printable ASCII as a question mark."""
+    return re.sub(r"[^ -~]", "?", key)
+
+
+def parse_rows(text: str) -> slice:
+    """The rows of "a:b", "a:", ":b" or "a", none negative; raises ValueError otherwise."""
+    match = re.fullmatch(r"(\d*)(:?)(\d*)", text, re.ASCII)
+    if not match or not (match[1] or match[2]) or (match[3] and not match[2]):
+        raise ValueError(f"rows must look like 0:16, got {text!r}")
+    start = int(match[1] or 0)
+    if not match[2]:
+        return slice(start, start + 1)
+    return slice(start, int(match[3]) if match[3] else None)
+
+
+def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str | os.PathLike[str]) -> None:
+    """A PNG of (caption, original, reconstruction) triples, uint8 [H, W, C] of one size: each pair side by side."""
+    from PIL import Image, ImageDraw
+
+    if not pairs:
+        raise ValueError("pairs must hold at least one picture, got none")
+    height, width = pairs[0][1].shape[:2]
+    across = min(SHEET_PAIRS_ACROSS, len(pairs))
+    cell_width, cell_height = 2 * width + SHEET_GAP, height + CAPTION_HEIGHT + SHEET_GAP
+    sheet = Image.new("RGB", (across * cell_width, math.ceil(len(pairs) / across) * cell_height), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for index, (caption, original, reconstruction) in enumerate(pairs):
+        left, top = index % across * cell_width, index // across * cell_height
+        draw.text((left + 2, top + 2), caption, fill=(0, 0, 0))
+        sheet.paste(as_image(original), (left, top + CAPTION_HEIGHT))
+        sheet.paste(as_image(reconstruction), (left + width, top + CAPTION_HEIGHT))
+    replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))
+
+
+def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathLike[str]) -> None:
+    """A PNG of (caption, picture) pairs in rows, about as many across as down; the file appears whole or not at all.
+
+    Raises ValueError for no pictures, OSError where the file cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
+    if not pictures:
+        raise ValueError("pictures must hold at least one picture, got none")
+    across = math.ceil(math.sqrt(len(pictures)))
+    width = max(image.width for _, image in pictures) + SHEET_GAP
+    height = max(image.height for _, image in pictures) + CAPTION_HEIGHT + SHEET_GAP
+    sheet = Image.new("RGB", (across * width, math.ceil(len(pictures) / across) * height), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for index, (caption, image) in enumerate(pictures):
+        left, top = index % across * width, index // across * height
+        sheet.paste(image, (left, top + CAPTION_HEIGHT))
+        # A long name ends where its picture does: about 6 pixels a letter.
+        draw.text((left + 2, top + 2), caption[: width // 6 - 1], fill=(0, 0, 0))
+    replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))

@@ -1,0 +1,137 @@
+"""How many images a step takes, in each bucket, and how many threads work beside one another: chosen from memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fastvae.data.encoding.encoder import MomentEncoder
+from fastvae.data.encoding.report import EncodeReport
+from fastvae.data.encoding.settings import Settings
+from fastvae.data.images.buckets import Size, size_name
+from fastvae.system.devices import DTYPES
+from fastvae.system.terminal import amount
+
+MAX_BATCH, MAX_WORKERS = 65_536, 1024
+GPU_BATCH_PIXELS = 16 * 512 * 512  # one batch on a GPU: 16 images of 512x512, 1 of 2048x2048
+GPU_SHARE = 0.7  # of the memory that is free: what a step needs is an estimate
+
+
+class Batches:
+    """The batch of each bucket; ``of`` may be asked and ``halve`` told by any thread."""
+
+    def __init__(self, asked: int | str, encoder: MomentEncoder):
+        self._asked = None if asked == "auto" else positive("batch", asked, MAX_BATCH)
+        self._encoder = encoder
+        self._batches: dict[Size, int] = {}
+        self._guard = threading.Lock()
+        self.halved = 0
+
+    def of(self, bucket: Size) -> int:
+        """How many images a step of ``bucket`` takes."""
+        with self._guard:
+            if bucket not in self._batches:
+                self._batches[bucket] = self._asked or self._automatic(bucket)
+            return self._batches[bucket]
+
+    def halve(self, bucket: Size, tried: int) -> int:
+        """Half of ``tried``, which did not fit in memory: the most that the bucket takes from now on."""
+        if self._encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with self._guard:
+            self.halved += 1
+            half = math.ceil(tried / 2)
+            self._batches[bucket] = min(self._batches.get(bucket, half), half)
+        return half
+
+    def taken(self) -> dict[str, int]:
+        """The batch of every bucket that was asked for, by the bucket's name."""
+        with self._guard:
+            return {size_name(bucket): batch for bucket, batch in self._batches.items()}
+
+    def _automatic(self, bucket: Size) -> int:
+        if self._encoder.device.type == "cpu":
+            return 1
+        fitting = int(GPU_SHARE * free_memory(self._encoder.device)) // self._step_bytes(bucket)
+        return max(1, min(GPU_BATCH_PIXELS // (bucket[0] * bucket[1]), fitting))
+
+    def _step_bytes(self, bucket: Size) -> int:
+        return step_bytes(1, bucket, self._encoder.widest, self._encoder.dtype)
+
+
+def settle_workers(
+    report: EncodeReport, batches: Batches, encoder: MomentEncoder, counts: dict[Size, int], workers: int | str
+) -> None:
+    """Fill the report's workers and threads_per_worker for so many images in each bucket."""
+    on_cpu = encoder.device.type == "cpu"
+    cores = torch.get_num_threads()  # what the user or OMP_NUM_THREADS allows, else every core
+    if workers != "auto":
+        report.workers = positive("workers", workers, MAX_WORKERS)
+    elif on_cpu:
+        # Streams that do not fit in memory become threads.
+        steps = sum(math.ceil(count / batches.of(bucket)) for bucket, count in counts.items())
+        streams = [step_bytes(batches.of(bucket), bucket, encoder.widest, encoder.dtype) for bucket in counts]
+        fitting = free_memory(encoder.device) // (2 * max(streams, default=1))
+        report.workers = max(1, min(cores, steps, fitting))
+    else:
+        report.workers = max(2, min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8))
+    # Deterministic runs take one: oneDNN and torch sum in another order where two threads share an image.
+    shared = 1 if encoder.deterministic else max(1, cores // report.workers)
+    report.threads_per_worker = shared if on_cpu else cores
+
+
+def positive(name: str, value: int | str, most: int) -> int:
+    """``value`` as a number from 1 to ``most``; raises ValueError, naming the argument, for anything else."""
+    text = str(value)
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
+        raise ValueError(f"{name} must be 'auto' or at least 1, got {value!r}")
+    if int(text) > most:
+        raise ValueError(f"{name} must be at most {most}, got {text}")
+    return int(text)
+
+
+def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
+    """Raises ValueError for a bucket and batch that the device's whole memory could not hold for one step."""
+    size = 1 if batch == "auto" else positive("batch", batch, MAX_BATCH)
+    bucket = largest(settings.buckets.sizes)
+    needed = step_bytes(size, bucket, int(model.config.block_out_channels[0]), DTYPES[str(settings.dtype)])
+    there = _whole_memory(settings.device)
+    if needed > there:
+        raise ValueError(
+            f"buckets of {size_name(bucket)} in batches of {size} need about {amount(needed)} a step, and "
+            f"{settings.device} has {amount(there)}"
+        )
+
+
+def largest(buckets: Iterable[Size]) -> Size:
+    """The bucket of most pixels."""
+    return max(buckets, key=lambda bucket: bucket[0] * bucket[1])
+
+
+def step_bytes(batch: int, bucket: Size, widest: int, dtype: torch.dtype) -> int:
+    """About how many bytes a step takes: eight activations of ``widest`` channels at full size."""
+    return 8 * batch * bucket[0] * bucket[1] * widest * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of the device that nobody uses; 2^63 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
+        return 2**63
+
+
+def _whole_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
+        return 2**63

@@ -1,0 +1,158 @@
+"""Pixels to stored moments with one model: the dtype, what is done where it fails, and how far it is from fp32."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvae.fast.accelerate import accelerate, refresh
+from fastvae.latents.convert import ACCELERATED, encode_moments, normalized
+from fastvae.system.devices import DTYPES
+
+
+class MomentEncoder:
+    """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, keeping an fp32 copy for rows that come out wrong.
+
+    The caller's model is copied, not changed. The copies take the fast path, frozen. ``deterministic``: image by image,
+    so that each gets the bits that it gets alone.
+    """
+
+    def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, deterministic: bool = False):
+        self.device, self.deterministic = device, deterministic
+        self.channels = 2 * int(vae.config.latent_channels)  # type: ignore
+        self.widest = int(vae.config.block_out_channels[0])  # channels at full size  # type: ignore
+        self.dtype = DTYPES[dtype]
+        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.reference = _placed(vae, torch.float32, device)
+        self.model = self.reference if self.dtype == torch.float32 else _placed(vae, self.dtype, device)
+
+    def start(self, pixels: np.ndarray) -> Pending:
+        """Begin to encode uint8 ``pixels`` [B, H, W, 3]; on a GPU this returns before it is done.
+
+        Raises torch.OutOfMemoryError where the device has too little memory for them.
+        """
+        with torch.inference_mode():
+            return Pending(self, pixels, *self._to_host(self._run(self.model, self._upload(pixels), self.dtype)))
+
+    def moments(self, pixels: np.ndarray) -> tuple[np.ndarray, int]:
+        """fp32 [B, 2L, h, w] of uint8 ``pixels`` [B, H, W, 3], and how many rows had to be done again in fp32.
+
+        Only rows whose first result is not finite are; those that still are not stay so, for the caller to see.
+        """
+        return self.start(pixels).result()
+
+    def in_fp32(self, pixels: np.ndarray) -> Tensor:
+        """fp32 [B, 2L, h, w] of uint8 ``pixels`` on the CPU, one after another: a batch that fits may not in fp32."""
+        with torch.inference_mode():
+            images = [self._upload(image[None]) for image in pixels]
+            return torch.cat([self._run(self.reference, image, torch.float32).cpu() for image in images])
+
+    def error_against_fp32(self, pixels: np.ndarray) -> float | None:
+        """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself.
+
+        Rows that are not finite in either are left out (they will be done in fp32, or quarantined); None if all are,
+        and where every mean is zero.
+        """
+        if self.model is self.reference:
+            return None
+        with torch.inference_mode():
+            ours = self._run(self.model, self._upload(pixels), self.dtype).cpu().chunk(2, dim=1)[0]
+            exact = self.in_fp32(pixels).chunk(2, dim=1)[0]
+        finite = (torch.isfinite(ours) & torch.isfinite(exact)).flatten(1).all(1)
+        if not finite.any():
+            return None
+        ours, exact = ours[finite], exact[finite]
+        error = float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+        return error if math.isfinite(error) else None
+
+    def _run(self, model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype=dtype, memory_format=torch.channels_last)
+        # Summed in an order that hangs on the batch: by oneDNN's 1x1 convolutions from 24 images of 64x64 on, for one.
+        result = torch.cat([_moments(model, row) for row in x.split(1)]) if self.deterministic else _moments(model, x)
+        if result.ndim != 4 or result.shape[1] != self.channels:
+            raise ValueError(
+                f"vae must give mean and log-variance [B, {self.channels}, h, w], got {type(model).__name__}, which "
+                f"gives {tuple(result.shape)}"
+            )
+        return result.float().contiguous()
+
+    def _upload(self, pixels: np.ndarray) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(pixels))
+        if self._uploads is not None:
+            # Pinned, and on a stream of its own: it is copied while the batch before is computed.
+            with torch.cuda.stream(self._uploads):
+                x = host.pin_memory().to(self.device, non_blocking=True)
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self._uploads)
+            x.record_stream(computing)
+        else:
+            x = host.to(self.device)
+        # [B, H, W, 3] seen as [B, 3, H, W] is channels_last without a copy.
+        return normalized(x.permute(0, 3, 1, 2))
+
+    def _to_host(self, moments: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self.device.type != "cuda":
+            return moments.cpu(), None
+        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+        host.copy_(moments, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return host, copied
+
+
+class Pending:
+    """Moments on their way from the device; ``result`` waits for them."""
+
+    def __init__(
+        self, encoder: MomentEncoder, pixels: np.ndarray, moments: Tensor, copied: torch.cuda.Event | None
+    ) -> None:
+        self._encoder, self._pixels, self._moments, self._copied = encoder, pixels, moments, copied
+
+    def result(self) -> tuple[np.ndarray, int]:
+        """What MomentEncoder.moments returns."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        bad = (~torch.isfinite(self._moments).flatten(1).all(1)).nonzero().flatten().tolist()
+        if not bad or self._encoder.model is self._encoder.reference:
+            return self._moments.numpy(), 0
+        moments = self._moments.numpy().copy()
+        moments[bad] = self._encoder.in_fp32(self._pixels[bad]).numpy()
+        return moments, len(bad)
+
+
+class Finished:
+    """Moments that are there already, in Pending's place."""
+
+    def __init__(self, moments: np.ndarray, redone: int) -> None:
+        self._result = moments, redone
+
+    def result(self) -> tuple[np.ndarray, int]:
+        """The moments, and how many were done again in fp32."""
+        return self._result
+
+
+def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    # The memo makes the copy without its decoder: half the weights, and none of them needed.
+    decoder = getattr(vae, "decoder", None)
+    model = copy.deepcopy(vae, {id(decoder): None} if decoder is not None else None)
+    for switch in ("use_tiling", "use_slicing"):  # the caller's, for other uses: a store's latents are made whole
+        if hasattr(model, switch):
+            setattr(model, switch, False)
+    model = model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    if ACCELERATED in vars(model):  # the caller's settings; what was packed is of another dtype or device
+        return refresh(model)
+    return accelerate(model, freeze=True) if hasattr(model, "encoder") else model
+
+
+def _moments(model: Any, x: Tensor) -> Tensor:
+    if ACCELERATED in vars(model):
+        return encode_moments(model, x)
+    if hasattr(model, "encode_moments"):
+        return model.encode_moments(x)
+    result = model.encoder(x)  # diffusers' class
+    return result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)

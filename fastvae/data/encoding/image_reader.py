@@ -1,0 +1,90 @@
+"""How a source's files become pixels, and how large they will be: the policies of a run, applied to one file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastvae.data.images.buckets import Buckets, Size
+from fastvae.data.images.crop import Variants, opacity_in_cells
+from fastvae.data.images.errors import ImageError
+from fastvae.data.images.read import Picture, image_size, read_image
+from fastvae.data.sources.source import Source, SourceFile
+from fastvae.system.atomic_files import sha256_of
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where files come from, what they are brought to, and the policies of read_image.
+
+    ``factor``: pixels per latent. ``listed``: the place of each key of the source now. A plan may be another's: what it
+    names beside is not opened.
+    """
+
+    source: Source
+    buckets: Buckets
+    variants: Variants
+    alpha: str
+    factor: int
+    max_pixels: int
+    listed: Mapping[str, str] | None = None
+    animated: str = "first"
+
+    def size(self, file: SourceFile) -> Size:
+        """The upright (height, width) that a file's header states; (0, 0) for one that cannot be used."""
+        try:
+            return image_size(self._content(file), max_pixels=self.max_pixels, name=file.key)
+        except ImageError:  # it fails again when its row is due, and is quarantined there
+            return 0, 0
+
+    def bucket_of(self, original_hw: Size) -> Size:
+        """The bucket of an image; of one whose size is not known, the table's first."""
+        return self.buckets.of(original_hw) if all(original_hw) else self.buckets.sizes[0]
+
+    def picture(self, file: SourceFile, bucket: Size) -> Picture:
+        """The image of ``file`` for ``bucket``; raises ImageError for one that cannot be used.
+
+        Also for one that belongs to another bucket than its unit's: its file was changed, or could not be read, when
+        the run was planned, so it is "unreadable", and tried again by the next run.
+        """
+        content = self._content(file)
+        policies = {"alpha": self.alpha, "animated": self.animated, "max_pixels": self.max_pixels}
+        picture = read_image(content, **policies, at_least=bucket, name=file.key)  # type: ignore[arg-type]
+        if self.bucket_of(picture.original_hw) != bucket:
+            found = "x".join(map(str, picture.original_hw))
+            raise ImageError("unreadable", f"{file.key} is {found} now, which was not so when the run was planned")
+        return picture
+
+    def mask(self, picture: Picture, bucket: Size, variant: int, key: str) -> np.ndarray | None:
+        """The opacity of each latent of a row, uint8 [h, w], under the policy that keeps it; else None."""
+        if self.alpha != "mask":
+            return None
+        return opacity_in_cells(picture, bucket, self.factor, self.variants, variant, key)
+
+    def opens(self, file: SourceFile) -> bool:
+        """Whether the bytes of ``file`` can be had now."""
+        try:
+            content = self._content(file)
+            if isinstance(content, Path):
+                with content.open("rb") as opened:
+                    opened.read(1)
+        except (OSError, ImageError):
+            return False
+        return True
+
+    def sha256(self, file: SourceFile) -> str:
+        """The sha256 of a file's bytes; "" where they cannot be had."""
+        try:
+            content = self._content(file)
+            return sha256_of(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        except (OSError, ImageError):
+            return ""
+
+    def _content(self, file: SourceFile) -> Path | bytes:
+        if self.listed is not None and self.listed.get(file.key) != file.place:
+            raise ImageError("unreadable", f"{file.key} is not in the source where it was when the run was planned")
+        return self.source.read(file, self.max_pixels)

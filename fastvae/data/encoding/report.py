@@ -1,0 +1,180 @@
+"""What an encode run did, in figures: the end-of-run block and its JSON twin."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastvae.checkpoints.report import first_few
+from fastvae.data.store.commits import Commit
+from fastvae.system.terminal import amount
+
+
+@dataclass
+class EncodeReport:
+    """Rows are variants of images: ``ok`` newly encoded, ``failed`` newly quarantined, ``resumed`` found committed
+    before, ``elsewhere`` committed by other processes meanwhile; ``taken_over`` counts units lost to one of them;
+    ``kept`` rows a repair took over from damaged shards, since their images gave none.
+
+    ``planned`` is a dry run's: rows by bucket, ``planned_bytes`` what they will take, ``unreadable_headers`` how many
+    of them will fail. ``batches`` is by bucket; ``halved`` counts how often one did not fit in memory. Seconds are wall
+    time for ``seconds``, and summed over threads for ``decode_seconds`` and ``encode_seconds``. ``ignored_files``
+    counts what is no image; ``unreadable_places`` names the folders and links in it that could not be looked into, at
+    most 100. ``exceeded`` says whether failures (earlier ones included) are above the limit.
+    """
+
+    store: str
+    identity: str
+    dtype: str
+    dtype_error: float | None
+    ok: int = 0
+    failed: int = 0
+    resumed: int = 0
+    elsewhere: int = 0
+    taken_over: int = 0
+    kept: int = 0
+    failed_before: int = 0
+    redone_fp32: int = 0
+    ignored_files: int = 0
+    unreadable_places: list[str] = field(default_factory=list)
+    duplicate_keys: int = 0
+    notes: list[str] = field(default_factory=list)
+    planned: dict[str, int] | None = None
+    planned_bytes: int = 0
+    unreadable_headers: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    workers: int = 1
+    batches: dict[str, int] = field(default_factory=dict)
+    halved: int = 0
+    threads_per_worker: int = 1
+    reasons: dict[str, int] = field(default_factory=dict)
+    flags: dict[str, int] = field(default_factory=dict)
+    exceeded: bool = False
+    bottleneck: str = "nothing to do"
+    suggestion: str = ""
+
+    @property
+    def images_per_second(self) -> float:
+        """Images encoded for each second of wall time, decoding and writing included."""
+        return self.ok / self.seconds if self.seconds else 0.0
+
+    def add(self, commit: Commit, kept: int = 0) -> None:
+        """Count what this run committed; ``kept`` of its rows were not made by it."""
+        self.ok += commit.rows - kept
+        self.kept += kept
+        self.failed += len(commit.failed)
+        self.redone_fp32 += commit.redone
+        self.bytes_written += commit.bytes
+        self.flags = dict(Counter(self.flags) + Counter(commit.flags))
+
+    def to_json(self) -> str:
+        """The report as one JSON document."""
+        return strict_json(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """The report in values that JSON takes."""
+        return {**asdict(self), "images_per_second": round(self.images_per_second, 3)}
+
+    def lines(self) -> list[str]:
+        """The report for people, a line each."""
+        if self.planned is not None:
+            return self._plan_lines() + self._source_lines()
+        total = max(1, self.ok + self.kept + self.failed + self.resumed + self.failed_before)
+        failed = self.failed + self.failed_before
+        lines = [
+            f"done    {self.ok} ok, {self.resumed} resumed, {failed} quarantined ({100 * failed / total:.2f} %), "
+            f"{self.redone_fp32} redone in fp32",
+            f"speed   {self.images_per_second:.2f} images/s in {self.seconds:.1f} s; decode {self.decode_seconds:.1f}, "
+            f"encode {self.encode_seconds:.1f}, write {self.write_seconds:.1f} s; {amount(self.bytes_written)}",
+            f"limit   bottleneck: {self.bottleneck}" + (f" ({self.suggestion})" if self.suggestion else ""),
+        ]
+        if failed:
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
+            lines.append(f"failed  {counts}: see {self.store}/failures.jsonl; again with --retry-failed")
+        if self.elsewhere or self.taken_over:
+            lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
+        if self.kept:
+            lines.append(f"kept    {self.kept} sound rows of damaged shards, whose images gave no latent any more")
+        if self.halved:
+            sizes = ", ".join(f"{bucket} {batch}" for bucket, batch in sorted(self.batches.items()))
+            lines.append(f"memory  ran out {self.halved} times; batches now: {sizes}")
+        lines += self._source_lines()
+        if self.flags:
+            lines.append("mended  " + ", ".join(f"{flag} {count}" for flag, count in sorted(self.flags.items())))
+        return lines
+
+    def _plan_lines(self) -> list[str]:
+        planned = self.planned or {}
+        lines = [
+            f"planned {sum(planned.values())} rows to encode, ~{amount(self.planned_bytes)} as {self.dtype}; "
+            f"{self.resumed} committed before (identity {self.identity[:8]}); nothing was written"
+        ]
+        lines += [f"bucket  {bucket} {count}" for bucket, count in planned.items()]
+        if self.unreadable_headers:
+            lines.append(f"failed  {self.unreadable_headers} rows will be: their images' headers cannot be used")
+        return lines
+
+    def _source_lines(self) -> list[str]:
+        lines = []
+        if self.unreadable_places:
+            names = first_few(self.unreadable_places)
+            lines.append(f"ignored {self.ignored_files} others, among them what cannot be looked into: {names}")
+        if self.duplicate_keys:
+            lines.append(f"keys    {self.duplicate_keys} were there before: kept apart as KEY~2 and so on")
+        return lines + [f"note    {note}" for note in self.notes]
+
+    def judge(self, on_cpu: bool) -> None:
+        """Fill ``bottleneck`` and ``suggestion`` from the seconds spent."""
+        if not self.ok:
+            return
+        # On a CPU every worker decodes and encodes, so shares of thread time compare; a GPU encodes from one thread.
+        encode = self.encode_seconds / (self.workers if on_cpu else 1)
+        shares = {"decode": self.decode_seconds / self.workers, "encode": encode, "write": self.write_seconds}
+        self.bottleneck = max(shares, key=lambda name: shares[name])
+        remedy = ", or --dtype bf16 where the CPU has it" if self.dtype == "fp32" else ""
+        self.suggestion = {
+            "decode": "smaller source images, or JPEG instead of PNG"
+            if on_cpu
+            else f"try --workers {2 * self.workers}",
+            "encode": f"the model is the work; a GPU{remedy}" if on_cpu else "as it should be",
+            "write": "a faster disk for the output",
+        }[self.bottleneck]
+
+
+def strict_json(value: Any) -> str:
+    """``value`` as JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_limit(limit: str | float | int, total: int) -> int:
+    """How many of ``total`` rows may fail: "0.1%", a fraction below 1 as a float, or a count. Raises ValueError."""
+    try:
+        if isinstance(limit, str) and limit.strip().endswith("%"):
+            share = float(limit.strip()[:-1]) / 100
+        elif isinstance(limit, float) and limit < 1:
+            share = limit
+        else:
+            count = int(limit)
+            if count < 0:
+                raise ValueError
+            return count
+        if not (math.isfinite(share) and 0 <= share <= 1):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"max_failures must be a count such as 5 or a share such as '0.1%', got {limit!r}") from None
+    return math.floor(share * total)

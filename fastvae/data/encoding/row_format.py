@@ -1,0 +1,77 @@
+"""What of a row's moments is stored, and how: mean and log-variance, the mean, or one draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastvae.data.store.shard import HALF_MAXIMUM, LOGVAR_RANGE
+from fastvae.latents.cpu_sampling import draw, noise_key
+
+POSTERIORS = ("dist", "mean", "sample")
+LOGVARS = ("fp16", "u8")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One row's tensors: ``mean`` [L, h, w], ``logvar`` [L, h, w] and ``logvar_range`` [2], or None."""
+
+    mean: np.ndarray
+    logvar: np.ndarray | None = None
+    logvar_range: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Storing:
+    """How rows are stored. ``posterior``: one of POSTERIORS, drawn with ``seed``; ``mean``: "fp16" or "fp32"."""
+
+    posterior: str = "dist"
+    mean: str = "fp16"
+    logvar: str = "fp16"
+    seed: int = 0
+
+    @property
+    def logvar_dtype(self) -> str | None:
+        """How log-variances are stored, None if they are not."""
+        return self.logvar if self.posterior == "dist" else None
+
+    def identity(self) -> dict[str, object]:
+        """What the numerics of a store's identity say of this."""
+        clamped = f"clamped to {list(LOGVAR_RANGE)}"
+        spelt = {"fp16": f"fp16, {clamped}", "u8": f"u8 over each row's least to greatest, {clamped}", None: None}
+        return {
+            "posterior": self.posterior,
+            "mean": self.mean,
+            "logvar": spelt[self.logvar_dtype],
+            "noise": f"fastvae noise 1, epoch 0, seed {self.seed}" if self.posterior == "sample" else None,
+        }
+
+    def split(self, moments: np.ndarray, key: str, variant: int) -> Stored | str:
+        """What is stored of one row's ``moments`` [2L, h, w], or the reason why it cannot be: non_finite, overflow.
+
+        The log-variance is clamped to [-30, 20], as the posterior does before any use of it, so it fits half precision;
+        a mean or draw beyond half precision is refused rather than stored as infinity.
+        """
+        mean, logvar = np.split(moments, 2, axis=0)
+        if not np.isfinite(moments).all():
+            return "non_finite"
+        if self.posterior == "sample":
+            number = noise_key(self.seed, 0, key, variant)
+            mean = draw(torch.from_numpy(mean)[None], torch.from_numpy(logvar)[None], [number])[0].numpy()
+        if self.mean == "fp16" and np.abs(mean).max() > HALF_MAXIMUM:
+            return "overflow"
+        mean = mean.astype(np.float16 if self.mean == "fp16" else np.float32)
+        if self.logvar_dtype is None:
+            return Stored(mean)
+        clamped = np.clip(logvar, *LOGVAR_RANGE)
+        return Stored(mean, *_levels(clamped)) if self.logvar == "u8" else Stored(mean, clamped.astype(np.float16))
+
+
+def _levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``values`` as uint8 and the fp32 [least, greatest] that 0 and 255 stand for."""
+    least, greatest = values.min(), values.max()
+    # In double, so that the difference to the nearest level is at most half a level and nothing of the division's.
+    levels = (values.astype(np.float64) - least) * (255 / max(float(greatest) - float(least), np.finfo("f4").tiny))
+    return np.rint(levels).astype(np.uint8), np.array([least, greatest], np.float32)

@@ -1,0 +1,65 @@
+"""Rows of a damaged shard that are sound by themselves: what a repair keeps of images that give no latent any more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fastvae.data.encoding.settings import Settings
+from fastvae.data.images.crop import scaled_size
+from fastvae.data.store.commits import PlannedRow, StoreError, Unit, strange
+from fastvae.data.store.mapped_shard import map_shard
+from fastvae.data.store.shard import SUMMED, Row, read_names, wrong_row
+from fastvae.data.store.shard_metadata import check_stated
+
+STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")}
+
+
+def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Settings) -> dict[tuple[str, int], Row]:
+    """The rows of ``shard``, a damaged one of ``unit``, that are what was planned, by name; none if it is no shard.
+
+    It must state what store.json's ``facts`` say. Of a row the checksum fits, all is finite, the number is its key's,
+    and size and crop, over which no checksum goes, are those that follow from the plan.
+    """
+    storing, planned = settings.storing, {row.name: row for row in unit.rows}
+    latent = (settings.latent_channels, *(side // settings.factor for side in unit.bucket))
+    try:
+        if strange(shard):
+            return {}
+        check_stated(shard, facts, unit.bucket)
+        names = read_names(shard)
+        columns = map_shard(shard, latent, storing.logvar_dtype is not None, settings.alpha == "mask").arrays
+        with safe_open(os.fspath(shard), framework="np") as opened:
+            checksums = opened.get_tensor("row_crc32").tolist()
+    except (StoreError, SafetensorError, ValueError, TypeError, OSError):
+        return {}
+    large = [columns.get(name) for name in SUMMED]
+    means, logvars, *_ = large
+    if means is None or not len(names) == len(checksums) == len(means) or means.dtype != STORED[storing.mean]:
+        return {}
+    if logvars is not None and logvars.dtype != STORED[str(storing.logvar_dtype)]:
+        return {}
+    rows = {}
+    for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
+        number, *place = columns["about"][row].tolist()
+        if name not in planned or place != _place(planned[name], unit, settings):
+            continue
+        mean, logvar, extent, alpha = values = [None if part is None else part[row] for part in large]
+        if mean is not None and not wrong_row(name[0], values, checksum, number):
+            (_, height, width), crop = place[:3], tuple(place[3:])
+            rows[name] = Row(name[0], mean, logvar, (height, width), crop, name[1], extent, alpha)
+    return rows
+
+
+def _place(row: PlannedRow, unit: Unit, settings: Settings) -> list[int] | None:
+    """Variant, original_hw and crop_tlhw of a row; None for one of unknown size."""
+    if not all(row.original_hw):
+        return None
+    free = [scaled - side for scaled, side in zip(scaled_size(row.original_hw, unit.bucket), unit.bucket, strict=True)]
+    corner = settings.variants.corner(row.file.key, row.variant, (free[0], free[1]))
+    return [row.variant, *row.original_hw, *corner, *unit.bucket]

@@ -1,0 +1,222 @@
+"""A store's rows in the layouts that other trainers read: kohya's npz, WebDataset, Parquet, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvae.data.datasets.dataset import ARRAYS, LatentDataset
+from fastvae.data.disk import check_room, free_bytes
+from fastvae.data.exporting.writer import FAMILIES, Kohya, Parquet, Tar
+from fastvae.data.store.leases import STALE, Leases
+from fastvae.data.store.store import Store
+from fastvae.system.atomic_files import is_leftover, synchronise_folder, write_atomically
+from fastvae.system.strict_json import json_bytes
+from fastvae.system.terminal import amount, say
+
+FORMATS = ("npz-kohya", "wds", "parquet", "hf")
+POSTERIORS = ("dist", "mean", "sample")
+# Rows that are read together; they are of one shard, so of one size.
+ROWS_AT_ONCE = 64
+KOHYA_FAMILY = "sdxl"  # unless another is given
+ABOUT = "export.json"
+# In the temporary folder: what becomes DST, and who is writing it.
+CONTENT, LEASES = "content", "leases"
+
+
+@dataclass
+class Exported:
+    """What an export wrote: the folder, rows, files and bytes, and ``about``, what export.json says of the latents.
+
+    ``pending``: rows that are planned in the store and were not exported, since they are not committed.
+    """
+
+    path: str
+    rows: int = 0
+    pending: int = 0
+    files: int = 0
+    bytes: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def export(
+    store: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    posterior: str | None = None,
+    scaled: bool = False,
+    seed: int = 0,
+    family: str | None = None,
+    shard_mb: float = 256,
+    progress: bool = True,
+) -> Exported:
+    """Write every committed row of the latent store into the new folder ``dst``, which appears whole or not at all.
+
+    Rows that are planned and not committed are left out, and counted as ``pending`` in the result, in export.json and
+    on stderr.
+    to: "npz-kohya", one file an image, as sd-scripts caches them; "wds", tar shards for WebDataset; "parquet"; or "hf",
+    a folder that datasets.load_dataset takes. posterior: "dist", mean and logvar [L, h, w], the default; "mean"; or
+    "sample", one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant). kohya's
+    caches hold one latent an image: "sample", their default, or "mean". scaled: as scale_latents gives them, in fp32,
+    else raw as stored; ``family``, of kohya's alone ("sd", "sdxl", "sd3", "flux"; by default "sdxl"), decides that for
+    its caches: raw but for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
+    Raises FileExistsError if ``dst`` is there, ValueError for another argument, for keys that the format cannot hold or
+    for several crops of an image in kohya's layout, StoreError for what is no store or cannot be scaled, OSError,
+    ENOSPC where it does not fit, ImportError without pyarrow where it is needed.
+    """
+    _check(to, posterior, scaled, family, shard_mb)
+    out = Path(dst)
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"dst must be a new folder, {out} is there already")
+    is_kohya = to == "npz-kohya"
+    family = family or KOHYA_FAMILY
+    posterior = posterior or ("sample" if is_kohya else "dist")
+    scaled = FAMILIES[family].scaled if is_kohya else scaled
+    opened = Store.open(Path(store))
+    stored = opened.facts["identity"]["numerics"]["posterior"]
+    if stored == "sample" or (stored == "mean" and posterior == "dist"):
+        posterior = stored  # one draw, or one mean: there is nothing else to take
+    rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
+    about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
+    columns = opened.columns()
+    _sweep(out)
+    needed = _size(rows)
+    if progress:
+        missing = f" of {len(rows) + about['pending']}, the others are not committed" if about["pending"] else ""
+        what = f"{opened.path}  {len(rows)} rows{missing}  {to}  {posterior}  {about['space']}"
+        say(f"export  {what}  ~{amount(needed)} (free {amount(free_bytes(out))})\n")
+    check_room(out, needed)
+    temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
+    content = temporary / CONTENT
+    content.mkdir(parents=True)
+    try:
+        # Says that this process lives, so that no other export sweeps what it is writing.
+        with Leases(temporary / LEASES):
+            with _writer(to, content, about, opened, int(shard_mb * 1e6)) as writer:
+                for row in _rows(rows, columns):
+                    writer.add(row)
+            write_atomically(content / ABOUT, [json_bytes(about, indent=1)])
+            written = _synchronised(content)
+            _take_name(content, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
+
+
+def _take_name(content: Path, out: Path) -> None:
+    """Rename the finished folder; raises FileExistsError where ``out`` came up meanwhile and is not empty."""
+    try:
+        os.rename(content, out)
+    except OSError as error:
+        if out.exists():
+            raise FileExistsError(f"dst must be a new folder, {out} came up meanwhile") from error
+        raise
+    synchronise_folder(out.absolute().parent)
+
+
+def _sweep(out: Path) -> None:
+    """Delete what exports to ``out`` left that were killed: their folders, where no lease in them is alive."""
+    folder = out.absolute().parent
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() or not path.is_dir() or not is_leftover(path, re.escape(out.name)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its own process is removing it
+            age = time.time() - path.stat().st_mtime
+            leases = Leases(path / LEASES)
+            begun = leases.folder.is_dir() and any(leases.folder.glob("*.lease"))
+            # Without a lease it has just begun, or was killed then.
+            dead = not leases.live() if begun else age > STALE
+            if dead and {*os.listdir(path)} <= {CONTENT, LEASES}:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _check(to: str, posterior: str | None, scaled: bool, family: str | None, shard_mb: float) -> None:
+    for name, value, taken in (
+        ("to", to, FORMATS),
+        ("posterior", posterior, (None, *POSTERIORS)),
+        ("family", family, (None, *FAMILIES)),
+    ):
+        if value not in taken:
+            listed = ", ".join(repr(one) for one in taken if one is not None)
+            raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    if not 0 < shard_mb < float("inf"):
+        raise ValueError(f"shard_mb must be above 0 and finite, got {shard_mb!r}")
+    if to != "npz-kohya" and family is not None:
+        raise ValueError(f"family must be left out for {to}: it is of npz-kohya's caches, got {family!r}")
+    if to == "npz-kohya" and posterior == "dist":
+        raise ValueError("posterior must be 'sample' or 'mean' for npz-kohya, which holds one latent an image")
+    if to == "npz-kohya" and scaled:
+        raise ValueError("scaled must be left out for npz-kohya: the family says which space its trainer reads")
+
+
+def _about(store: Store, rows: LatentDataset, to: str, posterior: str, seed: int, family: str | None) -> dict[str, Any]:
+    drawn = posterior == "sample" and store.facts["identity"]["numerics"]["posterior"] == "dist"
+    return {
+        "format": to,
+        "rows": len(rows),
+        "pending": store.pending(),
+        "posterior": posterior,
+        "noise": f"fastvae noise 1, epoch 0, seed {seed}" if drawn else None,
+        "space": rows.scaling["space"],
+        "scaling": store.facts["scaling"],
+        "latent_channels": rows.latent_channels,
+        "downsample_factor": rows.downsample_factor,
+        "family": family,
+        "identity": store.facts["identity_digest"],
+    }
+
+
+def _rows(rows: LatentDataset, columns: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every row: arrays and numbers by name, the key, and the source's columns."""
+    for _, numbers in rows.shards():
+        for part in numbers.split(ROWS_AT_ONCE):
+            for item in rows.__getitems__(part.tolist()):
+                arrays = {name: item[name].numpy() for name in ARRAYS if name in item}
+                placed = {name: [int(n) for n in item[name]] for name in ("original_hw", "crop_tlhw", "bucket")}
+                key = item["key"]
+                yield {
+                    "key": key,
+                    "variant": int(item["variant"]),
+                    **placed,
+                    "columns": columns.get(key, {}),
+                    **arrays,
+                }
+
+
+def _size(rows: LatentDataset) -> int:
+    """About how many bytes the latents and masks are, by the first row of each shard."""
+    total = 0
+    for _, numbers in rows.shards():
+        item = rows[int(numbers[0])]
+        total += len(numbers) * sum(item[name].nbytes for name in ARRAYS if name in item)
+    return total
+
+
+def _writer(to: str, folder: Path, about: dict[str, Any], store: Store, size: int) -> Kohya | Tar | Parquet:
+    if to == "npz-kohya":
+        flip = bool(store.facts["identity"]["preprocess"].get("flip"))
+        return Kohya(folder, about["family"], flip)
+    if to == "wds":
+        return Tar(folder, size)
+    return Parquet(folder, about, size, card=to == "hf")
+
+
+def _synchronised(folder: Path) -> list[int]:
+    """The size of every file below ``folder``, each synchronised."""
+    sizes = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with (Path(parent) / name).open("rb+") as file:
+                os.fsync(file.fileno())
+                sizes.append(os.fstat(file.fileno()).st_size)
+        synchronise_folder(Path(parent))
+    return sizes

@@ -1,0 +1,300 @@
+"""One image file to upright 8-bit sRGB pixels, by written rules; anything else is an ImageError with a reason.
+
+Rules: the format is told by the first bytes, the size is judged from the header, the first frame is read, EXIF
+orientation is applied, embedded profiles are converted to sRGB, 16-bit grey is scaled by 255 / 65535, transparency
+follows the ``alpha`` policy, and a cut file is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from fastvae.data.images.colour import mend_transparency, to_srgb
+from fastvae.data.images.errors import ImageError, check_bytes, unreadable
+from fastvae.data.images.formats import damaged_png_chunk, describe_refused, ends_early, has_late_png_text, identify
+from fastvae.data.images.simplejpeg import decoded_by_simplejpeg
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ALPHAS = ("white", "drop", "mask")
+ANIMATED = ("first", "skip")
+DEFAULT_MAX_PIXELS = 178_000_000
+SMALLEST_SIDE = 8
+LARGEST_ASPECT = 32
+# Decoded one at a time: at 4 bytes a pixel, each holds more than 128 MB while it is decoded, and as much again turned.
+LARGE_PIXELS = 32_000_000
+PLUGINS = {
+    "JPEG": "JpegImagePlugin",
+    "PNG": "PngImagePlugin",
+    "GIF": "GifImagePlugin",
+    "WEBP": "WebPImagePlugin",
+    "TIFF": "TiffImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "AVIF": "AvifImagePlugin",
+}
+# What Pillow's parsers raise on hostile bytes, found by flipping bytes of every format; nothing broader is caught.
+PARSER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+_large_image = threading.Lock()
+_quiet = threading.Lock()
+_quiet_users: list[object] = []
+_quiet_filters = contextlib.ExitStack()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright RGB image; ``original_hw`` is its size before any scaled decoding; ``flags`` say what was mended.
+
+    ``opacity``: L, of the image's size, where it was asked for; None for a picture in which nothing is transparent.
+    """
+
+    image: Image.Image
+    original_hw: tuple[int, int]
+    flags: tuple[str, ...] = ()
+    opacity: Image.Image | None = None
+
+
+def read_image(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    alpha: str = "white",
+    animated: str = "first",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    at_least: int | tuple[int, int] | None = None,
+    name: str | None = None,
+) -> Picture:
+    """The first frame of ``source`` (a path, or a file's bytes) as upright 8-bit sRGB.
+
+    ``alpha``: "white" composites over white, "drop" takes the colours as they are, "mask" composites over white too and
+    keeps the opacity beside the image. ``animated``: "skip" refuses what has several frames. ``max_pixels`` is compared
+    with the header's width times height before anything is decoded. ``at_least``: a JPEG may be decoded at 1/2, 1/4 or
+    1/8 of its size as long as the upright image stays at least this (height, width), or both sides this long. ``name``
+    stands for the file in messages.
+    Raises ImageError for every file that cannot be used, ValueError for another ``alpha``, ``animated``, ``at_least``.
+    """
+    if animated not in ANIMATED:
+        raise ValueError(f"animated must be 'first' or 'skip', got {animated!r}")
+    if alpha not in ALPHAS:
+        raise ValueError(f"alpha must be 'white', 'drop' or 'mask', got {alpha!r}")
+    cover = (at_least, at_least) if isinstance(at_least, int) else at_least
+    if cover is not None and (len(cover) != 2 or min(cover) < 1):
+        raise ValueError(f"at_least must be a length or (height, width) in pixels, got {at_least!r}")
+    name = _name_of(source, name)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        with _opened(source, name, max_pixels) as file, unreadable(name):
+            data = file.read()
+    image_format = _format_of(data[:4096], name)
+    with quiet_pillow():
+        return _decode(data, image_format, name, alpha, animated, max_pixels, cover)
+
+
+def image_size(
+    source: str | os.PathLike[str] | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
+) -> tuple[int, int]:
+    """(height, width) in pixels that read_image would find, upright, from the header alone.
+
+    Pixels are decoded only for a PNG that states its orientation behind them. What is wrong behind the header is not
+    seen. Raises ImageError for what read_image would refuse by its header.
+    """
+    name = _name_of(source, name)
+    with io.BytesIO(source) if isinstance(source, bytes) else _opened(source, name, max_pixels) as file:
+
+        def all_bytes() -> bytes:
+            file.seek(0)
+            return file.read()
+
+        with unreadable(name):
+            image_format = _format_of(file.read(4096), name)
+            file.seek(0)
+        with quiet_pillow(), _parsing(all_bytes, image_format, name):
+            image = _open(file, image_format, name)
+            width, height = image.size
+            check_size(width, height, name, max_pixels)
+            if image_format == "PNG" and has_late_png_text(file):
+                image.load()
+            orientation = 1 if image_format == "TIFF" else _orientation(image, [])  # a TIFF's size is upright already
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _name_of(source: str | os.PathLike[str] | bytes, name: str | None) -> str:
+    return name or ("these bytes" if isinstance(source, bytes) else os.fspath(source))
+
+
+def _format_of(head: bytes, name: str) -> str:
+    if not head:
+        raise ImageError("empty", f"{name} holds no bytes")
+    image_format = identify(head)
+    if image_format is None:
+        found = describe_refused(head[:64])
+        raise ImageError("unsupported", f"{name} is not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF: it holds {found}")
+    return image_format
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keeps Pillow's warnings about damaged metadata off the screen; any number of threads may be inside at once."""
+    me = object()
+    with _quiet:
+        if not _quiet_users:
+            _quiet_filters.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"(PIL|fastvae\.data)\.")
+        _quiet_users.append(me)
+    try:
+        yield
+    finally:
+        with _quiet:
+            _quiet_users.remove(me)
+            if not _quiet_users:
+                _quiet_filters.close()
+
+
+def _opened(path: str | os.PathLike[str], name: str, max_pixels: int) -> BinaryIO:
+    with unreadable(name):
+        check_bytes(Path(path).stat().st_size, max_pixels, name)
+        return Path(path).open("rb")
+
+
+def _decode(
+    data: bytes,
+    image_format: str,
+    name: str,
+    alpha: str,
+    animated: str,
+    max_pixels: int,
+    cover: tuple[int, int] | None,
+) -> Picture:
+    flags: list[str] = []
+    with _parsing(lambda: data, image_format, name):
+        image = _open(io.BytesIO(data), image_format, name)
+    width, height = image.size
+    check_size(width, height, name, max_pixels)
+    if ends_early(image_format, data):
+        raise ImageError("truncated", f"{name} ends before its {image_format} data does")
+    if image_format == "PNG" and (chunk := damaged_png_chunk(data)):
+        raise ImageError("decode_error", f"{name} has a damaged {chunk} chunk")
+    with _large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
+        with _parsing(lambda: data, image_format, name):
+            if image_format == "JPEG":
+                orientation = _orientation(image, flags)
+                image = _jpeg(image, data, cover, orientation)
+            else:
+                if getattr(image, "is_animated", False):
+                    if animated == "skip":
+                        raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
+                    flags.append("first_frame")
+                image.load()
+                if image_format == "PNG":
+                    mend_transparency(image, data[24])
+                # Read after load(): Pillow has turned a TIFF by then, and reports 1; a PNG may state it at its end.
+                orientation = _orientation(image, flags)
+        rgb, opacity = to_srgb(image, image_format, alpha, flags, name)
+        rgb, opacity = _upright(rgb, orientation), None if opacity is None else _upright(opacity, orientation)
+    original_hw = (width, height) if orientation >= 5 else (height, width)
+    return Picture(rgb, original_hw, tuple(flags), opacity)
+
+
+def _jpeg(image: Image.Image, data: bytes, cover: tuple[int, int] | None, orientation: int) -> Image.Image:
+    """The pixels of an opened JPEG, as stored, at the smallest scale that covers (height, width) once upright."""
+    if cover is not None:
+        height, width = cover[::-1] if orientation >= 5 else cover
+        image.draft(None, (width, height))
+    quick = decoded_by_simplejpeg(image, data)
+    if quick is not None:
+        return quick
+    image.load()
+    return image
+
+
+@contextlib.contextmanager
+def _parsing(all_bytes: Callable[[], bytes], image_format: str, name: str) -> Iterator[None]:
+    """Around Pillow's parsers alone, whose errors become ImageErrors: a bug of ours is no damaged photograph."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        yield
+    except ImageError:
+        raise
+    except DecompressionBombError as error:  # WebP's and GIF's readers apply Pillow's own limit as well
+        raise ImageError("too_large", f"{name}: {error}") from error
+    except PARSER_ERRORS as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        if "truncated" in said.lower() or ends_early(image_format, all_bytes()):
+            raise ImageError("truncated", f"{name} ends before its {image_format} data does ({said})") from error
+        raise ImageError("decode_error", f"{name} is not readable as {image_format}: {said}") from error
+
+
+def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    """Refuse sizes that cannot be used; raises ImageError too_large, too_small or too_thin."""
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{name} is {width}x{height}, more than {max_pixels} pixels")
+    if min(width, height) < SMALLEST_SIDE:
+        raise ImageError("too_small", f"{name} is {width}x{height}, a side under {SMALLEST_SIDE} pixels")
+    if max(width, height) > LARGEST_ASPECT * min(width, height):
+        raise ImageError("too_thin", f"{name} is {width}x{height}, thinner than 1:{LARGEST_ASPECT}")
+
+
+def _open(file: BinaryIO, image_format: str, name: str) -> Image.Image:
+    """Pillow's reader of this one format, called directly: no other plugin sees the bytes, no global limit applies."""
+    from PIL import Image
+
+    import_module(f"PIL.{PLUGINS[image_format]}")
+    if image_format not in Image.OPEN:
+        raise ImageError("unsupported", f"{name} is {image_format}, which this Pillow was built without")
+    return Image.OPEN[image_format][0](file, "")
+
+
+def _orientation(image: Image.Image, flags: list[str]) -> int:
+    """EXIF's orientation, 1 to 8."""
+    from PIL import Image
+
+    try:
+        # The base class's: a PNG's own decodes every pixel to look for text behind them.
+        orientation = Image.Image.getexif(image).get(0x0112, 1)
+    except PARSER_ERRORS:
+        flags.append("broken_exif")
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    from PIL.Image import Transpose
+
+    if orientation == 1:
+        return image
+    return image.transpose(
+        {
+            2: Transpose.FLIP_LEFT_RIGHT,
+            3: Transpose.ROTATE_180,
+            4: Transpose.FLIP_TOP_BOTTOM,
+            5: Transpose.TRANSPOSE,
+            6: Transpose.ROTATE_270,
+            7: Transpose.TRANSVERSE,
+            8: Transpose.ROTATE_90,
+        }[orientation]
+    )

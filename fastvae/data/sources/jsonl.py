@@ -1,0 +1,100 @@
+"""Images that JSONL manifests name: a line each, with a key, a path or a URL, and whatever columns ride along."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvae.data.images.errors import ImageError, check_bytes, unreadable
+from fastvae.data.images.read import DEFAULT_MAX_PIXELS
+from fastvae.data.sources.source import Listing, SourceFile, key_of
+from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, check_scheme, remote, scheme_of, whole
+from fastvae.system.strict_json import json_value
+
+PATHS = ("path", "uri")
+
+
+class ManifestSource:
+    """See Source. A relative path starts at the manifest's folder. URLs are taken where ``schemes`` names theirs.
+
+    The path is the line's ``image_column``, "path" or "uri", the first of them that is there.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        files: Sequence[str],
+        name: str,
+        image_column: str,
+        key_column: str,
+        schemes: Collection[str] = (),
+    ):
+        self.name = name
+        self._storage, self._files = storage, list(files)
+        self._paths, self._key, self._schemes = (image_column, *PATHS), key_column, schemes
+        self._remote: dict[str, RemoteStorage] = {}
+
+    def listing(self, exclude: Any = None) -> Listing:
+        """See Source. A line that cannot be taken is a ValueError that names it."""
+        listing = Listing()
+        for manifest in self._files:
+            try:
+                with self._storage.open(manifest) as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            listing.files.append(self._entry(line, manifest, f"{manifest} line {number}"))
+            except OSError as error:
+                raise ValueError(f"src names {manifest}, which cannot be read: {error.strerror or error}") from error
+        if not listing.files:
+            raise ValueError(f"no lines in {self.name}")
+        listing.keep_apart()
+        return listing
+
+    def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
+        """See Source."""
+        try:
+            storage, place = self._where(file.place, file.key)
+        except ValueError as error:
+            raise ImageError("unreadable", str(error)) from error
+        with unreadable(file.key):
+            size, _ = storage.status(place)
+            check_bytes(size, max_pixels, file.key)
+            return Path(storage.path(place)) if isinstance(storage, LocalStorage) else whole(storage, place)
+
+    def _entry(self, line: bytes, manifest: str, where: str) -> SourceFile:
+        try:
+            entry = json_value(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is no JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f'{where} must be an object such as {{"key": ..., "path": ...}}, got {line[:80]!r}')
+        key = key_of(entry.get(self._key), where, self._key)
+        column = next((column for column in self._paths if isinstance(entry.get(column), str)), None)
+        if column is None or not entry[column] or "\0" in entry[column]:
+            raise ValueError(f"{where}: {' or '.join(self._paths)} must name an image's file")
+        path = _beside(manifest, entry[column])
+        storage, place = self._where(path, where)
+        try:
+            status = storage.status(place)
+        except OSError:  # listed, and quarantined as unreadable when it is read
+            status = (0, 0)
+        columns = {name: value for name, value in entry.items() if name not in (self._key, column)}
+        return SourceFile(key, *status, path, columns)
+
+    def _where(self, path: str, where: str) -> tuple[Storage, str]:
+        """The storage of ``path`` and its place there; raises ValueError for a URL whose scheme is not taken."""
+        if check_scheme(path, self._schemes, where) is None:
+            return self._storage, path
+        scheme, _, rest = path.partition("://")
+        server, _, place = rest.partition("/")
+        root = f"{scheme.lower()}://{server}"
+        if root not in self._remote:
+            self._remote[root] = remote(root)
+        return self._remote[root], place
+
+
+def _beside(manifest: str, path: str) -> str:
+    """``path`` as seen from the root, where the manifest may lie in a folder."""
+    folder, slash, _ = manifest.rpartition("/")
+    return path if path.startswith("/") or scheme_of(path) else f"{folder}{slash}{path}"

@@ -1,0 +1,221 @@
+"""Images in tar files of WebDataset's layout: members are found once by their headers, and read by seek.
+
+Nothing is unpacked to disk, and a member's name is only ever a key. A member belongs to the sample of its stem, within
+its archive: images are rows, ``.txt``, ``.json`` and ``.cls`` members their columns.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from fastvae.checkpoints.report import first_few
+from fastvae.data.images.errors import ImageError, check_bytes, unreadable
+from fastvae.data.images.formats import identify
+from fastvae.data.images.read import DEFAULT_MAX_PIXELS
+from fastvae.data.sources.source import NAMED, Listing, SourceFile, is_image_name
+from fastvae.data.sources.storage import Bounded, Storage
+from fastvae.system.strict_json import json_value
+
+COLUMNS = (".txt", ".json", ".cls")
+MOST_COLUMN_BYTES = 2**20
+BLOCK = 512
+# A member of holes has no run of bytes to read: its place is that of its header, without a length.
+PLACE = re.compile(r"(.*)@(\d+)(?:\+(\d+))?", re.DOTALL | re.ASCII)
+# What Python's reader of headers raises on hostile ones; nothing broader is caught.
+HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+
+
+@dataclass
+class _Sample:
+    """The members of one stem that belong together: the suffixes seen, images as (place, size), and columns."""
+
+    suffixes: set[str] = field(default_factory=set)
+    images: list[tuple[str, int]] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class TarSource:
+    """See Source. ``archives`` are places in ``storage``; keys are members' names without their last extension."""
+
+    def __init__(self, storage: Storage, archives: Sequence[str], name: str):
+        self.name = name
+        self._storage, self._archives = storage, list(archives)
+
+    def listing(self, exclude: Any = None) -> Listing:
+        """See Source. One that cannot be opened is a ValueError, one that ends early is named in ``unreadable``."""
+        listing, left_out = Listing(), Counter[str]()
+        for archive in self._archives:
+            try:
+                size, mtime_ns = self._storage.status(archive)
+                with self._storage.open(archive) as file:
+                    _list_archive(file, archive, size, mtime_ns, listing, left_out)
+            except OSError as error:
+                raise ValueError(f"src names {archive}, which cannot be read: {error.strerror or error}") from error
+        if not listing.files:
+            said = f"; not to be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
+            raise ValueError(f"no images in {self.name} ({listing.ignored} other members passed over){said}")
+        listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
+        listing.keep_apart()
+        return listing
+
+    def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
+        """See Source."""
+        found = PLACE.fullmatch(file.place)
+        if found is None:
+            raise ImageError("unreadable", f"{file.key} has no place in an archive: {file.place!r}")
+        archive, offset = found[1], int(found[2])
+        check_bytes(file.size, max_pixels, file.key)
+        with unreadable(file.key):
+            size, mtime_ns = self._storage.status(archive)
+            if mtime_ns != file.mtime_ns:  # its offsets may lead to another image
+                raise ImageError("unreadable", f"{file.key}: {archive} was changed since it was listed")
+            with self._storage.open(archive) as opened:
+                if found[3] is None:
+                    data = _with_holes(opened, offset, size)
+                else:
+                    opened.seek(offset)
+                    data = Bounded(opened, size).read(int(found[3]))
+        if len(data) != file.size:
+            raise ImageError("truncated", f"{file.key} ends beyond the end of {archive}")
+        return data
+
+
+def _list_archive(
+    file: BinaryIO, archive: str, size: int, mtime_ns: int, listing: Listing, left_out: Counter[str]
+) -> None:
+    if file.read(5).startswith(COMPRESSED):
+        raise ValueError(f"src names {archive}, which is compressed as a whole: its members cannot be found by seek")
+    samples: dict[str, list[_Sample]] = {}
+    images = 0
+    members = _Members(file, size)
+    for member in members:
+        name = member.name
+        base = posixpath.basename(name)
+        stem, suffix = posixpath.splitext(name)
+        if member.isdir():
+            continue
+        if not member.isreg() or base.startswith(".") or member.size < 0:
+            listing.ignored += 1  # a link, a device or a pipe has no bytes of its own
+        elif suffix.lower() in COLUMNS:
+            _add_column(samples, stem, suffix.lower(), _column(file, member, suffix.lower(), size), left_out)
+        elif is_image_name(base) or _starts_like_an_image(file, member):
+            place = f"{archive}@{member.offset}" if member.sparse else f"{archive}@{member.offset_data}+{member.size}"
+            _sample_for(samples, stem, suffix.lower()).images.append((place, member.size))
+            images += 1
+        else:
+            listing.ignored += 1
+    if members.damage:
+        listing.unreadable += [f"{archive}: {members.damage} after {images} images"][: NAMED - len(listing.unreadable)]
+    for stem, groups in samples.items():
+        _add_rows(listing, left_out, stem, groups, mtime_ns)
+
+
+class _Members:
+    """The members of an archive in their order; ``damage`` says afterwards how it ends, if not as it should."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
+        self.damage = ""
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        self._file.seek(0)
+        last = -1
+        try:
+            archive = tarfile.TarFile(fileobj=Bounded(self._file, self._size), mode="r", encoding="utf-8")
+            while (member := archive.next()) is not None:
+                if member.offset_data <= last:  # a negative size leads back, in a circle
+                    raise tarfile.ReadError("an offset before the last one")
+                last = member.offset_data
+                archive.members = []  # type: ignore[attr-defined] (else every header stays in memory)
+                yield member
+        except HEADER_ERRORS:
+            self.damage = "it is cut or damaged"
+            return
+        self._file.seek(archive.offset)
+        self.damage = self._how_it_ends()
+
+    def _how_it_ends(self) -> str:
+        """tarfile takes any end for the end; only a block of zeros is one, and only zeros follow it."""
+        block = self._file.read(BLOCK)
+        if len(block) < BLOCK or any(block):
+            return "it has no end mark and may be cut"
+        while more := self._file.read(2**20):
+            if any(more):
+                return "it goes on behind its end mark"
+        return ""
+
+
+def _sample_for(samples: dict[str, list[_Sample]], stem: str, suffix: str) -> _Sample:
+    """The sample of ``stem`` that has no member of this suffix yet: a repeated one starts the next sample."""
+    groups = samples.setdefault(stem, [_Sample()])
+    if suffix in groups[-1].suffixes:
+        groups.append(_Sample())
+    groups[-1].suffixes.add(suffix)
+    return groups[-1]
+
+
+def _add_column(
+    samples: dict[str, list[_Sample]], stem: str, suffix: str, read: tuple[Any, str], left_out: Counter[str]
+) -> None:
+    sample = _sample_for(samples, stem, suffix)
+    value, why_not = read
+    if why_not:
+        left_out[why_not] += 1
+    else:
+        sample.columns[suffix[1:]] = value
+
+
+def _add_rows(listing: Listing, left_out: Counter[str], stem: str, groups: list[_Sample], mtime_ns: int) -> None:
+    # Repeats of unlike make-up (two images, then two captions) do not say which caption is whose.
+    clear = len({frozenset(group.suffixes) for group in groups}) == 1
+    for group in groups:
+        if not group.images:
+            listing.ignored += len(group.suffixes)
+            continue
+        if not clear and group.columns:
+            left_out["of a repeated stem in no clear order: their columns are left out"] += len(group.columns)
+        for place, size in group.images:
+            listing.files.append(SourceFile(stem, size, mtime_ns, place, group.columns if clear else {}))
+
+
+def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> tuple[Any, str]:
+    """(the value, "") of a column's member, or (None, why it is left out)."""
+    if member.size > MOST_COLUMN_BYTES or member.sparse:
+        return None, f"larger than {MOST_COLUMN_BYTES} bytes are left out of the columns"
+    if member.offset_data + member.size > size:
+        return None, "cut by the end of their archive are left out of the columns"
+    file.seek(member.offset_data)
+    text = file.read(member.size).decode("utf-8", "surrogateescape")
+    if suffix == ".json":
+        try:
+            return json_value(text), ""
+        except (ValueError, RecursionError):
+            return None, "that are no JSON are left out of the columns"
+    if suffix == ".cls" and re.fullmatch(r"\s*-?\d{1,18}\s*", text, re.ASCII):
+        return int(text), ""
+    return text, ""
+
+
+def _starts_like_an_image(file: BinaryIO, member: tarfile.TarInfo) -> bool:
+    if member.sparse:
+        return False
+    file.seek(member.offset_data)
+    return identify(file.read(min(64, member.size))) is not None
+
+
+def _with_holes(file: BinaryIO, header: int, size: int) -> bytes:
+    file.seek(header)
+    try:
+        archive = tarfile.TarFile(fileobj=Bounded(file, size), mode="r", encoding="utf-8")
+        member = archive.next()
+        opened = archive.extractfile(member) if member is not None else None
+        return opened.read() if opened is not None else b""
+    except HEADER_ERRORS:
+        return b""

@@ -1,0 +1,101 @@
+"""What a store or a model is, in values that JSON takes: the facts behind ``fastvae info``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Rows, units, sizes, failures, identity and scaling of the store at ``path``.
+
+    Raises StoreError if it is none, or says otherwise than its first shard how latents are scaled.
+
+    ``pending_rows``: planned and not committed, as no run has made them or their record cannot be trusted.
+    ``bytes_per_row`` is what the shards take on disk; ``latent_bytes_per_row`` what their latents alone need.
+    """
+    from fastvae.data.images.buckets import size_name
+    from fastvae.data.store.commits import bucket_of
+    from fastvae.data.store.shard_metadata import check_stated
+    from fastvae.data.store.store import Store
+
+    store = Store.open(Path(path))
+    units, commits = store.units(), store.commits()
+    index, failures = store.resolve(), store.failures()
+    for shard, _ in list(index.values())[:1]:  # so that no scaling is told that was edited
+        check_stated(store.path / "shards" / shard, store.facts, bucket_of(shard))
+    numerics = store.facts["identity"]["numerics"]
+    by_bucket: dict[str, int] = {}
+    buckets = {unit.number: unit.bucket for unit in units}
+    for number, commit in commits.items():
+        name = size_name(buckets[number])
+        by_bucket[name] = by_bucket.get(name, 0) + commit.rows
+    rows = sum(commit.rows for commit in commits.values())
+    size = sum(commit.bytes for commit in commits.values())
+    reasons: dict[str, int] = {}
+    for failure in failures.values():
+        reasons[failure.reason] = reasons.get(failure.reason, 0) + 1
+    return {
+        "kind": "latent store",
+        "path": os.fspath(path),
+        "rows": len(index),
+        "failed": len(failures),
+        "reasons": reasons,
+        "units": {"planned": len(units), "committed": len(commits)},
+        "planned_rows": len({row.name for unit in units for row in unit.rows}),
+        "pending_rows": store.pending(),
+        "bytes": size,
+        "bytes_per_row": round(size / rows, 1) if rows else None,
+        "latent_bytes_per_row": round(_latent_bytes(store.facts, by_bucket) / rows, 1) if rows else None,
+        "buckets": by_bucket,
+        "latent_channels": store.facts["latent_channels"],
+        "space": "raw",
+        "scaling": store.facts["scaling"],
+        "numerics": numerics,
+        "preprocess": store.facts["identity"]["preprocess"],
+        "source": store.facts["source"],
+        "identity": store.facts["identity_digest"],
+        "created_by": store.facts["created_by"],
+    }
+
+
+def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
+    """What the latents alone of so many rows in each bucket need."""
+    from fastvae.data.images.buckets import parse_size
+
+    numerics = facts["identity"]["numerics"]
+    width = 4 if numerics["mean"] == "fp32" else 2
+    if numerics["posterior"] == "dist":
+        width += 1 if str(numerics["logvar"]).startswith("u8") else 2
+    elements = 0
+    for name, rows in by_bucket.items():
+        sides = [side // facts["downsample_factor"] for side in parse_size(name)]
+        elements += rows * facts["latent_channels"] * sides[0] * sides[1]
+    return elements * width
+
+
+def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises.
+
+    ``presets``: the known models that have this config; their weights are not compared.
+    """
+    from fastvae.checkpoints.presets import matching
+    from fastvae.data.encoding.settings import open_model
+    from fastvae.data.store.scaling import scaling_of
+
+    vae = open_model(source, subfolder, revision)
+    parts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in vae.named_children()}
+    return {
+        "kind": "model",
+        "source": source,
+        "class": type(vae).__name__,
+        "presets": [preset.name for preset in matching(vae.config, type(vae).__name__)],
+        "parameters": sum(parts.values()),
+        "parameters_of": parts,
+        "dtype": str(next(vae.parameters()).dtype).removeprefix("torch."),
+        "latent_channels": vae.config.latent_channels,
+        "downsample_factor": vae.downsample_factor,
+        "scaling": scaling_of(vae),
+        "config": dict(vae.config),
+    }

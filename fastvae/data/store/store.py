@@ -1,0 +1,318 @@
+"""A folder of latents that is always consistent: identity, frozen work list, shards, and commit records written last.
+
+    store.json                      identity and layout, written once
+    plan/units-00000.jsonl          the work list; later files only ever append units
+    shards/000017-256x256.safetensors
+    shards/000017-256x256.json      the commit record; a shard without one does not exist
+    leases/000017.lease             a unit that a running process works on
+    failures.jsonl, index.jsonl     derived from the commit records
+
+A key in a later unit replaces the same key of an earlier one, as soon as it is planned: that is how an edited image is
+encoded again, and its old latents are served no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fastvae.checkpoints.report import first_few
+from fastvae.data.images.buckets import Size
+from fastvae.data.places import LOCK_NAME, check_places
+from fastvae.data.sources.source import SourceFile
+from fastvae.data.store import identity as identities
+from fastvae.data.store.commits import (
+    DERIVED,
+    PLAN,
+    RECORD,
+    SHARD,
+    TOP,
+    Commit,
+    Failure,
+    IdentityMismatch,
+    PlannedRow,
+    StoreError,
+    Unit,
+    check_facts,
+    is_own,
+    read_commit,
+    read_facts,
+)
+from fastvae.data.store.leases import Leases
+from fastvae.data.store.plan import WorkList
+from fastvae.data.store.shard import Row, pack, read_names
+from fastvae.data.store.shard_metadata import metadata_of
+from fastvae.system.atomic_files import is_leftover, sweep, synchronise_folder, write_atomically
+from fastvae.system.strict_json import json_bytes
+
+__all__ = ["Commit", "Failure", "IdentityMismatch", "Store", "StoreError", "Unit"]
+
+
+class Store:
+    """A latent store at ``path``; ``facts`` is its store.json."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path = path
+        self.facts = facts
+        self._work = WorkList(path / "plan")
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """The store at ``path``; raises StoreError if there is none, or it is damaged or of another format."""
+        path = Path(path)
+        try:
+            facts = read_facts(path / "store.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(f"{path} is not a latent store: it has no store.json") from None
+        check_facts(facts, path / "store.json")
+        if identities.digest(facts["identity"]) != facts["identity_digest"]:
+            raise StoreError(f"{path / 'store.json'} was edited: its identity does not have the digest it states")
+        return cls(path, facts)
+
+    @classmethod
+    def check(cls, path: str | Path, identity: dict[str, Any]) -> Store | None:
+        """The store at ``path`` if latents of ``identity`` can be added to it, None if one can be made; writes nothing.
+
+        One of another identity without a commit is as good as none. Raises IdentityMismatch for one with commits,
+        StoreError for a folder with other things in it, or with others in the places of a store's own.
+        """
+        path = Path(path)
+        if (path / "store.json").exists():
+            check_places(path)
+            store = cls.open(path)
+            lines = identities.differences(store.facts["identity"], json.loads(identities.canonical_json(identity)))
+            if lines and store._has_records():
+                raise IdentityMismatch(path, lines)
+            return None if lines else store
+        if path.is_symlink() and not path.exists():
+            raise StoreError(
+                f"the output must be a folder, {path} is a link to {os.readlink(path)}, which is not there"
+            )
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"the output must be a folder, {path} is a file")
+        if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_ours(entry))):
+            raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
+        check_places(path)
+        return None
+
+    @classmethod
+    def create_or_open(
+        cls, path: str | Path, identity: dict[str, Any], layout: dict[str, Any], leases: Leases
+    ) -> Store:
+        """The store at ``path``, made if it is not there; ``layout`` is what readers need beside the identity.
+
+        Raises as check does, and IdentityMismatch where another process is making a store of another identity. To be
+        called by the holder of the folder's lock, inside its ``leases``.
+        """
+        path = Path(path)
+        store = cls.check(path, identity)
+        if store is None:
+            if leases.live() and (path / "store.json").exists():
+                other = cls.open(path).facts["identity"]
+                raise IdentityMismatch(
+                    path, identities.differences(other, json.loads(identities.canonical_json(identity)))
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            facts = {"fvl": 1, "identity": identity, "identity_digest": identities.digest(identity), **layout}
+            content = json_bytes(facts, indent=1)
+            store = cls(path, json.loads(content))
+            store._sweep(leases)
+            store._forget()
+            write_atomically(path / "store.json", [content])
+        store._sweep(leases)
+        (path / "plan").mkdir(exist_ok=True)
+        (path / "shards").mkdir(exist_ok=True)
+        # Else a power cut could take a folder away with every record in it, however well those were synchronised.
+        synchronise_folder(path)
+        synchronise_folder(path.parent)
+        return store
+
+    def units(self) -> list[Unit]:
+        """The work list of every plan file, in order; raises StoreError for one that cannot be read."""
+        return self._work.units()
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """The columns that came with each key, such as its caption, as they were when the plan was last extended."""
+        return self._work.columns()
+
+    def extend_plan(
+        self,
+        fresh: Sequence[tuple[Size, PlannedRow]],
+        rows_per_unit: Callable[[Size], int],
+        files: Iterable[SourceFile] = (),
+    ) -> list[Unit]:
+        """See WorkList.extend. No unit gets the number of a record whose plan was lost: it would speak for it."""
+        numbers = [int(path.name.split("-")[0]) for path in self.records()]
+        return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1)
+
+    def records(self) -> list[Path]:
+        """The commit records that lie in the store, whether they can be trusted or not."""
+        return self._files("shards", RECORD)
+
+    def fresh(
+        self, files: Iterable[SourceFile], again: Callable[[Failure, Commit], bool] = lambda failure, commit: False
+    ) -> list[SourceFile]:
+        """Those of ``files`` that need a unit: new, other than planned (see is_same_as), or to be tried again.
+
+        ``again`` is asked for each failure that the latest unit of a file committed.
+        """
+        planned = {row.file.key: row.file for unit in self.units() for row in unit.rows}
+        retried = {failure.key for failure, commit in self.failing() if again(failure, commit)}
+        return [file for file in files if not file.is_same_as(planned.get(file.key)) or file.key in retried]
+
+    def failing(self) -> list[tuple[Failure, Commit]]:
+        """Every failure that the latest unit of its row committed, and that unit's record."""
+        latest = latest_units(self.units())
+        told = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
+        return [pair for pair in told if latest[pair[0].key, pair[0].variant] == pair[1].unit]
+
+    def pending(self) -> int:
+        """Rows that are planned and not committed: no run has made them yet, or their record cannot be trusted."""
+        commits = self.commits()
+        return sum(unit not in commits for unit in latest_units(self.units()).values())
+
+    def commits(self, whole: bool = False) -> dict[int, Commit]:
+        """The commit records that can be trusted, by unit.
+
+        They are readable, of this identity, speak of as many rows as their unit has, and their shard has the stated
+        size; with ``whole`` its keys are read as well, and a shard that is damaged there counts as not committed.
+        """
+        trusted = {}
+        for unit in self.units():
+            commit = self.commit_of(unit, whole)
+            if commit is not None:
+                trusted[unit.number] = commit
+        return trusted
+
+    def commit_of(self, unit: Unit, whole: bool = False) -> Commit | None:
+        """The commit record of ``unit`` if it is there and can be trusted, as in commits."""
+        try:
+            commit = read_commit(self.path / "shards" / f"{unit.stem}.json")
+        except FileNotFoundError:
+            return None
+        if commit is None or commit.identity != self.facts["identity_digest"] or not commit.belongs_to(unit):
+            return None
+        if commit.shard is not None:
+            try:
+                there = (self.path / "shards" / commit.shard).stat()
+            except OSError:  # another process may be taking it away
+                return None
+            if not stat.S_ISREG(there.st_mode) or there.st_size != commit.bytes:
+                return None
+            if whole and not self._is_whole(commit, unit):
+                return None
+        return commit
+
+    def commit(self, unit: Unit, rows: list[Row], **facts: Any) -> Commit:
+        """Write the shard of ``unit`` and then its commit record; ``facts`` are the record's other fields."""
+        shard, size, digest = None, 0, None
+        if rows:
+            shard = f"{unit.stem}.safetensors"
+            metadata = metadata_of(self.facts, unit.bucket, rows[0].mean.shape)
+            size, digest = write_atomically(self.path / "shards" / shard, pack(rows, metadata))
+        commit = Commit(
+            unit.number, shard, size, digest, len(rows), self.facts["identity_digest"], host=platform.node(), **facts
+        )
+        write_atomically(self.path / "shards" / f"{unit.stem}.json", [json_bytes(asdict(commit), indent=1)])
+        if shard is None:  # what an earlier try left is of no record now
+            (self.path / "shards" / f"{unit.stem}.safetensors").unlink(missing_ok=True)
+        return commit
+
+    def write_derived(self) -> None:
+        """Write index.jsonl (key, variant, shard, row of each row served) and failures.jsonl where they are not so."""
+        for name, lines in self.derived().items():
+            path = self.path / name
+            if not path.is_file() or path.read_bytes() != b"".join(lines):
+                write_atomically(path, lines)
+
+    def derived(self) -> dict[str, list[bytes]]:
+        """The lines of each file that write_derived writes."""
+        index, failures = self._served()
+        rows = [
+            json_bytes({"key": key, "variant": variant, "shard": shard, "row": row}) + b"\n"
+            for (key, variant), (shard, row) in index.items()
+        ]
+        lines = [json_bytes(asdict(failure)) + b"\n" for failure in failures.values()]
+        return {"index.jsonl": rows, "failures.jsonl": lines}
+
+    def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
+        """Where each row is: (key, variant) to (shard, row). The latest unit that a row was planned in decides.
+
+        Raises StoreError for a committed shard that cannot be read.
+        """
+        return self._served()[0]
+
+    def failures(self) -> dict[tuple[str, int], Failure]:
+        """Which rows failed in the latest unit that they were planned in, by (key, variant)."""
+        return self._served()[1]
+
+    def _served(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
+        index: dict[tuple[str, int], tuple[str, int]] = {}
+        latest = latest_units(self.units())
+        for commit in self.commits().values():
+            if commit.shard is not None:
+                for row, name in enumerate(self._names(commit)):
+                    if latest.get(name) == commit.unit:
+                        index[name] = (commit.shard, row)
+        return index, {(failure.key, failure.variant): failure for failure, _ in self.failing()}
+
+    def _names(self, commit: Commit) -> list[tuple[str, int]]:
+        shard = self.path / "shards" / str(commit.shard)
+        try:
+            names = read_names(shard)
+        # ValueError: offsets that are no numbers of bytes. TypeError: a tensor of another type.
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise StoreError(f"{shard} is damaged: {error}; fastvae repair makes it again") from error
+        if len(names) != commit.rows:
+            raise StoreError(
+                f"{shard} is damaged: {len(names)} keys for {commit.rows} rows; fastvae repair makes it again"
+            )
+        return names
+
+    def _is_whole(self, commit: Commit, unit: Unit) -> bool:
+        try:
+            names = self._names(commit)
+        except StoreError:
+            return False
+        failed = [(failure.key, failure.variant) for failure in commit.failed]
+        return sorted([*names, *failed]) == sorted(row.name for row in unit.rows)
+
+    def _files(self, folder: str, names: str) -> list[Path]:
+        inside = self.path / folder
+        return sorted(path for path in inside.iterdir() if is_own(path.name, names)) if inside.is_dir() else []
+
+    def _has_records(self) -> bool:
+        return bool(self.records())
+
+    def _sweep(self, leases: Leases) -> None:
+        """Delete what killed runs left, but not what the holder of a live lease is writing."""
+        for folder, names in ((".", TOP), ("plan", PLAN)):  # written by the lock's holder alone
+            if (self.path / folder).is_dir():
+                sweep(self.path / folder, names)
+        shards = self.path / "shards"
+        for path in shards.iterdir() if shards.is_dir() else ():
+            # Asked now and not before: whoever writes took the lease first.
+            if is_leftover(path, f"{SHARD}|{RECORD}") and not leases.is_live(path.name.split("-")[0]):
+                path.unlink(missing_ok=True)
+
+    def _forget(self) -> None:
+        """Delete the plan, and shards without a record, of a store that never had a commit."""
+        for path in (*self._files(".", DERIVED), *self._files("shards", SHARD), *self._work.files()):
+            path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in (LOCK_NAME, "leases") or is_leftover(path, TOP)
+
+
+def latest_units(units: list[Unit]) -> dict[tuple[str, int], int]:
+    """The number of the latest unit of each row."""
+    return {row.name: unit.number for unit in units for row in unit.rows}

@@ -1,0 +1,268 @@
+"""CUDA graphs of whole passes, one for each shape: a replay is one launch from Python where a pass is a hundred.
+
+A graph holds the addresses of the weights and none of the Python between the kernels. It is replayed only where all
+that it hangs on is as it was: every block still fused, every weight at its address, every setting. What is derived from
+weights is computed inside, so changes in place show; copies of frozen weights stay until ``refresh`` drops the graphs.
+
+The graphs of a path share one memory pool: each may write where another computed. So a replay, and the copy of its
+result that the caller gets, waits on the device for the one before, and a lock keeps threads apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from fastvae.fast import network_walk as walk
+from fastvae.fast.fallback_reasons import Layer, Reason
+from fastvae.fast.inference_pass import Inference
+from fastvae.fast.network_walk import Flow, Pass
+
+GRAPH_DEVICES = ("cuda",)
+MOST_GRAPHS = 32
+"""A table of aspect ratios around 512² has fewer shapes; each graph keeps its input, its output and its launches."""
+MOST_PIXELS = 2**19
+"""Of the images, in a batch: about a hundred launches take 1 ms of Python, and so many pixels 5 ms of an H200 (both
+predicted, not measured). Beyond, a graph would save nothing and hold the memory of a large pass."""
+
+
+class NoGraph(StrEnum):
+    """Why a call was not replayed; the value is what a user reads."""
+
+    DEVICE = "CUDA graphs need a CUDA device"
+    CAPTURING = "another capture is under way on this stream"
+    TRACED = "somebody watches or traces the calls"
+    GRADIENT = "a gradient is needed"
+    SIZE = "the batch is empty, or large enough to hide its launches"
+    MODULE = "a block runs as a module, whose Python a replay would skip"
+    FIRST = "the shape is new, or weights or settings are not those of the last call"
+    FAILED = "the capture failed"
+
+
+@dataclass
+class Graph:
+    """A captured pass: what it hangs on, where it reads its input, and where it leaves its output."""
+
+    state: Hashable
+    graph: Any
+    x: Tensor
+    y: Tensor
+
+
+class Graphs:
+    """The graphs of one accelerated VAE, captured at the second call of a shape; the least recently used goes first."""
+
+    def __init__(self):
+        self.held: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.seen: OrderedDict[Hashable, Hashable] = OrderedDict()
+        self.plain: Counter[StrEnum] = Counter()
+        self.replays = 0
+        self.failure: str | None = None
+        self.pool: Any = None
+        self.last: Any = None
+        self.lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict) -> Graphs:
+        # A copy has weights of its own, and captures anew.
+        return Graphs()
+
+    def clear(self) -> None:
+        """Drop all graphs, and try again where a capture failed."""
+        with self.lock:
+            for key in list(self.held):
+                self._drop(key)
+            self.seen.clear()
+            self.pool, self.failure = None, None
+
+    def run(
+        self,
+        part: Layer,
+        x: Tensor,
+        run: walk.Pass,
+        work: Callable[[Tensor], Tensor],
+        count: Callable[[Tensor], None],
+    ) -> Tensor:
+        """work(x), which takes ``run`` through ``part``: from a graph where there is one, else as it stands.
+
+        The result is the caller's own. count is told of each result once, and must add up on the device.
+        """
+        why = why_not(part, x, run)
+        if why is None and isinstance(run, Inference):
+            layout = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
+            key = (type(part), tuple(x.shape), x.dtype, x.device, layout, run.quant_conv is None)
+            state = state_of(part, run)
+            with self.lock, torch.cuda.device(x.device):
+                why = self._prepare(key, state, x, work, count)
+                if why is None:
+                    self.replays += 1
+                    return self._replay(self.held[key], x)
+        self.plain[why or NoGraph.GRADIENT] += 1
+        y = work(x)
+        count(y)
+        return y
+
+    def report(self) -> dict[str, int | str]:
+        """How many graphs there are, how many calls they served, and why the others were not."""
+        whys = [f"{why} ({calls} {'call' if calls == 1 else 'calls'})" for why, calls in self.plain.items()]
+        if self.failure is not None:
+            whys.append(f"the error was: {self.failure}")
+        return {"graphs": len(self.held), "graph_replays": self.replays, "no_graph": "; ".join(whys)}
+
+    def _prepare(
+        self,
+        key: Hashable,
+        state: Hashable,
+        x: Tensor,
+        work: Callable[[Tensor], Tensor],
+        count: Callable[[Tensor], None],
+    ) -> NoGraph | None:
+        """See to it that there is a graph for this key, captured where the key came before; else the reason."""
+        if key in self.held and self.held[key].state != state:
+            self._drop(key)
+        if key in self.held:
+            self.held.move_to_end(key)
+            return None
+        # The first call is a plain one: weights that move from call to call, and shapes that come once, cost nothing;
+        # and what it makes for later calls (packed copies, compiled kernels) is not made inside a graph.
+        if self.seen.get(key) != state:
+            self.seen[key] = state
+            self.seen.move_to_end(key)
+            if len(self.seen) > MOST_GRAPHS:
+                self.seen.popitem(last=False)
+            return NoGraph.FIRST
+        if self.failure is not None:
+            return NoGraph.FAILED
+        try:
+            self.held[key] = self._capture(state, x, work, count)
+        except RuntimeError as error:  # what CUDA and torch raise, out of memory among it
+            self.failure = str(error)
+            return NoGraph.FAILED
+        if len(self.held) > MOST_GRAPHS:
+            self._drop(next(iter(self.held)))
+        return None
+
+    def _capture(
+        self, state: Hashable, x: Tensor, work: Callable[[Tensor], Tensor], count: Callable[[Tensor], None]
+    ) -> Graph:
+        self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        # Tensors of inference mode could not be written outside it, where the next call may be.
+        with torch.inference_mode(False), torch.no_grad():
+            given = torch.empty_like(x)
+            given.copy_(x)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                work(given)  # warms up what hangs on the stream, cuBLAS's workspace among it; it is not counted
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # the pool cannot take what the allocator keeps for others
+                # Other threads, a data loader's among them, may go on allocating.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    y = work(given)
+                    count(y)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(side)
+        return Graph(state, graph, given, y)
+
+    def _replay(self, held: Graph, x: Tensor) -> Tensor:
+        stream = torch.cuda.current_stream()
+        if self.last is not None:
+            stream.wait_event(self.last)
+        with torch.no_grad():
+            held.x.copy_(x)
+            held.graph.replay()
+            y = held.y.clone()
+        self.last = stream.record_event()
+        return y
+
+    def _drop(self, key: Hashable) -> None:
+        if self.last is not None:
+            self.last.synchronize()  # its memory may still be written
+        self.held.pop(key).graph.reset()
+
+
+class Survey(Pass):
+    """A pass that computes nothing and finds out whether every block is fused."""
+
+    # Nothing is computed: that a weight which stands for an activation may learn says nothing of the call.
+    differentiable = True
+
+    def __init__(self):
+        self.fused = True
+
+    def note(self, module: Layer, reason: Reason | None) -> None:
+        self.fused = self.fused and reason is None
+
+    def begin(self, part: Layer, x: Tensor) -> Flow:
+        return Flow(part.conv_in.weight)  # of an activation the dtype and the device are asked
+
+    def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
+        return flow
+
+    def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow:
+        return flow
+
+    def downsample(self, sampler: Layer, flow: Flow) -> Flow:
+        return flow
+
+    def upsample(self, sampler: Layer, flow: Flow) -> Flow:
+        return flow
+
+    def as_module(self, module: Layer, flow: Flow) -> Flow:
+        return flow
+
+    def end(self, part: Layer, flow: Flow) -> Tensor:
+        return flow.x
+
+
+def why_not(part: Layer, x: Tensor, run: walk.Pass) -> NoGraph | None:
+    """Why this call takes no graph, whatever came before it."""
+    if x.device.type not in GRAPH_DEVICES:
+        return NoGraph.DEVICE
+    if not isinstance(run, Inference):
+        return NoGraph.GRADIENT
+    if type(x) not in (Tensor, nn.Parameter) or is_in_torch_dispatch_mode():
+        return NoGraph.TRACED
+    if torch.cuda.is_current_stream_capturing():
+        return NoGraph.CAPTURING
+    larger = 4 ** sum(bool(getattr(block, "upsamplers", None)) for block in walk.blocks_of(part))
+    if not 0 < x.shape[0] * x.shape[2] * x.shape[3] * larger <= MOST_PIXELS:
+        return NoGraph.SIZE
+    survey = Survey()
+    walk.through(part, x, survey)
+    return None if survey.fused else NoGraph.MODULE
+
+
+def state_of(part: Layer, run: Inference) -> Hashable:
+    """What a captured pass hangs on beside its input: weights by their place, and every setting that Python reads."""
+    layers = [*part.modules(), *([] if run.quant_conv is None else [run.quant_conv])]
+    weights = tuple(
+        (weight.data_ptr(), weight.dtype, weight.device, weight.shape, weight.stride())
+        for layer in layers
+        for weight in layer._parameters.values()
+        if weight is not None
+    )
+    norms = tuple((layer.num_groups, layer.eps) for layer in layers if type(layer) is nn.GroupNorm)
+    processors = tuple(type(vars(layer)["processor"]) for layer in layers if "processor" in vars(layer))
+    settings = tuple(value for value in vars(run).values() if isinstance(value, (bool, float)))
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    switches = (
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.conv.fp32_precision,
+        matmul.fp32_precision,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return id(part), weights, norms, processors, settings, switches

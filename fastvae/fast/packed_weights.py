@@ -1,0 +1,224 @@
+"""What is computed from weights alone: laid-out copies and small products. Kept only for who froze the weights.
+
+Writes through ``.data`` change nothing that could be watched, so without a promise nothing outlives a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastvae_kernels.attention import reference
+from fastvae_kernels.upsample import fold_upsample_weights
+from torch import Tensor, nn
+
+from fastvae.fast import fallback_reasons as reasons
+from fastvae.fast.constant import assume_constant_result
+from fastvae.fast.layer_checks import Layer, is_fake
+
+
+class Derived:
+    """Weights as the fast path wants them: made anew at each call, or kept where ``frozen``."""
+
+    def __init__(self, frozen: bool = False):
+        self.frozen = frozen
+        self.is_of_a_trace = False
+        # By dtype and device too: those of frozen weights change as well, within one call of SDXL's pipelines.
+        self.kept: dict[tuple[Layer, str, torch.dtype, torch.device], Any] = {}
+        self.shared: dict[tuple[Layer, torch.dtype], bool] = {}
+
+    def clear(self) -> None:
+        """Forget all: the weights have changed."""
+        self.kept.clear()
+        self.shared.clear()
+
+    def twin(self) -> Derived:
+        """One for a trace, which decides alike and has packed nothing yet."""
+        twin = Derived(self.frozen)
+        twin.is_of_a_trace = True
+        twin.shared.update(self.shared)
+        return twin
+
+    def bytes(self) -> int:
+        """What the kept copies take."""
+        return sum(_bytes_of(entry) for entry in list(self.kept.values()))  # another thread may be packing
+
+    def _get(self, module: Layer, name: str, make: Callable[[], Any]) -> Any:
+        # Compiled, a kept copy would be one more thing to guard, and to compile again for when it comes.
+        if not self.frozen or torch.compiler.is_compiling():
+            return make()
+        weight = next(module.parameters())
+        key = (module, name, weight.dtype, weight.device)
+        kept = self.kept.get(key)  # not asked twice: another thread may forget them
+        if kept is None:
+            with torch.no_grad():
+                kept = make()
+            # Under somebody's FakeTensorMode it has no values, which a real call after it would miss.
+            if self.is_of_a_trace or not any(map(is_fake, kept if isinstance(kept, tuple) else (kept,))):
+                self.kept[key] = kept
+        return kept
+
+    def convolution(self, conv: Layer) -> Tensor:
+        """The weight in channels_last, as cuDNN takes it: itself where it lies so."""
+        if conv.weight.is_contiguous(memory_format=torch.channels_last):
+            return conv.weight
+        return self._get(conv, "weight", lambda: channels_last(conv.weight))
+
+    def blocked(self, conv: Layer) -> Tensor:
+        """The weight in the layout that oneDNN multiplies by, for a CPU; itself where it may not be kept."""
+        if not self.frozen or not takes_onednn(conv.weight):
+            return conv.weight
+
+        def reordered() -> Tensor:
+            return torch.ops.mkldnn._reorder_convolution_weight(conv.weight, conv.padding, conv.stride)
+
+        return self._get(conv, "blocked", reordered)
+
+    def upsample(self, conv: Layer) -> Tensor:
+        """The 4x4 weights of nearest 2x and this convolution as one (upsample.py)."""
+
+        def fold() -> Tensor:
+            return channels_last(fold_upsample_weights(conv.weight))
+
+        return self._get(conv, "folded", fold)
+
+    def shortcut_bias(self, conv: Layer, bias: Tensor | None) -> Tensor | None:
+        """The bias of a 1x1 convolution whose input lacks ``bias`` [C]: W bias + b, fp32 [D]."""
+        if bias is None:
+            return conv.bias
+
+        def fold() -> Tensor:
+            added = _wide(conv.weight).flatten(1) @ _wide(bias)
+            return added if conv.bias is None else added + _wide(conv.bias)
+
+        return self._get(conv, "bias", fold)
+
+    def output(self, conv: Layer, quant_conv: Layer | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of conv_out, and of quant_conv after it as one convolution."""
+        if quant_conv is None:
+            return self.convolution(conv), conv.bias
+
+        def fold() -> tuple[Tensor, Tensor]:
+            mix = _wide(quant_conv.weight).flatten(1)
+            weight = (mix @ _wide(conv.weight).flatten(1)).view(mix.shape[0], *conv.weight.shape[1:])
+            bias = _wide(conv.bias) if conv.bias is not None else torch.zeros_like(mix[0])
+            bias = mix @ bias
+            if quant_conv.bias is not None:
+                bias = bias + _wide(quant_conv.bias)
+            dtype = conv.weight.dtype
+            return channels_last(weight.to(dtype)), bias.to(dtype)
+
+        return self._get(conv, "with quant_conv", fold)
+
+    def shared_attention(self, attention: Layer) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(M, c, W, b) of the shared form: softmax((x M + c) x^T) x W^T + b, the same as q, k, v and to_out in turn.
+
+        What is constant along a row cancels in the softmax, so M = Wq^T Wk and c = bq Wk; behind it W = Wo Wv and
+        b = Wo bv + bo. Folded in fp32 and rounded once; b stays fp32.
+        """
+
+        def fold() -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+            (query, query_bias), (key, _), (value, value_bias) = weights_of(attention)
+            out = attention.to_out[0]
+            inward = _wide(query).mT @ _wide(key)
+            added = None if query_bias is None else _wide(query_bias) @ _wide(key)
+            outward = _wide(out.weight) @ _wide(value)
+            bias = None if out.bias is None else _wide(out.bias)
+            if value_bias is not None:
+                through = _wide(out.weight) @ _wide(value_bias)
+                bias = through if bias is None else bias + through
+            dtype = query.dtype
+            return inward.to(dtype), None if added is None else added.to(dtype), outward.to(dtype), bias
+
+        return self._get(attention, "shared", fold)
+
+    def takes_the_shared_form(self, attention: Layer) -> bool:
+        """Whether the shared form's error is no larger here: decided once for frozen weights, until ``clear``.
+
+        Never for weights that may move: of others it may err without bound (W_q^T W_k overflows where W_q and W_k do
+        not), and to decide takes longer than it saves.
+        """
+        return self.frozen and _decision(self, attention)
+
+
+def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:
+    """[(weight, bias)] of query, key and value."""
+    layers = list(reasons.projections_of(attention))
+    if len(layers) == 3:
+        return [(layer.weight, layer.bias) for layer in layers]
+    biases = (None,) * 3 if layers[0].bias is None else layers[0].bias.chunk(3)
+    return list(zip(layers[0].weight.chunk(3), biases, strict=True))
+
+
+# Compiled, it is decided on the real weights too, once, while the graph is traced.
+@assume_constant_result
+def _decision(derived: Derived, attention: Layer) -> bool:
+    weight = attention.to_out[0].weight
+    decided = derived.shared.get((attention, weight.dtype))  # not asked twice: another thread may forget them
+    if decided is None:
+        if is_fake(weight):  # no values to look at: what is traced is the shared form
+            return True
+        decided = derived.shared[attention, weight.dtype] = shared_is_as_accurate(attention, derived)
+    return decided
+
+
+@torch.no_grad()
+def shared_is_as_accurate(attention: Layer, derived: Derived, tokens: int = 1024) -> bool:
+    """Whether the shared form errs no more than the plain one, in the weights' dtype, rms against float64.
+
+    On seeded normal tokens through the affine of the layer's GroupNorm, which is what the layer sees.
+    """
+    norm, dtype = attention.group_norm, attention.to_out[0].weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, norm.num_channels, generator=generator).to(norm.weight.device)
+    x = (x * norm.weight.float() + norm.bias.float()).to(dtype)
+
+    scale = weights_of(attention)[0][0].shape[0] ** -0.5
+
+    def plain(kind: torch.dtype) -> Tensor:
+        given = [(w.to(kind), None if b is None else b.to(kind)) for w, b in weights_of(attention)]
+        query, key, value = (nn.functional.linear(x.to(kind), *pair)[None] for pair in given)
+        out = attention.to_out[0]
+        mixed = reference(query, key, value, scale)[0]
+        return nn.functional.linear(mixed, out.weight.to(kind), None if out.bias is None else out.bias.to(kind))
+
+    def shared() -> Tensor:
+        inward, added, outward, bias = derived.shared_attention(attention)
+        query = x @ inward if added is None else torch.addmm(added, x, inward)
+        out = reference(query[None], x[None], x[None], scale)[0] @ outward.mT
+        return out if bias is None else out + bias.to(dtype)
+
+    truth = plain(torch.float64)
+    errors = [(values.double() - truth).square().mean().sqrt().item() for values in (shared(), plain(dtype))]
+    return errors[0] <= errors[1]  # false where the shared form is not finite
+
+
+def takes_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN convolves by this weight on this machine."""
+    if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    half = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return weight.dtype == torch.float32 or (weight.dtype in half and half[weight.dtype]())
+
+
+def _bytes_of(entry: Any) -> int:
+    return sum(value.nbytes for value in (entry if isinstance(entry, tuple) else (entry,)) if value is not None)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last: itself where it lies so. By clone, which can be traced without a GPU."""
+    is_so = values.is_contiguous(memory_format=torch.channels_last)
+    return values if is_so else values.clone(memory_format=torch.channels_last)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] lies in channels_last and not, for sizes of 1, in both ways."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

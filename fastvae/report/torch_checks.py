@@ -1,0 +1,147 @@
+"""The checks of ``fastvae doctor`` that need torch: whether kernels run, numbers are right, and what falls back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import time
+from typing import Any
+
+import torch
+from fastvae_kernels.shared.runtime import HAS_TRITON, INTERPRETED, triton
+
+from fastvae.data.images.read import read_image
+from fastvae.fast.accelerate import accelerate
+from fastvae.report.benchmark import explained
+from fastvae.report.correctness import truth_of
+from fastvae.report.doctor import BAD, NOTE, OK, Finding
+from fastvae.report.rivals import encoding, first_line, images, opened
+from fastvae.report.timing import synchronised
+from fastvae.system.devices import DTYPES, default_dtype
+
+# What a kernel's launch raises: no C compiler (RuntimeError), one without Python's headers (CalledProcessError), a
+# library that cannot be loaded (OSError), and what Triton's own compiler refuses.
+LAUNCH_ERRORS: tuple[type[Exception], ...] = (RuntimeError, OSError, subprocess.CalledProcessError)
+if HAS_TRITON:
+    from triton.errors import TritonError
+
+    LAUNCH_ERRORS += (TritonError,)
+
+
+def check_kernels(device: torch.device) -> Finding:
+    """What Triton is here, and whether a kernel runs: on a GPU one is compiled, launched and compared."""
+    if not HAS_TRITON:
+        sentence = "Triton is not installed, so no fused kernel can run: pip install triton (Linux alone has it)"
+        return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence)
+    facts = {"triton": triton.__version__, "interpreted": INTERPRETED}
+    if INTERPRETED:
+        sentence = "TRITON_INTERPRET=1 makes every kernel thousands of times slower: unset it, it is for debugging"
+        return Finding("kernels", BAD, sentence, facts)
+    if device.type != "cuda":
+        sentence = (
+            f"Triton {triton.__version__} is here, but its kernels need a GPU: encode and decode are torch's own, in "
+            "channels_last"
+        )
+        return Finding("kernels", NOTE, sentence, facts)
+    return launched(device, facts)
+
+
+def launched(device: torch.device, facts: dict[str, Any]) -> Finding:
+    """Whether a kernel can be compiled and launched on ``device``, and its result is right."""
+    from fastvae_kernels import group_norm_silu
+
+    x = torch.randn(2, 32, 16, 16, device=device).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 32, device=device)
+    begin = time.perf_counter()
+    try:
+        got = group_norm_silu.group_norm_silu(x, weight, bias, 8, 1e-6)
+        synchronised(device)
+    except LAUNCH_ERRORS as error:
+        sentence = (
+            f"a kernel could not be compiled or launched: {first_line(error)} (Triton needs a C compiler, as gcc)"
+        )
+        return Finding("kernels", BAD, sentence, facts)
+    took = time.perf_counter() - begin
+    exact = group_norm_silu.reference(x.double(), weight.double(), bias.double(), 8, 1e-6)
+    plain = group_norm_silu.reference(x, weight, bias, 8, 1e-6)
+    error = (got - exact).abs().max().item()
+    # As everywhere here: twice the error of plain torch, and one rounding.
+    if not error <= 2 * (plain - exact).abs().max().item() + torch.finfo(x.dtype).eps * exact.abs().max().item():
+        sentence = f"a kernel ran, and its result is wrong by {error:.2g}: call fastvae.restore, and report this card"
+        return Finding("kernels", BAD, sentence, facts)
+    return Finding("kernels", OK, f"Triton {triton.__version__} runs kernels here, the first after {took:.1f} s", facts)
+
+
+def check_numbers(device: torch.device) -> Finding:
+    """Whether the tiny model's accelerated encoder is as near to float64 as plain torch, in the device's own dtype."""
+    dtype = default_dtype(device)
+    try:
+        plain = opened("tiny", None, None)[0].to(device=device, dtype=DTYPES[dtype])
+        x = images(plain, 32 if INTERPRETED else 128, 1)
+        with torch.no_grad():
+            truth = truth_of(plain, "encode", x)
+            begin = time.perf_counter()
+            y = encoding(accelerate(plain))(x)
+            took = time.perf_counter() - begin
+    except LAUNCH_ERRORS as error:
+        return Finding("numbers", BAD, f"the tiny model could not encode an image: {first_line(error)}")
+    error, allowed, wrong = truth.judge(y)
+    facts = {"dtype": dtype, "error": error, "allowed_error": allowed, "seconds": took}
+    if wrong:
+        return Finding("numbers", BAD, f"an image was encoded {wrong}: use another version of torch or Triton", facts)
+    sentence = f"the tiny model encodes an image in {dtype} within {error:.2g} of float64, {allowed:.2g} being allowed"
+    return Finding("numbers", OK, sentence, facts)
+
+
+def check_paths(vae: str, subfolder: str | None, revision: str | None, device: torch.device) -> Finding:
+    """What of a model will be fast here, and what falls back for which reason."""
+    dtype = default_dtype(device)
+    try:
+        model, _ = opened(vae, subfolder, revision)
+        model = accelerate(copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]))
+    except (ValueError, OSError, TypeError) as error:
+        return Finding("paths", BAD, f"the model {vae} cannot be used: {first_line(error)}", {"vae": vae})
+    with torch.no_grad():
+        rows = explained(model, (1, model.config.in_channels, 256, 256))
+    return judged_paths(f"{vae} on {device} in {dtype}", rows)
+
+
+def judged_paths(what: str, rows: list[dict[str, Any]]) -> Finding:
+    """What explain's rows mean in one sentence."""
+    facts = {"blocks": rows}
+    reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
+    if not reasons:
+        return Finding("paths", OK, f"{what}: all {len(rows)} blocks are fused", facts)
+    said = "; ".join(reason.partition(": ")[2] for reason in reasons)
+    left = [row["name"] for row in rows if row["reason"]]
+    if len(left) == len(rows):
+        return Finding("paths", NOTE, f"{what}: nothing is fused ({said}), and everything runs as it stands", facts)
+    named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    fused = f"{len(rows) - len(left)} of {len(rows)} blocks are fused"
+    return Finding("paths", NOTE, f"{what}: {fused}; left as it stands: {named} ({said})", facts)
+
+
+def check_images(seconds: float = 0.5) -> Finding:
+    """How many JPEGs of 512 x 512 one thread reads in a second, by the reader that ``fastvae encode`` uses."""
+    from PIL import Image, features
+
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 24, 24, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (512, 512), mode="bicubic", align_corners=False)[0]
+    noisy = 255 * smooth + 6 * torch.randn(3, 512, 512, generator=generator)
+    written = io.BytesIO()
+    Image.fromarray(noisy.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(written, "JPEG", quality=92)
+    jpeg = written.getvalue()
+    read_image(jpeg)
+    count, begin = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begin) < seconds:
+        read_image(jpeg)
+        count += 1
+    rate = count / taken
+    turbo = features.version_feature("libjpeg_turbo")
+    facts = {"images_per_second": rate, "side": 512, "bytes": len(jpeg), "libjpeg_turbo": turbo}
+    sentence = f"one thread reads {rate:.0f} JPEGs of 512x512 a second"
+    if not turbo:
+        return Finding("images", NOTE, f"{sentence}, without libjpeg-turbo: pip's wheel of Pillow has it", facts)
+    return Finding("images", OK, f"{sentence} (libjpeg-turbo {turbo})", facts)

@@ -1,0 +1,126 @@
+"""Which tile a kernel runs with: a pure function of op, dtype, channels and device, over the tables in tuned/.
+
+No tile depends on the batch or on the image size, so a row's bits never do either; nothing is tuned at the first call.
+A table is a list of entries: op, dtypes, channels (the most it serves; absent: any), shared_memory (the bytes it needs;
+absent: 0), rows, columns, depth, num_warps, num_stages. tuned/<device>.json comes before tuned/<architecture>.json,
+and tuned/default.json is last: it must serve every op on every device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device as far as tiles care: architecture, bytes of shared memory one program may take, name of the card."""
+
+    architecture: str
+    shared_memory: int
+    name: str = ""
+
+
+# The devices the compile audit covers; shared memory per program as the vendors' tables give it.
+TARGETS = {
+    target.architecture: target
+    for target in (
+        Target("sm_80", 163 * 1024),
+        Target("sm_86", 99 * 1024),
+        Target("sm_89", 99 * 1024),
+        Target("sm_90", 227 * 1024),
+        Target("sm_100", 227 * 1024),
+        Target("sm_120", 99 * 1024),
+        Target("gfx942", 64 * 1024),
+    )
+}
+# The interpreter has no limit, and takes what fits the smallest device.
+INTERPRETER = Target("interpreter", 64 * 1024)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program takes at a time.
+
+    rows: pixels, or queries. columns: channels, or keys. depth: channels of one step of a product; 0 where there is
+    no such step.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def _described(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    name = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    if torch.version.hip:
+        return Target(properties.gcnArchName.split(":")[0], 64 * 1024, name)
+    return Target(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin, name)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that a tensor on this device runs on; a CPU is the interpreter's."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return _described(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _table(name: str) -> tuple[dict[str, Any], ...]:
+    path = TABLES / f"{name}.json"
+    return tuple(json.loads(path.read_text())) if name and path.exists() else ()
+
+
+def _serves(entry: dict[str, Any], op: str, dtype: str, channels: int, target: Target) -> bool:
+    return (
+        entry["op"] == op
+        and dtype in entry["dtypes"]
+        and entry.get("channels", channels) >= channels
+        and entry.get("shared_memory", 0) <= target.shared_memory
+    )
+
+
+@functools.cache
+def choose(op: str, *, dtype: torch.dtype, channels: int, target: Target) -> Tile:
+    """The tile for ``op`` on values of ``dtype`` with ``channels`` channels.
+
+    The first table that serves the op wins; in it the entry for the fewest channels that are enough, since what holds
+    more channels holds fewer; among those the one that uses most shared memory. Raises ValueError when none serves.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
+    for table in (target.name, target.architecture, "default"):
+        entries = [entry for entry in _table(table) if _serves(entry, op, dtype_name, channels, target)]
+        if entries:
+            best = min(entries, key=lambda e: (e.get("channels", float("inf")), -e.get("shared_memory", 0)))
+            return Tile(best["rows"], best["columns"], best.get("depth", 0), best["num_warps"], best["num_stages"])
+    raise ValueError(
+        f"no tile for op {op!r}, dtype {dtype_name}, {channels} channels on {target.architecture} "
+        f"with {target.shared_memory} bytes of shared memory"
+    )
+
+
+def audited() -> list[tuple[str, torch.dtype, int]]:
+    """(name, dtype, channels) that the compile audit takes of a pass over images: the networks' in every dtype, and
+    those that fill no block or have chunks of 32 pixels in the widest dtype and one of 16 bits."""
+    halves, full = [torch.bfloat16, torch.float16], [torch.float32]
+    variants = [(dtype, channels) for dtype in halves + full for channels in (128, 256, 512)]
+    variants += [(dtype, channels) for dtype in halves[1:] + full for channels in (24, 48, 80, 96, 1024)]
+    return [(f"{dtype} C={channels}".removeprefix("torch."), dtype, channels) for dtype, channels in variants]
+
+
+def clear() -> None:
+    """Forget the tables read so far, for who changes them while running (bench/kernels/tune.py, tests)."""
+    _table.cache_clear()
+    choose.cache_clear()

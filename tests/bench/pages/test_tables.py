@@ -1,0 +1,108 @@
+"""The pages' tables and pictures are what the results say, and nothing else in them looks like a measurement."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
+tables = importlib.import_module("tables")
+
+PAGE = "<!-- results: results.json {} -->\n<!-- end -->\n"
+ORIGIN = {
+    "dry": False, "device": "cpu", "processor": "a CPU", "driver": None, "threads": 2, "date": "2030-01-02",
+    "commit": "0123456789abcdef", "versions": {"torch": "9.9", "diffusers": "8.8", "openvino": None},
+}  # fmt: skip
+RESULT = ORIGIN | {
+    "networks": {
+        "one": {
+            "part": "encoder", "preset": "sd15", "side": 256, "batch": 1, "dtype": "float32", "rounds": 7,
+            "compiled": False, "floor_seconds": 0.4,
+            "contestants": {
+                "diffusers": {
+                    "median_seconds": 1.1, "interval": [1.0, 1.2], "times_diffusers": 1.0, "error": 1e-6,
+                    "share_of_floor": 0.36, "peak_bytes": None,
+                },
+                "fastvae": {
+                    "median_seconds": 0.55, "interval": None, "times_diffusers": 2.0, "error": 0.0123,
+                    "share_of_floor": 0.73, "peak_bytes": 2**30,
+                },
+                "OpenVINO": {"failed": "ModuleNotFoundError: no openvino"},
+                "ONNX Runtime": {"left_out": "no bf16"},
+            },
+        }
+    },
+}  # fmt: skip
+
+
+def written(tmp_path, result, table="encoder"):
+    (tmp_path / "results.json").write_text(json.dumps(result))
+    return tables.with_results(PAGE.format(table), tmp_path)
+
+
+def test_the_encoders_table(tmp_path):
+    text = written(tmp_path, RESULT)
+    assert "| diffusers | 1100 | 1000 to 1200 | 1.00 | 1.0e-06 | 36 % | not measured |" in text
+    assert "| fastvae | 550 | too few rounds | 2.00 | 1.23 % | 73 % | 1.00 GiB |" in text
+    assert "| OpenVINO | failed: ModuleNotFoundError: no openvino |" in text
+    assert "| ONNX Runtime | left out: no bf16 |" in text
+    assert "2 threads of a CPU; torch 9.9, diffusers 8.8; commit 0123456789ab, 2030-01-02." in text
+    assert tables.with_results(text, tmp_path) == text
+
+
+def test_a_table_older_than_its_data_is_seen(tmp_path):
+    text = written(tmp_path, RESULT)
+    newer = json.loads(json.dumps(RESULT))
+    newer["networks"]["one"]["contestants"]["fastvae"]["median_seconds"] = 0.5
+    assert written(tmp_path, newer) != text
+
+
+def test_what_was_not_measured_says_so(tmp_path):
+    assert tables.NOT_YET in tables.with_results(PAGE.format("encoder"), tmp_path)
+    for table in tables.TABLES:
+        assert tables.NOT_YET in written(tmp_path, ORIGIN, table)
+
+
+def test_dry_results_and_unknown_tables_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is of a dry run"):
+        written(tmp_path, RESULT | {"dry": True})
+    with pytest.raises(ValueError, match="TABLE must be one of pipeline, ops"):
+        written(tmp_path, RESULT, "nothing")
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_the_pages_say_what_was_measured(page):
+    text = (ROOT / page).read_text()
+    assert tables.SECTION.search(text)
+    assert tables.with_results(text) == text, "run: make report"
+    # Sections of results, and of what is counted (another test holds those), are the only tables there.
+    rest = tables.SECTION.sub("", text)
+    while "<!-- roofline -->" in rest:
+        before, _, after = rest.partition("<!-- roofline -->")
+        rest = before + after.partition("<!-- end -->")[2]
+    loose = [line for line in rest.splitlines() if line.startswith("|") and any(c.isdigit() for c in line)]
+    assert not loose, "a table of numbers with no result behind it"
+
+
+def test_the_pictures_are_of_these_results():
+    made = tables.drawings()
+    assert {f"docs/images/cpu-{part}.svg" for part in ("encoder", "decoder")} <= made.keys()
+    for name, svg in made.items():
+        assert (ROOT / name).read_text() == svg, f"{name} is older than its data, run: make report"
+    there = {f"docs/images/{path.name}" for path in (ROOT / "docs" / "images").glob("*.svg")}
+    ours = {name for name in there if name.rpartition("-")[2] in {f"{table}.svg" for table in tables.TABLES}}
+    assert ours == made.keys(), "a picture whose data are gone"
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_every_picture_of_a_page_is_there(page):
+    text = (ROOT / page).read_text()
+    linked = [link for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if "://" not in link]
+    assert all(((ROOT / page).parent / link).is_file() for link in linked), linked
+    shown = {link.removeprefix("images/") for link in linked}
+    made = {Path(name).name for name in tables.drawings()}
+    assert page != "docs/performance.md" or made <= shown, "a picture that no page shows"

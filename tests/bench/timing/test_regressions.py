@@ -1,0 +1,128 @@
+"""regressions.py sees a slower kernel, a slower network and a wrong result, and is quiet about the same tree."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
+compare = importlib.import_module("compare")
+
+SLOWER = """
+
+_right = {function}
+
+
+def {function}(*given, **named):
+    import time
+
+    begin = time.process_time()
+    result = _right(*given, **named)
+    done = time.process_time()
+    while time.process_time() < done + 0.2 * (done - begin):
+        pass
+    return result
+"""
+WRONG = """
+
+_right = reference
+
+
+def reference(*given, **named):
+    y, partials = _right(*given, **named)
+    y[0, 0, 0, 0] += 1
+    return y, partials
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository with this tree's package as its one commit."""
+    for name in ("fastvae", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    return tmp_path
+
+
+# What a clock says gates no run of the tests: on a shared processor a fifth is lost in the noise now and then.
+timed = pytest.mark.slow
+
+RESIDUAL, WALK = "kernels/fastvae_kernels/residual.py", "fastvae/fast/network_walk.py"
+
+
+def plant(tree, text, where=RESIDUAL):
+    path = tree / where
+    path.write_text(path.read_text() + text)
+
+
+def run(tree, capsys, only="residual_add 1x128x256x256"):
+    # By the seconds of work of one thread: others on this machine do not count.
+    given = ["HEAD", "--only", only, "--clock", "cpu", "--rounds", "15", "--dry"]
+    return compare.main(given, root=tree), capsys.readouterr().out
+
+
+@timed
+def test_the_same_tree_is_not_slower(tree, capsys):
+    status, said = run(tree, capsys, only="encoder")
+    assert status == 0, said
+    assert said.startswith("encoder tiny 1x64x64 float32")
+    assert said.splitlines()[-1] == "1 cases, none slower than x1.10"
+
+
+@timed
+def test_a_network_slower_by_a_fifth_is_seen(tree, capsys):
+    plant(tree, SLOWER.format(function="through"), WALK)
+    status, said = run(tree, capsys, only="encoder")
+    assert status == 1, said
+    assert said.splitlines()[-1].startswith("red: slower than x1.10: encoder tiny")
+
+
+@timed
+def test_a_slow_down_of_a_fifth_is_seen(tree, capsys):
+    plant(tree, SLOWER.format(function="reference"))
+    status, said = run(tree, capsys)
+    assert status == 1, said
+    assert "SLOWER" in said
+    assert said.splitlines()[-1].startswith("red: slower than x1.10: residual_add")
+    # The base's checkout is gone, and git has forgotten it.
+    listed = subprocess.run(["git", "worktree", "list"], cwd=tree, capture_output=True, text=True, check=True).stdout
+    assert len(listed.splitlines()) == 1
+
+
+def test_a_wrong_result_has_no_ratio(tree, capsys):
+    plant(tree, WRONG)
+    status, said = run(tree, capsys)
+    assert status == 1, said
+    assert "this tree cannot run it: AssertionError: largest error" in said
+    assert " ms x" not in said
+
+
+def verdict(ratio, wobble=0.0, rounds=15):
+    return compare.Verdict("case", [ratio + wobble * (i % 3 - 1) for i in range(rounds)], 1.0)
+
+
+def test_what_counts_as_slower():
+    assert verdict(1.2).slower(1.1)
+    assert not verdict(1.05).slower(1.1)
+    assert not verdict(1.0).slower(1.1)
+    # Above the threshold in the middle, and below 1 as often as not: noise.
+    assert not verdict(1.15, wobble=0.3).slower(1.1)
+
+
+def test_the_exit_status(capsys):
+    assert compare.verdict_of([verdict(1.0)], 1.1) == 0
+    assert compare.verdict_of([verdict(1.0), compare.Verdict("new", no_base="ImportError: no")], 1.1) == 0
+    assert compare.verdict_of([verdict(1.0), compare.Verdict("gone", no_head="ImportError: no")], 1.1) == 1
+    assert compare.verdict_of([compare.Verdict("new", no_base="ImportError: no")], 1.1) == 2
+    assert "no case ran in both trees" in capsys.readouterr().out
+
+
+def test_a_base_that_git_does_not_know(tree, capsys):
+    assert compare.main(["nowhere"], root=tree) == 2
+    assert "nowhere could not be checked out" in capsys.readouterr().err

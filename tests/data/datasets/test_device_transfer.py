@@ -1,0 +1,153 @@
+"""The hand-overs of a CUDA GPU, with stand-ins for its streams: what waits for what, and what is kept for whom."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastvae.data.datasets.device_transfer import InPlace, OnCard, transfer_to
+
+CARD = torch.device("cuda", 0)
+
+
+class Stream:
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event.name}")
+
+
+class Event:
+    def __init__(self, log):
+        self.log, self.name = log, None
+
+    def synchronize(self):
+        self.log.append(f"the caller waits for {self.name}")
+
+    def record(self, stream):
+        self.name = f"what {stream.name} had at {len(self.log)}"
+        self.log.append(f"event on {stream.name}")
+
+
+class Values:
+    """A tensor that writes down what is done to it, and on which stream."""
+
+    def __init__(self, card, device, pinned=False, finite=True):
+        self.card, self.device, self.pinned, self.finite = card, torch.device(device), pinned, finite
+
+    def is_pinned(self):
+        return self.pinned
+
+    def pin_memory(self):
+        self.card.log.append("pinned")
+        return Values(self.card, "cpu", pinned=True)
+
+    def to(self, device, non_blocking):
+        assert self.pinned
+        assert non_blocking
+        self.card.log.append(f"copied on {self.card.current.name}")
+        return Values(self.card, device)
+
+    def isfinite(self):
+        return torch.tensor(self.finite)
+
+    def record_stream(self, stream):
+        self.card.log.append(f"kept for {stream.name}")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    log = []
+    card = SimpleNamespace(log=log, current=Stream(log, "step"))
+    names = iter(["copying", "encoding"])
+
+    @contextlib.contextmanager
+    def entered(stream):
+        card.current, before = stream, card.current
+        yield
+        card.current = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log, next(names)))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: card.current)
+    return card
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_each_stream_waits_for_the_one_before(card, pinned):
+    transfer = OnCard(CARD)
+    transfer.begin()
+    latents = Values(card, CARD)
+
+    def encode(images):
+        assert images.device == CARD
+        card.log.append(f"encoded on {card.current.name}")
+        return {"latents": latents}, [latents]
+
+    made = transfer.take(transfer.run(transfer.up(Values(card, "cpu", pinned)), encode))
+    assert made == ({"latents": latents}, True)
+    copied = 1 if pinned else 2
+    wanted = [
+        "encoding waits for step",  # for weights that are still on their way
+        *([] if pinned else ["pinned"]),
+        "copied on copying",
+        "event on copying",
+        f"encoding waits for what copying had at {copied + 1}",
+        "kept for encoding",
+        "encoded on encoding",
+        "event on encoding",
+        f"the caller waits for what encoding had at {copied + 5}",
+        "kept for step",
+    ]
+    assert card.log == wanted
+
+
+def test_images_that_the_loader_made_on_the_gpu_are_not_copied(card):
+    transfer = OnCard(CARD)
+    uploaded = transfer.up(Values(card, CARD))
+    transfer.run(uploaded, lambda images: ({"latents": images}, [images]))
+    assert card.log[:4] == [
+        "copying waits for step",
+        "event on copying",
+        "encoding waits for what copying had at 1",
+        "kept for encoding",
+    ]
+
+
+def test_what_is_not_finite_is_said_with_the_batch(card):
+    transfer = OnCard(CARD)
+    made, moments = {"mean": Values(card, CARD)}, Values(card, CARD, finite=False)
+    finished = transfer.run(transfer.up(Values(card, "cpu")), lambda images: (made, [made["mean"], moments]))
+    assert transfer.take(finished) == (made, False)
+
+
+def test_what_comes_after_the_last_batch_waits_for_those_that_nobody_took(card):
+    transfer = OnCard(CARD)
+    transfer.run(transfer.up(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
+    transfer.end()
+    assert card.log[-1] == "step waits for encoding"
+
+
+def test_a_step_on_another_stream_has_the_memory_kept_for_it(card):
+    transfer = OnCard(CARD)
+    finished = transfer.run(transfer.up(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
+    card.current = Stream(card.log, "other")
+    transfer.take(finished)
+    assert card.log[-2].startswith("the caller waits for what encoding had")
+    assert card.log[-1] == "kept for other"
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_other_devices_need_no_streams(device):
+    assert isinstance(transfer_to(torch.device(device)), InPlace)
+
+
+def test_one_transfer_serves_a_device():
+    """The allocator keeps what a stream freed for that stream: new ones would take an encode's memory anew."""
+    assert transfer_to(torch.device("cpu")) is transfer_to(torch.device("cpu"))

@@ -1,0 +1,271 @@
+"""Run by test_failures_kills.py in a process of its own: encodes in children, kills them, and says what each kill left.
+
+Arguments: "random", "points" or "workers", how many kills ("workers": how many images), the seconds between two kills
+of workers, a seed, the source folder and a folder for the stores. Prints one JSON object for each kill, and for
+"workers" one for the whole. Every kill is a SIGKILL of a running process. After each, what is committed is read by
+store_checks, which knows nothing of the package, and by verify --deep.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [
+    str(Path(__file__).parents[2]),
+    str(Path(__file__).parents[3]),
+    str(Path(__file__).parents[3] / "kernels"),
+]
+
+import torch  # noqa: E402
+from support.small_store import SIDE, small_vae  # noqa: E402
+from support.store_checks import committed  # noqa: E402
+
+import fastvae.data.encoding.pipeline as pipeline  # noqa: E402
+import fastvae.data.encoding.worker  # noqa: E402
+import fastvae.data.store.store as store_module  # noqa: E402
+import fastvae.system.atomic_files as atomic  # noqa: E402
+from fastvae.data.encoding.encode import encode  # noqa: E402
+from fastvae.data.encoding.encoder import MomentEncoder  # noqa: E402
+from fastvae.data.store.store import Store  # noqa: E402
+from fastvae.data.store.verify import verify  # noqa: E402
+
+WORKERS = 1
+OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "shard_mb": 0.002, "workers": WORKERS, "progress": False}
+
+
+def start(source: Path, out: Path, prepare=lambda: None) -> int:
+    """The number of a new process that encodes ``source`` into ``out``, with a log beside it of what it did."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(f"{out}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    finish, commit = pipeline.finish_chunk, Store.commit
+
+    def logged_finish(chunk, *rest):
+        done = finish(chunk, *rest)
+        os.write(log, b"row\n" * len(done.rows))
+        return done
+
+    def logged_commit(store, unit, *rest, **facts):
+        record = commit(store, unit, *rest, **facts)
+        os.write(log, f"unit {unit.number}\n".encode())
+        return record
+
+    pipeline.finish_chunk, Store.commit = logged_finish, logged_commit
+    fastvae.data.encoding.worker.MOST_DEATHS = (
+        10**6
+    )  # these deaths are no unit's fault, however often they meet the same one
+    prepare()
+    encode(source, out, vae=small_vae(), **OPTIONS)
+    os._exit(0)
+
+
+def end(child: int) -> int:
+    """Kill ``child`` and wait for it; its exit code, -9 where it was still running."""
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def look(out: Path) -> set:
+    """The rows that are committed; raises AssertionError for a bad one, whoever finds it."""
+    rows = set(committed(out))
+    if (out / "store.json").exists():
+        found = verify(out, deep=True).damaged
+        assert not found, f"verify --deep: {found}"
+    return rows
+
+
+def log_of(out: Path) -> list[str]:
+    """What the processes that wrote into ``out`` have done, a line each."""
+    path = Path(f"{out}.log")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_commits(out: Path, more: int, patience: float) -> None:
+    """Return when ``more`` records have been added to ``out``, or after ``patience`` seconds."""
+
+    def count() -> int:
+        return sum(name.endswith(".json") for name in os.listdir(out / "shards")) if (out / "shards").is_dir() else 0
+
+    before, until = count(), time.monotonic() + patience
+    while count() < before + more and time.monotonic() < until:
+        time.sleep(0.0005)
+
+
+def told(out: Path, code: int, before: set, rows_before: int, **facts) -> tuple[dict, set]:
+    """What a kill left, as a line, and the rows that are committed now."""
+    after, rows = look(out), log_of(out).count("row") - rows_before
+    assert before <= after, "a row that was committed is gone"
+    lost = rows - (len(after) - len(before))
+    line = {
+        "killed": code == -9,
+        "committed": len(after),
+        "before": len(before),
+        "encoded": rows,
+        "lost": lost,
+        **facts,
+    }
+    return line, after
+
+
+def random_kills(count: int, generator: random.Random, source: Path, stores: Path) -> None:
+    """Kills at random moments, three of four of them after a random number of commits."""
+    whole, started = stores / "whole", time.monotonic()
+    assert os.waitpid(start(source, whole), 0)[1] == 0
+    patience, wanted = time.monotonic() - started, committed(whole)
+    kills, number, before = 0, 0, set()
+    while kills < count:
+        out, rows_before = stores / f"{number}", log_of(stores / f"{number}").count("row")
+        child = start(source, out)
+        if generator.random() < 0.75:
+            wait_for_commits(out, generator.randrange(1, 4), patience)
+            time.sleep(generator.uniform(0, patience / 20))
+        else:
+            time.sleep(generator.uniform(0, patience))
+        line, before = told(out, end(child), before, rows_before, store=number)
+        kills += line["killed"]
+        print(json.dumps(line), flush=True)  # noqa: T201
+        if kills == count and line["killed"]:
+            assert os.waitpid(start(source, out), 0)[1] == 0
+        if len(before) == len(wanted) or kills == count:
+            assert committed(out) == wanted, "the union is another than a run's that was not killed"
+            number, before = number + 1, set()
+
+
+POINTS = ("in the temporary write", "before the rename", "before the folder's fsync", "between rename and record")
+
+
+def die() -> None:
+    """This process's end, as by kill -9: nothing is flushed, no handler runs."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def prepare_death(point: str, number: int) -> None:
+    """Let this process die at the ``number``-th time that it comes to ``point``."""
+    left = [number]
+
+    def comes() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    class Torn:
+        """A file, of whose last write half arrives."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, view):
+            if not comes():
+                return self.file.write(view)
+            self.file.write(view[: len(view) // 2])
+            self.file.flush()
+            return die()
+
+    def before(module, name, is_it=lambda *arguments: True):
+        real = getattr(module, name)
+
+        def called(*arguments, **named):
+            if is_it(*arguments) and comes():
+                die()
+            return real(*arguments, **named)
+
+        setattr(module, name, called)
+
+    if point == POINTS[0]:
+        real = os.fdopen
+        atomic.os.fdopen = lambda *arguments: Torn(real(*arguments))
+    elif point == POINTS[1]:
+        before(atomic.os, "replace")
+    elif point == POINTS[2]:
+        before(atomic, "synchronise_folder")
+    else:
+        before(
+            store_module, "write_atomically", lambda path, *_: path.suffix == ".json" and path.parent.name == "shards"
+        )
+
+
+def point_kills(count: int, generator: random.Random, source: Path, stores: Path) -> None:
+    """Kills at the named points in turn, each the first to tenth time that a run comes there."""
+    assert os.waitpid(start(source, stores / "whole"), 0)[1] == 0
+    wanted = committed(stores / "whole")
+    for number in range(count):
+        out, point = stores / f"{number}", POINTS[number % len(POINTS)]
+        times = generator.randrange(1, 8)
+        child = start(source, out, lambda point=point, times=times: prepare_death(point, times))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        line, _ = told(out, code, set(), 0, point=point, times=times)
+        print(json.dumps(line), flush=True)  # noqa: T201
+        assert os.waitpid(start(source, out), 0)[1] == 0
+        assert committed(out) == wanted
+        look(out)
+        assert not list(out.rglob("*.tmp.*"))
+
+
+def worker_kills(period: float, generator: random.Random, source: Path, stores: Path) -> None:
+    """Four processes on one output, of which one is killed every ``period`` seconds and started again."""
+    out, ranks = stores / "shared", 4
+
+    def prepare(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        fastvae.data.encoding.worker.LOOK_AGAIN = 0.05
+        real = MomentEncoder.start
+
+        def slow(encoder, pixels):
+            time.sleep(0.05 * len(pixels))  # as one waits for a GPU
+            return real(encoder, pixels)
+
+        MomentEncoder.start = slow
+
+    def begin(rank: int) -> int:
+        return start(source, out, lambda: prepare(rank))
+
+    started, kills, done = time.monotonic(), 0, set()
+    running, due = {begin(rank): rank for rank in range(ranks)}, time.monotonic() + period
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            assert status == 0, f"a worker ended with {status}"
+            done.add(running.pop(child))
+        elif time.monotonic() >= due and not done:
+            victim = generator.choice(sorted(running))
+            rank = running.pop(victim)
+            kills += end(victim) == -9
+            look(out)
+            running[begin(rank)] = rank
+            due = time.monotonic() + period
+        else:
+            time.sleep(0.005)
+    log, rows = log_of(out), look(out)
+    units = [line for line in log if line.startswith("unit")]
+    facts = {"kills": kills, "rows": len(rows), "encoded": log.count("row"), "units": len(units)}
+    facts |= {"units_twice": len(units) - len(set(units)), "seconds": round(time.monotonic() - started, 1)}
+    print(json.dumps(facts))  # noqa: T201
+
+
+def main() -> None:
+    """See the module."""
+    torch.set_num_threads(1)
+    what, count, period, seed, source, stores = sys.argv[1:]
+    generator, places = random.Random(int(seed)), (Path(source), Path(stores))
+    places[1].mkdir(parents=True, exist_ok=True)
+    if what == "workers":
+        worker_kills(float(period), generator, *places)
+    else:
+        {"random": random_kills, "points": point_kills}[what](int(count), generator, *places)
+
+
+main()

@@ -1,0 +1,68 @@
+"""Run by test_store.py in a process of its own: encodes once for each point between two system calls, and dies there.
+
+Arguments: the source folder, a folder for the stores. Prints one line for each point: its name and the child's exit
+code, 137 when it was killed, 0 once the run is shorter than that.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [
+    str(Path(__file__).parents[2]),
+    str(Path(__file__).parents[3]),
+    str(Path(__file__).parents[3] / "kernels"),
+]
+
+import torch  # noqa: E402
+from support.small_store import SIDE, small_vae  # noqa: E402
+
+import fastvae.system.atomic_files  # noqa: E402
+from fastvae.data.encoding.encode import encode  # noqa: E402
+
+
+def die_at(name: str, number: int) -> None:
+    """Make the ``number``-th os.replace or os.link of this process its end, before or after it took place."""
+    moment, call = name.split(" ")
+    real = getattr(os, call)
+    state = {"left": number}
+
+    def dying(*arguments):
+        state["left"] -= 1
+        if state["left"] == 0 and moment == "before":
+            os._exit(137)
+        real(*arguments)
+        if state["left"] == 0:
+            os._exit(137)
+
+    setattr(fastvae.system.atomic_files.os, call, dying)
+
+
+def main() -> None:
+    source, stores = sys.argv[1:]
+    torch.set_num_threads(1)
+    vae = small_vae()
+    for name in ("before replace", "after replace", "before link", "after link"):
+        for number in range(1, 40):
+            child = os.fork()
+            if child == 0:
+                die_at(name, number)
+                encode(
+                    source,
+                    Path(stores) / f"{name} {number}",
+                    vae=vae,
+                    buckets=SIDE,
+                    dtype="fp32",
+                    device="cpu",
+                    shard_mb=0.002,
+                    workers=1,
+                    progress=False,
+                )
+                os._exit(0)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(f"{name} {number}\t{code}", flush=True)  # noqa: T201
+            if code == 0:
+                break
+
+
+main()

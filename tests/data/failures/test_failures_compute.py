@@ -1,0 +1,98 @@
+"""Failure modes 19 and 21 as far as they need no GPU: what is computed wrongly."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from support.small_store import SIDE, small_vae, write_pictures
+
+import fastvae
+from fastvae.data.datasets.dataset import LatentDataset
+from fastvae.data.encoding.encode import encode
+from fastvae.data.encoding.encoder import MomentEncoder
+from fastvae.data.encoding.self_check import check_fast_path
+from fastvae.fast.cpu_pass import InPlace
+from fastvae.latents.convert import ACCELERATED
+
+OPTIONS = {"buckets": SIDE, "progress": False, "device": "cpu", "workers": 1}
+
+
+def means(out) -> dict[str, np.ndarray]:
+    return {item["key"]: item["mean"].clone().numpy() for item in LatentDataset(out)}
+
+
+# By how much a kernel must be wrong to be seen: in half precision by more than eight times what rounding does.
+SEEN = {"fp32": 1.001, "bf16": 3.0}
+
+
+@pytest.mark.parametrize("dtype", SEEN)
+def test_row_21_a_wrong_kernel_is_noticed_and_torchs_own_layers_run(tmp_path, dtype, monkeypatch, capsys):
+    """The CPU's convolution, one of whose channels comes out too large: a kernel that is wrong here alone."""
+    real = InPlace._convolve
+
+    def convolve(self, conv, x):
+        y = real(self, conv, x)
+        y[:, 1] *= SEEN[dtype]
+        return y
+
+    monkeypatch.setattr(InPlace, "_convolve", convolve)
+    write_pictures(tmp_path / "in", 3)
+    vae = small_vae()
+    report = encode(tmp_path / "in", tmp_path / "out", vae=vae, dtype=dtype, **OPTIONS)
+    assert report.ok == 3
+    assert "the fast path is wrong on this cpu in " in report.notes[-1]
+    assert "the fast path is wrong on this cpu" in capsys.readouterr().err
+    # What is stored is what the model gives without any of it.
+    found = means(tmp_path / "out")
+    stock = MomentEncoder(vae, dtype, torch.device("cpu"))
+    fastvae.restore(stock.model)
+    fastvae.restore(stock.reference)
+    from fastvae.data.images.crop import to_bucket
+    from fastvae.data.images.read import read_image
+
+    for key, mean in found.items():
+        pixels, _ = to_bucket(read_image(tmp_path / "in" / key, at_least=SIDE), SIDE)
+        wanted = stock.moments(pixels[None])[0][0][:4].astype(np.float16)
+        assert np.array_equal(mean, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("widths", [(8, 8, 16, 16), (32, 64, 64, 64)], ids=str)
+def test_row_21_a_right_one_passes_within_two_seconds(dtype, widths):
+    for seed in range(5):
+        vae = small_vae(seed, block_out_channels=widths, norm_num_groups=4)
+        encoder, started = MomentEncoder(vae, dtype, torch.device("cpu")), time.process_time()
+        assert check_fast_path(encoder) is None
+        assert time.process_time() - started < 2
+        assert ACCELERATED in vars(encoder.model)
+
+
+def test_row_21_a_model_that_overflows_is_no_wrong_kernel():
+    """Infinities are what rows are looked at for, one by one."""
+    vae = small_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight *= 1e38
+    assert check_fast_path(MomentEncoder(vae, "bf16", torch.device("cpu"))) is None
+
+
+def test_row_19_no_row_on_disk_is_other_than_finite(tmp_path):
+    """A model that gives infinities for some images in every dtype: those are failures, the others rows."""
+    from support.store_checks import committed, failures
+
+    names = write_pictures(tmp_path / "in", 6)
+    vae = small_vae()
+
+    def spoilt(module, args, output):
+        bad = args[0].float().mean((1, 2, 3)) > 0
+        return torch.where(bad[:, None, None, None], torch.full_like(output, float("inf")), output)
+
+    vae.encoder.conv_in.register_forward_hook(spoilt)
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        report = encode(tmp_path / "in", out, vae=vae, dtype=dtype, max_failures="100%", **OPTIONS)
+        assert 0 < report.failed < 6
+        assert set(failures(out).values()) == {"non_finite"}
+        rows = {key for key, _ in committed(out)}  # which looks at every value
+        assert rows | failures(out).keys() == set(names)
+        assert not rows & failures(out).keys()

@@ -1,0 +1,313 @@
+"""Tar shards: every row is its own member, whatever the archive's order, damage or malice."""
+
+import io
+import os
+import random
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.small_store import picture
+
+from fastvae.data.images.errors import ImageError
+from fastvae.data.images.read import read_image
+from fastvae.data.sources.source import open_source
+
+wds = pytest.importorskip("webdataset", reason="the real writer of these archives is not installed")
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed, 24, 16).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def archive(path, members, **options):
+    """``members``: (name, bytes), or a TarInfo and its bytes, in this order."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(data) if info.isreg() else 0
+            tar.addfile(info, io.BytesIO(data) if info.isreg() else None)
+    return path
+
+
+def rows(source, **options):
+    return {file.key: file for file in source.listing(**options).files}
+
+
+def seeds_of(source, files):
+    """Which picture(seed) each row's bytes are: told by their pixels, not by their names."""
+    known = {np.asarray(picture(seed, 24, 16)).tobytes(): seed for seed in range(12)}
+    return {file.key: known[np.asarray(read_image(source.read(file)).image).tobytes()] for file in files}
+
+
+def test_webdatasets_own_shards_keep_their_captions(tmp_path):
+    with wds.ShardWriter(str(tmp_path / "part-%03d.tar"), maxcount=3, verbose=0) as writer:
+        for seed in range(7):
+            sample = {"__key__": f"dir/{seed:04d}", "png": picture(seed, 24, 16), "cls": seed, "json": {"n": [seed]}}
+            writer.write(sample | {"txt": f"caption {seed}\n ü"})
+    for src in (
+        str(tmp_path / "part-{000..002}.tar"),
+        str(tmp_path / "part-*.tar"),
+        [tmp_path / f"part-{number:03d}.tar" for number in (0, 1, 2)],
+    ):
+        source = open_source(src)
+        listing = source.listing()
+        assert [file.key for file in listing.files] == [f"dir/{seed:04d}" for seed in range(7)]
+        assert listing.files[6].place.startswith("part-002.tar@")
+        assert seeds_of(source, listing.files) == {f"dir/{seed:04d}": seed for seed in range(7)}
+        for seed, file in enumerate(listing.files):
+            assert file.columns == {"txt": f"caption {seed}\n ü", "cls": seed, "json": {"n": [seed]}}
+        assert (listing.duplicates, listing.ignored, listing.unreadable, listing.notes) == (0, 0, [], [])
+    assert not [name for name in os.listdir(tmp_path) if not name.endswith(".tar")]
+
+
+def test_members_in_any_order_find_their_own_columns(tmp_path):
+    members = [(f"{seed}.png", png(seed)) for seed in range(6)] + [(f"{seed}.txt", b"%d" % seed) for seed in range(6)]
+    random.Random(0).shuffle(members)
+    source = open_source(archive(tmp_path / "a.tar", members))
+    files = source.listing().files
+    assert seeds_of(source, files) == {str(seed): seed for seed in range(6)}
+    assert {file.key: file.columns for file in files} == {str(seed): {"txt": str(seed)} for seed in range(6)}
+
+
+def test_row_14_duplicates_keep_their_own_images_and_captions(tmp_path):
+    first = [("a.png", png(0)), ("a.txt", b"0"), ("a.png", png(1)), ("a.txt", b"1"), ("a~2.png", png(2))]
+    archive(tmp_path / "1.tar", first)
+    archive(
+        tmp_path / "2.tar", [("a.png", png(3)), ("a.txt", b"3"), ("b.png", png(4)), ("b.jpg", png(5)), ("b.txt", b"4")]
+    )
+    source = open_source([tmp_path / "1.tar", tmp_path / "2.tar"])
+    listing = source.listing()
+    assert listing.duplicates == 3
+    assert seeds_of(source, listing.files) == {"a": 0, "a~3": 1, "a~2": 2, "a~4": 3, "b": 4, "b~2": 5}
+    captions = {file.key: file.columns.get("txt") for file in listing.files}
+    assert captions == {"a": "0", "a~3": "1", "a~2": None, "a~4": "3", "b": "4", "b~2": "4"}
+
+
+def test_repeats_in_no_clear_order_have_no_captions_rather_than_anothers(tmp_path):
+    members = [("a.png", png(0)), ("a.png", png(1)), ("a.txt", b"whose?"), ("a.txt", b"and this?")]
+    listing = open_source(archive(tmp_path / "a.tar", members)).listing()
+    assert [file.columns for file in listing.files] == [{}, {}]
+    assert "no clear order" in listing.notes[0]
+
+
+def test_what_is_no_column_is_left_out_and_said(tmp_path):
+    members = [("a.png", png(0)), ("a.json", b'{"x": NaN}'), ("a.txt", b"x" * (2**20 + 1)), ("a.cls", b"cat")]
+    members += [("b.png", png(1)), ("b.txt", b"\xff\xfe"), ("orphan.txt", b"no image"), ("readme", b"words")]
+    listing = open_source(archive(tmp_path / "a.tar", members)).listing()
+    assert [file.columns for file in listing.files] == [{"cls": "cat"}, {"txt": os.fsdecode(b"\xff\xfe")}]
+    assert listing.ignored == 2
+    assert listing.notes == [
+        "1 members larger than 1048576 bytes are left out of the columns",
+        "1 members that are no JSON are left out of the columns",
+    ]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_read_by_seek_in_every_format(tmp_path, format):
+    long = "f" * 90 + "/" + "n" * 80 if format == tarfile.USTAR_FORMAT else "f" * 300 + "/ü😀" + "n" * 200
+    members = [("plain.png", png(0)), (f"{long}.png", png(1)), ("no suffix", png(2)), ("new\nline.PNG", png(3))]
+    source = open_source(archive(tmp_path / "a.tar", members, format=format))
+    assert seeds_of(source, source.listing().files) == {"plain": 0, long: 1, "no suffix": 2, "new\nline": 3}
+
+
+def test_a_sparse_member_is_read_with_its_holes(tmp_path):
+    image = Image.new("RGB", (512, 512))
+    image.paste((200, 40, 90), (0, 0, 512, 8))
+    image.save(tmp_path / "holes.bmp")
+    data = (tmp_path / "holes.bmp").read_bytes()
+    with open(tmp_path / "sparse.bmp", "wb") as file:  # bitmaps begin with their bottom row: zeros, left as a hole
+        file.write(data[:512])
+        file.seek(len(data) - 16384)
+        file.write(data[-16384:])
+    for style in ("gnu", "pax"):
+        path = tmp_path / f"{style}.tar"
+        done = os.spawnlp(
+            os.P_WAIT, "tar", "tar", "-C", str(tmp_path), f"--format={style}", "-Scf", str(path), "sparse.bmp"
+        )
+        if done:
+            pytest.skip("this system's tar writes no sparse members")
+        assert path.stat().st_size < 64 * 1024
+        source = open_source(path)
+        (file,) = source.listing().files
+        assert source.read(file) == data
+
+
+# Damage
+
+
+def bytes_or_reason(source, file):
+    try:
+        return source.read(file)
+    except ImageError as error:
+        return error.reason
+
+
+def test_a_tar_cut_anywhere_loses_nothing_unseen(tmp_path):
+    members = [(f"{seed}.{kind}", png(seed) if kind == "png" else b"c") for seed in range(4) for kind in ("png", "txt")]
+    whole = archive(tmp_path / "whole.tar", members).read_bytes()
+    places = open_source(tmp_path / "whole.tar").listing().files
+    ends = {file.key: sum(map(int, file.place.split("@")[1].split("+"))) for file in places}
+    mark = 512 * (whole.rstrip(b"\0").__len__() // 512 + 1)
+    path = tmp_path / "cut.tar"
+    for cut in [*range(512, mark + 512, 256), *(end - 1 for end in ends.values())]:
+        path.write_bytes(whole[:cut])
+        source = open_source(path)
+        listing = source.listing()
+        assert listing.unreadable, cut
+        assert listing.unreadable[0].startswith("cut.tar: it "), cut
+        assert all(file.columns in ({}, {"txt": "c"}) for file in listing.files), cut
+        found = {file.key: bytes_or_reason(source, file) for file in listing.files}
+        wanted = {str(seed): png(seed) if ends[str(seed)] <= cut else "truncated" for seed in range(4)}
+        assert found == {key: wanted[key] for key in found}, cut
+        assert {key for key, value in wanted.items() if value != "truncated"} <= set(found), cut
+    path.write_bytes(whole[: mark + 512])
+    assert open_source(path).listing().unreadable == []
+    path.write_bytes(whole + whole)
+    assert "goes on behind its end mark after 4 images" in open_source(path).listing().unreadable[0]
+
+
+def test_an_archive_that_was_changed_gives_no_other_rows_image(tmp_path):
+    path = archive(tmp_path / "a.tar", [("a.png", png(0)), ("b.png", png(1))])
+    source = open_source(path)
+    listed = rows(source)
+    archive(path, [("b.png", png(1)), ("a.png", png(0))])
+    os.utime(path, ns=(0, listed["a"].mtime_ns + 1))
+    with pytest.raises(ImageError, match=r"a\.tar was changed since it was listed") as caught:
+        source.read(listed["a"])
+    assert caught.value.reason == "unreadable"
+    assert rows(source)["a"] != listed["a"]
+    path.unlink()
+    with pytest.raises(ImageError, match="a cannot be read: No such file"):
+        source.read(listed["a"])
+
+
+def test_flipped_header_bytes_raise_nothing_strange_and_mix_no_rows(tmp_path):
+    options = {"format": tarfile.PAX_FORMAT}
+    members = [(f"{seed}ü.png" if seed % 2 else f"{seed}.png", png(seed)) for seed in range(4)]
+    whole = archive(tmp_path / "a.tar", members, **options).read_bytes()
+    generator, images = random.Random(0), {png(seed) for seed in range(4)}
+    headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
+    read = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        at = generator.choice(headers)
+        damaged[at + generator.choice((0, 124, 126, 130, 135, 156, 345, 512, 515))] = generator.randrange(256)
+        block = damaged[at : at + 512]
+        block[148:156] = b" " * 8
+        damaged[at + 148 : at + 156] = b"%06o\0 " % sum(block)  # a checksum that believes it
+        (tmp_path / "damaged.tar").write_bytes(damaged)
+        try:
+            source = open_source(tmp_path / "damaged.tar")
+            files = source.listing().files
+        except ValueError as error:
+            if "no images in" not in str(error):
+                raise
+            continue
+        read += sum(bytes_or_reason(source, file) in images for file in files)
+    assert read > 200
+
+
+# Malice
+
+
+def test_row_13_hostile_members_are_data_and_leave_nothing_behind(tmp_path):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    members = []
+    for number in range(40):
+        for name in (f"../../up{number}.png", f"/absolute/{number}.png", f"./a/../b{number}.png"):
+            members.append((name, png(number % 12)))
+        link = tarfile.TarInfo(f"link{number}.png")
+        link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE)[number % 2], "/etc/passwd"
+        device = tarfile.TarInfo(f"device{number}.png")
+        device.type = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)[number % 4]
+        members += [(link, b""), (device, b"")]
+    path = archive(inside / "hostile.tar", members)
+    source = open_source(path)
+    listing = source.listing()
+    assert len(members) == 200
+    assert len(listing.files) == 120
+    assert listing.ignored == 70  # links and devices; ten folders count as nothing
+    assert seeds_of(source, listing.files)["/absolute/7"] == 7
+    assert "../../up3" in {file.key for file in listing.files}
+    assert os.listdir(tmp_path) == ["in"]
+    assert os.listdir(inside) == ["hostile.tar"]
+
+
+def test_row_13_a_name_with_a_nul_in_its_extended_header_is_a_key(tmp_path):
+    info = tarfile.TarInfo("x.png")
+    info.pax_headers = {"path": "nul\0inside.png"}
+    source = open_source(archive(tmp_path / "a.tar", [(info, png(5))], format=tarfile.PAX_FORMAT))
+    assert seeds_of(source, source.listing().files) == {"nul\0inside": 5}
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("stated", [2**62, 2**50, 10**9, -(2**40)])
+def test_a_stated_size_allocates_nothing(tmp_path, stated, kind):
+    header = tarfile.TarInfo("huge.png")
+    header.size, header.type = stated, kind
+    block = header.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(
+        archive(tmp_path / "b.tar", [("ok.png", png(0))]).read_bytes()[:1536] + block + bytes(4096)
+    )
+    source = open_source(tmp_path / "a.tar")
+    listing = source.listing()
+    assert listing.unreadable or listing.ignored
+    assert source.read(next(file for file in listing.files if file.key == "ok")) == png(0)
+    for file in listing.files:
+        if file.key == "huge":
+            with pytest.raises(ImageError) as caught:
+                source.read(file)
+            assert caught.value.reason in ("too_large", "truncated")
+
+
+def test_a_size_below_zero_does_not_lead_back_in_a_circle(tmp_path):
+    whole = archive(tmp_path / "b.tar", [("a.png", png(0)), ("b.png", png(1))]).read_bytes()
+    second, end = whole.index(b"b.png"), 512 * (len(whole.rstrip(b"\0")) // 512 + 1)
+    header = tarfile.TarInfo("back.png")
+    header.size = second - (end + 512)
+    (tmp_path / "a.tar").write_bytes(whole[:end] + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    source = open_source(tmp_path / "a.tar")
+    listing = source.listing()
+    assert seeds_of(source, listing.files) == {"a": 0, "b": 1}
+    assert listing.unreadable == ["a.tar: it is cut or damaged after 2 images"]
+
+
+def test_a_member_beyond_the_pixel_limit_is_not_read(tmp_path):
+    source = open_source(archive(tmp_path / "a.tar", [("a.png", png(0))]))
+    (file,) = source.listing().files
+    huge = replace(file, size=2**26 + 8001)
+    with pytest.raises(ImageError, match="more than 1000 pixels can need"):
+        source.read(huge, max_pixels=1000)
+    with pytest.raises(ImageError, match="ends beyond the end"):
+        source.read(huge, max_pixels=1001)
+
+
+# What is no source
+
+
+def test_what_cannot_be_a_shard_is_refused_in_words(tmp_path):
+    archive(tmp_path / "words.tar", [("a.txt", b"x")])
+    with pytest.raises(ValueError, match=r"no images in .*1 other members passed over"):
+        open_source(tmp_path / "words.tar").listing()
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"not to be read: empty\.tar: it is cut or damaged after 0 images"):
+        open_source(tmp_path / "empty.tar").listing()
+    with pytest.raises(ValueError, match=r"src names missing\.tar, which cannot be read: No such file"):
+        open_source(tmp_path / "missing.tar").listing()
+    with pytest.raises(ValueError, match="compressed as a whole"):
+        open_source(tmp_path / "a.tar.gz")
+    with tarfile.open(tmp_path / "really gz.tar", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match="compressed as a whole: its members cannot be found by seek"):
+        open_source(tmp_path / "really gz.tar").listing()
+    with pytest.raises(ValueError, match="no file matches"):
+        open_source(tmp_path / "no-*.tar")
+    for backwards in ("{9..1}", "{0..99999999}"):
+        with pytest.raises(ValueError, match="src must count up"):
+            open_source(f"{tmp_path}/{backwards}.tar")

@@ -1,0 +1,243 @@
+"""Several processes on one output: who holds what, who may take it over, and that each row is made once."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.small_store import SIDE, small_vae, write_pictures
+
+import fastvae.data.store.leases as leases_module
+from fastvae.data.encoding.encode import encode
+from fastvae.data.encoding.planning import started_at
+from fastvae.data.store.commits import IdentityMismatch
+from fastvae.data.store.leases import STALE, Leases
+from fastvae.data.store.store import Store
+
+OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.001}
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="elsewhere a process cannot be asked for by its number")
+
+
+def lease_of(folder: Path, name: str, **changes) -> Path:
+    """A lease that another process of this host holds: by default this test's own parent, which is alive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"owner": "another", "pid": os.getppid(), "host": leases_module._host(), **changes}
+    path = folder / f"{name}.lease"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def gone() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def make_old(path: Path) -> None:
+    then = time.time() - STALE - 5
+    os.utime(path, (then, then))
+
+
+def test_a_lease_is_held_by_one_and_given_back(tmp_path):
+    with Leases(tmp_path) as ours, Leases(tmp_path) as theirs:
+        assert ours.acquire("000001")
+        assert not theirs.acquire("000001")
+        assert theirs.acquire("000002")
+        assert ours.holds("000001")
+        assert not theirs.holds("000001")
+        assert theirs.live() == ["000001", f"run-{ours.owner}"]
+        ours.release("000001")
+        assert theirs.acquire("000001")
+    assert not list(tmp_path.glob("*.lease"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "old", "taken"),
+    [
+        ({}, False, False),
+        ({}, True, True),  # alive, but its heart has stopped
+        ({"pid": "gone"}, False, True),
+        ({"pid": "gone", "host": "another"}, False, False),  # whose processes cannot be asked for
+        ({"pid": "gone", "host": "another"}, True, True),
+        ({"pid": "x"}, False, False),
+    ],
+)
+def test_only_what_the_dead_hold_is_taken_over(tmp_path, changes, old, taken):
+    if changes.get("pid") == "gone":
+        changes = {**changes, "pid": gone()}
+    path = lease_of(tmp_path, "000001", **changes)
+    if old:
+        make_old(path)
+    with Leases(tmp_path) as ours:
+        assert ours.acquire("000001") is taken
+        assert ours.holds("000001") is taken
+    assert path.exists() is not taken
+
+
+def test_a_lease_that_is_being_written_is_live(tmp_path):
+    (tmp_path / "000001.lease").touch()
+    with Leases(tmp_path) as ours:
+        assert not ours.acquire("000001")
+        make_old(tmp_path / "000001.lease")
+        assert ours.acquire("000001")
+
+
+def test_one_of_many_takes_over_and_the_late_owner_leaves_it_alone(tmp_path):
+    with Leases(tmp_path) as stopped:
+        stopped.acquire("000001")
+        make_old(tmp_path / "000001.lease")
+        others = [Leases(tmp_path) for _ in range(8)]
+        won = []
+        threads = [threading.Thread(target=lambda one=one: won.append(one.acquire("000001"))) for one in others]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(won) == [False] * 7 + [True]
+        assert not stopped.holds("000001")
+        stopped.release("000001")
+        assert [one.holds("000001") for one in others].count(True) == 1
+    assert (tmp_path / "000001.lease").exists()
+
+
+def test_a_heartbeat_keeps_a_lease_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases_module, "HEARTBEAT", 0.01)
+    with Leases(tmp_path) as ours:
+        ours.acquire("000001")
+        make_old(tmp_path / "000001.lease")
+        until = time.monotonic() + 10
+        while time.time() - (tmp_path / "000001.lease").stat().st_mtime > STALE and time.monotonic() < until:
+            time.sleep(0.01)
+        with Leases(tmp_path) as theirs:
+            assert not theirs.acquire("000001")
+
+
+def test_only_the_leases_of_the_dead_are_swept(tmp_path):
+    live, dead = lease_of(tmp_path, "000001"), lease_of(tmp_path, "000002", pid=gone())
+    other = tmp_path / "mine.lease"
+    other.write_text("mine")
+    with Leases(tmp_path) as ours:
+        ours.sweep()
+        assert (tmp_path / f"run-{ours.owner}.lease").exists()
+    assert (live.exists(), dead.exists(), other.exists()) == (True, False, True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A source of 24 pictures, and what one process makes of it: the bytes of its shards."""
+    root = tmp_path_factory.mktemp("leases")
+    names = write_pictures(root / "in", 24)
+    with pytest.MonkeyPatch.context() as patch:  # the conftest's comes too late for a fixture of the module
+        patch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+        encode(root / "in", root / "out", vae=small_vae(), **OPTIONS)
+    return root / "in", names, shards(root / "out")
+
+
+def shards(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "shards").glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, whole):
+    """(output, [(exit code, report), ...]) of two processes, and of two of which one is killed."""
+    root, script = tmp_path_factory.mktemp("shared"), Path(__file__).with_name("shared_run.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, whole[0], root / "both", "0,0", root / "killed", "1,0"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+    return list(zip((root / "both", root / "killed"), map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_row_24_two_processes_share_an_output_and_each_row_is_made_once(shared, whole):
+    _, names, wanted = whole
+    out, ((one, first), (two, second)) = shared[0]
+    assert one == two == 0
+    assert first["ok"] + second["ok"] == len(names)
+    for report in (first, second):
+        assert report["ok"] + report["elsewhere"] + report["resumed"] == len(names)
+        assert report["taken_over"] == 0
+    assert shards(out) == wanted
+    index = [json.loads(line)["key"] for line in (out / "index.jsonl").read_text().splitlines()]
+    assert sorted(index) == names
+    assert len(list((out / "plan").iterdir())) == 1
+    assert not list((out / "leases").glob("*.lease"))
+
+
+def test_row_22_what_a_killed_process_held_is_done_by_the_other(shared, whole):
+    source, names, wanted = whole
+    out, ((killed, _), (lived, report)) = shared[1]
+    assert (killed, lived) == (137, 0)
+    assert report["ok"] + report["elsewhere"] + report["resumed"] == len(names)
+    assert shards(out) == wanted
+    assert encode(source, out, vae=small_vae(), **OPTIONS).resumed == len(names)
+    assert not list((out / "leases").glob("*.lease"))
+
+
+def test_a_unit_that_another_process_holds_is_waited_for_and_taken_over(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("fastvae.data.encoding.worker.LOOK_AGAIN", 0.01)
+    source, names, wanted = whole
+    held = lease_of(tmp_path / "out" / "leases", "000003")
+    threading.Timer(1.0, make_old, [held]).start()
+    started = time.monotonic()
+    report = encode(source, tmp_path / "out", vae=small_vae(), **OPTIONS)
+    assert time.monotonic() - started > 0.9
+    assert report.ok == len(names)
+    assert shards(tmp_path / "out") == wanted
+
+
+def test_what_was_taken_over_is_not_committed_by_the_late_owner(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("fastvae.data.encoding.worker.LOOK_AGAIN", 0.01)
+    source, names, _ = whole
+    out, real, stolen = tmp_path / "out", Leases.holds, []
+
+    def holds(leases, name):
+        if name == "000001" and not stolen:  # stopped here for a minute, and another took it and was killed
+            stolen.append(lease_of(out / "leases", name, pid=gone()))
+        return real(leases, name)
+
+    monkeypatch.setattr(Leases, "holds", holds)
+    report = encode(source, out, vae=small_vae(), **OPTIONS)
+    assert (report.ok, report.taken_over) == (len(names), 1)
+    assert len(Store.open(out).resolve()) == len(names)
+
+
+def test_what_a_living_process_is_writing_is_not_swept(tmp_path, whole):
+    source, _, _ = whole
+    out = tmp_path / "out"
+    encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
+    writing, left = (out / "shards" / f"{n}-32x32.safetensors.tmp.1.0123abcd" for n in ("000007", "000008"))
+    writing.write_bytes(b"half")
+    left.write_bytes(b"half")
+    lease = lease_of(out / "leases", "000007")
+    encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
+    assert (writing.exists(), left.exists(), lease.exists()) == (True, False, True)
+
+
+def test_a_store_that_another_process_has_just_begun_is_not_made_anew(tmp_path, whole):
+    source, _, _ = whole
+    out = tmp_path / "out"
+    encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
+    for path in (out / "shards").iterdir():
+        path.unlink()
+    before = (out / "store.json").read_bytes()
+    lease_of(out / "leases", "run-0123456789abcdef")
+    with pytest.raises(IdentityMismatch, match=r"preprocess\.alpha"):
+        encode(source, out, vae=small_vae(), alpha="drop", **OPTIONS)
+    assert (out / "store.json").read_bytes() == before
+    (out / "leases" / "run-0123456789abcdef.lease").unlink()
+    assert encode(source, out, vae=small_vae(), alpha="drop", limit=1, **OPTIONS).ok == 1
+
+
+def test_processes_start_at_different_places():
+    units = list(range(10))
+    assert [started_at(units, rank, 3)[0] for rank in range(3)] == [0, 3, 6]
+    assert all(sorted(started_at(units, rank, 3)) == units for rank in range(3))

@@ -1,0 +1,139 @@
+"""docs/swap-in.md says what there is: every reason, every pipeline of diffusers', the presets, the refusals."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import diffusers
+import diffusers.models.autoencoders
+import pytest
+import torch
+from support.small_store import small_vae
+from swap_in import tiny_pipelines
+
+import fastvae
+from fastvae.checkpoints.presets import PRESETS
+from fastvae.fast import fallback_reasons as reasons
+from fastvae.fast.fallback_reasons import Reason
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "swap-in.md").read_text()
+OF_THIS_SHAPE = re.compile(r"\b(AutoencoderKL|AutoencoderKLFlux2|AsymmetricAutoencoderKL)\b")
+
+
+def table(heading):
+    """The rows of the table whose head starts so, each a list of its cells."""
+    lines = PAGE[PAGE.index(f"| {heading}") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def names(cell):
+    return set(re.findall(r"`([^`]+)`", cell))
+
+
+def test_every_reason_is_explained():
+    assert [cells[0].strip("`") for cells in table("reason")] == [reason.name for reason in Reason]
+
+
+def pipelines():
+    """{folder of diffusers.pipelines: classes} of those whose ``vae`` is annotated as one of this shape."""
+    root, found = Path(diffusers.__file__).parent / "pipelines", {}
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        if not OF_THIS_SHAPE.search(text):  # to parse all of them takes half as long again
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and any(OF_THIS_SHAPE.search(hint) for hint in _hints(node)):
+                found.setdefault(path.parent.relative_to(root).name, set()).add(node.name)
+    return found
+
+
+def _hints(node):
+    for function in node.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+            for argument in (*function.args.args, *function.args.kwonlyargs):
+                if argument.arg == "vae" and argument.annotation is not None:
+                    yield ast.unparse(argument.annotation)
+
+
+def test_every_pipeline_has_its_row_and_no_row_is_made_up():
+    listed = set().union(*(names(cells[1]) for cells in table("VAE (preset)")))
+    assert listed == set(pipelines())
+
+
+def test_what_is_said_to_be_run_is_run():
+    """Each folder beside a case of the tests, and each case in a folder that is said to be run."""
+    said = set().union(*(names(cells[1]) for cells in table("VAE (preset)") if cells[2]))
+    built = [tiny_pipelines.build(case) for case in tiny_pipelines.CASES]
+    assert said == {type(pipe).__module__.split(".")[2] for pipe in built}
+
+
+def test_every_preset_is_named_and_those_from_memory_are_marked():
+    cells = " ".join(cells[0] for cells in table("VAE (preset)"))
+    marked = {name: mark == "°" for name, mark in re.findall(r"`([^`]+)`(°?)", cells)}
+    assert marked == {name: not preset.verified for name, preset in PRESETS.items()}
+
+
+def autoencoders():
+    """Every model of diffusers' that stands in its folder of autoencoders and can be built without arguments."""
+    for name, kind in vars(diffusers.models.autoencoders).items():
+        if inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin):
+            taken = list(inspect.signature(kind.__init__).parameters.values())[1:]
+            if not any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in taken):
+                yield name, kind
+
+
+FAST = {"AutoencoderKL", "AutoencoderKLFlux2", "VQModel"}
+FAST_ENCODER = {"AsymmetricAutoencoderKL", "AutoencoderKLTemporalDecoder", "ConsistencyDecoderVAE"}
+TAKEN = {"AutoencoderKLHunyuanVideo", "AutoencoderKLMagvit"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")  # of vocoders among them
+def test_every_other_autoencoder_is_refused():
+    seen = dict(autoencoders())
+    assert FAST | FAST_ENCODER | TAKEN | {"AutoencoderTiny", "AutoencoderDC", "AutoencoderKLWan"} <= set(seen)
+    for name, kind in seen.items():
+        with torch.device("meta"):
+            model = kind()
+        if name in FAST | FAST_ENCODER | TAKEN:
+            assert f"`{name}`" in PAGE
+            fastvae.accelerate(model)
+            parts = [getattr(model, part) for part in ("encoder", "decoder") if hasattr(model, part)]
+            fast = [reasons.of_shape(part) is None for part in parts]
+            assert fast[0] is (name not in TAKEN)
+            assert fast[1:] in ([name in FAST], [])
+        else:
+            with pytest.raises(TypeError, match=r"a VAE with an encoder|is built like AutoencoderKL"):
+                fastvae.accelerate(model)
+
+
+def test_a_gradient_of_a_gradient_is_refused(monkeypatch):
+    vae = fastvae.accelerate(small_vae().requires_grad_(True))
+    x = torch.rand(1, 3, 8, 8, requires_grad=True)
+
+    def twice():
+        (gradient,) = torch.autograd.grad(vae.encoder(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match="backward"):
+        twice()
+    fastvae.restore(vae)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention)
+    twice()
+    assert x.grad.isfinite().all()
+
+
+def _attention(query, key, value, **options):
+    """In torch's plain operators: its own has no second derivative on a CPU."""
+    return torch.softmax(query @ key.mT / query.shape[-1] ** 0.5, dim=-1) @ value
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGE)
+    assert len(links) > 5
+    for target, anchor in links:
+        path = ROOT / "docs" / target
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}

@@ -1,0 +1,170 @@
+"""torch.compile of accelerated models: one graph, the same bits, and no compilation for every resolution."""
+
+import copy
+import random
+
+import pytest
+import torch
+from fast.small_models import HANDS, TWO, latents, pixels
+from support.accuracy import assert_as_accurate
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastvae
+from fastvae.fast.constant import assume_constant_result
+
+# Both sides up to 160: what stock needs more than one compilation for lies on both sides of torch's thresholds.
+SIZES = [tuple(random.Random(seed).choices(range(4, 160), k=2)) for seed in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    assert vars(assume_constant_result(lambda: 0)) == vars(torch.compiler.assume_constant_result(lambda: 0))
+
+
+def model(hand, **changes):
+    torch.manual_seed(0)
+    vae = HANDS[hand].AutoencoderKL(**TWO, block_out_channels=(16, 32), norm_num_groups=4, **changes)
+    return vae.eval().requires_grad_(False)
+
+
+def compiled(function, backend="eager", **settings):
+    return torch.compile(function, fullgraph=True, backend=backend, **settings)
+
+
+def moments_of(encode, x):
+    return encode(x).latent_dist.parameters
+
+
+@pytest.mark.parametrize(
+    ("backend", "hand"),
+    [
+        ("eager", "diffusers"),
+        pytest.param("eager", "fastvae", marks=pytest.mark.slow),
+        ("aot_eager", "fastvae"),
+        pytest.param("aot_eager", "diffusers", marks=pytest.mark.slow),
+    ],
+)
+def test_encode_and_decode_in_one_graph_with_the_same_bits(backend, hand):
+    """Compiled before anything was called: which form attention takes is decided while the graph is traced."""
+    vae = fastvae.accelerate(model(hand))
+    x, z = pixels(vae, 1, 6, 4), latents(vae, 1, 3, 2)
+    with torch.no_grad():
+        moments = moments_of(compiled(vae.encode, backend), x)
+        image = compiled(vae.decode, backend)(z).sample
+        fastvae.accelerate(vae)  # nothing is decided yet
+        assert torch.equal(moments, moments_of(vae.encode, x))
+        assert torch.equal(image, vae.decode(z).sample)
+
+
+@pytest.mark.parametrize("hand", ["fastvae", pytest.param("diffusers", marks=pytest.mark.slow)])
+def test_the_whole_model_as_a_module(hand):
+    vae = fastvae.accelerate(model(hand))
+    x = pixels(vae, 1, 6, 4)
+    whole = compiled(vae)
+    assert torch.equal(whole(x).sample, vae(x).sample)
+    assert whole._orig_mod is vae
+
+
+@pytest.mark.slow
+def test_inductor_is_as_accurate():
+    """It fuses and reorders what lies between the ops. A minute: it calls a C++ compiler."""
+    stock = model("fastvae")
+    x = pixels(stock, 1, 6, 4)
+    vae = fastvae.accelerate(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours = moments_of(compiled(vae.encode, "inductor", dynamic=True), x)
+        plain, exact = moments_of(stock.encode, x), moments_of(stock.double().encode, x.double())
+    assert_as_accurate(ours, plain, exact)
+
+
+def test_rows_count_and_those_that_are_not_finite():
+    vae = fastvae.accelerate(model("fastvae").half(), freeze=True)
+    x = pixels(vae, 2, 4, 4)
+    encode = compiled(vae.encode)
+    with torch.inference_mode():
+        encode(x)
+    x[1] = torch.inf
+    with torch.no_grad():
+        encode(x)
+    report = fastvae.fast_report(vae)
+    assert (report["rows"], report["non_finite_rows"]) == (4, 1)
+
+
+def test_blocks_that_fall_back_and_gradients_stay_in_the_graph():
+    vae = fastvae.accelerate(model("diffusers").requires_grad_(True))
+    x = pixels(vae, 1, 6, 4)
+    called = []
+    vae.encoder.mid_block.resnets[0].register_forward_hook(lambda *_: called.append(1))
+    assert len(fastvae.explain(vae).reasons) == 1
+    plain = moments_of(vae.encode, x)
+    ours = moments_of(compiled(vae.encode), x)
+    assert torch.equal(ours, plain)
+    assert len(called) == 2
+    ours.sum().backward()
+    assert vae.encoder.conv_in.weight.grad.norm() > 0
+
+
+def test_weights_that_change_in_place_or_move_show():
+    vae = fastvae.accelerate(model("fastvae"))
+    x = pixels(vae, 1, 4, 4)
+    encode = compiled(vae.encode)
+    with torch.no_grad():
+        moments_of(encode, x)
+        for weight in vae.parameters():
+            weight.data = weight.data * 1.25
+        assert torch.equal(moments_of(encode, x), moments_of(vae.encode, x))
+
+
+class Shapes(fx.Interpreter):
+    """Runs a compiled graph on fake tensors: for its shapes alone, at any size."""
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def run_node(self, n):
+        if n.op == "call_method" and n.target == "item":  # dynamic=True hands floats in as tensors, which are read
+            return super().run_node(n)
+        with self.mode:
+            return super().run_node(n)
+
+
+def compilations(function, inputs):
+    """The number of graphs that torch compiles over these inputs with dynamic=True."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return Shapes(graph).run
+
+    torch._dynamo.reset()
+    dynamic = compiled(function, backend, dynamic=True)
+    with torch.no_grad():
+        for x in inputs:
+            dynamic(x)
+    return len(graphs)
+
+
+@pytest.mark.parametrize(
+    ("hand", "name", "sizes"),
+    [
+        pytest.param("diffusers", "encode", SIZES[:4], id="diffusers-encode-four"),
+        *(
+            pytest.param(hand, name, SIZES, marks=pytest.mark.slow, id=f"{hand}-{name}-thirty")
+            for hand in HANDS
+            for name in ("encode", "decode")
+        ),
+    ],
+)
+def test_resolutions_compile_no_more_often_than_stock(hand, name, sizes):
+    """Counted calls, kept copies and decided forms hang on no size and change no guard."""
+    stock = model("diffusers")
+    fast = fastvae.accelerate(copy.deepcopy(stock) if hand == "diffusers" else model(hand))
+    make = pixels if name == "encode" else latents
+    inputs = [make(stock, 1, *size) for size in sizes]
+    assert compilations(getattr(fast, name), inputs) <= compilations(getattr(stock, name), inputs)
