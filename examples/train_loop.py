@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 import fastvae
 from fastvae.data.images.crop import to_bucket
 from fastvae.data.images.read import read_image
-from fastvae.data.sources.source import list_folder
+from fastvae.data.sources.folder import list_folder
 
 Epoch = Callable[[int], Iterable[dict[str, Any]]]
 

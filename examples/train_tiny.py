@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvae import AutoencoderKL
-from fastvae.latents.convert import normalized
+from fastvae.latents.pixels import normalized
 from fastvae.metrics import psnr
 from fastvae.training import CropSource, Phase, TrainingPlan, train
 from fastvae.training.evaluation import LinearBaseline, square, thumbnail_baseline

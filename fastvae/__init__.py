@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fastvae._version import __version__ as __version__
 
 _WHERE = {
     "AutoencoderKL": "fastvae.models",
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from fastvae.data.encoding.encode import encode as encode
     from fastvae.data.encoding.repair import repair as repair
     from fastvae.data.exporting.export import export as export
+    from fastvae.data.rows import noise_key as noise_key
     from fastvae.data.store.verify import verify as verify
     from fastvae.fast.accelerate import accelerate as accelerate
     from fastvae.fast.accelerate import accelerated as accelerated
@@ -91,10 +92,9 @@ if TYPE_CHECKING:
     from fastvae.fast.explain import explain as explain
     from fastvae.latents.convert import decode_latents as decode_latents
     from fastvae.latents.convert import encode_latents as encode_latents
-    from fastvae.latents.convert import scale_latents as scale_latents
-    from fastvae.latents.convert import unscale_latents as unscale_latents
-    from fastvae.latents.cpu_sampling import noise_key as noise_key
     from fastvae.latents.sampling import sample_posterior as sample_posterior
+    from fastvae.latents.scaling import scale_latents as scale_latents
+    from fastvae.latents.scaling import unscale_latents as unscale_latents
     from fastvae.models import AutoencoderKL as AutoencoderKL
     from fastvae.models import AutoencoderKLFlux2 as AutoencoderKLFlux2
     from fastvae.models import AutoencoderKLOutput as AutoencoderKLOutput

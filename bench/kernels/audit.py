@@ -11,7 +11,6 @@ build/triton-VERSION, where `make audit` installs it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -20,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "kernels" / "fastvae_kernels"
+from bench.timing.environment import ROOT, source_hash
+
 TABLE = ROOT / "kernels" / "AUDIT.md"
 # The oldest that pyproject.toml takes, which comes with torch 2.11, and the one that constraints.txt pins.
 VERSIONS = ("3.6.0", "3.9.0")
@@ -32,14 +31,6 @@ NAMED = ("kernel", "case", "target", "constants", "warps", "stages")
 COLUMNS = (*NAMED, "registers", "spilled bytes", "shared bytes", "matrix instructions", "16-byte loads",
            "16-byte stores", "fast sine", "tf32")  # fmt: skip
 BETWEEN = " / "
-
-
-def source_hash() -> str:
-    """The hash of every kernel source and tile table, which AUDIT.md carries."""
-    digest = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.py"), *(SOURCES / "tuned").glob("*.json")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def compile_under(version: str, only: str, targets: list[str], jobs: int) -> list[dict[str, str]]:

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.kernels.audit import AUDITED, COLUMNS, ROOT, SOURCES
+from bench.kernels.audit import AUDITED, COLUMNS
+from bench.timing.environment import ROOT, SOURCES
 
 MATRIX = {
     "wgmma": r"wgmma\.mma_async",

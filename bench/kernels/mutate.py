@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.kernels.audit import source_hash
+from bench.timing.environment import source_hash
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "bench" / "mutations.toml"

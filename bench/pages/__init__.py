@@ -1,0 +1,7 @@
+"""Tables and pictures of results, written into README and docs.
+
+merge_parts  the parts of bench/device.sh as one results file
+tables       tables and pictures, from the results
+bar_svg      bars as SVG
+targets      targets of a run, as information
+"""

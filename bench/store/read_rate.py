@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 
 import fastvae
 from bench.timing.environment import surroundings
-from fastvae.data.sources.source import SourceFile
-from fastvae.data.store.commits import PlannedRow
+from fastvae.data.rows import SourceFile
 from fastvae.data.store.leases import Leases
+from fastvae.data.store.plan import PlannedRow
 from fastvae.data.store.shard import Row
 from fastvae.data.store.store import Store
 

@@ -1,0 +1,20 @@
+"""Times, beside eager torch and diffusers, each after a gate of accuracy.
+
+cases          the table of what is timed
+operations     inputs, ours, plain torch and the truth of each op
+gate           the derived tolerance, and inputs that no cache holds
+stopwatch      seconds of one call, rivals in turns
+environment    commit, sources, versions and device of a result
+contestants    the contestants of an encoder or decoder
+networks       one encoder or decoder case
+profiles       where a pass spends its time
+roofline       the floor of the whole network, counted
+regressions    this tree beside another commit
+conftest       options and the results file of the tests here
+test_ops       each op
+test_encoder   the encoder
+test_decoder   the decoder
+test_profile   profiles of both
+test_loader    LatentLoader
+test_pipeline  a folder of photographs to latents on disk
+"""

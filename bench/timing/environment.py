@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.kernels.audit import source_hash
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "kernels" / "fastvae_kernels"
+
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("torch", "triton", "pytest-benchmark", "diffusers", "onnxruntime", "openvino", "onnx", "numpy")
@@ -59,3 +62,11 @@ def surroundings() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
     }
+
+
+def source_hash() -> str:
+    """The hash of every kernel source and tile table, which AUDIT.md carries."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*.py"), *(SOURCES / "tuned").glob("*.json")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ import fastvae
 from bench.timing import cases
 from bench.timing.contestants import Job
 from bench.timing.stopwatch import median
-from fastvae.latents.cpu_sampling import noise_keys
+from fastvae.data.rows import noise_keys
 
 TABLE = cases.LOADERS
 ROUNDS, ROUND_SECONDS = 7, 0.6

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastvae.checkpoints import names
 from fastvae.checkpoints.files import PICKLE_SUFFIXES, WeightFiles, check_pickle, commit_of
-from fastvae.checkpoints.report import LoadReport, first_few
+from fastvae.checkpoints.report import LoadReport
 from fastvae.system.safetensors_header import WEIGHTS_HEADER, check_header
+from fastvae.system.terminal import first_few
 
 Shapes = Mapping[str, tuple[int, ...]]
 

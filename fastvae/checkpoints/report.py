@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastvae.system.terminal import first_few
+
 
 @dataclass
 class LoadReport:
@@ -47,9 +49,3 @@ class LoadReport:
     @staticmethod
     def _counted(what: str, names: list[str] | tuple[str, ...]) -> list[str]:
         return [f"  {len(names)} {what}: {first_few(names)}"] if names else []
-
-
-def first_few(names: list[str] | tuple[str, ...], count: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -93,7 +93,7 @@ def bench(
 
 def _write(results: dict[str, Any], html: str | None, json_file: str | None) -> None:
     if json_file not in (None, "-"):
-        from fastvae.data.encoding.report import strict_json
+        from fastvae.system.strict_json import strict_json
 
         Path(json_file).write_text(strict_json(results) + "\n", encoding="utf-8")
     if html is not None:

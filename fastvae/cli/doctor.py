@@ -29,8 +29,9 @@ def doctor(
 
     Every line is ok, a note, or bad; exit code 1 if one is bad.
     """
-    from fastvae.data.disk import free_bytes
-    from fastvae.report.doctor import BAD, NOTE, examine
+    from fastvae.report.doctor import examine
+    from fastvae.report.findings import BAD, NOTE
+    from fastvae.system.atomic_files import free_bytes
     from fastvae.system.terminal import amount, say
 
     if not quiet:

@@ -29,7 +29,7 @@ def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, 
 
         facts = store_facts(what)
     else:
-        from fastvae.data.store.info import model_facts
+        from fastvae.data.encoding.model import model_facts
 
         try:
             facts = model_facts(what, subfolder, revision)

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from fastvae import __version__
+from fastvae._version import __version__
 from fastvae.cli.bench import bench
 from fastvae.cli.compare import compare
 from fastvae.cli.decode import decode

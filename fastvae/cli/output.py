@@ -57,7 +57,7 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
 
 def _problem(error: ValueError | ImportError | OSError) -> Problem:
     from fastvae.data.images.errors import ImageError
-    from fastvae.data.store.commits import IdentityMismatch, StoreError, StoreLocked
+    from fastvae.data.store.errors import IdentityMismatch, StoreError, StoreLocked
 
     if isinstance(error, StoreLocked):
         return Problem(str(error), LOCKED)
@@ -97,7 +97,7 @@ def complain(text: str) -> None:
 
 def echo_json(value: Any) -> None:
     """One JSON document on stdout."""
-    from fastvae.data.encoding.report import strict_json
+    from fastvae.system.strict_json import strict_json
 
     echo(strict_json(value))
 

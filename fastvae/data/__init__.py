@@ -1,13 +1,12 @@
-"""Images in, latents stored, and read again for training.
+"""Images in, latents stored, and read again for training. Sub-packages, in the order that data meets them;
+each imports only what is listed above it.
 
-Where images come from: sources, patterns, remote_source, tar_source, table_source, manifest_source; file_systems.
-What pixels they give: images, colour, jpeg, signatures, reasons; buckets, preprocess, reading.
-A run: encode, repair, kept, job, settings, accepted, identity, devices, self_check; plan, batches, pipeline,
-moment_encoder, storing, threads; run, report, console.
-What lies on disk: store, records, worklist, shards, stated, json_text; leases, lock, places, disk; facts,
-verify.
-What training reads: dataset, iterable, sampler, collate; order, noise, normals, space, mapped_shards, buffers; loader,
-transfer.
-And back to pictures: decode, demonstration.
-For other trainers: export, export_formats.
+rows       names of rows: source files, sample ids, noise keys, bucket sizes
+images     bytes of one image to upright sRGB pixels of a bucket
+sources    where images come from: folders, patterns, tars, Parquet, JSONL, URLs
+store      the folder of latents: plan, leases, shards, commit records, verify
+datasets   torch datasets and loaders over a store, or encoding in the training loop
+encoding   `fastvae encode` and `fastvae repair`: a source to a store
+exporting  `fastvae export`: a store to other trainers' layouts
+decoding   `fastvae decode` and `fastvae demo`: latents back to images
 """

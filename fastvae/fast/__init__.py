@@ -1,1 +1,19 @@
-"""The fast path: one forward for encoder and decoder over any module tree of this shape, ours or diffusers'."""
+"""The fast path: one forward for encoder and decoder over any module tree of this shape, fastvae's or diffusers'.
+
+accelerate        accelerate, restore, refresh
+fast_path         the state that an accelerated VAE carries
+copying           copies and pickles of an accelerated part
+compiled_passes   torch.compile of a whole pass
+cuda_graphs       CUDA graphs of whole passes
+network_walk      encoder and decoder as one page, in the order data meets them
+layer_checks      properties of a single layer
+fallback_reasons  why a module falls back, one named reason each
+inference_pass    blocks without a gradient, on fused kernels
+training_pass     blocks with a gradient, on fused kernels
+cpu_pass          blocks without fused kernels, in channels_last
+packed_weights    laid-out copies and products of weights
+counters          counts kept on the device
+calibration       calibrate: power-of-two factors for half precision
+cost_trace        launches, bytes and operations of a pass, on fake tensors
+explain           explain: the path and the reason for each block
+"""

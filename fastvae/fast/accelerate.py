@@ -21,7 +21,7 @@ from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast import layer_checks as layers
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
-from fastvae.latents.convert import ACCELERATED
+from fastvae.latents.autoencoder import ACCELERATED
 
 Model = TypeVar("Model")
 # Held while forwards are exchanged: calls need none, since each finds either the one or the other.

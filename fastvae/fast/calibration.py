@@ -24,7 +24,9 @@ from fastvae.fast.fast_path import Factors
 from fastvae.fast.inference_pass import Inference
 from fastvae.fast.network_walk import Flow
 from fastvae.fast.packed_weights import Derived, weights_of
-from fastvae.latents.convert import ACCELERATED, pixels_from_images, unscale_latents
+from fastvae.latents.autoencoder import ACCELERATED
+from fastvae.latents.pixels import pixels_from_images
+from fastvae.latents.scaling import unscale_latents
 
 LARGEST = torch.finfo(torch.float16).max
 # Other images reach further than those that were looked at: sixteen times as far are left to them.

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvae.latents.convert import ACCELERATED
+from fastvae.latents.autoencoder import ACCELERATED
 
 
 def __getstate__(self) -> dict[str, Any]:

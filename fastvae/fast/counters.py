@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae.fast.constant import assume_constant_result
+from fastvae.fast.layer_checks import assume_constant_result
 
 
 class Tally:

@@ -21,7 +21,8 @@ from fastvae.fast.fallback_reasons import Layer, Reason
 from fastvae.fast.inference_pass import Inference
 from fastvae.fast.packed_weights import Derived, channels_last, is_channels_last
 from fastvae.fast.training_pass import Training
-from fastvae.latents.convert import ACCELERATED, like_weights, normalized
+from fastvae.latents.autoencoder import ACCELERATED, like_weights
+from fastvae.latents.pixels import normalized
 
 
 class Factors(NamedTuple):

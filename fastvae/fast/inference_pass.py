@@ -27,7 +27,7 @@ from fastvae.fast import layer_checks as layers
 from fastvae.fast.fallback_reasons import Layer
 from fastvae.fast.network_walk import Flow, Pass
 from fastvae.fast.packed_weights import Derived, channels_last, is_channels_last, weights_of
-from fastvae.latents.convert import normalized
+from fastvae.latents.pixels import normalized
 
 
 class Inference(Pass):

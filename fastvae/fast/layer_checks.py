@@ -7,16 +7,23 @@ who listens to it, and what its weights are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules import module as torch_module
 
-from fastvae.fast.constant import assume_constant_result
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def assume_constant_result(fn: F) -> F:
+    """Marks ``fn`` as torch.compiler.assume_constant_result does, which imports torch._dynamo for that: two seconds."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
 
 # A module whose layers are read by their names, which a type checker cannot follow.
 Layer = Any

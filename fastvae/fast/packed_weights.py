@@ -14,8 +14,7 @@ from fastvae_kernels.upsample import fold_upsample_weights
 from torch import Tensor, nn
 
 from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.constant import assume_constant_result
-from fastvae.fast.layer_checks import Layer, is_fake
+from fastvae.fast.layer_checks import Layer, assume_constant_result, is_fake
 
 
 class Derived:

@@ -1,0 +1,9 @@
+"""Images to latents that are ready to train on, and back, for any VAE of this shape.
+
+autoencoder   the protocol of a VAE, its device and dtype
+pixels        any image to NCHW in [-1, 1], and back
+scaling       scale_latents, unscale_latents, and the numbers they use
+sampling      sample_posterior: draws by seed or by generator
+cpu_sampling  the same draws on a CPU, and the key of a row's noise
+convert       encode_latents and decode_latents
+"""

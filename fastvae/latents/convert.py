@@ -7,36 +7,25 @@ are the one place where the two meet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastvae.latents.autoencoder import ACCELERATED, Autoencoder, _beside_weights, check_finite, like_weights
+from fastvae.latents.pixels import _fit, _to_pil, pixels_from_images
 from fastvae.latents.sampling import check_noise, sample_posterior
+from fastvae.latents.scaling import (
+    _check_latents,
+    _patch,
+    downsample_factor,
+    pixel_multiple,
+    scale_latents,
+    unscale_latents,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
-
-# Floats beyond this are not images in [-1, 1]; resampling overshoots by less.
-LARGEST_PIXEL = 1.5
-# Where an accelerated VAE keeps its fast path, a fastvae.fast.fast_path.FastPath: looked for, and never imported, here.
-ACCELERATED = "_fastvae"
-
-
-class Autoencoder(Protocol):
-    """What these functions ask of a VAE: diffusers' AutoencoderKL and ours have it."""
-
-    config: Any
-
-    def encode(self, x: Tensor) -> Any:
-        """The posterior of pixels [B, C, H, W] in [-1, 1], as ``.latent_dist`` with ``.parameters`` [B, 2L, h, w]."""
-        ...
-
-    def decode(self, z: Tensor) -> Any:
-        """The images of raw latents [B, L, h, w], as ``.sample`` [B, C, H, W]."""
-        ...
 
 
 @torch.no_grad()
@@ -173,229 +162,3 @@ def decode_latents(
     # As diffusers' VaeImageProcessor: to [0, 1], clamped, times 255, rounded.
     images = (images.float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).contiguous()
     return images if output == "uint8" else _to_pil(images)
-
-
-def scale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
-    """Raw latents to those that a diffusion model is trained on, in z's dtype.
-
-    (z - shift_factor) * scaling_factor; or by latents_mean and latents_std where the config has them; or, for FLUX.2,
-    gathered in 2x2 patches ([B, L, h, w] -> [B, 4L, h / 2, w / 2]) and normalised by its batch norm. Raises ValueError
-    for another shape or dtype.
-    Source: the pipelines of Stable Diffusion, SD3, FLUX, SDXL (Playground v2.5) and FLUX.2 in diffusers.
-    """
-    _check_latents(z, vae.config.latent_channels, multiple=_patch(vae))
-    if _batch_norm(vae) is not None:
-        mean, std = _batch_norm_statistics(vae, z)
-        return (_patchify(z, _patch(vae)) - mean) / std
-    statistics = _channel_statistics(vae, z)
-    if statistics is not None:
-        mean, std = statistics
-        return (z - mean) * vae.config.scaling_factor / std
-    return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def unscale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
-    """The inverse of scale_latents: scaled latents to the raw [B, L, h, w] that decode takes, in z's dtype.
-
-    Raises ValueError for another shape or dtype.
-    """
-    _check_latents(z, vae.config.latent_channels * _patch(vae) ** 2)
-    if _batch_norm(vae) is not None:
-        mean, std = _batch_norm_statistics(vae, z)
-        return _unpatchify(z * std + mean, _patch(vae))
-    statistics = _channel_statistics(vae, z)
-    if statistics is not None:
-        mean, std = statistics
-        return z * std / vae.config.scaling_factor + mean
-    return z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-
-
-def downsample_factor(vae: Autoencoder) -> int:
-    """How many pixels one raw latent spans in each direction."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def pixel_multiple(vae: Autoencoder) -> int:
-    """What an image's sides must be a multiple of: the downsample factor, times the patch for FLUX.2."""
-    return downsample_factor(vae) * _patch(vae)
-
-
-def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", keep_bytes: bool = False) -> Tensor:
-    """Any accepted images as floats [B, C, H, W] in [-1, 1], checked where they lie; errors as in encode_latents.
-
-    keep_bytes: leave uint8 as it is, for who maps it to [-1, 1] later.
-    """
-    images = _as_tensor(images)
-    channels = vae.config.in_channels
-    images = _to_nchw(images, channels, layout)
-    if images.dtype == torch.uint8:
-        return images if keep_bytes else normalized(images)
-    if not images.is_floating_point():
-        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    check_finite("images", images, "as given")
-    if images.numel() and (largest := images.abs().max().item()) > LARGEST_PIXEL:
-        raise ValueError(
-            f"images given as floats must lie in [-1, 1], got values up to {largest:g}: "
-            "give 0..255 as uint8, or divide by 127.5 and subtract 1"
-        )
-    return images
-
-
-def normalized(pixels: Tensor) -> Tensor:
-    """uint8 pixels of any shape, [...] in 0..255, as the fp32 in [-1, 1] that an encoder takes."""
-    return pixels.float() / 127.5 - 1.0
-
-
-def _as_tensor(images: Any) -> Tensor:
-    if isinstance(images, Tensor):
-        return images
-    if hasattr(images, "__array_interface__") and not hasattr(images, "convert"):
-        return _from_array(images)
-    pictures = [images] if hasattr(images, "convert") else list(images)
-    if not pictures:
-        raise ValueError("images must be a batch, got an empty list: give an empty tensor [0, C, H, W] for no images")
-    if not all(hasattr(picture, "convert") for picture in pictures):
-        raise ValueError(f"images must be a tensor, an array or PIL images, got {_described(pictures[0])} in a list")
-    return _from_pil(pictures)
-
-
-def _from_array(array: np.ndarray) -> Tensor:
-    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise ValueError(f"images must be uint8 or floating point, got an array of {array.dtype}")
-    # torch takes neither negative strides nor foreign byte orders, and warns of memory it may not write.
-    plain = array.astype(array.dtype.newbyteorder("="), order="C", copy=not array.flags.writeable)
-    return torch.from_numpy(plain)
-
-
-def _from_pil(pictures: list[Image.Image]) -> Tensor:
-    import numpy as np  # here, because PIL images alone need it
-
-    sizes = {picture.size for picture in pictures}
-    modes = {picture.mode for picture in pictures}
-    if len(sizes) > 1:
-        raise ValueError(f"images in a list must have one size, got {sorted(sizes)} as (width, height)")
-    if not modes <= {"RGB", "L"} or len(modes) > 1:
-        raise ValueError(f"PIL images must all be RGB or all be L (8 bits), got {sorted(modes)}: convert them first")
-    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
-
-
-def _to_nchw(images: Tensor, channels: int, layout: str) -> Tensor:
-    if layout not in ("auto", "NCHW", "NHWC"):
-        raise ValueError(f"layout must be 'auto', 'NCHW' or 'NHWC', got {layout!r}")
-    if images.ndim != 4:
-        raise ValueError(f"images must have 4 dimensions, [B, C, H, W] or [B, H, W, C], got {_described(images)}")
-    first, last = images.shape[1] == channels, images.shape[3] == channels
-    if layout == "auto" and first and last:
-        raise ValueError(f"images of shape {tuple(images.shape)} can be read both ways: say layout='NCHW' or 'NHWC'")
-    if layout == "NHWC" or (layout == "auto" and last):
-        images = images.permute(0, 3, 1, 2)
-    if images.shape[1] != channels:
-        raise ValueError(f"images must have {channels} channels, got {_described(images)}")
-    if 0 in images.shape[2:]:
-        raise ValueError(f"images must have at least one pixel, got {_described(images)}")
-    return images
-
-
-def _fit(pixels: Tensor, multiple: int, pad: str) -> Tensor:
-    height, width = pixels.shape[2:]
-    more = (-height % multiple, -width % multiple)
-    if pad not in ("error", "crop", "reflect"):
-        raise ValueError(f"pad must be 'error', 'crop' or 'reflect', got {pad!r}")
-    if more == (0, 0):
-        return pixels
-    if pad == "error":
-        raise ValueError(
-            f"height and width must be multiples of {multiple}, got {height} x {width}: say pad='crop' or pad='reflect'"
-        )
-    if pad == "crop":
-        if min(height, width) < multiple:
-            raise ValueError(f"an image of {height} x {width} cannot be cropped to multiples of {multiple}")
-        return pixels[:, :, : height - height % multiple, : width - width % multiple]
-    if pixels.shape[0] == 0:
-        return pixels.new_empty(0, pixels.shape[1], height + more[0], width + more[1])
-    if more[0] >= height or more[1] >= width:
-        raise ValueError(f"an image of {height} x {width} is too small to be reflected up to multiples of {multiple}")
-    pixels = normalized(pixels) if pixels.dtype == torch.uint8 else pixels  # torch reflects no bytes
-    return F.pad(pixels, (0, more[1], 0, more[0]), mode="reflect")
-
-
-def _check_latents(z: Any, channels: int, multiple: int = 1) -> None:
-    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels:
-        raise ValueError(f"z must be a tensor [B, {channels}, h, w], got {_described(z)}")
-    if not z.is_floating_point():
-        raise ValueError(f"z must be floating point, got {z.dtype}")
-    if z.shape[2] % multiple or z.shape[3] % multiple:
-        raise ValueError(f"z must have height and width that are multiples of {multiple}, got {_described(z)}")
-
-
-def check_finite(name: str, values: Tensor, how: str) -> None:
-    """Wait for values [B, ...]. Raises ValueError, which names the first rows, unless all are finite."""
-    rows = values.flatten(1).isfinite().all(dim=1) if values.numel() else values.new_ones(0, dtype=torch.bool)
-    if not rows.all():
-        bad = (~rows).nonzero().flatten().tolist()
-        raise ValueError(f"{name} must be finite, got NaN or infinity in rows {bad[:8]} of {len(rows)}, {how}")
-
-
-def _weight(vae: Any) -> Tensor:
-    # Weights of one byte are stored so and computed in another dtype, that of the norms (diffusers' layerwise casting).
-    weights = [weight for weight in vae.parameters() if weight.is_floating_point()]
-    return next((weight for weight in weights if weight.itemsize > 1), weights[0])
-
-
-def like_weights(vae: Any, values: Tensor) -> Tensor:
-    """Values [B, C, H, W] where a module's weights are, and in the dtype that it computes in."""
-    return _beside_weights(vae, values).to(dtype=_weight(vae).dtype)
-
-
-def _beside_weights(vae: Any, values: Tensor) -> Tensor:
-    # Offloaded weights have no place of their own: hooks take the values to wherever they will be.
-    device = _weight(vae).device
-    return values if device.type == "meta" else values.to(device)
-
-
-def _batch_norm(vae: Autoencoder) -> torch.nn.BatchNorm2d | None:
-    return getattr(vae, "bn", None)
-
-
-def _patch(vae: Autoencoder) -> int:
-    return vae.config.patch_size[0] if _batch_norm(vae) is not None else 1
-
-
-def _batch_norm_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor]:
-    bn = vae.bn  # type: ignore[attr-defined]
-    mean = bn.running_mean.view(1, -1, 1, 1).to(z)
-    std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(z)
-    return mean, std
-
-
-def _channel_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor] | None:
-    mean, std = (getattr(vae.config, key, None) for key in ("latents_mean", "latents_std"))
-    if mean is None or std is None:
-        return None
-    # A few numbers, for which no stream need be waited for.
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(z, non_blocking=True) for values in (mean, std))
-    return mean, std
-
-
-def _patchify(z: Tensor, patch: int) -> Tensor:
-    return F.pixel_unshuffle(z, patch)
-
-
-def _unpatchify(z: Tensor, patch: int) -> Tensor:
-    return F.pixel_shuffle(z, patch)
-
-
-def _to_pil(images: Tensor) -> list[Image.Image]:
-    from PIL import Image
-
-    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
-    if arrays.shape[3] not in (1, 3, 4):
-        raise ValueError(f"output='pil' needs 1, 3 or 4 channels, got {arrays.shape[3]}: take output='uint8'")
-    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"shape {tuple(value.shape)}"
-    return f"a {type(value).__module__}.{type(value).__name__}"

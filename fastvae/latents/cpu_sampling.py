@@ -7,54 +7,16 @@ not UTF-8 as they are on disk). It is a seed of sample_posterior. Nothing else e
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import struct
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 from fastvae_kernels.parts.moments import HIGHEST, LOWEST
+from fastvae_kernels.shared.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TURN, WORD, seed_list
 from torch import Tensor
 
-from fastvae.data.normals import normals
-from fastvae.data.store.shard import key_bytes
-
-PREFIX = b"fastvae noise 1\0"
-
-
-def noise_key(seed: int, epoch: int, key: str, variant: int = 0) -> int:
-    """The seed, an unsigned 64-bit integer, of the noise of row (``key``, ``variant``) in ``epoch`` under ``seed``.
-
-    Raises ValueError for a seed or epoch outside [0, 2^64), or a variant outside [0, 2^32).
-    """
-    return noise_keys(seed, epoch, [(key, variant)])[0]
-
-
-def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[int]:
-    """noise_key of each row, (key, variant)."""
-    head = PREFIX + struct.pack("<QQ", checked("seed", seed), checked("epoch", epoch))
-    # A new digest of so few bytes is had sooner than a copy of one that has begun.
-    digests = [hashlib.sha256(head + _variant_bytes(variant) + key_bytes(key)).digest()[:8] for key, variant in rows]
-    return list(struct.unpack(f"<{len(digests)}Q", b"".join(digests)))
-
-
-@functools.lru_cache(maxsize=1024, typed=True)
-def _variant_bytes(variant: int) -> bytes:
-    return struct.pack("<I", checked("variant", variant, 32))
-
-
-def checked(name: str, value: int, bits: int = 64) -> int:
-    """``value`` if it is an unsigned integer of so many bits; raises ValueError, naming the argument, otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
-        raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1, got {value!r}")
-    return value
-
-
-def check_state(state: Any, *names: str) -> None:
-    """Raises ValueError unless ``state`` is a dict with all of ``names``, as a state_dict() of the same class gives."""
-    if not isinstance(state, dict) or (missing := [name for name in names if name not in state]):
-        lacks = f"one without {', '.join(missing)}" if isinstance(state, dict) else f"{state!r:.80}"
-        raise ValueError(f"state must be what state_dict() gave, got {lacks}")
+# Elements whose five arrays of eight bytes fit in a core's own cache, or nearly.
+BLOCK = 16384
 
 
 def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
@@ -68,3 +30,52 @@ def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
         # In double, then rounded: torch's fp32 exponential differs between the body of a vector loop and its tail.
         row.mul_(spread.double().clamp_(LOWEST, HIGHEST).mul_(0.5).exp_().float()).add_(center)
     return drawn
+
+
+def normals(seeds: Sequence[int] | Tensor, count: int) -> Tensor:
+    """``count`` standard normals for each seed, fp32 [len(seeds), count]; see fastvae_kernels.shared.philox.normals.
+
+    Raises ValueError for a seed outside [0, 2^64). A row has fewer than 2^32 elements.
+    """
+    numbers = seed_list(seeds)
+    out = torch.empty(len(numbers), count)
+    words = np.empty((2, count), np.uint64)
+    for row, seed in zip(out, numbers, strict=True):
+        for start in range(0, count, BLOCK):
+            _first_words(seed, start, words[:, start : start + BLOCK])
+        # Below 2^32, so signed as well; torch converts no unsigned ones.
+        word0, word1 = torch.from_numpy(words.view(np.int64)).unbind()
+        _box_muller(word0, word1, row)
+    return out
+
+
+def _first_words(seed: int, start: int, words: np.ndarray) -> None:
+    """Fill ``words`` [2, N], uint64, with the first two words of the counters (0, element) from ``start`` on."""
+    key0, key1 = seed & WORD, seed >> 32
+    shift, mask = np.uint64(32), np.uint64(WORD)
+    c0, c1 = words
+    c0[:], c1[:] = 0, 0
+    c2, c3 = np.arange(start, start + len(c0), dtype=np.uint64), np.zeros_like(c0)
+    product = np.empty_like(c0)
+    for left in range(ROUNDS - 1, -1, -1):
+        # (c0, c1, c2, c3) = (high(c2 m1) ^ c1 ^ key0, low(c2 m1), high(c0 m0) ^ c3 ^ key1, low(c0 m0))
+        np.multiply(c0, np.uint64(MULTIPLIERS[0]), out=product)
+        np.multiply(c2, np.uint64(MULTIPLIERS[1]), out=c2)
+        np.right_shift(c2, shift, out=c0)
+        c0 ^= c1
+        c0 ^= np.uint64(key0)
+        np.bitwise_and(c2, mask, out=c1)
+        if left:
+            np.right_shift(product, shift, out=c2)
+            c2 ^= c3
+            c2 ^= np.uint64(key1)
+            np.bitwise_and(product, mask, out=c3)
+        key0, key1 = key0 + KEY_STEPS[0] & WORD, key1 + KEY_STEPS[1] & WORD
+
+
+def _box_muller(word0: Tensor, word1: Tensor, out: Tensor) -> None:
+    """Fill ``out`` with sqrt(-2 ln u) sin v, rounded where philox rounds."""
+    step = TURN * 2.0**-32
+    sine = word1.float().double().mul_(step).add_(step / 2).float().double().sin_()
+    u = word0.float().mul_(2.0**-32).add_(2.0**-33)
+    out.copy_(u.double().log_().mul_(-2.0).sqrt_().mul_(sine))

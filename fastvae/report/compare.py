@@ -16,7 +16,9 @@ from torch import Tensor
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import unwrapped, vae_of
 from fastvae.fast.fast_path import FastPath
-from fastvae.latents.convert import ACCELERATED, like_weights, pixel_multiple, pixels_from_images
+from fastvae.latents.autoencoder import ACCELERATED, like_weights
+from fastvae.latents.pixels import pixels_from_images
+from fastvae.latents.scaling import pixel_multiple
 from fastvae.report import compare_stages as stages
 from fastvae.report import rivals as contestants
 from fastvae.report.correctness import tolerance

@@ -5,26 +5,15 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvae.report.findings import BAD, NOTE, OK, Finding
 from fastvae.report.machine import driver, processor, versions
 from fastvae.system.terminal import amount
 
-OK, NOTE, BAD = "ok", "note", "bad"
 OLDEST = {"torch": (2, 11), "triton": (3, 6), "python": (3, 11), "diffusers": (0, 38)}
 OPTIONAL = {"diffusers"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: "ok", a "note" that only slows or limits, or "bad"; facts are for JSON."""
-
-    name: str
-    state: str
-    sentence: str
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def examine(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -18,7 +17,7 @@ BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 def versions() -> dict[str, str]:
     """The version of fastvae, Python, and each package of PACKAGES that is installed, without importing any."""
-    from fastvae import __version__
+    from fastvae._version import __version__
 
     found = {"fastvae": __version__, "python": platform.python_version()}
     for name in PACKAGES:
@@ -70,15 +69,3 @@ def driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return (done.stdout.split() or [None])[0]
-
-
-def memory_bytes(device: torch.device) -> int | None:
-    """All the memory that ``device`` has; None where the system does not tell."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None

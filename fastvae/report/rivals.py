@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae.checkpoints import PRESETS
-from fastvae.data.encoding.settings import open_model
+from fastvae.data.encoding.model import open_model
 from fastvae.fast.accelerate import accelerate
 
 FASTVAE, PLAIN, DIFFUSERS, COMPILED = "fastvae", "fastvae, not accelerated", "diffusers", "torch.compile"

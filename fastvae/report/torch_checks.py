@@ -15,7 +15,7 @@ from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import accelerate
 from fastvae.report.benchmark import explained
 from fastvae.report.correctness import truth_of
-from fastvae.report.doctor import BAD, NOTE, OK, Finding
+from fastvae.report.findings import BAD, NOTE, OK, Finding
 from fastvae.report.rivals import encoding, first_line, images, opened
 from fastvae.report.timing import synchronised
 from fastvae.system.devices import DTYPES, default_dtype

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,17 @@ def _take_free_name(temporary: Path, path: Path) -> None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def free_bytes(out: str | os.PathLike[str]) -> int:
+    """The free bytes of the disk where ``out`` is or will be."""
+    place = Path(out).absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raises OSError, ENOSPC, if ``needed`` bytes do not fit where ``out`` is or will be."""
+    free = free_bytes(out)
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))

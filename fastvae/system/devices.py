@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,3 +36,34 @@ def settled_device(device: str | torch.device | None) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device must be {taken}, got {str(device)!r} ({reason})") from None
     return place
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of the device that nobody uses; 2^63 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
+        return 2**63
+
+
+def _whole_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
+        return 2**63
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """All the memory that ``device`` has; None where the system does not tell."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

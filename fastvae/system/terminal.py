@@ -57,3 +57,9 @@ def amount(size: int) -> str:
         if 10 * size >= bytes_:
             return f"{size / bytes_:.1f} {unit}"
     return f"{size / 2**10:.1f} KiB"
+
+
+def first_few(names: list[str] | tuple[str, ...], count: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastvae.latents.convert import normalized
+from fastvae.latents.pixels import normalized
 from fastvae.system.atomic_files import replace_atomically
 from fastvae.training.losses import vae_loss
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fastvae.cli.main import cli
 from fastvae.report import doctor
-from fastvae.report.doctor import Finding
+from fastvae.report.findings import Finding
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["versions", "gpu", "kernels", "numbers", "paths", "images", "disk"]

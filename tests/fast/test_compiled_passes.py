@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
-from fastvae.fast.constant import assume_constant_result
+from fastvae.fast.layer_checks import assume_constant_result
 
 # Both sides up to 160: what stock needs more than one compilation for lies on both sides of torch's thresholds.
 SIZES = [tuple(random.Random(seed).choices(range(4, 160), k=2)) for seed in range(30)]

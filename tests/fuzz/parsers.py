@@ -24,12 +24,14 @@ from fastvae.data.images import formats as signatures
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import PLUGINS, image_size, read_image
-from fastvae.data.sources.source import open_source
-from fastvae.data.store.commits import StoreError, Unit, read_commit
+from fastvae.data.sources.open import open_source
+from fastvae.data.store.commits import read_commit
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import digest
 from fastvae.data.store.info import store_facts
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.mapped_shard import map_shard
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.shard import read_names
 from fastvae.data.store.store import Store
 

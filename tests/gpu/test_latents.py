@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.data.datasets.loader import LatentLoader
-from fastvae.latents.cpu_sampling import noise_key
+from fastvae.data.rows import noise_key
 
 
 class Rows(torch.utils.data.Dataset):

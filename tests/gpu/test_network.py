@@ -8,7 +8,7 @@ from gpu.gpu_models import model, pictures
 from support.accuracy import assert_as_accurate
 
 import fastvae
-from fastvae.latents.convert import normalized
+from fastvae.latents.pixels import normalized
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

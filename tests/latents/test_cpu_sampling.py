@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from support.accuracy import assert_as_accurate
 
 import fastvae
-from fastvae.data.normals import BLOCK, normals
-from fastvae.latents.cpu_sampling import draw, noise_key, noise_keys
+from fastvae.data.rows import noise_key, noise_keys
+from fastvae.latents.cpu_sampling import BLOCK, draw, normals
 
 
 def test_the_encoding_is_the_one_that_is_written_down():

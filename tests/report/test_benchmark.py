@@ -9,11 +9,11 @@ import torch
 from support.small_store import small_vae
 
 from fastvae.checkpoints import PRESETS, Preset
-from fastvae.data.encoding.report import strict_json
 from fastvae.report import benchmark as module
 from fastvae.report import rivals as contestants
 from fastvae.report.benchmark import benchmark, is_right
 from fastvae.report.correctness import Truth, truth_of
+from fastvae.system.strict_json import strict_json
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 pytestmark = pytest.mark.usefixtures("as_a_users_cpu")

@@ -11,12 +11,12 @@ from PIL import Image
 from support.small_store import picture, small_vae
 
 import fastvae
-from fastvae.data.encoding.report import strict_json
 from fastvae.data.images.errors import ImageError
 from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
 from fastvae.report import compare_stages as stages
 from fastvae.report.compare import Comparison
+from fastvae.system.strict_json import strict_json
 
 pytestmark = pytest.mark.usefixtures("as_a_users_cpu")
 
@@ -95,7 +95,7 @@ def test_the_errors_are_those_of_the_definition():
 
 def test_psnr_is_that_of_the_round_trip():
     vae = small_vae()
-    x = fastvae.latents.convert.pixels_from_images(vae, [picture(0, 32, 32)])
+    x = fastvae.latents.pixels.pixels_from_images(vae, [picture(0, 32, 32)])
     found = fastvae.compare(vae, x)
     with torch.no_grad():
         image = vae.decode(vae.encode(x).latent_dist.mode()).sample

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvae.data.sources.source import SourceFile
-from fastvae.data.store.commits import PlannedRow
+from fastvae.data.rows import SourceFile
 from fastvae.data.store.leases import Leases
+from fastvae.data.store.plan import PlannedRow
 from fastvae.data.store.shard import Row
 from fastvae.data.store.store import Store
 from fastvae.models import AutoencoderKL

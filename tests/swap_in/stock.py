@@ -10,7 +10,7 @@ from support.accuracy import assert_as_accurate
 
 import fastvae
 from fastvae.fast import network_walk as walk
-from fastvae.latents.convert import ACCELERATED
+from fastvae.latents.autoencoder import ACCELERATED
 
 # A mark for tests of group offload.
 offloads_groups = pytest.mark.skipif(

@@ -1,0 +1,10 @@
+"""Torch datasets and loaders over a store, and encoding inside the training loop.
+
+dataset          LatentDataset: rows by number or key, from mapped shards
+iterable         LatentIterable: one pass, a few shards at a time
+sampler          BucketBatchSampler: batches of one bucket, shuffled and split by rank
+buffer_pool      memory of batches, reused
+collate          rows to a batch
+device_transfer  CUDA streams of LatentLoader
+loader           LatentLoader: latents of the next batches while one trains
+"""

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from fastvae.data.datasets.buffer_pool import Buffers
 from fastvae.data.datasets.collate import Rows
-from fastvae.data.store.commits import bucket_of, keeps_alpha
+from fastvae.data.rows import noise_keys, sample_id
+from fastvae.data.store.layout import bucket_of
 from fastvae.data.store.mapped_shard import Mapped, map_shard
 from fastvae.data.store.scaling import Space
-from fastvae.data.store.shard import sample_id
 from fastvae.data.store.shard_metadata import check_stated
 from fastvae.data.store.store import Store, StoreError
-from fastvae.latents.cpu_sampling import check_state, checked, draw, noise_keys
+from fastvae.data.store.store_json import keeps_alpha
+from fastvae.latents.cpu_sampling import draw
+from fastvae.system.arguments import check_state, checked
 
 # Maps kept by each process. A shard is about 256 MB, so this covers half a terabyte before any is made again.
 OPEN_SHARDS = 2048

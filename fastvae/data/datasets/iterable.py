@@ -11,8 +11,7 @@ import torch
 
 from fastvae.data.datasets.collate import collate
 from fastvae.data.datasets.dataset import LatentDataset
-from fastvae.data.datasets.sampler import check_order, order_state
-from fastvae.data.order import Order
+from fastvae.data.datasets.sampler import Order, check_order, order_state
 
 
 class LatentIterable(torch.utils.data.IterableDataset):

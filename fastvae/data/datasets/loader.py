@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from fastvae.data.datasets.device_transfer import Made, Transfer, transfer_to
-from fastvae.data.store.scaling import Space, scaling_of
+from fastvae.data.rows import noise_keys
+from fastvae.data.store.scaling import Space
 from fastvae.data.store.shard import LOGVAR_RANGE
-from fastvae.latents.convert import check_finite, mended_moments, scale_latents, unchecked_moments_of_images
-from fastvae.latents.cpu_sampling import check_state, checked, noise_keys
+from fastvae.latents.autoencoder import check_finite
+from fastvae.latents.convert import mended_moments, unchecked_moments_of_images
 from fastvae.latents.sampling import sample_posterior
+from fastvae.latents.scaling import scale_latents, scaling_of
+from fastvae.system.arguments import check_state, checked
 
 END = object()
 Place = str | int | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 import warnings
@@ -13,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastvae.data.decoding.contact_sheet import as_image, printed, write_contact_sheet
 from fastvae.system.atomic_files import replace_atomically
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from fastvae.data.datasets.dataset import LatentDataset
 
 CHANNELS = (1, 3, 4)
-SHEET_GAP = 8
-SHEET_PAIRS_ACROSS = 2
-CAPTION_HEIGHT = 16
 # The longest side of a picture on a contact sheet, in pixels.
 THUMBNAIL = 256
 
@@ -51,8 +47,8 @@ def decode(
     channels, OSError where a file cannot be written, ENOSPC when the disk is full.
     """
     from fastvae.data.datasets.dataset import LatentDataset
-    from fastvae.data.disk import free_bytes
     from fastvae.data.store.store import Store
+    from fastvae.system.atomic_files import free_bytes
     from fastvae.system.terminal import amount, say
 
     dataset = LatentDataset(store)
@@ -96,7 +92,8 @@ def decoded_rows(
     """(row, key, uint8 [H, W, C]) of the rows' means or draws, one by one; C: the model's out_channels, 1, 3 or 4."""
     import torch
 
-    from fastvae.latents.convert import decode_latents, scale_latents
+    from fastvae.latents.convert import decode_latents
+    from fastvae.latents.scaling import scale_latents
 
     model = _decoder(dataset, vae, subfolder, revision, device)
     weight = next(model.decoder.parameters())
@@ -112,7 +109,7 @@ def decoded_rows(
 def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: str | None, device: Any) -> Any:
     import torch
 
-    from fastvae.data.encoding.settings import named_model, open_model
+    from fastvae.data.encoding.model import named_model, open_model
     from fastvae.data.store.store import Store
     from fastvae.fast.accelerate import accelerate
     from fastvae.system.devices import DTYPES, default_dtype, settled_device
@@ -143,7 +140,7 @@ def _check_channels(dataset: LatentDataset, model: Any) -> None:
 
 
 def _has_same_files(dataset: LatentDataset, model: Any) -> bool:
-    from fastvae.data.encoding.settings import weight_files
+    from fastvae.data.encoding.model import weight_files
 
     stored = dataset.made_with.get("files")
     return bool(stored) and weight_files(model) == stored
@@ -151,7 +148,7 @@ def _has_same_files(dataset: LatentDataset, model: Any) -> bool:
 
 def _compare(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_given: bool) -> None:
     """Refuse a model whose encoder has other weights than the store's; warn of it if it ``is_given``."""
-    from fastvae.data.store.identity import model_identity
+    from fastvae.data.encoding.model import model_identity
 
     if model_identity(encoder())["encoder_weights_sha256"] == dataset.encoder_weights:
         return
@@ -163,21 +160,9 @@ def _compare(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_g
     warnings.warn(f"{name} is another model than the one {dataset.path} was made with", stacklevel=2)
 
 
-def as_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 [H, W, C] as a picture: C = 1 grey, 3 RGB, 4 RGBA."""
-    from PIL import Image
-
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
 def harmless(key: str) -> str:
     """The last part of a key as a file name that any system takes: at most 80 letters, digits, dots, dashes."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", key.rsplit("/", 1)[-1]).lstrip(".")[:80] or "image"
-
-
-def printed(key: str) -> str:
-    """A key as a picture's caption: what is not printable ASCII as a question mark."""
-    return re.sub(r"[^ -~]", "?", key)
 
 
 def parse_rows(text: str) -> slice:
@@ -189,44 +174,3 @@ def parse_rows(text: str) -> slice:
     if not match[2]:
         return slice(start, start + 1)
     return slice(start, int(match[3]) if match[3] else None)
-
-
-def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str | os.PathLike[str]) -> None:
-    """A PNG of (caption, original, reconstruction) triples, uint8 [H, W, C] of one size: each pair side by side."""
-    from PIL import Image, ImageDraw
-
-    if not pairs:
-        raise ValueError("pairs must hold at least one picture, got none")
-    height, width = pairs[0][1].shape[:2]
-    across = min(SHEET_PAIRS_ACROSS, len(pairs))
-    cell_width, cell_height = 2 * width + SHEET_GAP, height + CAPTION_HEIGHT + SHEET_GAP
-    sheet = Image.new("RGB", (across * cell_width, math.ceil(len(pairs) / across) * cell_height), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for index, (caption, original, reconstruction) in enumerate(pairs):
-        left, top = index % across * cell_width, index // across * cell_height
-        draw.text((left + 2, top + 2), caption, fill=(0, 0, 0))
-        sheet.paste(as_image(original), (left, top + CAPTION_HEIGHT))
-        sheet.paste(as_image(reconstruction), (left + width, top + CAPTION_HEIGHT))
-    replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))
-
-
-def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathLike[str]) -> None:
-    """A PNG of (caption, picture) pairs in rows, about as many across as down; the file appears whole or not at all.
-
-    Raises ValueError for no pictures, OSError where the file cannot be written.
-    """
-    from PIL import Image, ImageDraw
-
-    if not pictures:
-        raise ValueError("pictures must hold at least one picture, got none")
-    across = math.ceil(math.sqrt(len(pictures)))
-    width = max(image.width for _, image in pictures) + SHEET_GAP
-    height = max(image.height for _, image in pictures) + CAPTION_HEIGHT + SHEET_GAP
-    sheet = Image.new("RGB", (across * width, math.ceil(len(pictures) / across) * height), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for index, (caption, image) in enumerate(pictures):
-        left, top = index % across * width, index // across * height
-        sheet.paste(image, (left, top + CAPTION_HEIGHT))
-        # A long name ends where its picture does: about 6 pixels a letter.
-        draw.text((left + 2, top + 2), caption[: width // 6 - 1], fill=(0, 0, 0))
-    replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))

@@ -54,7 +54,8 @@ def demonstrate(out: Path, *, vae: Any = "tiny", progress: bool = True) -> Demon
     Raises what encode and decode raise, and ImportError without scikit-image.
     """
     from fastvae.data.datasets.dataset import LatentDataset
-    from fastvae.data.decoding.decode import decoded_rows, write_sheet
+    from fastvae.data.decoding.contact_sheet import write_sheet
+    from fastvae.data.decoding.decode import decoded_rows
     from fastvae.data.encoding.encode import encode
     from fastvae.data.images.crop import to_bucket
     from fastvae.data.images.read import read_image

@@ -13,8 +13,9 @@ import torch
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.settings import Settings
-from fastvae.data.images.buckets import Size, size_name
-from fastvae.system.devices import DTYPES
+from fastvae.data.rows import Size, size_name
+from fastvae.system.arguments import positive
+from fastvae.system.devices import DTYPES, _whole_memory, free_memory
 from fastvae.system.terminal import amount
 
 MAX_BATCH, MAX_WORKERS = 65_536, 1024
@@ -85,16 +86,6 @@ def settle_workers(
     report.threads_per_worker = shared if on_cpu else cores
 
 
-def positive(name: str, value: int | str, most: int) -> int:
-    """``value`` as a number from 1 to ``most``; raises ValueError, naming the argument, for anything else."""
-    text = str(value)
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
-        raise ValueError(f"{name} must be 'auto' or at least 1, got {value!r}")
-    if int(text) > most:
-        raise ValueError(f"{name} must be at most {most}, got {text}")
-    return int(text)
-
-
 def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
     """Raises ValueError for a bucket and batch that the device's whole memory could not hold for one step."""
     size = 1 if batch == "auto" else positive("batch", batch, MAX_BATCH)
@@ -116,22 +107,3 @@ def largest(buckets: Iterable[Size]) -> Size:
 def step_bytes(batch: int, bucket: Size, widest: int, dtype: torch.dtype) -> int:
     """About how many bytes a step takes: eight activations of ``widest`` channels at full size."""
     return 8 * batch * bucket[0] * bucket[1] * widest * dtype.itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """The bytes of the device that nobody uses; 2^63 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
-        return 2**63
-
-
-def _whole_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
-        return 2**63

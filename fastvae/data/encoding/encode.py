@@ -11,30 +11,25 @@ from typing import Any
 
 import torch
 
-from fastvae.data.disk import check_room
 from fastvae.data.encoding.batch_size import check_memory
 from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.model import load_model
 from fastvae.data.encoding.planning import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of, unplanned
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.row_format import LOGVARS, POSTERIORS, Storing
 from fastvae.data.encoding.run import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
-from fastvae.data.encoding.settings import (
-    Settings,
-    check_choices,
-    check_layout,
-    decided,
-    identity_of,
-    layout_of,
-    load_model,
-)
-from fastvae.data.images.buckets import Buckets, size_name
+from fastvae.data.encoding.settings import Settings, check_layout, decided, identity_of, layout_of
+from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import CROPS, checked_variants
 from fastvae.data.images.read import ALPHAS, ANIMATED, DEFAULT_MAX_PIXELS
-from fastvae.data.sources.source import open_source
-from fastvae.data.store.commits import Unit
+from fastvae.data.rows import size_name
+from fastvae.data.sources.open import open_source
 from fastvae.data.store.leases import Leases
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
-from fastvae.latents.convert import downsample_factor, pixel_multiple
+from fastvae.latents.scaling import downsample_factor, pixel_multiple
+from fastvae.system.arguments import check_choices
+from fastvae.system.atomic_files import check_room
 from fastvae.system.devices import settled_device
 
 SourceName = str | os.PathLike[str]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastvae.fast.accelerate import accelerate, refresh
-from fastvae.latents.convert import ACCELERATED, encode_moments, normalized
+from fastvae.latents.autoencoder import ACCELERATED
+from fastvae.latents.convert import encode_moments
+from fastvae.latents.pixels import normalized
 from fastvae.system.devices import DTYPES
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvae.data.images.buckets import Buckets, Size
+from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, opacity_in_cells
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import Picture, image_size, read_image
-from fastvae.data.sources.source import Source, SourceFile
+from fastvae.data.rows import Size, SourceFile
+from fastvae.data.sources.source import Source
 from fastvae.system.atomic_files import sha256_of
 
 

@@ -23,7 +23,8 @@ from fastvae.data.encoding.row_format import Storing
 from fastvae.data.images.crop import to_bucket
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import Picture, quiet_pillow
-from fastvae.data.store.commits import Failure, PlannedRow, Unit
+from fastvae.data.store.commits import Failure
+from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.shard import Row
 from fastvae.system.threads import ordered_map
 

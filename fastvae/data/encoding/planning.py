@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastvae.data.encoding.image_reader import Reading
-from fastvae.data.images.buckets import Size
-from fastvae.data.sources.source import SourceFile
-from fastvae.data.store.commits import Commit, Failure, PlannedRow, StoreError, Unit
+from fastvae.data.rows import Size, SourceFile
+from fastvae.data.store.commits import Commit, Failure
+from fastvae.data.store.errors import StoreError
+from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.store import Store
 from fastvae.system.threads import ordered_map
 

@@ -10,29 +10,25 @@ from typing import Any
 
 import torch
 
-from fastvae.data.disk import check_room
 from fastvae.data.encoding.batch_size import check_memory
 from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.model import load_model, named_model
 from fastvae.data.encoding.planning import hashed, rows_of, unplanned
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.run import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
-from fastvae.data.encoding.settings import (
-    check_layout,
-    identity_of,
-    layout_of,
-    load_model,
-    named_model,
-    stored_settings,
-)
+from fastvae.data.encoding.settings import check_layout, identity_of, layout_of, stored_settings
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.places import check_places
-from fastvae.data.sources.source import Source, SourceFile, open_source
-from fastvae.data.store.commits import DERIVED_NAMES, STORE, StoreError, StoreLocked, Unit
+from fastvae.data.rows import SourceFile
+from fastvae.data.sources.open import open_source
+from fastvae.data.sources.source import Source
+from fastvae.data.store.errors import StoreError, StoreLocked
+from fastvae.data.store.layout import DERIVED_NAMES, STORE, check_places
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store, latest_units
 from fastvae.data.store.verify import Damage, verify
-from fastvae.system.atomic_files import synchronise_folder
+from fastvae.system.atomic_files import check_room, synchronise_folder
 from fastvae.system.devices import settled_device
 
 SHARD_MB = 256  # of failures that are tried again

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastvae.checkpoints.report import first_few
 from fastvae.data.store.commits import Commit
-from fastvae.system.terminal import amount
+from fastvae.system.strict_json import strict_json
+from fastvae.system.terminal import amount, first_few
 
 
 @dataclass
@@ -146,19 +145,6 @@ class EncodeReport:
             "encode": f"the model is the work; a GPU{remedy}" if on_cpu else "as it should be",
             "write": "a faster disk for the output",
         }[self.bottleneck]
-
-
-def strict_json(value: Any) -> str:
-    """``value`` as JSON that every reader takes: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_limit(limit: str | float | int, total: int) -> int:

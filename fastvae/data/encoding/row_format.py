@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastvae.data.rows import noise_key
 from fastvae.data.store.shard import HALF_MAXIMUM, LOGVAR_RANGE
-from fastvae.latents.cpu_sampling import draw, noise_key
+from fastvae.latents.cpu_sampling import draw
 
 POSTERIORS = ("dist", "mean", "sample")
 LOGVARS = ("fp16", "u8")

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.disk import free_bytes
-from fastvae.data.encoding.batch_size import MAX_BATCH, MAX_WORKERS, Batches, positive, settle_workers
+import numpy as np
+
+from fastvae.data.encoding.batch_size import MAX_BATCH, MAX_WORKERS, Batches, settle_workers
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.image_reader import Reading
-from fastvae.data.encoding.pipeline import Encoding
-from fastvae.data.encoding.planning import count_by_bucket
+from fastvae.data.encoding.pipeline import Chunk, Encoding, decode_chunk
+from fastvae.data.encoding.planning import count_by_bucket, needed_bytes
 from fastvae.data.encoding.report import EncodeReport, parse_limit
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.data.encoding.settings import Settings
-from fastvae.data.encoding.worker import Run, announce, execute, finish
-from fastvae.data.images.buckets import size_name
-from fastvae.data.sources.source import Listing, SourceFile
-from fastvae.data.store.commits import StoreError, Unit
+from fastvae.data.encoding.worker import Run, execute
+from fastvae.data.rows import SourceFile, size_name
+from fastvae.data.sources.source import Listing
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import digest
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
-from fastvae.system.terminal import say
+from fastvae.system.arguments import positive
+from fastvae.system.atomic_files import free_bytes
+from fastvae.system.terminal import amount, say
+
+# How many files may be unreadable before the dtype's error is measured on fewer images than a batch, or on none.
+TRIED_IN_VAIN = 16
 
 
 @dataclass(frozen=True)
@@ -114,3 +123,54 @@ def check_buckets(units: list[Unit], settings: Settings, out: Path) -> None:
 def rows_per_unit(settings: Settings, shard_mb: float) -> Callable[[tuple[int, int]], int]:
     """How many rows of a bucket make a shard of about ``shard_mb``."""
     return lambda bucket: max(1, int(shard_mb * 1e6) // settings.row_size(bucket))
+
+
+def announce(run: Run, todo: list[Unit], source: str, free: int) -> None:
+    """Measure the dtype's error, and say what will be done; ``free``: bytes on the disk."""
+    report, settings = run.report, run.settings
+    report.dtype_error = _measured_error(run, todo)
+    if not run.progress:
+        return
+    counts = count_by_bucket(todo)
+    needed = needed_bytes(counts, settings.row_size)
+    error = "" if report.dtype_error is None else f" (error vs fp32 {100 * report.dtype_error:.2g} %)"
+    names = settings.buckets.names
+    table = f"bucket {names[0]}" if len(names) == 1 else f"buckets {settings.buckets.name} ({len(names)})"
+    what = "images" if settings.variants.count == 1 else f"rows, {settings.variants.count} an image"
+    batches = sorted({run.encoding.batches.of(bucket) for bucket in counts}) or [1]
+    batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+    verb = "encode" if run.again is None else "repair"
+    say(
+        f"{verb}  {source}  {report.dtype}{error}  {settings.storing.posterior}  {table}  "
+        f"{sum(counts.values())} {what}  ~{amount(needed)} (free {amount(free)})  "
+        f"{report.workers} workers of batch {batch}\n"
+    )
+    if report.resumed:
+        say(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
+
+
+def _measured_error(run: Run, todo: list[Unit]) -> float | None:
+    """The dtype's error on the run's first batch of images that can be read, at their bucket's size."""
+    if run.report.dtype == "fp32" or not todo:
+        return None
+    pixels: list[np.ndarray] = []
+    bucket, batch = todo[0].bucket, run.encoding.batches.of(todo[0].bucket)
+    rows = ((unit, row) for unit in todo if unit.bucket == bucket for row in unit.rows)
+    for unit, row in itertools.islice(rows, batch + TRIED_IN_VAIN):
+        chunk = decode_chunk(Chunk(unit, (row,), True), run.reading)
+        pixels += [item.pixels for item in chunk.decoded]
+        if len(pixels) == batch:
+            break
+    return run.encoding.encoder.error_against_fp32(np.stack(pixels)) if pixels else None
+
+
+def finish(run: Run, max_failures: str | float | int) -> None:
+    """Write the derived files and complete the report; by the holder of the store's lock."""
+    report, store = run.report, run.store
+    store.write_derived()
+    failures, served = store.failures(), len(store.resolve())
+    report.reasons = dict(Counter(failure.reason for failure in failures.values()))
+    report.failed_before = sum(commit.unit not in run.done for _, commit in store.failing())
+    wanted = report.reasons.get("animated", 0)  # left out because that was asked for
+    report.exceeded = len(failures) - wanted > parse_limit(max_failures, served + len(failures))
+    report.judge(on_cpu=run.settings.device.type == "cpu")

@@ -12,8 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.images.crop import scaled_size
-from fastvae.data.store.commits import PlannedRow, StoreError, Unit, strange
+from fastvae.data.store.errors import StoreError
+from fastvae.data.store.layout import strange
 from fastvae.data.store.mapped_shard import map_shard
+from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.shard import SUMMED, Row, read_names, wrong_row
 from fastvae.data.store.shard_metadata import check_stated
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.fast.accelerate import restore
-from fastvae.latents.convert import ACCELERATED, pixel_multiple
+from fastvae.latents.autoencoder import ACCELERATED
+from fastvae.latents.scaling import pixel_multiple
 
 SIDE = 32
 # Times torch's own error in the same dtype, against float64. The kernels' tests allow 2; here one small image speaks

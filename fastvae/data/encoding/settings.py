@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,23 +10,21 @@ from typing import Any
 
 import torch
 
-from fastvae import __version__
-from fastvae.checkpoints.loading import TINY
-from fastvae.data.accepted import check_model
+from fastvae._version import __version__
+from fastvae.data.encoding.model import _commit, model_identity, weight_files
 from fastvae.data.encoding.row_format import POSTERIORS, Storing
-from fastvae.data.images.buckets import Buckets, Size
+from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, checked_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
-from fastvae.data.store.commits import STORE
-from fastvae.data.store.identity import differences, model_identity
-from fastvae.data.store.scaling import scaling_of
+from fastvae.data.rows import Size
+from fastvae.data.store.identity import differences
+from fastvae.data.store.layout import STORE
 from fastvae.data.store.shard import row_bytes
 from fastvae.data.store.store import Store, StoreError
-from fastvae.latents.convert import downsample_factor, pixel_multiple
-from fastvae.system.atomic_files import sha256_of
+from fastvae.latents.scaling import downsample_factor, pixel_multiple, scaling_of
+from fastvae.system.arguments import check_choices
 from fastvae.system.devices import DTYPES, default_dtype
 from fastvae.system.strict_json import json_bytes
-from fastvae.system.terminal import say
 
 
 @dataclass(frozen=True)
@@ -50,50 +47,6 @@ class Settings:
         return row_bytes(
             self.latent_channels, height, width, self.storing.mean, self.storing.logvar_dtype, self.alpha == "mask"
         )
-
-
-def check_choices(**choices: tuple[Any, tuple[Any, ...]]) -> None:
-    """Raises ValueError for an argument, given as name=(value, values taken), that is none of its values."""
-    for name, (given, taken) in choices.items():
-        if given not in taken:
-            listed = ", ".join(repr(value) for value in taken if value is not None)
-            raise ValueError(f"{name} must be one of {listed}, got {given!r}")
-
-
-def open_model(
-    source: str,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    parts: tuple[str, ...] = ("encoder", "decoder"),
-) -> Any:
-    """The model at ``source`` (a directory, a Hub id or "tiny"), of the class that its config names, on the CPU.
-
-    Raises what from_pretrained raises.
-    """
-    from fastvae import models
-    from fastvae.checkpoints import model_class_name
-
-    kind = getattr(models, model_class_name(source, subfolder=subfolder, revision=revision))
-    return kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype, parts=parts)
-
-
-def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """The model and where it came from, as decode can load it again.
-
-    It is loaded in fp32 whatever runs later, so that the same weights have the same digest. Raises what check_model
-    raises.
-    """
-    if isinstance(vae, torch.nn.Module):
-        check_model(vae)
-        return vae, {"vae": type(vae).__name__, "object": True}
-    name = os.fspath(vae)
-    model = open_model(name, subfolder, revision, torch.float32, ("encoder",))
-    check_model(model)
-    folder = os.path.abspath(os.path.expanduser(name))
-    if name != TINY and os.path.isdir(folder):
-        name = folder  # a later decode may run elsewhere
-    return model, {"vae": name, "subfolder": subfolder, "revision": revision}
 
 
 def decided(out: Path, settings: Settings) -> Settings:
@@ -140,28 +93,6 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
         raise StoreError(f"{store.path} was made with settings that are not known here: {error}") from error
 
 
-def named_model(
-    store: Store, vae: Any, subfolder: str | None, revision: str | None
-) -> tuple[Any, str | None, str | None]:
-    """``vae`` where it is given, else the model that the store names, with its subfolder and revision.
-
-    A store may be another's, so what it names is said on stderr before it is opened. Raises ValueError where it was
-    made with an object, which no name finds again.
-    """
-    if vae is not None:
-        return vae, subfolder, revision
-    source = store.facts["source"]
-    if source.get("object"):
-        raise ValueError(f"vae must be given: the store was made with a {source['vae']} object, not a file")
-    parts = [subfolder or source.get("subfolder"), revision or source.get("revision") or source.get("commit")]
-    if any(part is not None and not isinstance(part, str) for part in parts):
-        raise StoreError(f"{store.path / 'store.json'} is damaged: source.subfolder and source.revision must be text")
-    if source["vae"] != TINY:
-        place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
-        say(f"model   {place}: what the store names; --vae takes another\n")
-    return source["vae"], parts[0], parts[1]
-
-
 def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
     """The identity of a store that is made with ``model`` and ``settings``, whose dtype is decided."""
     return {
@@ -200,13 +131,3 @@ def check_layout(store: Store, layout: dict[str, Any]) -> None:
     ours = json.loads(json_bytes({name: layout[name] for name in names}))
     if lines := differences({name: store.facts[name] for name in names}, ours):
         raise StoreError(f"{store.path / STORE} was edited: {lines[0]}")
-
-
-def _commit(model: Any) -> str | None:
-    return getattr(getattr(model, "load_report", None), "commit", None)
-
-
-def weight_files(model: Any) -> list[dict[str, str]]:
-    """Name and sha256 of the files that the weights were read from, for whoever wants to find them again."""
-    files = getattr(getattr(model, "load_report", None), "files", None) or []
-    return [{"name": Path(file).name, "sha256": sha256_of(Path(file))} for file in files if Path(file).is_file()]

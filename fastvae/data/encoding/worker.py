@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastvae import __version__
+from fastvae._version import __version__
 from fastvae.data.encoding.image_reader import Reading
-from fastvae.data.encoding.pipeline import Chunk, Encoding, chunks_of, decode_chunk, encoded_chunks
-from fastvae.data.encoding.planning import count_by_bucket, needed_bytes, started_at
-from fastvae.data.encoding.report import EncodeReport, parse_limit
+from fastvae.data.encoding.pipeline import Chunk, Encoding, chunks_of, encoded_chunks
+from fastvae.data.encoding.planning import started_at
+from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.salvage import sound_rows
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.images.errors import ImageError
-from fastvae.data.store.commits import Failure, Unit
+from fastvae.data.store.commits import Failure
 from fastvae.data.store.leases import Leases
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.shard import Row
 from fastvae.data.store.store import Store
-from fastvae.system.terminal import Stderr, amount, say
+from fastvae.system.terminal import Stderr
 from fastvae.system.threads import BackgroundWriter
 
-# How many files may be unreadable before the dtype's error is measured on fewer images than a batch, or on none.
-TRIED_IN_VAIN = 16
 # How often units that other processes hold are looked at again, in seconds.
 LOOK_AGAIN = 0.5
 # Processes that may die of a unit before its rows are given up.
@@ -52,45 +49,6 @@ class Run:
     again: Collection[int] | None = None
     lost: list[Unit] = field(default_factory=list)  # taken over while this process was stopped
     done: set[int] = field(default_factory=set)  # committed by this process
-
-
-def announce(run: Run, todo: list[Unit], source: str, free: int) -> None:
-    """Measure the dtype's error, and say what will be done; ``free``: bytes on the disk."""
-    report, settings = run.report, run.settings
-    report.dtype_error = _measured_error(run, todo)
-    if not run.progress:
-        return
-    counts = count_by_bucket(todo)
-    needed = needed_bytes(counts, settings.row_size)
-    error = "" if report.dtype_error is None else f" (error vs fp32 {100 * report.dtype_error:.2g} %)"
-    names = settings.buckets.names
-    table = f"bucket {names[0]}" if len(names) == 1 else f"buckets {settings.buckets.name} ({len(names)})"
-    what = "images" if settings.variants.count == 1 else f"rows, {settings.variants.count} an image"
-    batches = sorted({run.encoding.batches.of(bucket) for bucket in counts}) or [1]
-    batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
-    verb = "encode" if run.again is None else "repair"
-    say(
-        f"{verb}  {source}  {report.dtype}{error}  {settings.storing.posterior}  {table}  "
-        f"{sum(counts.values())} {what}  ~{amount(needed)} (free {amount(free)})  "
-        f"{report.workers} workers of batch {batch}\n"
-    )
-    if report.resumed:
-        say(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
-
-
-def _measured_error(run: Run, todo: list[Unit]) -> float | None:
-    """The dtype's error on the run's first batch of images that can be read, at their bucket's size."""
-    if run.report.dtype == "fp32" or not todo:
-        return None
-    pixels: list[np.ndarray] = []
-    bucket, batch = todo[0].bucket, run.encoding.batches.of(todo[0].bucket)
-    rows = ((unit, row) for unit in todo if unit.bucket == bucket for row in unit.rows)
-    for unit, row in itertools.islice(rows, batch + TRIED_IN_VAIN):
-        chunk = decode_chunk(Chunk(unit, (row,), True), run.reading)
-        pixels += [item.pixels for item in chunk.decoded]
-        if len(pixels) == batch:
-            break
-    return run.encoding.encoder.error_against_fp32(np.stack(pixels)) if pixels else None
 
 
 def execute(run: Run, todo: list[Unit]) -> None:
@@ -235,18 +193,6 @@ def _with_kept(run: Run, unit: Unit, rows: list[Row], failed: list[Failure]) -> 
     order = {row.name: number for number, row in enumerate(unit.rows)}
     together = sorted([*rows, *kept.values()], key=lambda row: order[row.key, row.variant])
     return together, [failure for failure in failed if (failure.key, failure.variant) not in kept], len(kept)
-
-
-def finish(run: Run, max_failures: str | float | int) -> None:
-    """Write the derived files and complete the report; by the holder of the store's lock."""
-    report, store = run.report, run.store
-    store.write_derived()
-    failures, served = store.failures(), len(store.resolve())
-    report.reasons = dict(Counter(failure.reason for failure in failures.values()))
-    report.failed_before = sum(commit.unit not in run.done for _, commit in store.failing())
-    wanted = report.reasons.get("animated", 0)  # left out because that was asked for
-    report.exceeded = len(failures) - wanted > parse_limit(max_failures, served + len(failures))
-    report.judge(on_cpu=run.settings.device.type == "cpu")
 
 
 def _rank() -> tuple[int, int]:

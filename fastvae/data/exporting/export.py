@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fastvae.data.datasets.dataset import ARRAYS, LatentDataset
-from fastvae.data.disk import check_room, free_bytes
-from fastvae.data.exporting.writer import FAMILIES, Kohya, Parquet, Tar
+from fastvae.data.exporting.kohya import FAMILIES, Kohya
+from fastvae.data.exporting.parquet import Parquet
+from fastvae.data.exporting.webdataset import Tar
 from fastvae.data.store.leases import STALE, Leases
 from fastvae.data.store.store import Store
-from fastvae.system.atomic_files import is_leftover, synchronise_folder, write_atomically
+from fastvae.system.atomic_files import check_room, free_bytes, is_leftover, synchronise_folder, write_atomically
 from fastvae.system.strict_json import json_bytes
 from fastvae.system.terminal import amount, say
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvae.data.rows import Size, parse_size, size_name
+
 TABLES = ("sdxl", "flux")
 SMALLEST_BUCKET = 8
 LARGEST_BUCKET = 65_536
 MOST_SIZES = 4096
 TAKEN = "a side in pixels such as 512, 'sdxl', 'flux' or a JSON file, scaled down as in 'sdxl@256'"
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,6 @@ class Buckets:
     def names(self) -> list[str]:
         """The sizes as they are written: "height x width" without spaces, in the table's order."""
         return [size_name(size) for size in self.sizes]
-
-
-def size_name(size: Size) -> str:
-    """A size as in a shard's name: (512, 768) is 512x768."""
-    return f"{size[0]}x{size[1]}"
-
-
-def parse_size(text: Any) -> Size:
-    """The inverse of size_name; raises ValueError for anything else."""
-    height, by, width = text.partition("x") if isinstance(text, str) else ("", "", "")
-    if not (by and all(side.isascii() and side.isdigit() and 0 < len(side) <= 9 for side in (height, width))):
-        raise ValueError(f"a size must look like 512x768, got {text!r}")
-    return int(height), int(width)
 
 
 def _table(place: Path) -> tuple[list[Size], int]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvae.data.images.buckets import Buckets, Size
+from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.read import Picture
-from fastvae.data.store.shard import key_bytes
-from fastvae.latents.cpu_sampling import checked
+from fastvae.data.rows import Size, key_bytes
+from fastvae.system.arguments import checked
 
 if TYPE_CHECKING:
     from PIL import Image

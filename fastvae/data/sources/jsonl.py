@@ -8,7 +8,8 @@ from typing import Any
 
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.sources.source import Listing, SourceFile, key_of
+from fastvae.data.rows import SourceFile
+from fastvae.data.sources.source import Listing, key_of
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, check_scheme, remote, scheme_of, whole
 from fastvae.system.strict_json import json_value
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from fastvae.data.images.errors import MACHINE, ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.sources.source import Listing, SourceFile, key_of
+from fastvae.data.rows import SourceFile
+from fastvae.data.sources.source import Listing, key_of
 from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, whole
 
 PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)

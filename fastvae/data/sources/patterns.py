@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import math
-import os
 import re
-from pathlib import Path
-from typing import Any
-
-from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.sources.source import Listing, SourceFile, add_file, list_folder
 
 MOST_NAMES = 1_000_000
 MAGIC = re.compile(r"[*?\[{]")
@@ -74,47 +67,3 @@ def translate(pattern: str) -> re.Pattern[str]:
         else:
             written += re.escape(token)
     return re.compile(written, re.DOTALL)
-
-
-class PatternSource:
-    """The images that a pattern matches; their keys are relative to the folder before its first ``*``."""
-
-    def __init__(self, pattern: str):
-        self.name = pattern
-        self.root = fixed_folder(pattern)
-
-    def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
-        """See Source."""
-        listing, seen = Listing(), set()
-        for pattern in expand_braces(self.name):
-            for file in self._matches(pattern, exclude, listing):
-                if file.key not in seen:
-                    seen.add(file.key)
-                    listing.files.append(file)
-        if not listing.files:
-            raise ValueError(f"no images match {self.name!r}")
-        listing.keep_apart()
-        return listing
-
-    def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:
-        """See Source."""
-        return Path(self.root) / file.key
-
-    def _matches(self, pattern: str, exclude: Any, listing: Listing) -> list[SourceFile]:
-        if "**" not in pattern:
-            found = Listing()
-            skipped = os.path.join(os.path.realpath(exclude), "") if exclude is not None else None
-            for path in sorted(glob.iglob(pattern)):
-                inside = skipped is not None and os.path.realpath(path).startswith(skipped)
-                if not inside and not os.path.isdir(path):
-                    add_file(path, self.root or ".", found)
-            listing.ignored += found.ignored
-            return found.files
-        # Python's own glob follows links in circles; the walk enters each folder once.
-        found = list_folder(self.root or ".", exclude)
-        try:
-            matching = translate(pattern[len(self.root) :].lstrip("/"))
-        except re.error as error:
-            raise ValueError(f"src must be a pattern, got {pattern!r}: {error}") from error
-        listing.unreadable += found.unreadable
-        return [file for file in found.files if matching.fullmatch(file.key)]

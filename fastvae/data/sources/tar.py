@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from fastvae.checkpoints.report import first_few
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.sources.source import NAMED, Listing, SourceFile, is_image_name
+from fastvae.data.rows import SourceFile
+from fastvae.data.sources.source import NAMED, Listing, is_image_name
 from fastvae.data.sources.storage import Bounded, Storage
 from fastvae.system.strict_json import json_value
+from fastvae.system.terminal import first_few
 
 COLUMNS = (".txt", ".json", ".cls")
 MOST_COLUMN_BYTES = 2**20

@@ -12,9 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
-ENCODER_PARTS = ("encoder.", "quant_conv.", "bn.")
+    pass
 
 
 def canonical_json(value: Any) -> str:
@@ -25,26 +23,6 @@ def canonical_json(value: Any) -> str:
 def digest(identity: dict[str, Any]) -> str:
     """The sha256 of the canonical JSON of ``identity``, as hexadecimal digits."""
     return hashlib.sha256(canonical_json(identity).encode("ascii")).hexdigest()
-
-
-def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
-    """The config of ``vae`` and the sha256 of the weights that make latents (the decoder's do not count)."""
-    import torch
-
-    hasher = hashlib.sha256()
-    state = vae.state_dict()
-    for name in sorted(state):
-        if name.startswith(ENCODER_PARTS):
-            # In fp32 whatever it is held in: a bf16 object is the same model as its file, which is read in fp32.
-            tensor = state[name].detach().to("cpu", torch.float32).contiguous()
-            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
-    return {
-        "class": type(vae).__name__,
-        "config": json.loads(json.dumps(config, default=str)),
-        "encoder_weights_sha256": hasher.hexdigest(),
-    }
 
 
 def differences(stored: Any, given: Any, path: str = "") -> list[str]:

@@ -15,8 +15,8 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     ``pending_rows``: planned and not committed, as no run has made them or their record cannot be trusted.
     ``bytes_per_row`` is what the shards take on disk; ``latent_bytes_per_row`` what their latents alone need.
     """
-    from fastvae.data.images.buckets import size_name
-    from fastvae.data.store.commits import bucket_of
+    from fastvae.data.rows import size_name
+    from fastvae.data.store.layout import bucket_of
     from fastvae.data.store.shard_metadata import check_stated
     from fastvae.data.store.store import Store
 
@@ -62,7 +62,7 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
     """What the latents alone of so many rows in each bucket need."""
-    from fastvae.data.images.buckets import parse_size
+    from fastvae.data.rows import parse_size
 
     numerics = facts["identity"]["numerics"]
     width = 4 if numerics["mean"] == "fp32" else 2
@@ -73,29 +73,3 @@ def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
         sides = [side // facts["downsample_factor"] for side in parse_size(name)]
         elements += rows * facts["latent_channels"] * sides[0] * sides[1]
     return elements * width
-
-
-def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises.
-
-    ``presets``: the known models that have this config; their weights are not compared.
-    """
-    from fastvae.checkpoints.presets import matching
-    from fastvae.data.encoding.settings import open_model
-    from fastvae.data.store.scaling import scaling_of
-
-    vae = open_model(source, subfolder, revision)
-    parts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in vae.named_children()}
-    return {
-        "kind": "model",
-        "source": source,
-        "class": type(vae).__name__,
-        "presets": [preset.name for preset in matching(vae.config, type(vae).__name__)],
-        "parameters": sum(parts.values()),
-        "parameters_of": parts,
-        "dtype": str(next(vae.parameters()).dtype).removeprefix("torch."),
-        "latent_channels": vae.config.latent_channels,
-        "downsample_factor": vae.downsample_factor,
-        "scaling": scaling_of(vae),
-        "config": dict(vae.config),
-    }

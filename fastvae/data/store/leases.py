@@ -18,8 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
-from fastvae.data.places import CLOCK_NAME, check_place, open_own
-from fastvae.data.store.commits import strange
+from fastvae.data.store.layout import CLOCK_NAME, check_place, open_own, strange
 from fastvae.data.store.lock import locked
 from fastvae.system.atomic_files import is_leftover, write_atomically
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastvae.data.places import LOCK_NAME, open_own
-from fastvae.data.store.commits import StoreLocked
+from fastvae.data.store.errors import StoreLocked
+from fastvae.data.store.layout import LOCK_NAME, open_own
 
 try:
     import fcntl

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.images.buckets import Size, parse_size, size_name
-from fastvae.data.sources.source import SourceFile
-from fastvae.data.store.commits import PLAN, PlannedRow, StoreError, Unit, is_count, is_own, strange
+from fastvae.data.rows import Size, SourceFile, parse_size, size_name
+from fastvae.data.store.errors import StoreError
+from fastvae.data.store.layout import PLAN, is_own, strange
+from fastvae.data.store.store_json import is_count
 from fastvae.system.atomic_files import write_atomically
 from fastvae.system.strict_json import json_bytes
 
@@ -149,3 +150,36 @@ def _as_json(columns: Any) -> dict[str, Any]:
 
 def _plan_number(path: Path) -> int:
     return int(path.stem.removeprefix("units-"))
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One row to make: an image's file, its variant, and its upright (height, width) by the header, 0 if unreadable."""
+
+    file: SourceFile
+    variant: int = 0
+    original_hw: Size = (0, 0)
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """What tells a row from all others: the key and the variant."""
+        return self.file.key, self.variant
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work of one shard: its number, its bucket (height, width) in pixels, and its rows, in order."""
+
+    number: int
+    bucket: Size
+    rows: tuple[PlannedRow, ...]
+
+    @property
+    def stem(self) -> str:
+        """The name of its shard and commit record, without their suffixes."""
+        return f"{self.number:06d}-{size_name(self.bucket)}"
+
+    @property
+    def lease(self) -> str:
+        """The name of its lease."""
+        return f"{self.number:06d}"

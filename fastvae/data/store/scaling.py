@@ -59,12 +59,6 @@ class Space:
         return out
 
 
-def scaling_of(model: Any) -> dict[str, Any]:
-    """A model's scaling facts, as store.json has them."""
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    return {**{name: getattr(model.config, name, None) for name in names}, "batch_norm": hasattr(model, "bn")}
-
-
 def _affine(scaling: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """factor and shift [L or 1, 1, 1] with scaled = (raw - shift) * factor."""
     if scaling["batch_norm"]:

@@ -12,7 +12,6 @@ bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvae.data.rows import key_bytes, key_text, sample_id
 from fastvae.system.safetensors_header import SHARD_HEADER, check_header
 
 DTYPE_NAMES = {
@@ -55,21 +55,6 @@ class Row:
     variant: int = 0
     logvar_range: np.ndarray | None = None
     alpha: np.ndarray | None = None
-
-
-def sample_id(key: str) -> int:
-    """The number of a row: the first 8 bytes, little-endian, of the sha256 of its key's bytes."""
-    return int.from_bytes(hashlib.sha256(key_bytes(key)).digest()[:8], "little")
-
-
-def key_bytes(key: str) -> bytes:
-    """A key as bytes: UTF-8, with the bytes of file names that are not UTF-8 as they are on disk."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-def key_text(data: bytes) -> str:
-    """The inverse of key_bytes."""
-    return data.decode("utf-8", "surrogateescape")
 
 
 def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:

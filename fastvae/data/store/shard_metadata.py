@@ -13,9 +13,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastvae.data.images.buckets import Size, size_name
-from fastvae.data.store.commits import OWN, StoreError, is_count
+from fastvae.data.rows import Size, size_name
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
+from fastvae.data.store.store_json import OWN, is_count
 
 MOST_TEXT = 4096  # of a value in a sentence
 SHAPE = ("latent_channels", "downsample_factor")

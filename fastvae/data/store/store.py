@@ -24,34 +24,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastvae.checkpoints.report import first_few
-from fastvae.data.images.buckets import Size
-from fastvae.data.places import LOCK_NAME, check_places
-from fastvae.data.sources.source import SourceFile
+from fastvae.data.rows import Size, SourceFile
 from fastvae.data.store import identity as identities
-from fastvae.data.store.commits import (
-    DERIVED,
-    PLAN,
-    RECORD,
-    SHARD,
-    TOP,
-    Commit,
-    Failure,
-    IdentityMismatch,
-    PlannedRow,
-    StoreError,
-    Unit,
-    check_facts,
-    is_own,
-    read_commit,
-    read_facts,
-)
+from fastvae.data.store.commits import Commit, Failure, read_commit
+from fastvae.data.store.errors import IdentityMismatch, StoreError
+from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP, check_places, is_own
 from fastvae.data.store.leases import Leases
-from fastvae.data.store.plan import WorkList
+from fastvae.data.store.plan import PlannedRow, Unit, WorkList
 from fastvae.data.store.shard import Row, pack, read_names
 from fastvae.data.store.shard_metadata import metadata_of
+from fastvae.data.store.store_json import check_facts, read_facts
 from fastvae.system.atomic_files import is_leftover, sweep, synchronise_folder, write_atomically
 from fastvae.system.strict_json import json_bytes
+from fastvae.system.terminal import first_few
 
 __all__ = ["Commit", "Failure", "IdentityMismatch", "Store", "StoreError", "Unit"]
 

@@ -10,21 +10,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fastvae.data.store.commits import (
-    DERIVED_NAMES,
-    STORE,
-    Commit,
-    StoreError,
-    Unit,
-    keeps_alpha,
-    read_commit,
-    strange,
-)
+from fastvae.data.rows import key_text
+from fastvae.data.store.commits import Commit, read_commit
+from fastvae.data.store.errors import StoreError
+from fastvae.data.store.layout import DERIVED_NAMES, STORE, strange
 from fastvae.data.store.lock import locked
 from fastvae.data.store.mapped_shard import map_shard
-from fastvae.data.store.shard import SUMMED, key_text, read_metadata, read_names, wrong_row
+from fastvae.data.store.plan import Unit
+from fastvae.data.store.shard import SUMMED, read_metadata, read_names, wrong_row
 from fastvae.data.store.shard_metadata import SHAPE, Differences, differences, edited
 from fastvae.data.store.store import Store, latest_units
+from fastvae.data.store.store_json import keeps_alpha
 from fastvae.system.atomic_files import sha256_of
 from fastvae.system.terminal import amount, say
 

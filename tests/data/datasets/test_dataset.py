@@ -22,9 +22,10 @@ import fastvae
 from fastvae.data.datasets.collate import collate
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.datasets.sampler import BucketBatchSampler
-from fastvae.data.store.shard import read_metadata, sample_id
+from fastvae.data.rows import noise_key, sample_id
+from fastvae.data.store.shard import read_metadata
 from fastvae.data.store.store import StoreError
-from fastvae.latents.cpu_sampling import draw, noise_key
+from fastvae.latents.cpu_sampling import draw
 
 SQUARE, WIDE = (32, 32), (24, 48)
 ROWS = {SQUARE: ["a", "b.png", "b.jpg", "c/b.png", ("b.png", 1), "f"], WIDE: ["g", ("g", 1), "h"]}

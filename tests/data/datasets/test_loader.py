@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.data.datasets.loader import LatentLoader
+from fastvae.data.rows import noise_key
 from fastvae.latents.convert import moments_of_images
-from fastvae.latents.cpu_sampling import noise_key
 
 
 def loader_of(count=10, batch_size=2, workers=0, **options):

@@ -13,8 +13,7 @@ from fastvae.data.datasets.collate import collate
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.datasets.iterable import LatentIterable
 from fastvae.data.datasets.loader import LatentLoader
-from fastvae.data.datasets.sampler import BucketBatchSampler
-from fastvae.data.order import Order
+from fastvae.data.datasets.sampler import BucketBatchSampler, Order
 
 ROWS = {(32, 32): [f"square {index}" for index in range(11)], (24, 48): [f"wide {index}" for index in range(6)]}
 

@@ -9,7 +9,8 @@ from PIL import Image
 from support.small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.datasets.dataset import LatentDataset
-from fastvae.data.decoding.decode import decode, harmless, parse_rows, write_sheet
+from fastvae.data.decoding.contact_sheet import write_sheet
+from fastvae.data.decoding.decode import decode, harmless, parse_rows
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.report import EncodeReport, parse_limit
 

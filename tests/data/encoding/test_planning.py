@@ -16,13 +16,14 @@ from support.small_store import picture, small_vae
 
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.encoder import MomentEncoder
-from fastvae.data.images.buckets import Buckets, size_name
+from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, to_bucket
 from fastvae.data.images.read import read_image
-from fastvae.data.store.commits import IdentityMismatch
+from fastvae.data.rows import noise_key, size_name
+from fastvae.data.store.errors import IdentityMismatch
 from fastvae.data.store.shard import read_names, row_checksum
 from fastvae.data.store.store import Store
-from fastvae.latents.cpu_sampling import draw, noise_key
+from fastvae.latents.cpu_sampling import draw
 
 OPTIONS = {"buckets": "sdxl@64", "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.004, "workers": 1}
 TABLE = Buckets.named("sdxl@64", 8)

@@ -9,7 +9,7 @@ from support.small_store import SIDE, picture, small_vae, write_pictures
 from support.store_checks import committed
 
 from fastvae.data.encoding.encode import encode
-from fastvae.data.store.commits import IdentityMismatch, StoreError, StoreLocked
+from fastvae.data.store.errors import IdentityMismatch, StoreError, StoreLocked
 from fastvae.data.store.leases import Leases
 
 

@@ -17,9 +17,10 @@ from support.small_store import MASK, moments_of, opacity_of, write_store
 
 from fastvae.data.exporting import export as exports
 from fastvae.data.exporting.export import export
-from fastvae.data.exporting.writer import crop_ltrb
-from fastvae.data.store.commits import StoreError
-from fastvae.latents.cpu_sampling import draw, noise_key
+from fastvae.data.exporting.kohya import crop_ltrb
+from fastvae.data.rows import noise_key
+from fastvae.data.store.errors import StoreError
+from fastvae.latents.cpu_sampling import draw
 
 BUCKETS = {(32, 32): [f"a/{n}.b.png" for n in range(5)], (48, 32): [f"tall{n}.png" for n in range(3)]}
 KEYS = {key: bucket for bucket, keys in BUCKETS.items() for key in keys}

@@ -13,7 +13,7 @@ from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.fast.cpu_pass import InPlace
-from fastvae.latents.convert import ACCELERATED
+from fastvae.latents.autoencoder import ACCELERATED
 
 OPTIONS = {"buckets": SIDE, "progress": False, "device": "cpu", "workers": 1}
 

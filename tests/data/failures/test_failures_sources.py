@@ -15,9 +15,10 @@ from support.small_store import SIDE, picture, small_vae, write_pictures
 from support.store_checks import committed, failures
 
 from fastvae.data.encoding.encode import encode
-from fastvae.data.sources.source import list_folder, open_source
+from fastvae.data.sources.folder import list_folder
+from fastvae.data.sources.open import open_source
 from fastvae.data.sources.storage import remote
-from fastvae.data.store.commits import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.system.terminal import CONTROL, printable
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}

@@ -20,7 +20,7 @@ from fastvae.data.encoding.encode import encode
 from fastvae.data.images.colour import to_srgb
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import read_image
-from fastvae.data.store.commits import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import verify

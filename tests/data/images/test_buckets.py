@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.small_store import picture
 
-from fastvae.data.images.buckets import Buckets, parse_size, size_name
+from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, preprocess_identity, scaled_size, to_bucket
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import LARGEST_ASPECT, SMALLEST_SIDE, Picture, check_size
+from fastvae.data.rows import parse_size, size_name
 
 TABLES = {name: Buckets.named(name, 8) for name in ("sdxl", "flux", "sdxl@256", "flux@128", "512")}
 

@@ -15,7 +15,7 @@ from support.small_store import picture
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import read_image
 from fastvae.data.sources import parquet as table_source
-from fastvae.data.sources.source import open_source
+from fastvae.data.sources.open import open_source
 
 arrow = pytest.importorskip("pyarrow", reason="Parquet's reader is not installed")
 parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet's reader is not installed")

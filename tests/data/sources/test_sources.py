@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from support.small_store import picture, write_pictures
 
 from fastvae.data.images.errors import ImageError
+from fastvae.data.rows import SourceFile
 from fastvae.data.sources import remote as remote_source
 from fastvae.data.sources import storage as file_systems
+from fastvae.data.sources.folder import list_folder
+from fastvae.data.sources.open import open_source
 from fastvae.data.sources.patterns import expand_braces
-from fastvae.data.sources.source import Listing, SourceFile, list_folder, open_source
+from fastvae.data.sources.source import Listing
 
 
 def keys(root, **options):

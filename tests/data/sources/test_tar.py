@@ -13,7 +13,7 @@ from support.small_store import picture
 
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import read_image
-from fastvae.data.sources.source import open_source
+from fastvae.data.sources.open import open_source
 
 wds = pytest.importorskip("webdataset", reason="the real writer of these archives is not installed")
 

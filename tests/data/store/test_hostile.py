@@ -18,12 +18,13 @@ import fastvae
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.decoding.decode import decode
 from fastvae.data.encoding.encode import encode
-from fastvae.data.encoding.report import EncodeReport, strict_json
-from fastvae.data.sources.source import list_folder
-from fastvae.data.store.commits import StoreLocked
+from fastvae.data.encoding.report import EncodeReport
+from fastvae.data.sources.folder import list_folder
+from fastvae.data.store.errors import StoreLocked
 from fastvae.data.store.lock import locked
 from fastvae.data.store.store import IdentityMismatch, Store, StoreError
 from fastvae.system.atomic_files import write_atomically
+from fastvae.system.strict_json import strict_json
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 
@@ -127,7 +128,7 @@ def test_flux2_takes_whole_patches(source, tmp_path):
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_refusals_come_before_the_output_is_touched(source, tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr("fastvae.data.encoding.batch_size._whole_memory", lambda device: 2**36)
+    monkeypatch.setattr("fastvae.system.devices._whole_memory", lambda device: 2**36)
     with pytest.raises(ValueError, match=words):
         encode(source, tmp_path / "out", vae=small_vae(), **OPTIONS | change)
     assert not (tmp_path / "out").exists()

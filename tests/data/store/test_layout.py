@@ -10,7 +10,7 @@ from support.small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.repair import repair
-from fastvae.data.store.commits import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
 from fastvae.data.store.verify import rebuild_index

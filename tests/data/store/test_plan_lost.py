@@ -11,7 +11,7 @@ from support.small_store import SIDE, small_vae, write_pictures
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.repair import repair
-from fastvae.data.store.commits import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import verify
 

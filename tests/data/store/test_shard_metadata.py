@@ -13,7 +13,7 @@ from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.repair import repair
 from fastvae.data.exporting.export import export
-from fastvae.data.store.commits import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard_metadata import differences, edited, metadata_of
 from fastvae.data.store.verify import verify
 from fastvae.system.atomic_files import sha256_of

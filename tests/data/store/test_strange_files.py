@@ -12,7 +12,7 @@ from support.small_store import SIDE, small_vae, write_pictures, write_store
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.repair import repair
-from fastvae.data.store.commits import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.info import store_facts
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import verify

@@ -1,15 +1,54 @@
-"""What lies where a store has its files and folders: it may be a stranger's, and no link of it is written through."""
+"""Names of a store's files and folders, and checks of what is found under them."""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
 from pathlib import Path
 
-from fastvae.data.store.commits import DERIVED_NAMES, RECORD, SHARD, StoreError, is_own, kind_of
+from fastvae.data.rows import Size, parse_size
+from fastvae.data.store.errors import StoreError
 
 FOLDERS = ("plan", "shards", "leases")
 LOCK_NAME, CLOCK_NAME = ".lock", ".clock"
 LOCKS = (LOCK_NAME, f"leases/{LOCK_NAME}", f"leases/{CLOCK_NAME}")
+
+
+# Of these names a store makes files; what has another is the user's.
+SHARD = r"\d{6,}-\d+x\d+\.safetensors"
+RECORD = r"\d{6,}-\d+x\d+\.json"
+PLAN = r"units-\d{5,}\.jsonl"
+STORE = "store.json"
+DERIVED_NAMES = ("index.jsonl", "failures.jsonl")
+DERIVED = "|".join(map(re.escape, DERIVED_NAMES))
+TOP = rf"{re.escape(STORE)}|{DERIVED}"
+
+
+def strange(path: Path) -> str | None:
+    """What lies at ``path`` in the place of a file, in words; None for a file. It is not opened: a pipe may never end.
+
+    Raises OSError, FileNotFoundError where there is nothing.
+    """
+    kind = kind_of(path.stat().st_mode)
+    return None if kind == "a file" else f"is {kind} and no file"
+
+
+def kind_of(mode: int) -> str:
+    """What has the ``mode`` that the system gives, in words."""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}
+    kinds |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def bucket_of(shard: str) -> Size:
+    """Height and width in pixels, by a shard's name."""
+    return parse_size(shard.removesuffix(".safetensors").rsplit("-", 1)[-1])
+
+
+def is_own(name: str, names: str) -> bool:
+    """Whether ``name`` matches the regular expression ``names`` whole."""
+    return re.fullmatch(names, name) is not None
 
 
 def check_places(store: Path) -> None:

@@ -1,0 +1,178 @@
+"""The model of a run: opening it, checking that a store can hold its latents, and its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvae.checkpoints.loading import TINY
+from fastvae.data.store.store import Store, StoreError
+from fastvae.system.atomic_files import sha256_of
+from fastvae.system.terminal import say
+
+BUILT_IN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
+BUILT_IN_MODULES = ("fastvae.models.attention_processor", "diffusers.models.attention_processor")
+
+
+ENCODER_PARTS = ("encoder.", "quant_conv.", "bn.")
+
+
+def open_model(
+    source: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    parts: tuple[str, ...] = ("encoder", "decoder"),
+) -> Any:
+    """The model at ``source`` (a directory, a Hub id or "tiny"), of the class that its config names, on the CPU.
+
+    Raises what from_pretrained raises.
+    """
+    from fastvae import models
+    from fastvae.checkpoints import model_class_name
+
+    kind = getattr(models, model_class_name(source, subfolder=subfolder, revision=revision))
+    return kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype, parts=parts)
+
+
+def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The model and where it came from, as decode can load it again.
+
+    It is loaded in fp32 whatever runs later, so that the same weights have the same digest. Raises what check_model
+    raises.
+    """
+    if isinstance(vae, torch.nn.Module):
+        check_model(vae)
+        return vae, {"vae": type(vae).__name__, "object": True}
+    name = os.fspath(vae)
+    model = open_model(name, subfolder, revision, torch.float32, ("encoder",))
+    check_model(model)
+    folder = os.path.abspath(os.path.expanduser(name))
+    if name != TINY and os.path.isdir(folder):
+        name = folder  # a later decode may run elsewhere
+    return model, {"vae": name, "subfolder": subfolder, "revision": revision}
+
+
+def named_model(
+    store: Store, vae: Any, subfolder: str | None, revision: str | None
+) -> tuple[Any, str | None, str | None]:
+    """``vae`` where it is given, else the model that the store names, with its subfolder and revision.
+
+    A store may be another's, so what it names is said on stderr before it is opened. Raises ValueError where it was
+    made with an object, which no name finds again.
+    """
+    if vae is not None:
+        return vae, subfolder, revision
+    source = store.facts["source"]
+    if source.get("object"):
+        raise ValueError(f"vae must be given: the store was made with a {source['vae']} object, not a file")
+    parts = [subfolder or source.get("subfolder"), revision or source.get("revision") or source.get("commit")]
+    if any(part is not None and not isinstance(part, str) for part in parts):
+        raise StoreError(f"{store.path / 'store.json'} is damaged: source.subfolder and source.revision must be text")
+    if source["vae"] != TINY:
+        place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
+        say(f"model   {place}: what the store names; --vae takes another\n")
+    return source["vae"], parts[0], parts[1]
+
+
+def _commit(model: Any) -> str | None:
+    return getattr(getattr(model, "load_report", None), "commit", None)
+
+
+def weight_files(model: Any) -> list[dict[str, str]]:
+    """Name and sha256 of the files that the weights were read from, for whoever wants to find them again."""
+    files = getattr(getattr(model, "load_report", None), "files", None) or []
+    return [{"name": Path(file).name, "sha256": sha256_of(Path(file))} for file in files if Path(file).is_file()]
+
+
+def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
+    """The config of ``vae`` and the sha256 of the weights that make latents (the decoder's do not count)."""
+    import torch
+
+    hasher = hashlib.sha256()
+    state = vae.state_dict()
+    for name in sorted(state):
+        if name.startswith(ENCODER_PARTS):
+            # In fp32 whatever it is held in: a bf16 object is the same model as its file, which is read in fp32.
+            tensor = state[name].detach().to("cpu", torch.float32).contiguous()
+            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
+    return {
+        "class": type(vae).__name__,
+        "config": json.loads(json.dumps(config, default=str)),
+        "encoder_weights_sha256": hasher.hexdigest(),
+    }
+
+
+def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises.
+
+    ``presets``: the known models that have this config; their weights are not compared.
+    """
+    from fastvae.checkpoints.presets import matching
+    from fastvae.data.encoding.model import open_model
+    from fastvae.latents.scaling import scaling_of
+
+    vae = open_model(source, subfolder, revision)
+    parts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in vae.named_children()}
+    return {
+        "kind": "model",
+        "source": source,
+        "class": type(vae).__name__,
+        "presets": [preset.name for preset in matching(vae.config, type(vae).__name__)],
+        "parameters": sum(parts.values()),
+        "parameters_of": parts,
+        "dtype": str(next(vae.parameters()).dtype).removeprefix("torch."),
+        "latent_channels": vae.config.latent_channels,
+        "downsample_factor": vae.downsample_factor,
+        "scaling": scaling_of(vae),
+        "config": dict(vae.config),
+    }
+
+
+def check_model(vae: Any) -> None:
+    """Raises ValueError, naming the class, for a model whose latents a store cannot hold or its identity not tell."""
+    kind = type(vae).__name__
+    if not hasattr(vae, "config") or getattr(vae, "encoder", None) is None:
+        raise ValueError(f"vae must have a config and an encoder, got {kind}")
+    lacking = [
+        name for name in ("in_channels", "latent_channels", "block_out_channels") if not hasattr(vae.config, name)
+    ]
+    if lacking:
+        raise ValueError(f"vae must have {lacking[0]} in its config, as AutoencoderKL has, got {kind}")
+    if vae.config.in_channels != 3:
+        raise ValueError(f"vae must take RGB images, got {kind}, which takes {vae.config.in_channels}-channel images")
+    wanted = 2 * vae.config.latent_channels
+    given = _moment_channels(vae)
+    if given != wanted:
+        found = "has no convolution at the end of its encoder" if given is None else f"gives {given}"
+        raise ValueError(
+            f"vae must give mean and log-variance, {wanted} channels for its {vae.config.latent_channels} latent "
+            f"channels, got {kind}, which {found}"
+        )
+    _check_processors(vae.encoder, kind)
+
+
+def _moment_channels(vae: Any) -> int | None:
+    last = getattr(vae, "quant_conv", None) or getattr(vae.encoder, "conv_out", None)
+    weight = getattr(last, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 4 else None
+
+
+def _check_processors(encoder: torch.nn.Module, kind: str) -> None:
+    for name, module in encoder.named_modules():
+        processor = getattr(module, "processor", None)
+        found = type(processor)  # the class itself: what a subclass computes is not known
+        if processor is None:
+            continue
+        if found.__name__ not in BUILT_IN_PROCESSORS or found.__module__ not in BUILT_IN_MODULES:
+            raise ValueError(
+                f"vae must compute attention by a built-in processor ({', '.join(BUILT_IN_PROCESSORS)}), got {kind} "
+                f"with {found.__name__} at encoder.{name}: the store's identity could not tell its latents apart"
+            )

@@ -1,0 +1,166 @@
+"""Images in a folder of the local disk, or matching a glob pattern."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from fastvae.data.images.formats import identify
+from fastvae.data.images.read import DEFAULT_MAX_PIXELS
+from fastvae.data.rows import SourceFile
+from fastvae.data.sources.patterns import expand_braces, fixed_folder, translate
+from fastvae.data.sources.source import Listing, is_image_name
+from fastvae.system.terminal import first_few
+
+
+class FolderSource:
+    """A folder's images, as list_folder finds them."""
+
+    def __init__(self, root: str):
+        self.name = root
+
+    def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
+        """See Source."""
+        return list_folder(self.name, exclude)
+
+    def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:
+        """See Source."""
+        return Path(self.name) / file.key
+
+
+def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | None = None) -> Listing:
+    """Every image under ``root``, sorted by key; ``exclude`` is a folder (the output) that is not entered.
+
+    A file counts as an image when its suffix or, for unknown suffixes, its first bytes say so. Hidden files and folders
+    are passed over, and so is what the system does not let us look into. Linked folders are entered once each, after
+    the real ones, so loops end.
+    Raises ValueError if ``root`` is not a folder or holds no image.
+    """
+    top = Path(root)
+    if not top.is_dir():
+        raise ValueError(f"the source must be a folder of images, got {os.fspath(root)!r}")
+    listing = Listing()
+    seen: set[tuple[int, int]] = set()
+    if exclude is not None and os.path.isdir(exclude):
+        seen.add(_inode(os.fspath(exclude)))
+    waiting = [os.fspath(top)]
+    while waiting:
+        links: list[str] = []
+        for folder in waiting:
+            links += _walk(folder, os.fspath(top), seen, listing)
+        waiting = sorted(links)
+    if not listing.files:
+        passed = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
+        if listing.unreadable:
+            passed += f"; not to be looked into: {first_few(listing.unreadable)}"
+        raise ValueError(f"no images under {os.fspath(root)!r}{passed}")
+    listing.files.sort(key=lambda file: os.fsencode(file.key))
+    return listing
+
+
+def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
+    """Adds the images under ``folder`` without following links to folders, which are returned."""
+    links = []
+    stack = [folder]
+    while stack:
+        here = stack.pop()
+        try:
+            identity = _inode(here)
+            if identity in seen:
+                continue
+            with os.scandir(here) as found:
+                entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+        except OSError:
+            listing.pass_over(here, top)
+            continue
+        seen.add(identity)
+        for entry in entries:
+            try:
+                if entry.name.startswith("."):
+                    listing.ignored += entry.is_file()
+                elif entry.is_dir(follow_symlinks=False):
+                    stack.append(entry.path)
+                elif entry.is_dir():
+                    links.append(entry.path)
+                else:
+                    add_file(entry.path, top, listing)
+            except OSError:
+                listing.pass_over(entry.path, top)
+    return links
+
+
+def add_file(path: str, top: str, listing: Listing) -> None:
+    """Add the file at ``path`` under the folder ``top``, or count it as ignored."""
+    try:
+        status = os.stat(path)
+    except OSError:  # a dangling link: an image by name is listed, and quarantined as unreadable when it is opened
+        status = None
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        listing.ignored += 1  # a pipe or a device: opening it could wait for ever
+    elif is_image_name(path) or (status is not None and _starts_like_an_image(path)):
+        key = os.path.relpath(path, top).replace(os.sep, "/")
+        size, mtime = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
+        listing.files.append(SourceFile(key, size, mtime))
+    else:
+        listing.ignored += 1
+
+
+def _starts_like_an_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return identify(file.read(64)) is not None
+    except OSError:
+        return False
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+class PatternSource:
+    """The images that a pattern matches; their keys are relative to the folder before its first ``*``."""
+
+    def __init__(self, pattern: str):
+        self.name = pattern
+        self.root = fixed_folder(pattern)
+
+    def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
+        """See Source."""
+        listing, seen = Listing(), set()
+        for pattern in expand_braces(self.name):
+            for file in self._matches(pattern, exclude, listing):
+                if file.key not in seen:
+                    seen.add(file.key)
+                    listing.files.append(file)
+        if not listing.files:
+            raise ValueError(f"no images match {self.name!r}")
+        listing.keep_apart()
+        return listing
+
+    def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:
+        """See Source."""
+        return Path(self.root) / file.key
+
+    def _matches(self, pattern: str, exclude: Any, listing: Listing) -> list[SourceFile]:
+        if "**" not in pattern:
+            found = Listing()
+            skipped = os.path.join(os.path.realpath(exclude), "") if exclude is not None else None
+            for path in sorted(glob.iglob(pattern)):
+                inside = skipped is not None and os.path.realpath(path).startswith(skipped)
+                if not inside and not os.path.isdir(path):
+                    add_file(path, self.root or ".", found)
+            listing.ignored += found.ignored
+            return found.files
+        # Python's own glob follows links in circles; the walk enters each folder once.
+        found = list_folder(self.root or ".", exclude)
+        try:
+            matching = translate(pattern[len(self.root) :].lstrip("/"))
+        except re.error as error:
+            raise ValueError(f"src must be a pattern, got {pattern!r}: {error}") from error
+        listing.unreadable += found.unreadable
+        return [file for file in found.files if matching.fullmatch(file.key)]
