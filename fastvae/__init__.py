@@ -1,6 +1,19 @@
 """fastvae: diffusers' AutoencoderKL, fast, with the same latents.
 
-Every name here is loaded when it is first used, so that ``import fastvae`` costs nothing.
+Every name here is loaded when it is first used, so that ``import fastvae`` costs nothing. Packages, each importing only
+what is listed below it:
+
+cli          the commands
+report       measurements on a user's machine
+data         images to a store of latents, and datasets over it
+training     losses and the training loop
+fast         the fast path: accelerate, restore, explain
+models       the network, under diffusers' file names
+latents      images to scaled latents and back, for any VAE of this shape
+checkpoints  files and names to tensors and back
+tiling       tile plans, as arithmetic
+metrics      PSNR
+system       files, devices, threads, the terminal
 """
 
 from __future__ import annotations
@@ -31,13 +44,13 @@ _WHERE = {
     "explain": "fastvae.fast.explain",
     "export": "fastvae.data.exporting.export",
     "fast_report": "fastvae.fast.accelerate",
-    "noise_key": "fastvae.latents.cpu_sampling",
+    "noise_key": "fastvae.data.rows",
     "refresh": "fastvae.fast.accelerate",
     "repair": "fastvae.data.encoding.repair",
     "restore": "fastvae.fast.accelerate",
     "sample_posterior": "fastvae.latents.sampling",
-    "scale_latents": "fastvae.latents.convert",
-    "unscale_latents": "fastvae.latents.convert",
+    "scale_latents": "fastvae.latents.scaling",
+    "unscale_latents": "fastvae.latents.scaling",
     "verify": "fastvae.data.store.verify",
 }
 

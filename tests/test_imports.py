@@ -1,4 +1,4 @@
-"""The house holds: who imports whom, what is light, and that every public name explains itself."""
+"""Checks the order of imports, the size of folders, the packages' maps, import cost and docstrings."""
 
 import ast
 import importlib.util
@@ -8,63 +8,148 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Each room may import those to its right; rooms in one tuple do not import each other.
+ARCHITECTURE = "docs/architecture.md"
+# Packages and modules of fastvae: each may import what is in a later line, and nothing of its own line.
 ORDER = [
+    ("__main__",),
     ("cli",),
     ("report", "scale"),
     ("data", "training"),
     ("fast",),
     ("models",),
     ("latents",),
-    ("checkpoints", "tiling", "metrics", "sampling"),
+    ("checkpoints",),
+    ("system", "tiling", "metrics", "_version"),
 ]
-RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+# Sub-packages of fastvae.data, in the same form.
+DATA_ORDER = [("decoding", "exporting"), ("encoding", "datasets"), ("sources", "store"), ("images",), ("rows",)]
+DATA_DEPTH, DATA_ARROWS = 5, 18
+LONGEST_CHAIN = 17
+MOST_FILES = 16
+FOLDERS_WITH_A_MAP = ("fastvae", "bench", "kernels/fastvae_kernels")
 
 
 def _imports(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text())
+    """Full names of the modules that ``path`` imports, those inside functions included."""
     names = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide which room is meant"
-            # `from fastvae import latents` imports the room latents.
+            assert node.level == 0, f"{path}: write the full name of the module: relative imports hide the package"
+            # `from fastvae import latents` imports the module fastvae.latents.
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
 
 
-def _room(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "fastvae" and len(parts) > 1 else None
-
-
 def _package_files() -> list[Path]:
-    return sorted(
-        p
-        for p in (ROOT / "fastvae").rglob("*.py")
-        if p.name not in ("__init__.py", "__main__.py") or p.parent != ROOT / "fastvae"
-    )
+    return sorted(p for p in (ROOT / "fastvae").rglob("*.py") if p != ROOT / "fastvae" / "__init__.py")
 
 
-def test_each_room_imports_only_what_lies_below_it():
-    wrong = []
-    for path in _package_files():
-        room = path.relative_to(ROOT / "fastvae").with_suffix("").parts[0]
-        assert room in RANK, f"{path} is in no room of tests/test_imports.py"
-        for name in _imports(path):
-            target = _room(name)
-            assert name.split(".")[0] != "fastvae" or target in RANK or name == "fastvae.__version__", (
-                f"{path.relative_to(ROOT)} imports {name}: inside the package, name the room"
-            )
-            if target in RANK and target != room and RANK[target] <= RANK[room]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong, "\n".join(wrong)
+@cache
+def _graph() -> dict[str, set[str]]:
+    """Module -> the modules of this repository that it imports, for fastvae, fastvae_kernels and bench."""
+    files = {}
+    for folder in (ROOT / "fastvae", ROOT / "kernels" / "fastvae_kernels", ROOT / "bench"):
+        base = ROOT / "kernels" if folder.parent.name == "kernels" else ROOT
+        for path in folder.rglob("*.py"):
+            files[".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")] = path
+    del files["fastvae"]  # the lazy face: it imports nothing when it is imported
+    graph = {}
+    for module, path in files.items():
+        found = {name if name in files else name.rpartition(".")[0] for name in _imports(path)}
+        graph[module] = {name for name in found if name in files and name != module}
+    return graph
+
+
+def _between_packages(graph: dict[str, set[str]], parent: str) -> dict[str, set[str]]:
+    """The same graph, between the direct members of the package ``parent``."""
+
+    def member(module: str) -> str | None:
+        return module.removeprefix(f"{parent}.").split(".")[0] if module.startswith(f"{parent}.") else None
+
+    found: dict[str, set[str]] = {name: set() for module in graph if (name := member(module))}
+    for module, targets in graph.items():
+        if source := member(module):
+            found[source] |= {name for target in targets if (name := member(target)) and name != source}
+    return found
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one twice; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(graph[module]):
+            if found := walk(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def _longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest list of modules in which each imports the next; ``graph`` has no circle."""
+
+    @cache
+    def chain(module: str) -> tuple[str, ...]:
+        return (module, *max((chain(target) for target in sorted(graph[module])), key=len, default=()))
+
+    return list(max(map(chain, sorted(graph)), key=len))
+
+
+def _imports_back_up(graph: dict[str, set[str]], order: list[tuple[str, ...]]) -> list[str]:
+    rank = {name: number for number, names in enumerate(order) for name in names}
+    unknown = sorted(graph.keys() - rank.keys())
+    assert not unknown, f"{unknown} are in no line of the order in tests/test_imports.py: add them, see {ARCHITECTURE}"
+    return [f"{a} imports {b}" for a, targets in sorted(graph.items()) for b in sorted(targets) if rank[b] <= rank[a]]
+
+
+def test_packages_import_only_what_is_below_them():
+    wrong = _imports_back_up(_between_packages(_graph(), "fastvae"), ORDER)
+    assert not wrong, f"{wrong}: move what both need into the lower package; {ARCHITECTURE} has the order"
+
+
+def test_sub_packages_of_data_import_only_what_is_below_them():
+    data = _between_packages(_graph(), "fastvae.data")
+    wrong = _imports_back_up(data, DATA_ORDER)
+    assert not wrong, f"{wrong}: move what both need into the lower sub-package; {ARCHITECTURE} has the order"
+    arrows = sum(map(len, data.values()))
+    assert arrows <= DATA_ARROWS, f"{arrows} imports between sub-packages of fastvae.data: take one away"
+    depth = len(_longest_chain(data))
+    assert depth <= DATA_DEPTH, f"{depth} sub-packages of fastvae.data import each other in a row: make one independent"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    circle = _circle(_graph())
+    assert not circle, f"{' -> '.join(circle)}: move what both need into a module that imports neither"
+
+
+def test_the_longest_chain_of_files_does_not_grow():
+    graph = {a: {b for b in targets if b.startswith("fastvae.data.")} for a, targets in _graph().items()}
+    chain = _longest_chain({module: graph[module] for module in graph if module.startswith("fastvae.data.")})
+    sys.stdout.write(f"{len(chain)} files: {' -> '.join(chain)}\n")
+    assert len(chain) <= LONGEST_CHAIN, f"{' -> '.join(chain)}: let one of them take an argument and import less"
+
+
+def test_the_checks_of_the_graph_see_what_they_should():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert _circle(graph) == ["a", "b", "c", "a"]
+    assert _circle({"a": {"b"}, "b": set()}) == []
+    assert _longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+    assert _imports_back_up({"a": set(), "b": {"a"}}, [("a",), ("b",)]) == ["b imports a"]
+    assert _imports_back_up({"a": {"b"}, "b": set()}, [("a",), ("b",)]) == []
 
 
 def test_diffusers_is_never_imported_by_the_package():
@@ -72,30 +157,49 @@ def test_diffusers_is_never_imported_by_the_package():
         assert not any(name.split(".")[0] == "diffusers" for name in _imports(path)), path
 
 
-def test_kernels_stand_on_torch_and_triton_alone():
-    helpers = {"statistics", "philox", "tiles", "runtime"}
-    # The parts of attention.py, which is too long for one file; they are no ops.
-    helpers |= {"attention_tiles", "attention_products", "attention_gradient"}
-    # Those of group_norm_silu.py and of posterior.py; moments.py serves divergence.py as well.
-    helpers |= {"group_norm_tiles", "group_norm_gradient", "moments", "posterior_gradient"}
-    for path in (ROOT / "kernels" / "fastvae_kernels").glob("*.py"):
+def test_kernels_import_torch_and_triton_alone():
+    for path in (ROOT / "kernels").rglob("*.py"):
         for name in _imports(path):
-            top, *rest = name.split(".")
+            top = name.split(".")[0]
             assert top in sys.stdlib_module_names | {"torch", "triton", "fastvae_kernels", "__future__"}, (path, name)
-            if top == "fastvae_kernels" and path.name != "__init__.py":
-                assert rest[0] in helpers, f"{path.name} imports the op {rest[0]}: a composite is an op's own file"
+
+
+def test_no_op_imports_an_op():
+    """Files of fastvae_kernels itself are the ops: they share what is in parts/ and shared/."""
+    below = {"ops": ("parts", "shared"), "parts": ("parts", "shared"), "shared": ("shared",)}
+    for module, targets in _graph().items():
+        top, *rest = module.split(".")
+        if top != "fastvae_kernels" or not rest:
+            continue
+        for target in targets - {"fastvae_kernels"}:
+            where = target.split(".")[1]
+            kind = rest[0] if rest[0] in ("parts", "shared") else "ops"
+            assert where in below[kind], f"{module} imports {target}: what two ops need belongs into parts/ or shared/"
 
 
 def test_kernels_is_a_source_root_and_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_the_map_of_the_largest_room_names_every_file():
-    text = importlib.import_module("fastvae.data").__doc__
-    files = {path.stem for path in (ROOT / "fastvae" / "data").glob("*.py")} - {"__init__"}
-    lines = text.split("\n\n", 1)[1].splitlines()
-    listed = re.findall(r"[a-z_]+", " ".join(line.split(": ")[-1] for line in lines))
-    assert sorted(listed) == sorted(files)
+def _packages() -> list[Path]:
+    return sorted({p.parent for top in FOLDERS_WITH_A_MAP for p in (ROOT / top).rglob("*.py")})
+
+
+@pytest.mark.parametrize("folder", _packages(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_has_few_files(folder):
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= MOST_FILES, (
+        f"{folder} has {len(files)} files: make a sub-package of those that belong together"
+    )
+
+
+@pytest.mark.parametrize("folder", _packages(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_the_docstring_of_a_package_has_one_line_for_each_file(folder):
+    named = {path.stem for path in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
+    named -= {"__init__", "__main__", "_version"}
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    listed = re.findall(r"^(\w+)  +\S", text, re.MULTILINE)
+    assert sorted(listed) == sorted(named), f"write one line a file in {folder / '__init__.py'}"
 
 
 def test_the_readme_names_every_extra_that_a_user_may_need():
@@ -141,20 +245,21 @@ def test_encoding_does_not_load_the_compiler():
     assert done.returncode == 0, done.stderr
 
 
-ROOMS = (
+PUBLIC = (
     "fastvae",
     "fastvae.models",
     "fastvae.checkpoints",
     "fastvae.training",
     "fastvae.latents.convert",
+    "fastvae.latents.scaling",
     "fastvae.latents.sampling",
     "fastvae.tiling",
 )
 
 
 def _public_functions():
-    """Every public function of the rooms, and every public method of their classes that is written here."""
-    for room in ROOMS:
+    """Every public function of the modules in PUBLIC, and every public method of their classes that is written here."""
+    for room in PUBLIC:
         module = importlib.import_module(room)
         names = getattr(module, "__all__", None) or [n for n, v in vars(module).items() if _is_ours(v, room)]
         for name in names:
@@ -210,12 +315,10 @@ def test_the_repository_speaks_of_the_product_alone():
             assert word not in text, f"{name} says {word}"
 
 
-def test_the_tables_say_what_was_measured(monkeypatch):
+def test_the_tables_say_what_was_measured():
     """A number in the README's tables comes from a result in the repository."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "bench" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    from bench.pages import tables
+
     text = (ROOT / "README.md").read_text()
     assert tables.SECTION.search(text)
-    assert tables.with_results(text) == text, "run: python bench/pages/tables.py"
+    assert tables.with_results(text) == text, "run: make report"

@@ -1,6 +1,14 @@
-"""Config, files and names to tensors and back; presets. Knows no model.
+"""Config, files and names to tensors and back; presets. Knows no model. Every name is loaded when it is first used.
 
-Every name is loaded when it is first used: ``checkpoints.atomic`` serves whoever does without torch.
+files         a directory, a Hub repository or a single file: where its files are
+config        the config of a model, frozen and checked
+config_rules  values that a config may have
+presets       known models as data
+names         tensor names of other layouts to diffusers' names
+reading       tensors out of files: checked, converted, placed
+loading       what a user names to a checked config and an open checkpoint
+report        what a load did, kept as `load_report`
+saving        a model directory as diffusers writes it
 """
 
 from __future__ import annotations

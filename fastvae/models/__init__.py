@@ -1,4 +1,16 @@
-"""The network, under diffusers' class and file names."""
+"""The network, under diffusers' class and file names.
+
+autoencoders         the models, encoder, decoder and posterior
+unets                the blocks of encoder and decoder
+resnet               the residual block
+attention_processor  self-attention over pixels, and its processors
+downsampling         the stride-2 convolution between encoder blocks
+upsampling           the doubling between decoder blocks
+activations          activation functions by name
+modeling_outputs     results, by attribute, key and position
+modeling_utils       config, loading, saving, dtype, device and checkpointing of every model
+in_pipelines         what a diffusers pipeline needs of its `vae`
+"""
 
 from fastvae.models.attention_processor import (
     Attention,

@@ -1,4 +1,10 @@
-"""Training: losses, one step, a loop that resumes exactly, and crops of photographs."""
+"""Training: losses, one step, a loop that resumes exactly, and crops of photographs.
+
+photographs  crops by (seed, step)
+losses       reconstruction, edges and KL
+loop         the step and the loop: EMA, schedule, checkpoints, resume
+evaluation   reconstruction beside simple baselines
+"""
 
 from fastvae.training.loop import Phase, TrainingPlan, train, training_step
 from fastvae.training.losses import edge_loss, vae_loss

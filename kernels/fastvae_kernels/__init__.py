@@ -1,1 +1,13 @@
-"""Triton kernels for the autoencoder of latent diffusion; stands on torch and triton alone."""
+"""Triton kernels for the autoencoder of latent diffusion, on torch and triton alone: one op a file, all in one order.
+
+pixels           pixels_conv_in: pixels to the first convolution's output
+group_norm       statistics, affine and scale_shift_silu: GroupNorm in pieces
+group_norm_silu  GroupNorm with SiLU as one differentiable op
+residual         residual_add: the end of a residual block, and the next norm's statistics
+attention        attention of one head over the positions of an image
+upsample         nearest 2x and a 3x3 convolution as one
+posterior        sample_posterior: moments to latents
+divergence       kl_divergence of a row's posterior
+parts            parts of these ops; no ops themselves
+shared           device code and launch helpers that every op may use
+"""

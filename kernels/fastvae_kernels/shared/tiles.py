@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-TABLES = Path(__file__).parent / "tuned"
+TABLES = Path(__file__).parents[1] / "tuned"
 
 
 @dataclass(frozen=True)
