@@ -26,7 +26,7 @@ from fastvae_kernels.shared.runtime import Cost
 import fastvae
 from fastvae.fast import cost_trace as trace
 from fastvae.fast.inference_pass import Inference
-from fastvae.fast.packed_weights import Derived
+from fastvae.fast.packed_weights import PackedWeights
 
 STABLE_DIFFUSION = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -57,7 +57,7 @@ def count(
     if name == "decoder":
         small = size // vae.downsample_factor
         part, shape = vae.decoder, (batch, vae.config.latent_channels, small, small)
-    run = Inference(Derived(frozen).twin(), quant_conv=vae.quant_conv if name == "encoder" else None)
+    run = Inference(PackedWeights(frozen).for_trace(), quant_conv=vae.quant_conv if name == "encoder" else None)
     before, tiles.target_of = tiles.target_of, lambda device: tiles.TARGETS[target]
     try:
         with trace.fake_mode():

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, printable
+from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -78,14 +79,14 @@ def bench(
         sizes=sizes or (256,),
         batches=batches or (1,),
         tasks=("encode", "decode") if task == "both" else (task,),
-        say=(lambda line: None) if quiet else lambda line: complain(printable(line)),
+        say=(lambda line: None) if quiet else lambda line: complain(strip_control_characters(line)),
         **given,
     )
     if json_file == "-":
         echo_json(results)
     else:
         for line in _lines(results):
-            echo(printable(line))
+            echo(strip_control_characters(line))
     _write(results, html, json_file)
     if not is_right(results):
         context.exit(OTHER)

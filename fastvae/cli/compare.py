@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
+from fastvae.cli.output import OTHER, echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -41,15 +42,15 @@ def compare(
 
         check_extra()  # before a minute is spent
     from fastvae.report.compare import compare_files
-    from fastvae.system.terminal import say
+    from fastvae.system.terminal import print_stderr
 
     if not quiet:
-        say(f"compare {len(images)} images  {given['vae']}  against eager and float64\n")
+        print_stderr(f"compare {len(images)} images  {given['vae']}  against eager and float64\n")
     source, found = compare_files(images, **given)
     if as_json:
         echo_json({"vae": source, **found.facts()})
     else:
-        echo(printable(f"{source}: {found}"))
+        echo(strip_control_characters(f"{source}: {found}"))
     if html is not None:
         from fastvae.report.page import comparison_page
 

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import complain, echo, echo_json, foreseen, printable
+from fastvae.cli.output import complain, echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -31,9 +32,9 @@ def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given:
         warnings.simplefilter("always", UserWarning)
         written = run(store, out, rows=parse_rows(rows), progress=not quiet, **given)
     for warning in caught:
-        complain(printable(f"fastvae: {warning.message}"))
+        complain(strip_control_characters(f"fastvae: {warning.message}"))
     if as_json:
         echo_json({"files": [{"key": key, "file": str(path)} for key, path in written]})
     else:
         for key, path in written:
-            echo(printable(f"{path}  {key}"))
+            echo(strip_control_characters(f"{path}  {key}"))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from fastvae.cli.output import echo, echo_json, foreseen, printable
+from fastvae.cli.output import echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -24,10 +25,10 @@ def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
         echo_json(result.facts())
         return
     for key, decibels in sorted(result.psnr.items()):
-        echo(printable(f"{key:24s} PSNR {decibels:5.2f} dB"))
+        echo(strip_control_characters(f"{key:24s} PSNR {decibels:5.2f} dB"))
     echo(f"{'mean':24s} PSNR {result.mean_psnr:5.2f} dB")
     if result.encode.ok:
         echo(f"encoded at {result.encode.images_per_second:.2f} images/s ({result.encode.dtype}, 256x256)")
     else:
         echo(f"nothing to encode: {result.encode.resumed} rows were there from an earlier run")
-    echo(printable(f"latents  {result.store}\npictures {result.sheet}"))
+    echo(strip_control_characters(f"latents  {result.store}\npictures {result.sheet}"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, echo, echo_json, foreseen, printable
+from fastvae.cli.output import OTHER, echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -32,15 +33,15 @@ def doctor(
     from fastvae.report.doctor import examine
     from fastvae.report.findings import BAD, NOTE
     from fastvae.system.atomic_files import free_bytes
-    from fastvae.system.terminal import amount, say
+    from fastvae.system.terminal import format_bytes, print_stderr
 
     if not quiet:
-        say(f"doctor  {vae}  for latents in {folder} (free {amount(free_bytes(folder))})\n")
+        print_stderr(f"doctor  {vae}  for latents in {folder} (free {format_bytes(free_bytes(folder))})\n")
     findings = []
     for finding in examine(vae, folder, subfolder=subfolder, revision=revision):
         findings.append(finding)
         if not as_json:
-            echo(printable(f"{finding.state:5}{finding.name:9} {finding.sentence}"))
+            echo(strip_control_characters(f"{finding.state:5}{finding.name:9} {finding.sentence}"))
     bad, notes = (sum(finding.state == state for finding in findings) for state in (BAD, NOTE))
     if as_json:
         listed = [{**vars(finding)} for finding in findings]

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import FAILURES, echo, foreseen, printable
+from fastvae.cli.output import FAILURES, echo, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -107,6 +108,6 @@ def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool
         echo(report.to_json())
     else:
         for line in report.lines():
-            echo(printable(line))
+            echo(strip_control_characters(line))
     if report.exceeded:
         context.exit(FAILURES)

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import echo, echo_json, foreseen, printable
+from fastvae.cli.output import echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -39,7 +40,7 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Write every committed row of the latent store STORE into the new folder DST, for other trainers to read."""
     from fastvae.data.exporting.export import export as run
-    from fastvae.system.terminal import amount
+    from fastvae.system.terminal import format_bytes
 
     done = run(store, dst, progress=not quiet, **given)
     if as_json:
@@ -47,5 +48,5 @@ def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> No
     else:
         what = f"{done.about['posterior']}, {done.about['space']}"
         rest = f"; {done.pending} rows are planned and not committed: fastvae verify tells why" if done.pending else ""
-        files = f"{done.files} files, {amount(done.bytes)}"
-        echo(printable(f"done    {done.rows} rows ({what}) in {files}: {done.path}{rest}"))
+        files = f"{done.files} files, {format_bytes(done.bytes)}"
+        echo(strip_control_characters(f"done    {done.rows} rows ({what}) in {files}: {done.path}{rest}"))

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import echo, echo_json, foreseen, printable
+from fastvae.cli.output import echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -19,11 +20,11 @@ from fastvae.cli.output import echo, echo_json, foreseen, printable
 @foreseen
 def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
     """What a latent store holds, or what a model is."""
-    from fastvae.system.terminal import say
+    from fastvae.system.terminal import print_stderr
 
     is_store = (Path(what) / "store.json").exists()
     if not quiet:
-        say(f"info    {'latent store' if is_store else 'model'} {what}\n")
+        print_stderr(f"info    {'latent store' if is_store else 'model'} {what}\n")
     if is_store:
         from fastvae.data.store.info import store_facts
 
@@ -41,7 +42,7 @@ def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, 
         echo_json(facts)
         return
     for line in _lines(facts):
-        echo(printable(line))
+        echo(strip_control_characters(line))
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from fastvae.cli.signals import orderly
-from fastvae.system.terminal import printable
+from fastvae.system.terminal import strip_control_characters
 
 OTHER, USAGE, FAILURES, IDENTITY, LOCKED, NO_SPACE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 5, 6, 75, 141
 DEBUG = "FASTVAE_DEBUG"
@@ -27,7 +27,7 @@ class Problem(click.ClickException):
     """An error that was foreseen: a sentence on stderr, an exit code, no traceback."""
 
     def __init__(self, message: str, exit_code: int):
-        super().__init__(printable(message))
+        super().__init__(strip_control_characters(message))
         self.exit_code = exit_code  # type: ignore[misc] # click declares it for the class and reads it here
 
     def show(self, file: Any = None) -> None:
@@ -49,7 +49,7 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
             raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
         except (ValueError, ImportError, OSError) as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
-                complain(printable(traceback.format_exc()).rstrip())
+                complain(strip_control_characters(traceback.format_exc()).rstrip())
             raise _problem(error) from error
 
     return wrapper

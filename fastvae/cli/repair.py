@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import FAILURES, echo, echo_json, foreseen, printable
+from fastvae.cli.output import FAILURES, echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -38,9 +39,9 @@ def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bo
         echo_json({**asdict(done), "report": report and report.facts()})
     else:
         for damage in done.damaged:
-            echo(printable(f"damaged {damage.file} {damage.what}"))
+            echo(strip_control_characters(f"damaged {damage.file} {damage.what}"))
         for line in report.lines() if report else []:
-            echo(printable(line))
+            echo(strip_control_characters(line))
         rest = f", {done.missing} not found in the source" if done.missing else ""
         rest += f"; {done.pending} to do by fastvae encode" if done.pending else ""
         echo(f"repair  {len(done.units)} damaged units done again, {done.retried} failed images tried again{rest}")

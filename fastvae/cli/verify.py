@@ -7,7 +7,8 @@ from dataclasses import asdict
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen, printable
+from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen
+from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
@@ -25,7 +26,7 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
     """
     from fastvae.data.store.verify import rebuild_index as rebuild
     from fastvae.data.store.verify import verify as look
-    from fastvae.system.terminal import amount
+    from fastvae.system.terminal import format_bytes
 
     found = look(store, deep=deep, progress=not quiet)
     if rebuild_index and not found.damaged:
@@ -37,13 +38,13 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
         echo_json({"store": store, "deep": deep, "pending": found.pending, **asdict(found)})
     else:
         for damage in found.damaged:
-            echo(printable(f"damaged {damage.file} {damage.what}"))
+            echo(strip_control_characters(f"damaged {damage.file} {damage.what}"))
         for name in found.stale:
             echo(f"stale   {name} is missing or says something else than the records: the next encode writes it anew")
         word = "damaged" if found.damaged else "sound"
         echo(
             f"{word:7s} {found.committed} of {found.planned} units, {found.rows} rows, {found.failed} quarantined, "
-            f"{amount(found.bytes)}; {len(found.damaged)} damaged, {found.pending} to do"
+            f"{format_bytes(found.bytes)}; {len(found.damaged)} damaged, {found.pending} to do"
         )
     if found.damaged:
         context.exit(OTHER)

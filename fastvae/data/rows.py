@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastvae.system.arguments import checked
+from fastvae.system.arguments import check_unsigned
 
 Size = tuple[int, int]
 
@@ -67,7 +67,7 @@ def noise_key(seed: int, epoch: int, key: str, variant: int = 0) -> int:
 
 def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[int]:
     """noise_key of each row, (key, variant)."""
-    head = PREFIX + struct.pack("<QQ", checked("seed", seed), checked("epoch", epoch))
+    head = PREFIX + struct.pack("<QQ", check_unsigned("seed", seed), check_unsigned("epoch", epoch))
     # A new digest of so few bytes is had sooner than a copy of one that has begun.
     digests = [hashlib.sha256(head + _variant_bytes(variant) + key_bytes(key)).digest()[:8] for key, variant in rows]
     return list(struct.unpack(f"<{len(digests)}Q", b"".join(digests)))
@@ -75,7 +75,7 @@ def noise_keys(seed: int, epoch: int, rows: Iterable[tuple[str, int]]) -> list[i
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def _variant_bytes(variant: int) -> bytes:
-    return struct.pack("<I", checked("variant", variant, 32))
+    return struct.pack("<I", check_unsigned("variant", variant, 32))
 
 
 def size_name(size: Size) -> str:

@@ -19,8 +19,8 @@ from torch import nn
 from fastvae.fast import copying as copies
 from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast import layer_checks as layers
-from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
+from fastvae.fast.layer_checks import Reason
 from fastvae.latents.autoencoder import ACCELERATED
 
 Model = TypeVar("Model")
@@ -77,7 +77,7 @@ def accelerate(
     if compile and any(asked.values()):
         raise ValueError(f"compile=True must come without {' and '.join(name for name in asked if asked[name])}")
     vae = vae_of(vae_or_pipe)
-    if all(reasons.of_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
+    if all(reasons.why_not_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
     path = FastPath(precision, deterministic=deterministic, graphs=graphs, compile=compile, freeze=freeze)
     with LOCK:
@@ -126,9 +126,9 @@ def _put_in_place(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) ->
     _take_off(vae, *_parts(vae))
     vars(vae)[ACCELERATED] = path
     for part in parts:
-        if reasons.of_shape(part) is None and _put_beneath_hooks(part):
+        if reasons.why_not_shape(part) is None and _put_beneath_hooks(part):
             vars(part)[ACCELERATED] = path
-            copies.put_on(part)
+            copies.attach(part)
 
 
 def restore(vae_or_pipe: Model) -> Model:
@@ -146,7 +146,7 @@ def _take_off(*modules: nn.Module) -> None:
     for module in modules:
         own = vars(module)
         own.pop(ACCELERATED, None)
-        copies.take_off(module)
+        copies.detach(module)
         for holder, name in _places(module):
             if _is(forward, holder.get(name)):
                 holder[name] = types.MethodType(type(module).forward, module)
@@ -207,7 +207,7 @@ def out_of_reach(part: nn.Module, path: FastPath) -> Reason | None:
     if vars(part).get(ACCELERATED) is path and reached:
         return None
     late = Reason.LATE if not layers.replaced(part) else layers.behind(part)
-    return reasons.of_shape(part) or late
+    return reasons.why_not_shape(part) or late
 
 
 def _put_beneath_hooks(part: nn.Module) -> bool:

@@ -19,11 +19,11 @@ from torch import Tensor
 from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast import network_walk as walk
 from fastvae.fast.accelerate import path_of, vae_of
-from fastvae.fast.fallback_reasons import Layer
 from fastvae.fast.fast_path import Factors
 from fastvae.fast.inference_pass import Inference
-from fastvae.fast.network_walk import Flow
-from fastvae.fast.packed_weights import Derived, weights_of
+from fastvae.fast.layer_checks import Layer
+from fastvae.fast.network_walk import Activation
+from fastvae.fast.packed_weights import PackedWeights, weights_of
 from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.pixels import pixels_from_images
 from fastvae.latents.scaling import unscale_latents
@@ -93,24 +93,24 @@ class Measuring(Inference):
     """A pass in fp32 that keeps the largest absolute values of what the fast path would store scaled."""
 
     def __init__(self):
-        super().__init__(Derived())
+        super().__init__(PackedWeights())
         self.inner_convolutions: set[Layer] = set()
         self.reached: dict[str, list[Tensor]] = {"stream": [], "inner": []}
 
-    def begin(self, part: Layer, x: Tensor) -> Flow:
+    def begin(self, part: Layer, x: Tensor) -> Activation:
         return self._seen(super().begin(part, x))
 
-    def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
+    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation:
         self.inner_convolutions.add(block.conv1)
         return self._seen(super().resnet(block, flow, pad))
 
-    def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow:
+    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation:
         return self._seen(super().attention(layer, flow, pad))
 
-    def upsample(self, sampler: Layer, flow: Flow) -> Flow:
+    def upsample(self, sampler: Layer, flow: Activation) -> Activation:
         return self._seen(super().upsample(sampler, flow))
 
-    def as_module(self, module: Layer, flow: Flow) -> Flow:
+    def as_module(self, module: Layer, flow: Activation) -> Activation:
         return self._seen(super().as_module(module, flow))
 
     def result(self, name: str) -> Calibration:
@@ -133,7 +133,7 @@ class Measuring(Inference):
     def _convolve(self, conv: Layer, x: Tensor) -> Tensor:
         return self._see("inner" if conv in self.inner_convolutions else "stream", super()._convolve(conv, x))
 
-    def _seen(self, flow: Flow) -> Flow:
+    def _seen(self, flow: Activation) -> Activation:
         self._see("stream", flow.x)
         return flow
 
@@ -147,11 +147,11 @@ def _half(vae: Any, name: str) -> Layer | None:
     part = getattr(vae, name, None)
     if part is None or ACCELERATED not in vars(part) or part.conv_in.weight.dtype != torch.float16:
         return None
-    return part if reasons.of_part(part) is None else None
+    return part if reasons.why_not_part(part) is None else None
 
 
 def _measured(part: Layer, run: Measuring, x: Tensor) -> Tensor:
-    return walk.through(part, x, run)
+    return walk.run_part(part, x, run)
 
 
 def _factor(reached: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.fast import layer_checks as layers
-from fastvae.fast.fallback_reasons import Layer
+from fastvae.fast.layer_checks import Layer
 
 
 class Compiled:

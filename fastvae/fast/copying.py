@@ -40,13 +40,13 @@ def _replicate_for_data_parallel(self) -> Any:
 ANSWERS = (__getstate__, __deepcopy__, _replicate_for_data_parallel)
 
 
-def put_on(part: nn.Module) -> None:
+def attach(part: nn.Module) -> None:
     """Let an accelerated part answer by these."""
     for answer in ANSWERS:
         vars(part)[answer.__name__] = types.MethodType(answer, part)
 
 
-def take_off(part: nn.Module) -> None:
+def detach(part: nn.Module) -> None:
     """Let it answer as its class does."""
     for answer in ANSWERS:
         if getattr(vars(part).get(answer.__name__), "__func__", None) is answer:

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastvae.fast import network_walk as walk
-from fastvae.fast.fallback_reasons import Layer, Reason
-from fastvae.fast.network_walk import Flow
+from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast.network_walk import Activation
 
 NOTHING = Cost(0, 0, 0)
 COSTS: dict[str, Callable[..., Cost]] = {
@@ -100,11 +100,11 @@ def count(part: Layer, x: Tensor, run: walk.Pass) -> tuple[Counter, dict[Layer, 
 
     run.note, run.as_module = note, _module_of_the_same_shape  # type: ignore[method-assign]
     with counter:
-        walk.through(part, x, run)
+        walk.run_part(part, x, run)
     return counter, noted
 
 
-def _module_of_the_same_shape(module: Layer, flow: Flow) -> Flow:
+def _module_of_the_same_shape(module: Layer, flow: Activation) -> Activation:
     batch, channels, height, width = flow.x.shape
     # Of what it computes only the shape is needed, which its norms and samplers tell.
     norms = [layer.num_channels for name, layer in module.named_modules() if name.split(".")[-1] == "norm2"]
@@ -113,7 +113,7 @@ def _module_of_the_same_shape(module: Layer, flow: Flow) -> Flow:
     height, width = (side // 2 if down else 2 * side if up else side for side in (height, width))
     shape = batch, norms[-1] if norms else channels, height, width
     like = {"dtype": flow.x.dtype, "device": flow.x.device}
-    return Flow(torch.empty(shape, **like, memory_format=torch.channels_last))
+    return Activation(torch.empty(shape, **like, memory_format=torch.channels_last))
 
 
 def fake_mode() -> FakeTensorMode:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvae.fast.layer_checks import assume_constant_result
 
 
-class Tally:
+class DeviceCounters:
     """Rows of compiled calls, and rows that were not finite, added up in one small tensor for each device."""
 
     def __init__(self):
@@ -32,7 +32,7 @@ class Tally:
 
 # Compiled, the tensor is a constant of the graph: looked up in the dictionary it would be guarded, and recompiled for.
 @assume_constant_result
-def _tally_on(tally: Tally, device: torch.device) -> Tensor:
+def _tally_on(tally: DeviceCounters, device: torch.device) -> Tensor:
     if device not in tally.kept:
         with torch.inference_mode(False):  # a tensor of inference mode could not be added to outside it
             tally.kept[device] = torch.zeros(2, dtype=torch.int64, device=device)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.fast import layer_checks as layers
-from fastvae.fast.fallback_reasons import Layer
-from fastvae.fast.network_walk import Flow, Pass
-from fastvae.fast.packed_weights import Derived, channels_last, takes_onednn
+from fastvae.fast.layer_checks import Layer
+from fastvae.fast.network_walk import Activation, Pass
+from fastvae.fast.packed_weights import PackedWeights, channels_last, takes_onednn
 
 # oneDNN's convolutions with something behind them, as torch.compile calls them too.
 ONEDNN: Any = torch.ops.mkldnn
@@ -27,39 +27,39 @@ class InPlace(Pass):
 
     differentiable = False
 
-    def __init__(self, derived: Derived):
+    def __init__(self, derived: PackedWeights):
         self.derived = derived
 
-    def begin(self, part: Layer, x: Tensor) -> Flow:
-        return Flow(self._convolve(part.conv_in, channels_last(x)))
+    def begin(self, part: Layer, x: Tensor) -> Activation:
+        return Activation(self._convolve(part.conv_in, channels_last(x)))
 
-    def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
+    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation:
         h = self._convolve(block.conv1, _activated(block.norm1, flow.x))
         h = _activated(block.norm2, h)
         shortcut = block.conv_shortcut
         residual = flow.x if shortcut is None else self._convolve(shortcut, flow.x)
-        return Flow(self._add_convolved(block.conv2, h, residual))
+        return Activation(self._add_convolved(block.conv2, h, residual))
 
-    def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow:
-        return Flow(channels_last(layer(flow.x)))
+    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation:
+        return Activation(channels_last(layer(flow.x)))
 
-    def downsample(self, sampler: Layer, flow: Flow) -> Flow:
-        return Flow(self._convolve(sampler.conv, _padded(flow.x)))
+    def downsample(self, sampler: Layer, flow: Activation) -> Activation:
+        return Activation(self._convolve(sampler.conv, _padded(flow.x)))
 
-    def upsample(self, sampler: Layer, flow: Flow) -> Flow:
-        return Flow(F.conv_transpose2d(flow.x, self.derived.upsample(sampler.conv), sampler.conv.bias, 2, 1))
+    def upsample(self, sampler: Layer, flow: Activation) -> Activation:
+        return Activation(F.conv_transpose2d(flow.x, self.derived.upsample(sampler.conv), sampler.conv.bias, 2, 1))
 
-    def as_module(self, module: Layer, flow: Flow) -> Flow:
+    def as_module(self, module: Layer, flow: Activation) -> Activation:
         # A copy: whoever listens may keep what the module gave, and the next block writes into it.
-        return Flow(layers.as_module(module, flow.x).clone(memory_format=torch.channels_last))
+        return Activation(layers.as_module(module, flow.x).clone(memory_format=torch.channels_last))
 
-    def end(self, part: Layer, flow: Flow) -> Tensor:
+    def end(self, part: Layer, flow: Activation) -> Tensor:
         if flow.x.requires_grad:
             return part.conv_out(part.conv_act(part.conv_norm_out(flow.x)))
         return self._convolve(part.conv_out, _activated(part.conv_norm_out, flow.x))
 
     def _convolve(self, conv: Layer, x: Tensor) -> Tensor:
-        weight = self.derived.blocked(conv)
+        weight = self.derived.onednn_weight(conv)
         if not weight.is_mkldnn:
             return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
         return ONEDNN._convolution_pointwise(x, weight, _bias(conv), *_geometry(conv), "none", [], None)
@@ -68,7 +68,7 @@ class InPlace(Pass):
         """y + conv(x), in the memory of either."""
         if not takes_onednn(conv.weight):
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding).add_(y)
-        given = x, self.derived.blocked(conv), _bias(conv), *_geometry(conv)
+        given = x, self.derived.onednn_weight(conv), _bias(conv), *_geometry(conv)
         return ONEDNN._convolution_pointwise_.binary(y, *given, "add", None, None, [], None)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.fast import network_walk as walk
-from fastvae.fast.fallback_reasons import Layer, Reason
 from fastvae.fast.inference_pass import Inference
-from fastvae.fast.network_walk import Flow, Pass
+from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast.network_walk import Activation, Pass
 
 GRAPH_DEVICES = ("cuda",)
 MOST_GRAPHS = 32
@@ -202,25 +202,25 @@ class Survey(Pass):
     def note(self, module: Layer, reason: Reason | None) -> None:
         self.fused = self.fused and reason is None
 
-    def begin(self, part: Layer, x: Tensor) -> Flow:
-        return Flow(part.conv_in.weight)  # of an activation the dtype and the device are asked
+    def begin(self, part: Layer, x: Tensor) -> Activation:
+        return Activation(part.conv_in.weight)  # of an activation the dtype and the device are asked
 
-    def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
+    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation:
         return flow
 
-    def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow:
+    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation:
         return flow
 
-    def downsample(self, sampler: Layer, flow: Flow) -> Flow:
+    def downsample(self, sampler: Layer, flow: Activation) -> Activation:
         return flow
 
-    def upsample(self, sampler: Layer, flow: Flow) -> Flow:
+    def upsample(self, sampler: Layer, flow: Activation) -> Activation:
         return flow
 
-    def as_module(self, module: Layer, flow: Flow) -> Flow:
+    def as_module(self, module: Layer, flow: Activation) -> Activation:
         return flow
 
-    def end(self, part: Layer, flow: Flow) -> Tensor:
+    def end(self, part: Layer, flow: Activation) -> Tensor:
         return flow.x
 
 
@@ -238,7 +238,7 @@ def why_not(part: Layer, x: Tensor, run: walk.Pass) -> NoGraph | None:
     if not 0 < x.shape[0] * x.shape[2] * x.shape[3] * larger <= MOST_PIXELS:
         return NoGraph.SIZE
     survey = Survey()
-    walk.through(part, x, survey)
+    walk.run_part(part, x, survey)
     return None if survey.fused else NoGraph.MODULE
 
 

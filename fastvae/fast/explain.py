@@ -13,8 +13,8 @@ from torch import Tensor
 from fastvae.fast import cost_trace as trace
 from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast.accelerate import out_of_reach, path_of, unwrapped, vae_of
-from fastvae.fast.fallback_reasons import Layer, Reason
 from fastvae.fast.inference_pass import Inference
+from fastvae.fast.layer_checks import Layer, Reason
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def _explain_part(vae: Any, name: str, part: Layer, path: Any, shape: Any) -> tu
     kind = "fused" if isinstance(run, Inference) else "differentiable"
     if isinstance(run, Inference):
         for module in part.modules():  # decided on real weights: under the fake mode there are no values
-            if hasattr(module, "to_out") and reasons.of_attention(module, weight) is None:
+            if hasattr(module, "to_out") and reasons.why_not_attention(module, weight) is None:
                 path.derived.takes_the_shared_form(module)
-        run.derived = path.derived.twin()
+        run.derived = path.derived.for_trace()
     with trace.fake_mode():
         fake = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if isinstance(run, Inference) and run.derived.frozen:  # the first call packs, and those after it are told

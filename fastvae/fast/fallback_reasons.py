@@ -31,7 +31,7 @@ RESNET_LAYERS = {"norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity", 
 ATTENTION_LAYERS = {"group_norm", "to_q", "to_k", "to_v", "to_out", "to_qkv", "processor"}
 
 
-def of_shape(part: Layer) -> Reason | None:
+def why_not_shape(part: Layer) -> Reason | None:
     """Why a module is no encoder or decoder of this shape at all, whatever its state."""
     blocks = getattr(part, "down_blocks", None) is not None, getattr(part, "up_blocks", None) is not None
     names = {name for name, _ in part.named_children()} - {"down_blocks", "up_blocks"}
@@ -40,9 +40,9 @@ def of_shape(part: Layer) -> Reason | None:
     return None if layers.known_forward(type(part), VAE) else Reason.FOREIGN_FORWARD
 
 
-def of_part(part: Layer) -> Reason | None:
+def why_not_part(part: Layer) -> Reason | None:
     """Why an encoder or a decoder as a whole cannot be walked now; block by block it is asked again below."""
-    if shape := of_shape(part):
+    if shape := why_not_shape(part):
         return shape
     if layers.hooked_everywhere():
         return Reason.HOOKS
@@ -56,7 +56,7 @@ def of_part(part: Layer) -> Reason | None:
     )
 
 
-def of_block(block: Layer) -> Reason | None:
+def why_not_block(block: Layer) -> Reason | None:
     """Why a down, mid or up block cannot be taken apart."""
     if not {name for name, _ in block.named_children()} <= BLOCK_LAYERS:
         return Reason.UNSUPPORTED_LAYER
@@ -68,7 +68,7 @@ def of_block(block: Layer) -> Reason | None:
     return layers.hooked([block, *lists])
 
 
-def of_resnet(block: Layer, like: Tensor) -> Reason | None:
+def why_not_resnet(block: Layer, like: Tensor) -> Reason | None:
     """Why a residual block cannot be fused; ``like`` is the activation that it is handed."""
     if not {name for name, _ in block.named_children()} <= RESNET_LAYERS:
         return Reason.UNSUPPORTED_LAYER
@@ -95,7 +95,7 @@ def of_resnet(block: Layer, like: Tensor) -> Reason | None:
     )
 
 
-def of_attention(attention: Layer, like: Tensor) -> Reason | None:
+def why_not_attention(attention: Layer, like: Tensor) -> Reason | None:
     """Why an attention layer cannot be fused."""
     processor = getattr(attention, "processor", None)
     if type(processor).__name__ not in PROCESSORS or not layers.known_forward(type(processor), ATTENTION, "__call__"):
@@ -128,7 +128,7 @@ def of_attention(attention: Layer, like: Tensor) -> Reason | None:
     )
 
 
-def of_downsample(sampler: Layer, like: Tensor) -> Reason | None:
+def why_not_downsample(sampler: Layer, like: Tensor) -> Reason | None:
     """Why a downsampler cannot be fused: it must pad by one at the far ends, then convolve by 3x3 and stride 2."""
     names = {name for name, _ in sampler.named_children()}
     if not names <= {"conv", "norm"} or getattr(sampler, "norm", None) is not None:
@@ -138,7 +138,7 @@ def of_downsample(sampler: Layer, like: Tensor) -> Reason | None:
     return layers.convolution(sampler.conv, 3, 2, 0) or layers.state([sampler, sampler.conv], like)
 
 
-def of_upsample(sampler: Layer, like: Tensor) -> Reason | None:
+def why_not_upsample(sampler: Layer, like: Tensor) -> Reason | None:
     """Why an upsampler cannot be fused: it must repeat pixels, then convolve by 3x3."""
     names = {name for name, _ in sampler.named_children()}
     plain = getattr(sampler, "norm", None) is None and not getattr(sampler, "use_conv_transpose", False)
@@ -149,7 +149,7 @@ def of_upsample(sampler: Layer, like: Tensor) -> Reason | None:
     return layers.convolution(sampler.conv, 3, 1, 1) or layers.state([sampler, sampler.conv], like)
 
 
-def of_quant_conv(vae: Layer) -> Reason | None:
+def why_not_quant_conv(vae: Layer) -> Reason | None:
     """Why the encoder and the 1x1 convolution behind it cannot be called as one, past ``vae.encode``."""
     conv, names = getattr(vae, "quant_conv", None), ("encode", "_encode")
     if any(name in vars(vae) for name in names):
@@ -166,7 +166,7 @@ def of_quant_conv(vae: Layer) -> Reason | None:
     return layers.convolution(conv, 1, 1, 0) or layers.state([conv], vae.encoder.conv_in.weight)
 
 
-def of_input(part: Layer, x: Tensor) -> Reason | None:
+def why_not_input(part: Layer, x: Tensor) -> Reason | None:
     """Why a call cannot take the fused kernels at all."""
     weight = part.conv_in.weight
     if weight.device.type == "meta":

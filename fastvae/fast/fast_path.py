@@ -14,12 +14,12 @@ from fastvae.fast import compiled_passes as compiled
 from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast import network_walk as walk
 from fastvae.fast.compiled_passes import Compiled
-from fastvae.fast.counters import Tally
+from fastvae.fast.counters import DeviceCounters
 from fastvae.fast.cpu_pass import InPlace
 from fastvae.fast.cuda_graphs import Graphs
-from fastvae.fast.fallback_reasons import Layer, Reason
 from fastvae.fast.inference_pass import Inference
-from fastvae.fast.packed_weights import Derived, channels_last, is_channels_last
+from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last
 from fastvae.fast.training_pass import Training
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import normalized
@@ -49,9 +49,9 @@ class FastPath:
         self.graphs = Graphs() if graphs else None
         self.compiled = Compiled() if compile else None
         self.factors = {"encoder": Factors(), "decoder": Factors()}
-        self.derived = Derived(frozen=freeze)
+        self.derived = PackedWeights(frozen=freeze)
         self.counts: dict[str, Any] = {"rows": 0, "rows_again_in_fp32": 0}
-        self.tally = Tally()
+        self.tally = DeviceCounters()
 
     def __reduce__(self):
         # A pickled model comes back stock: bound methods are found by name, and that is the class's own.
@@ -61,7 +61,7 @@ class FastPath:
         twin = FastPath.__new__(FastPath)
         memo[id(self)] = twin
         # What is derived is not copied: its keys are the modules of the whole VAE, and the copy may be of one part.
-        derived = {id(self.derived): Derived(self.derived.frozen)}
+        derived = {id(self.derived): PackedWeights(self.derived.frozen)}
         vars(twin).update(copy.deepcopy(vars(self), memo | derived))
         return twin
 
@@ -77,14 +77,14 @@ class FastPath:
         """Why this call runs the part's own forward."""
         if self.precision == "exact":
             return Reason.EXACT
-        return reasons.of_part(part) or reasons.of_input(part, x)
+        return reasons.why_not_part(part) or reasons.why_not_input(part, x)
 
     def pass_for(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> walk.Pass:
         """The pass that this call takes: with a gradient where one is needed."""
         if reasons.needs_gradient(part, x):
             return Training()
         half = part.conv_in.weight.dtype == torch.float16
-        factors = self.factors[name_of(part)] if half else UNSCALED
+        factors = self.factors[part_name(part)] if half else UNSCALED
         return Inference(self.derived, deterministic=self.deterministic, quant_conv=quant_conv, **factors._asdict())
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class FastPath:
                 y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)
-                done = [walk.through(part, row, InPlace(self.derived)) for row in rows]
+                done = [walk.run_part(part, row, InPlace(self.derived)) for row in rows]
                 y = torch.cat(done) if len(done) > 1 else done[0]
             return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)
@@ -117,7 +117,7 @@ class FastPath:
         run = self.pass_for(part, x, quant_conv)
 
         def work(x: Tensor) -> Tensor:
-            y = walk.through(part, x, run)
+            y = walk.run_part(part, x, run)
             return y if is_channels_last(x) else y.contiguous()
 
         if torch.compiler.is_compiling():
@@ -143,7 +143,7 @@ class FastPath:
             return vae.encode(x).latent_dist.parameters  # which says so
         whole = not (getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
         walked = whole and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x) is None
-        if not walked or reasons.needs_gradient(encoder, x) or reasons.of_quant_conv(vae):
+        if not walked or reasons.needs_gradient(encoder, x) or reasons.why_not_quant_conv(vae):
             moments = self._each(lambda x: vae.encode(x).latent_dist.parameters, _as_floats(encoder, x))
         elif self.compiled is not None and compiled.by_itself():
             moments = self.compiled.call(self._walked, encoder, x, quant_conv)
@@ -202,7 +202,7 @@ class FastPath:
         }
 
 
-def name_of(part: Layer) -> str:
+def part_name(part: Layer) -> str:
     """Under which name a VAE holds this part."""
     return "encoder" if hasattr(part, "down_blocks") else "decoder"
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast import layer_checks as layers
-from fastvae.fast.fallback_reasons import Layer
-from fastvae.fast.network_walk import Flow, Pass
-from fastvae.fast.packed_weights import Derived, channels_last, is_channels_last, weights_of
+from fastvae.fast.layer_checks import Layer
+from fastvae.fast.network_walk import Activation, Pass
+from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last, weights_of
 from fastvae.latents.pixels import normalized
 
 
@@ -37,7 +37,7 @@ class Inference(Pass):
 
     def __init__(
         self,
-        derived: Derived,
+        derived: PackedWeights,
         *,
         deterministic: bool = False,
         stream: float = 1.0,
@@ -51,51 +51,51 @@ class Inference(Pass):
         self.quant_conv = quant_conv
         self.laid_out = False
 
-    def begin(self, part: Layer, x: Tensor) -> Flow:
+    def begin(self, part: Layer, x: Tensor) -> Activation:
         self.laid_out = is_channels_last(x)
         conv = part.conv_in
         if hasattr(part, "down_blocks") and conv.in_channels <= reasons.MOST_COLOURS and conv.bias is not None:
-            return Flow(*pixels_conv_in(x, conv.weight, conv.bias, self.stream))
+            return Activation(*pixels_conv_in(x, conv.weight, conv.bias, self.stream))
         if x.dtype == torch.uint8:
             x = normalized(x).to(conv.weight.dtype)
         x = channels_last(x)
-        return Flow(self._convolve(conv, x if self.stream == 1.0 else x * self.stream), bias=conv.bias)
+        return Activation(self._convolve(conv, x if self.stream == 1.0 else x * self.stream), bias=conv.bias)
 
-    def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow:
+    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation:
         h = self._normalized(flow, block.norm1, True, self.stream, self.inner)
         h = self._convolve(block.conv1, h)
-        h = self._normalized(Flow(h, bias=block.conv1.bias), block.norm2, True, self.inner, self.stream)
+        h = self._normalized(Activation(h, bias=block.conv1.bias), block.norm2, True, self.inner, self.stream)
         h = self._convolve(block.conv2, h)
         residual, residual_bias = flow.x, flow.bias
         if block.conv_shortcut is not None:
             residual_bias = self.derived.shortcut_bias(block.conv_shortcut, flow.bias)
             residual = self._convolve(block.conv_shortcut, flow.x)
         y, partials = residual_add(h, residual, block.conv2.bias, residual_bias, int(pad), self.stream)
-        return Flow(y, partials, padded=pad)
+        return Activation(y, partials, padded=pad)
 
-    def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow:
+    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation:
         batch, channels, height, width = flow.x.shape
         x = self._normalized(flow, layer.group_norm, False, self.stream, self.stream)
         tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         mixed, bias = self._shared(layer, tokens) if self._is_shared(layer) else self._plain(layer, tokens)
         h = mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
         y, partials = residual_add(h, flow.x, bias, flow.bias, int(pad), self.stream)
-        return Flow(y, partials, padded=pad)
+        return Activation(y, partials, padded=pad)
 
-    def downsample(self, sampler: Layer, flow: Flow) -> Flow:
+    def downsample(self, sampler: Layer, flow: Activation) -> Activation:
         x = flow.x if flow.padded else F.pad(self._whole(flow), (0, 1, 0, 1))
-        return Flow(self._convolve(sampler.conv, x), bias=sampler.conv.bias)
+        return Activation(self._convolve(sampler.conv, x), bias=sampler.conv.bias)
 
-    def upsample(self, sampler: Layer, flow: Flow) -> Flow:
+    def upsample(self, sampler: Layer, flow: Activation) -> Activation:
         folded = self.derived.upsample(sampler.conv)
-        return Flow(self._product(self._whole(flow), folded, None, 2, 1, transposed=True), bias=sampler.conv.bias)
+        return Activation(self._product(self._whole(flow), folded, None, 2, 1, transposed=True), bias=sampler.conv.bias)
 
-    def as_module(self, module: Layer, flow: Flow) -> Flow:
+    def as_module(self, module: Layer, flow: Activation) -> Activation:
         y = layers.as_module(module, self._unscaled(flow))
         y = y if self.stream == 1.0 else y * self.stream
-        return Flow(channels_last(y))
+        return Activation(channels_last(y))
 
-    def end(self, part: Layer, flow: Flow) -> Tensor:
+    def end(self, part: Layer, flow: Activation) -> Tensor:
         if flow.x.requires_grad:
             y = part.conv_out(part.conv_act(part.conv_norm_out(self._unscaled(flow))))
             y = y if self.quant_conv is None else self.quant_conv(y)
@@ -112,17 +112,17 @@ class Inference(Pass):
         form = torch.channels_last if self.laid_out else torch.contiguous_format
         return torch.add(y, bias, out=torch.empty_like(y, memory_format=form))
 
-    def _normalized(self, flow: Flow, norm: Layer, silu: bool, carried: float, factor: float) -> Tensor:
+    def _normalized(self, flow: Activation, norm: Layer, silu: bool, carried: float, factor: float) -> Tensor:
         """act(GroupNorm(flow / carried)) * factor."""
         partials = group_norm_statistics(flow.x) if flow.partials is None else flow.partials
         affine = group_norm_affine(partials, norm.weight, norm.bias, norm.num_groups, norm.eps, flow.bias, carried)
         return scale_shift_silu(flow.x, *affine, factor) if silu else scale_shift(flow.x, *affine, factor)
 
-    def _whole(self, flow: Flow) -> Tensor:
+    def _whole(self, flow: Activation) -> Tensor:
         """The activation with its bias."""
         return flow.x if flow.bias is None else flow.x + (flow.bias * self.stream).to(flow.x.dtype)[:, None, None]
 
-    def _unscaled(self, flow: Flow) -> Tensor:
+    def _unscaled(self, flow: Activation) -> Tensor:
         """The activation as eager has it."""
         x = self._whole(flow)
         return x if self.stream == 1.0 else x / self.stream

@@ -11,10 +11,10 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.fallback_reasons import Layer, Reason
+from fastvae.fast.layer_checks import Layer, Reason
 
 
-class Flow(NamedTuple):
+class Activation(NamedTuple):
     """An activation [N, C, H, W] in channels_last, and what is known of it."""
 
     x: Tensor
@@ -31,22 +31,22 @@ class Pass(Protocol):
 
     differentiable: bool
 
-    def begin(self, part: Layer, x: Tensor) -> Flow: ...
-    def resnet(self, block: Layer, flow: Flow, pad: bool) -> Flow: ...
-    def attention(self, layer: Layer, flow: Flow, pad: bool) -> Flow: ...
-    def downsample(self, sampler: Layer, flow: Flow) -> Flow: ...
-    def upsample(self, sampler: Layer, flow: Flow) -> Flow: ...
-    def as_module(self, module: Layer, flow: Flow) -> Flow: ...
-    def end(self, part: Layer, flow: Flow) -> Tensor: ...
+    def begin(self, part: Layer, x: Tensor) -> Activation: ...
+    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation: ...
+    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation: ...
+    def downsample(self, sampler: Layer, flow: Activation) -> Activation: ...
+    def upsample(self, sampler: Layer, flow: Activation) -> Activation: ...
+    def as_module(self, module: Layer, flow: Activation) -> Activation: ...
+    def end(self, part: Layer, flow: Activation) -> Tensor: ...
 
-    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow:
+    def block(self, part: Layer, block: Layer, flow: Activation) -> Activation:
         return through_block(block, flow, self)
 
     def note(self, module: Layer, reason: Reason | None) -> None:
         """Told of each block that is fused (None) or not; explain listens."""
 
 
-def through(part: Layer, x: Tensor, run: Pass) -> Tensor:
+def run_part(part: Layer, x: Tensor, run: Pass) -> Tensor:
     """The output of an encoder or decoder for its input x [N, C, H, W]."""
     run.note(part, None)
     flow = run.begin(part, x)
@@ -62,9 +62,9 @@ def blocks_of(part: Layer) -> list[Layer]:
     return [*part.down_blocks, *mid] if hasattr(part, "down_blocks") else [*mid, *part.up_blocks]
 
 
-def through_block(block: Layer, flow: Flow, run: Pass) -> Flow:
+def through_block(block: Layer, flow: Activation, run: Pass) -> Activation:
     """Residual blocks, attention between them, and one change of size: a down, mid or up block."""
-    reason = reasons.of_block(block)
+    reason = reasons.why_not_block(block)
     if reason is not None:
         run.note(block, reason)
         return run.as_module(block, flow)
@@ -90,9 +90,9 @@ def _layers(block: Layer) -> list[Layer]:
     return layers + [layer for pair in pairs for layer in pair if layer is not None]
 
 
-def _through_layer(layer: Layer, flow: Flow, run: Pass, pad: bool) -> Flow:
+def _through_layer(layer: Layer, flow: Activation, run: Pass, pad: bool) -> Activation:
     is_attention = hasattr(layer, "to_out")
-    reason = reasons.of_attention(layer, flow.x) if is_attention else reasons.of_resnet(layer, flow.x)
+    reason = reasons.why_not_attention(layer, flow.x) if is_attention else reasons.why_not_resnet(layer, flow.x)
     reason = reason or _gradient(flow, run)
     run.note(layer, reason)
     if reason is not None:
@@ -100,19 +100,19 @@ def _through_layer(layer: Layer, flow: Flow, run: Pass, pad: bool) -> Flow:
     return run.attention(layer, flow, pad) if is_attention else run.resnet(layer, flow, pad)
 
 
-def _gradient(flow: Flow, run: Pass) -> Reason | None:
+def _gradient(flow: Activation, run: Pass) -> Reason | None:
     """Whether a module before this one, or a hook on it, brought in what requires a gradient, as no parameter does."""
     return Reason.GRADIENT if flow.x.requires_grad and not run.differentiable else None
 
 
-def _fused_downsample(block: Layer, sampler: Layer, flow: Flow) -> bool:
+def _fused_downsample(block: Layer, sampler: Layer, flow: Activation) -> bool:
     down = getattr(block, "downsamplers", None)
-    return bool(down) and reasons.of_downsample(sampler, flow.x) is None
+    return bool(down) and reasons.why_not_downsample(sampler, flow.x) is None
 
 
-def _through_sampler(block: Layer, sampler: Layer, flow: Flow, run: Pass) -> Flow:
+def _through_sampler(block: Layer, sampler: Layer, flow: Activation, run: Pass) -> Activation:
     is_down = bool(getattr(block, "downsamplers", None))
-    reason = reasons.of_downsample(sampler, flow.x) if is_down else reasons.of_upsample(sampler, flow.x)
+    reason = reasons.why_not_downsample(sampler, flow.x) if is_down else reasons.why_not_upsample(sampler, flow.x)
     reason = reason or _gradient(flow, run)
     run.note(sampler, reason)
     if reason is not None:

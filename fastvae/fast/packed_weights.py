@@ -17,7 +17,7 @@ from fastvae.fast import fallback_reasons as reasons
 from fastvae.fast.layer_checks import Layer, assume_constant_result, is_fake
 
 
-class Derived:
+class PackedWeights:
     """Weights as the fast path wants them: made anew at each call, or kept where ``frozen``."""
 
     def __init__(self, frozen: bool = False):
@@ -32,9 +32,9 @@ class Derived:
         self.kept.clear()
         self.shared.clear()
 
-    def twin(self) -> Derived:
+    def for_trace(self) -> PackedWeights:
         """One for a trace, which decides alike and has packed nothing yet."""
-        twin = Derived(self.frozen)
+        twin = PackedWeights(self.frozen)
         twin.is_of_a_trace = True
         twin.shared.update(self.shared)
         return twin
@@ -64,7 +64,7 @@ class Derived:
             return conv.weight
         return self._get(conv, "weight", lambda: channels_last(conv.weight))
 
-    def blocked(self, conv: Layer) -> Tensor:
+    def onednn_weight(self, conv: Layer) -> Tensor:
         """The weight in the layout that oneDNN multiplies by, for a CPU; itself where it may not be kept."""
         if not self.frozen or not takes_onednn(conv.weight):
             return conv.weight
@@ -152,7 +152,7 @@ def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:
 
 # Compiled, it is decided on the real weights too, once, while the graph is traced.
 @assume_constant_result
-def _decision(derived: Derived, attention: Layer) -> bool:
+def _decision(derived: PackedWeights, attention: Layer) -> bool:
     weight = attention.to_out[0].weight
     decided = derived.shared.get((attention, weight.dtype))  # not asked twice: another thread may forget them
     if decided is None:
@@ -163,7 +163,7 @@ def _decision(derived: Derived, attention: Layer) -> bool:
 
 
 @torch.no_grad()
-def shared_is_as_accurate(attention: Layer, derived: Derived, tokens: int = 1024) -> bool:
+def shared_is_as_accurate(attention: Layer, derived: PackedWeights, tokens: int = 1024) -> bool:
     """Whether the shared form errs no more than the plain one, in the weights' dtype, rms against float64.
 
     On seeded normal tokens through the affine of the layer's GroupNorm, which is what the layer sees.

@@ -19,8 +19,8 @@ from fastvae.report.correctness import Truth, truth_of
 from fastvae.report.machine import machine, versions
 from fastvae.report.rivals import COMPILED, DIFFUSERS, FASTVAE, PLAIN, TASKS, Contestant, first_line
 from fastvae.report.timing import interleaved, median, median_interval, synchronised
-from fastvae.system.devices import DTYPES, default_dtype, memory_bytes, settled_device
-from fastvae.system.terminal import amount
+from fastvae.system.devices import DTYPES, default_dtype, memory_bytes, resolve_device
+from fastvae.system.terminal import format_bytes
 
 Say = Callable[[str], None]
 
@@ -66,15 +66,15 @@ def benchmark(
     going on. Raises ValueError for sizes that the model cannot take or the memory cannot hold, and what opening the
     model raises.
     """
-    place = settled_device(device)
+    place = resolve_device(device)
     dtype = dtype or default_dtype(place)
-    model, weights = contestants.opened(vae, subfolder, revision)
+    model, weights = contestants.open_fp32(vae, subfolder, revision)
     cases = list(itertools.product(tasks, sizes, batches))
     for _, size, batch in cases:
         _check(model, size, batch, DTYPES[dtype], place)
     plain = model.to(device=place, dtype=DTYPES[dtype])
     say(f"bench   {vae}  {place}  {dtype}  " + ", ".join(_name(*case) for case in cases))
-    everybody = contestants.line_up(plain, compiled=compiled)
+    everybody = contestants.contestants_for(plain, compiled=compiled)
     ours = next(one.model for one in everybody if one.name == FASTVAE)
     measured = [_measured(plain, everybody, case, seconds / len(cases), say) for case in cases]
     return {
@@ -128,7 +128,8 @@ def _check(model: Any, size: int, batch: int, dtype: torch.dtype, device: torch.
     there = memory_bytes(device)
     if there is not None and needed > there:
         raise ValueError(
-            f"size {size} in batches of {batch} needs about {amount(needed)}, and {device} has {amount(there)}"
+            f"size {size} in batches of {batch} needs about {format_bytes(needed)}, and {device} has "
+            f"{format_bytes(there)}"
         )
 
 

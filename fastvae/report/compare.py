@@ -23,9 +23,9 @@ from fastvae.report import compare_stages as stages
 from fastvae.report import rivals as contestants
 from fastvae.report.correctness import tolerance
 from fastvae.report.number_format import number
-from fastvae.system.devices import DTYPES, default_dtype, settled_device
+from fastvae.system.devices import DTYPES, default_dtype, resolve_device
 
-HANDS = ("fast", "eager", "float64")
+VARIANTS = ("fast", "eager", "float64")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Comparison:
             pairs = (stage.fast_eager, stage.fast_float64, stage.eager_float64)
             cells = "".join(f"{_cell(pair):28}" for pair in pairs)
             lines.append(f"{stage.name:{width}}  {cells}{stage.path}{'' if stage.is_right else '  TOO FAR'}")
-        there_and_back = ", ".join(f"{hand} {number(self.psnr[hand], 4)} dB" for hand in HANDS)
+        there_and_back = ", ".join(f"{hand} {number(self.psnr[hand], 4)} dB" for hand in VARIANTS)
         return "\n".join([*lines, f"round trip, PSNR: {there_and_back}"])
 
 
@@ -119,12 +119,14 @@ def compare(vae_or_pipe: Any, images: Any) -> Comparison:
     torch.nn.Module.to(wide, device=place, dtype=torch.float64)
     gaps: dict[str, list[_Gap]] = {}
     paths: dict[str, str] = {}
-    psnr: dict[str, list[float]] = {hand: [] for hand in HANDS}
+    psnr: dict[str, list[float]] = {hand: [] for hand in VARIANTS}
     count = 0
     with torch.no_grad():
         for x in _one_by_one(vae, images):
             count += 1
-            paths |= {name: stages.kind_of(path, unwrapped(getattr(vae, name)), x) for name in ("encoder", "decoder")}
+            paths |= {
+                name: stages.stage_kind(path, unwrapped(getattr(vae, name)), x) for name in ("encoder", "decoder")
+            }
             _measure(vae, wide, path, x, gaps, psnr)
     if not count:
         raise ValueError("images must hold at least one image, got none")
@@ -151,8 +153,8 @@ def compare_files(
     vae: a directory, a preset (random weights), a Hub id, or "tiny". dtype and device: by default what suits this
     machine. Raises what ``compare`` and from_pretrained raise, and ValueError for a device that is not there.
     """
-    place = settled_device(device)
-    model, weights = contestants.opened(vae, subfolder, revision)
+    place = resolve_device(device)
+    model, weights = contestants.open_fp32(vae, subfolder, revision)
     model = model.to(device=place, dtype=DTYPES[dtype or default_dtype(place)])
     return f"{vae} (weights: {weights})", compare(model, list(images))
 
@@ -204,17 +206,17 @@ def _measure(
     weight = next(wide.parameters())
     laid_out = x.contiguous(memory_format=torch.channels_last)
     side_by_side = [
-        stages.through(vae, x, path),
-        stages.through(vae, x, None),
-        stages.through(wide, x.to(weight), None),
+        stages.run_stages(vae, x, path),
+        stages.run_stages(vae, x, None),
+        stages.run_stages(wide, x.to(weight), None),
     ]
     last: list[Tensor] = []
-    for *reached, (_, other) in zip(*side_by_side, stages.through(vae, laid_out, None), strict=True):
+    for *reached, (_, other) in zip(*side_by_side, stages.run_stages(vae, laid_out, None), strict=True):
         fast, eager, truth = last = [values.to(weight.device) for _, values in reached]
         pairs = (fast, eager), (fast, truth), (eager, truth), (other.to(weight.device), truth)
         for gap, pair in zip(gaps.setdefault(reached[0][0], [_Gap() for _ in pairs]), pairs, strict=True):
             gap.add(*pair)
-    for hand, image in zip(HANDS, last, strict=True):
+    for hand, image in zip(VARIANTS, last, strict=True):
         psnr[hand].append(_psnr(image, x.to(weight)))
 
 

@@ -17,26 +17,26 @@ from fastvae.fast import layer_checks as layers
 from fastvae.fast import network_walk as walk
 from fastvae.fast.accelerate import unwrapped
 from fastvae.fast.cpu_pass import InPlace
-from fastvae.fast.fallback_reasons import Layer, Reason
 from fastvae.fast.fast_path import FastPath
-from fastvae.fast.network_walk import Flow
+from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast.network_walk import Activation
 from fastvae.fast.packed_weights import is_channels_last
 
 
 class Eager:
     """A pass of the layers as they stand. (walk.Pass, as far as stages go.)"""
 
-    def begin(self, part: Layer, x: Tensor) -> Flow:
-        return Flow(part.conv_in(x))
+    def begin(self, part: Layer, x: Tensor) -> Activation:
+        return Activation(part.conv_in(x))
 
-    def block(self, part: Layer, block: Layer, flow: Flow) -> Flow:
-        return Flow(layers.as_module(block, flow.x))
+    def block(self, part: Layer, block: Layer, flow: Activation) -> Activation:
+        return Activation(layers.as_module(block, flow.x))
 
-    def end(self, part: Layer, flow: Flow) -> Tensor:
+    def end(self, part: Layer, flow: Activation) -> Tensor:
         return part.conv_out(part.conv_act(part.conv_norm_out(flow.x)))
 
 
-def through(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str, Tensor]]:
+def run_stages(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str, Tensor]]:
     """(name, values) of every stage for pixels x [1, C, H, W], the last one the image of the posterior's mode.
 
     path: the fast path to take, or None for the layers as they stand. Values must be looked at before the next stage
@@ -57,7 +57,7 @@ def through(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str, T
     yield from _through_part("decoder", unwrapped(vae.decoder), mean, path)
 
 
-def kind_of(path: FastPath, part: Layer, x: Tensor) -> str:
+def stage_kind(path: FastPath, part: Layer, x: Tensor) -> str:
     """How a part goes through ``path`` for this input: "fused", "in place", or why it runs as it stands."""
     reason = _reason(path, part, x)
     if reason is None:
@@ -66,13 +66,13 @@ def kind_of(path: FastPath, part: Layer, x: Tensor) -> str:
 
 
 def _reason(path: FastPath, part: Layer, x: Tensor) -> Reason | None:
-    return reasons.of_shape(part) or path.why_not(part, x)
+    return reasons.why_not_shape(part) or path.why_not(part, x)
 
 
 def _through_part(
     name: str, part: Layer, x: Tensor, path: FastPath | None
 ) -> Generator[tuple[str, Tensor], None, Tensor]:
-    if reasons.of_shape(part) is not None:  # of a module of another shape the result alone is known
+    if reasons.why_not_shape(part) is not None:  # of a module of another shape the result alone is known
         y = part(x)
         yield name, y
         return y
@@ -91,13 +91,13 @@ def _through_part(
 
 
 def _pass(path: FastPath | None, part: Layer, x: Tensor) -> Any:
-    kind = "as it stands" if path is None else kind_of(path, part, x)
+    kind = "as it stands" if path is None else stage_kind(path, part, x)
     if path is None or kind not in ("fused", "in place"):
         return Eager()
     return path.pass_for(part, x) if kind == "fused" else InPlace(path.derived)
 
 
-def _whole(run: Any, flow: Flow) -> Tensor:
+def _whole(run: Any, flow: Activation) -> Tensor:
     """What a flow stands for: the fused passes carry it times a power of two, and its bias beside it."""
     stream = getattr(run, "stream", 1.0)
     if stream == 1.0 and flow.bias is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastvae.report.findings import BAD, NOTE, OK, Finding
 from fastvae.report.machine import driver, processor, versions
-from fastvae.system.terminal import amount
+from fastvae.system.terminal import format_bytes
 
 OLDEST = {"torch": (2, 11), "triton": (3, 6), "python": (3, 11), "diffusers": (0, 38)}
 OPTIONAL = {"diffusers"}
@@ -30,10 +30,10 @@ def examine(
         yield Finding("torch", BAD, f"torch cannot be imported, so nothing else was looked at: {error}")
         return
     from fastvae.report import torch_checks as health
-    from fastvae.system.devices import settled_device
+    from fastvae.system.devices import resolve_device
 
     yield check_gpu(torch)
-    device = settled_device(None)
+    device = resolve_device(None)
     checks: list[Callable[[], Finding]] = [
         lambda: health.check_kernels(device),
         lambda: health.check_numbers(device),
@@ -79,7 +79,9 @@ def check_gpu(torch: Any) -> Finding:
             "driver": shown,
             "cuda": built,
         }
-        listed = ", ".join(f"{card.name} ({amount(card.total_memory)}, sm_{card.major}{card.minor})" for card in cards)
+        listed = ", ".join(
+            f"{card.name} ({format_bytes(card.total_memory)}, sm_{card.major}{card.minor})" for card in cards
+        )
         sentence = f"{listed}, driver {shown or 'unknown'}, torch built for {built}"
         if torch.version.cuda and min(card.major for card in cards) < 8:
             return Finding(
@@ -131,7 +133,7 @@ def check_disk(folder: Path, repeats: int = 5) -> Finding:
         return Finding("disk", BAD, f"{place} cannot be written ({error.strerror}): give latents another folder")
     taken = statistics.median(seconds)
     facts = {"folder": str(place), "fsync_seconds": seconds, "free_bytes": free}
-    sentence = f"1 MiB is safe in {place} after {1e3 * taken:.1f} ms (fsync), {amount(free)} are free"
+    sentence = f"1 MiB is safe in {place} after {1e3 * taken:.1f} ms (fsync), {format_bytes(free)} are free"
     if free < 2**30:
         return Finding("disk", NOTE, f"{sentence}: that is little, a million latents of 256x256 need 15.3 GiB", facts)
     if taken > 0.2:

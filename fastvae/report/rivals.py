@@ -35,7 +35,7 @@ class Contestant:
         return torch.compile(run, dynamic=False) if self.compiled else run
 
 
-def opened(source: str, subfolder: str | None, revision: str | None) -> tuple[Any, str]:
+def open_fp32(source: str, subfolder: str | None, revision: str | None) -> tuple[Any, str]:
     """The model at ``source`` in fp32, on the CPU, and where its weights come from.
 
     source: a directory, a preset (whose weights are random, and drawn alike every time), a Hub id, or "tiny". Raises
@@ -51,7 +51,7 @@ def opened(source: str, subfolder: str | None, revision: str | None) -> tuple[An
     return model.eval().requires_grad_(False), weights
 
 
-def line_up(plain: Any, *, compiled: bool) -> list[Contestant]:
+def contestants_for(plain: Any, *, compiled: bool) -> list[Contestant]:
     """Everybody who measures against the model ``plain``, in its dtype and on its device: copies of their own.
 
     Where diffusers is missing, the same model without its fast path stands in, which computes the same bits.

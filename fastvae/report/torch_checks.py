@@ -16,7 +16,7 @@ from fastvae.fast.accelerate import accelerate
 from fastvae.report.benchmark import explained
 from fastvae.report.correctness import truth_of
 from fastvae.report.findings import BAD, NOTE, OK, Finding
-from fastvae.report.rivals import encoding, first_line, images, opened
+from fastvae.report.rivals import encoding, first_line, images, open_fp32
 from fastvae.report.timing import synchronised
 from fastvae.system.devices import DTYPES, default_dtype
 
@@ -77,7 +77,7 @@ def check_numbers(device: torch.device) -> Finding:
     """Whether the tiny model's accelerated encoder is as near to float64 as plain torch, in the device's own dtype."""
     dtype = default_dtype(device)
     try:
-        plain = opened("tiny", None, None)[0].to(device=device, dtype=DTYPES[dtype])
+        plain = open_fp32("tiny", None, None)[0].to(device=device, dtype=DTYPES[dtype])
         x = images(plain, 32 if INTERPRETED else 128, 1)
         with torch.no_grad():
             truth = truth_of(plain, "encode", x)
@@ -98,7 +98,7 @@ def check_paths(vae: str, subfolder: str | None, revision: str | None, device: t
     """What of a model will be fast here, and what falls back for which reason."""
     dtype = default_dtype(device)
     try:
-        model, _ = opened(vae, subfolder, revision)
+        model, _ = open_fp32(vae, subfolder, revision)
         model = accelerate(copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]))
     except (ValueError, OSError, TypeError) as error:
         return Finding("paths", BAD, f"the model {vae} cannot be used: {first_line(error)}", {"vae": vae})

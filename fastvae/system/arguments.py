@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def checked(name: str, value: int, bits: int = 64) -> int:
+def check_unsigned(name: str, value: int, bits: int = 64) -> int:
     """``value`` if it is an unsigned integer of so many bits; raises ValueError, naming the argument, otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
         raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1, got {value!r}")
@@ -27,7 +27,7 @@ def check_choices(**choices: tuple[Any, tuple[Any, ...]]) -> None:
             raise ValueError(f"{name} must be one of {listed}, got {given!r}")
 
 
-def positive(name: str, value: int | str, most: int) -> int:
+def parse_positive(name: str, value: int | str, most: int) -> int:
     """``value`` as a number from 1 to ``most``; raises ValueError, naming the argument, for anything else."""
     text = str(value)
     if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:

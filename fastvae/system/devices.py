@@ -21,7 +21,7 @@ def default_dtype(device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def settled_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     """``device`` as torch's, by default the first GPU, else the CPU; raises ValueError for one that is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -39,19 +39,19 @@ class Stderr:
         return getattr(self._stream, name)
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """``text``, made printable, on stderr, if there is one that takes it."""
     stream = Stderr()
-    stream.write(printable(text))
+    stream.write(strip_control_characters(text))
     stream.flush()
 
 
-def printable(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """``text`` without control characters, direction marks and bytes that are no text; newlines stay."""
     return CONTROL.sub("?", text)
 
 
-def amount(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes in the largest of GiB, MiB and KiB of which it is a tenth at least."""
     for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
         if 10 * size >= bytes_:

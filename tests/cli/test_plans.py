@@ -8,7 +8,7 @@ from support.small_store import SIDE, picture, write_pictures, write_store
 
 from fastvae.checkpoints.presets import PRESETS, matching
 from fastvae.cli.main import cli
-from fastvae.system.terminal import amount
+from fastvae.system.terminal import format_bytes
 
 SIZE = r"\d+\.\d [KMG]iB"
 PLANS = {
@@ -59,7 +59,7 @@ def test_an_amount_is_in_a_unit_that_does_not_read_as_nothing():
     told = [(0, "0.0 KiB"), (200, "0.2 KiB"), (104_857, "102.4 KiB"), (104_858, "0.1 MiB"), (107_374_183, "0.1 GiB")]
     told += [(107_374_182, "102.4 MiB"), (3 * 2**40, "3072.0 GiB")]
     for size, text in told:
-        assert amount(size) == text
+        assert format_bytes(size) == text
 
 
 def test_a_model_of_a_known_config_is_told_by_name():

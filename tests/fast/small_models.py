@@ -48,14 +48,14 @@ CONFIGS = {
     "128 channels": ("AutoencoderKL", {**TWO, "block_out_channels": (64, 128), "norm_num_groups": 8}),
 }
 SMALLEST = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}
-HANDS = {"fastvae": fastvae, "diffusers": diffusers}
+LIBRARIES = {"fastvae": fastvae, "diffusers": diffusers}
 
 
 def small_model(shape: str = "SD", hand: str = "fastvae", seed: int = 0) -> nn.Module:
     """A frozen model in eval mode with random weights, those of its norms and biases too."""
     name, config = CONFIGS[shape]
     torch.manual_seed(seed)
-    vae = getattr(HANDS[hand], name)(**config)
+    vae = getattr(LIBRARIES[hand], name)(**config)
     for weight in vae.parameters():
         if weight.ndim == 1:
             nn.init.normal_(weight, mean=1.0 if weight.mean() > 0.9 else 0.0, std=0.2)
@@ -65,7 +65,7 @@ def small_model(shape: str = "SD", hand: str = "fastvae", seed: int = 0) -> nn.M
 def smallest_model(hand: str = "fastvae", seed: int = 0, **config) -> nn.Module:
     """A frozen AutoencoderKL in eval mode with a block of every kind and a few thousand random weights."""
     torch.manual_seed(seed)
-    return HANDS[hand].AutoencoderKL(**{**SMALLEST, **config}).eval().requires_grad_(False)
+    return LIBRARIES[hand].AutoencoderKL(**{**SMALLEST, **config}).eval().requires_grad_(False)
 
 
 def pixels(vae: nn.Module, batch: int = 2, height: int = 20, width: int = 12) -> torch.Tensor:

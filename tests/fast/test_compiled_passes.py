@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from fast.small_models import HANDS, TWO, latents, pixels
+from fast.small_models import LIBRARIES, TWO, latents, pixels
 from support.accuracy import assert_as_accurate
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +30,7 @@ def test_a_constant_is_marked_as_torch_marks_it():
 
 def model(hand, **changes):
     torch.manual_seed(0)
-    vae = HANDS[hand].AutoencoderKL(**TWO, block_out_channels=(16, 32), norm_num_groups=4, **changes)
+    vae = LIBRARIES[hand].AutoencoderKL(**TWO, block_out_channels=(16, 32), norm_num_groups=4, **changes)
     return vae.eval().requires_grad_(False)
 
 
@@ -156,7 +156,7 @@ def compilations(function, inputs):
         pytest.param("diffusers", "encode", SIZES[:4], id="diffusers-encode-four"),
         *(
             pytest.param(hand, name, SIZES, marks=pytest.mark.slow, id=f"{hand}-{name}-thirty")
-            for hand in HANDS
+            for hand in LIBRARIES
             for name in ("encode", "decode")
         ),
     ],

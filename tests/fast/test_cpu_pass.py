@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fast.small_models import CONFIGS, HANDS, latents, pixels, small_model
+from fast.small_models import CONFIGS, LIBRARIES, latents, pixels, small_model
 from support.accuracy import assert_as_accurate
 from support.small_store import small_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,7 +31,7 @@ def in_channels_last(*values):
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "no oneDNN"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 @pytest.mark.parametrize("shape", CONFIGS)
 def test_a_cpu_is_as_accurate_as_eager(shape, hand, dtype, onednn, monkeypatch):
     if not onednn:
@@ -69,7 +69,7 @@ def test_weights_that_do_not_lie_in_one_piece_are_read_as_they_are(freeze):
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_what_a_hook_kept_is_not_written_into(hand):
     vae = fastvae.accelerate(small_model("SD", hand))
     x, z = pixels(vae), latents(vae)

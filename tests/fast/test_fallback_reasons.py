@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from diffusers.hooks import HookRegistry
-from fast.small_models import HANDS, TWO
+from fast.small_models import LIBRARIES, TWO
 from fastvae_kernels.shared.runtime import INTERPRETED
 from support.accuracy import assert_as_accurate
 from support.listening_hooks import Listening, Registered
@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastvae
 from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.layer_checks import Reason
 
 SHAPE = (1, 3, 8, 8)
 RESNET = "encoder.down_blocks.0.resnets.0"
@@ -38,7 +38,7 @@ ATTENTIONS = {ATTENTION, "decoder.mid_block.attentions.0"}
 def _tiny(hand, config):
     torch.manual_seed(0)
     small = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1, **dict(config)}
-    return getattr(HANDS[hand], "AutoencoderKL")(**small).eval().requires_grad_(False)  # noqa: B009
+    return getattr(LIBRARIES[hand], "AutoencoderKL")(**small).eval().requires_grad_(False)  # noqa: B009
 
 
 def tiny(hand="fastvae", **config):
@@ -427,20 +427,20 @@ def test_gradients_in_forward_mode_are_not_lost():
     assert not fastvae.explain(vae, SHAPE).reasons
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_quant_conv_is_not_folded_where_it_learns_or_somebody_listens(hand):
     vae, eager, x = fastvae.accelerate(tiny(hand)), tiny(hand), an_input("encoder")
     plain = eager.encode(x).latent_dist.parameters
     vae.quant_conv.requires_grad_(True)
-    assert reasons.of_quant_conv(vae) is Reason.GRADIENT
+    assert reasons.why_not_quant_conv(vae) is Reason.GRADIENT
     moments = fastvae.latents.convert.encode_moments(vae, x)
     assert torch.autograd.grad(moments.sum(), vae.quant_conv.bias)[0].abs().min() > 0
     vae.quant_conv.requires_grad_(False)
-    assert reasons.of_quant_conv(vae) is None
+    assert reasons.why_not_quant_conv(vae) is None
 
     calls = []
     handle = vae.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
-    assert reasons.of_quant_conv(vae) is Reason.HOOKS
+    assert reasons.why_not_quant_conv(vae) is Reason.HOOKS
     fastvae.encode_latents(vae, x)
     assert calls == ["encoder"]
     handle.remove()
@@ -450,7 +450,7 @@ def test_quant_conv_is_not_folded_where_it_learns_or_somebody_listens(hand):
             return super().encode(2 * x)
 
     vae.__class__ = Doubling
-    assert reasons.of_quant_conv(vae) is Reason.FOREIGN_FORWARD
+    assert reasons.why_not_quant_conv(vae) is Reason.FOREIGN_FORWARD
     doubled = eager.encode(2 * x).latent_dist.parameters
     torch.testing.assert_close(fastvae.latents.convert.encode_moments(vae, x), doubled)
     assert not torch.allclose(doubled, plain)
@@ -467,7 +467,7 @@ def test_an_offload_hook_on_the_whole_model_is_heard():
     assert calls == [vae, vae]
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_fused_projections_stay_fast_and_right(hand):
     vae, x = tiny(hand), an_input("encoder")
     eager, truth = (copy.deepcopy(vae).to(memory_format=torch.channels_last), copy.deepcopy(vae).double())
@@ -614,7 +614,7 @@ def test_a_pipeline_is_taken_by_its_vae():
     assert not fastvae.explain(stub, SHAPE).reasons
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_restore_gives_the_bits_of_before(hand):
     vae, x, z = tiny(hand), an_input("encoder"), an_input("decoder")
     before, attributes = (vae.encoder(x), vae.decoder(z)), [set(vars(module)) for module in vae.modules()]

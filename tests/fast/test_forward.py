@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fast.small_models import CONFIGS, HANDS, latents, pixels, small_model
+from fast.small_models import CONFIGS, LIBRARIES, latents, pixels, small_model
 from support.accuracy import assert_as_accurate
 
 import fastvae
@@ -30,7 +30,7 @@ def images_of(vae, z):
 
 # Both hands' modules are walked alike: of diffusers' the plainest, and the class that is another.
 FAST = {*((shape, "fastvae") for shape in CONFIGS), ("SD", "diffusers"), ("FLUX.2", "diffusers")}
-EVERY = [(shape, hand) for shape in CONFIGS for hand in HANDS]
+EVERY = [(shape, hand) for shape in CONFIGS for hand in LIBRARIES]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_encode_and_decode_are_as_accurate_as_eager(shape, hand):
     x, z = pixels(vae, height=16), latents(vae, height=4, width=3)
     eager, truth = eager_and_truth(vae)
     fastvae.accelerate(vae)
-    assert type(vae) is getattr(HANDS[hand], CONFIGS[shape][0])
+    assert type(vae) is getattr(LIBRARIES[hand], CONFIGS[shape][0])
     assert not fastvae.explain(vae).reasons
     assert_as_accurate(moments_of(vae, x), eager(moments_of, x), truth(moments_of, x))
     assert_as_accurate(images_of(vae, z), eager(images_of, z), truth(images_of, z))
@@ -58,7 +58,7 @@ def test_half_precision_is_as_accurate_as_eager(dtype):
     assert_as_accurate(images_of(vae, z), eager(images_of, z), truth(images_of, z))
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_quant_conv_folds_into_the_last_convolution(hand):
     """In encode_latents and encode_moments; encode and the encoder give what they always gave."""
     vae = small_model("SD", hand)

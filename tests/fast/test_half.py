@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from fast.small_models import HANDS, TWO, latents, pixels
+from fast.small_models import LIBRARIES, TWO, latents, pixels
 from support.accuracy import assert_as_accurate
 from torch import nn
 
@@ -28,7 +28,7 @@ NORMS = ("norm1", "group_norm", "conv_norm_out")
 def half_model(hand="fastvae", gain=1.0, seed=0):
     """Small, in fp16 and well inside its range. eps is large, so that a wrong one is seen; gain: that of norm2."""
     torch.manual_seed(seed)
-    vae = HANDS[hand].AutoencoderKL(**CONFIG)
+    vae = LIBRARIES[hand].AutoencoderKL(**CONFIG)
     for name, layer in vae.named_modules():
         for weight in layer._parameters.values():
             if weight is not None and weight.ndim == 1:
@@ -264,7 +264,7 @@ def test_a_row_that_overflows_is_encoded_again_in_fp32():
     } == fastvae.fast_report(vae), "a batch that is mended counts once"
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_a_row_that_overflows_is_decoded_again_in_fp32(hand):
     """precision="exact" overflows where eager does."""
     vae = half_model(hand)

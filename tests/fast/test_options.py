@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fast.small_models import HANDS
+from fast.small_models import LIBRARIES
 from fast.small_models import smallest_model as tiny
 from support.accuracy import assert_as_accurate
 from torch import nn
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 from fastvae.fast import copying as copies
-from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.layer_checks import Reason
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +171,7 @@ def test_inductor_is_as_accurate():
 # Twice, and inside a block.
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_twice_is_once_with_the_settings_of_the_last(hand):
     vae, x = tiny(hand), pixels()
     before = moments(vae, x)
@@ -335,7 +335,7 @@ def through_torch_save(part):
 
 
 @pytest.mark.parametrize("copied", [through_copy, through_replicate, through_pickle, through_torch_save])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_a_copied_part_is_stock_and_uses_its_own_layers(hand, copied):
     stock, other, x = tiny(hand), tiny(hand, seed=1), pixels()
     vae = fastvae.accelerate(tiny(hand))
@@ -408,9 +408,9 @@ def in_ten_threads(work):
 
 def test_ten_threads_accelerate_restore_and_encode(monkeypatch):
     """Every call finds the one forward or the other, and the parts of a model are never on different paths."""
-    put_on = copies.put_on
+    put_on = copies.attach
     # Others come to their turn between the parts.
-    monkeypatch.setattr(copies, "put_on", lambda part: (time.sleep(random.uniform(0, 3e-3)), put_on(part)))
+    monkeypatch.setattr(copies, "attach", lambda part: (time.sleep(random.uniform(0, 3e-3)), put_on(part)))
     vae, x = tiny("diffusers"), pixels()
     stock = moments(vae, x)
     fast = moments(fastvae.accelerate(vae), x)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fast.small_models import HANDS
+from fast.small_models import LIBRARIES
 from fast.small_models import smallest_model as tiny
 
 import fastvae
@@ -101,7 +101,7 @@ def test_what_measures_memory_sees_a_leak():
     assert growth(lambda: kept.append(torch.ones(7500)), 200) > MOST_GROWTH
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 @pytest.mark.parametrize("end", ["restored", "accelerated"])
 def test_no_reference_is_left(hand, end):
     vae = fastvae.accelerate(tiny(hand), freeze=True)
@@ -118,7 +118,7 @@ def test_no_reference_is_left(hand, end):
     assert not any(value() is not None for value in gone)
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_no_warning_and_an_unchanged_state_dict(hand):
     vae = tiny(hand)
     before = {name: (value, value.clone(), value.stride()) for name, value in vae.state_dict(keep_vars=True).items()}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fast.small_models import HANDS, pixels, small_model
+from fast.small_models import LIBRARIES, pixels, small_model
 from support.accuracy import assert_as_accurate
 
 import fastvae
@@ -39,7 +39,7 @@ SLOWER += [("FLUX.2", "diffusers"), ("128 channels", "fastvae")]
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize(
     ("shape", "hand"),
-    [*(("SD", hand) for hand in HANDS), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)],
+    [*(("SD", hand) for hand in LIBRARIES), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)],
 )
 def test_gradients_are_those_of_eager(shape, hand, checkpointing):
     vae = small_model(shape, hand).requires_grad_(True).train()

@@ -8,14 +8,14 @@ import diffusers
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from fast.small_models import HANDS, TWO, small_model
+from fast.small_models import LIBRARIES, TWO, small_model
 from safetensors.torch import load_file, save_file
 from support.accuracy import assert_as_accurate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
-from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.layer_checks import Reason
 
 SMALL = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}
 WHERE = "encoder.mid_block.resnets.0.conv1.weight"
@@ -23,7 +23,7 @@ WHERE = "encoder.mid_block.resnets.0.conv1.weight"
 
 def tiny(hand="fastvae", seed=0):
     torch.manual_seed(seed)
-    return getattr(HANDS[hand], "AutoencoderKL")(**SMALL).eval().requires_grad_(False)  # noqa: B009
+    return getattr(LIBRARIES[hand], "AutoencoderKL")(**SMALL).eval().requires_grad_(False)  # noqa: B009
 
 
 def pixels(dtype=torch.float32):
@@ -127,7 +127,7 @@ def test_a_write_to_frozen_weights_is_seen_after_refresh(name):
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_recast_and_back(hand, freeze):
     """SDXL's pipelines do this within one call; frozen weights are packed for each dtype."""
     vae, plain = fastvae.accelerate(tiny(hand).half(), freeze=freeze), tiny(hand).half()
@@ -181,7 +181,7 @@ def test_a_refresh_by_another_thread_takes_nothing_from_a_call():
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_the_state_dict_is_that_of_before(hand, freeze, tmp_path):
     """Same keys, values and strides, so safetensors takes it: it refuses channels_last."""
     vae = tiny(hand)
@@ -197,7 +197,7 @@ def test_the_state_dict_is_that_of_before(hand, freeze, tmp_path):
     assert load_file(tmp_path / "vae.safetensors").keys() == before.keys()
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_a_saved_model_is_stock(hand, tmp_path):
     vae = fastvae.accelerate(tiny(hand), freeze=True)
     vae.encoder(pixels())
@@ -218,7 +218,7 @@ def through_torch_save(vae):
 
 
 @pytest.mark.parametrize("copied", [through_pickle, through_torch_save])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_a_pickled_copy_comes_back_stock(hand, copied):
     vae = fastvae.accelerate(tiny(hand), freeze=True)
     fast = vae.encoder(pixels())

@@ -202,8 +202,8 @@ def test_peak_memory_is_what_a_call_needs_on_top(monkeypatch):
 def test_a_preset_has_random_weights_alike_every_time(monkeypatch):
     config = dict(small_vae().config)
     monkeypatch.setitem(PRESETS, "small", Preset("small", "AutoencoderKL", "none", config, "here"))
-    one, weights = contestants.opened("small", None, None)
-    two, _ = contestants.opened("small", None, None)
+    one, weights = contestants.open_fp32("small", None, None)
+    two, _ = contestants.open_fp32("small", None, None)
     assert weights.startswith("random")
     assert torch.equal(one.encoder.conv_in.weight, two.encoder.conv_in.weight)
 

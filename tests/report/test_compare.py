@@ -34,7 +34,7 @@ def by_name(found: Comparison):
 
 def last_of(vae, x, path):
     with torch.no_grad():
-        return {name: values.clone() for name, values in stages.through(vae, x, path)}
+        return {name: values.clone() for name, values in stages.run_stages(vae, x, path)}
 
 
 @pytest.mark.parametrize("hand", ["fastvae", "diffusers"])

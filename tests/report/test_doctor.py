@@ -158,7 +158,7 @@ def test_a_kernel_is_run_and_compared(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch, as_a_users_cpu):
-    monkeypatch.setattr(health, "opened", lambda *source: (small_vae(), ""))
+    monkeypatch.setattr(health, "open_fp32", lambda *source: (small_vae(), ""))
 
 
 @pytest.mark.usefixtures("small")

@@ -63,13 +63,13 @@ class Walks:
     """Counts the encoders and decoders that were walked block by block, which no module's own forward is."""
 
     def __init__(self, monkeypatch):
-        self.parts, through = [], walk.through
+        self.parts, through = [], walk.run_part
 
         def counted(part, x, run):
             self.parts.append(type(part).__name__)
             return through(part, x, run)
 
-        monkeypatch.setattr(walk, "through", counted)
+        monkeypatch.setattr(walk, "run_part", counted)
 
     def taken(self):
         """The names of the parts that were walked since last asked."""

@@ -29,14 +29,14 @@ import fastvae
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
-HANDS = ["diffusers", "fastvae"]
+LIBRARIES = ["diffusers", "fastvae"]
 
 
 def seeded(seed=7):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_calls_in_every_form(hand):
     """By name and place, with and without return_dict: one result, in the form that was asked for."""
     vae, x, z = fastvae.accelerate(tiny(hand)), pixels(), latents()
@@ -78,7 +78,7 @@ def test_signatures_are_those_of_stock():
 
 
 @pytest.mark.parametrize("mode", ["sample", "argmax"])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_retrieve_latents(hand, mode):
     vae, stock = fast_and_stock(hand)
     exact, x = tiny(hand).double(), pixels()
@@ -90,7 +90,7 @@ def test_retrieve_latents(hand, mode):
     assert_as_accurate(*found, truth)
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_a_list_of_generators_is_one_for_each_row(hand):
     vae, stock = fast_and_stock(hand)
     x = pixels(batch=3)
@@ -105,7 +105,7 @@ def test_a_list_of_generators_is_one_for_each_row(hand):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_latents_kept_over_steps_are_owned(hand, freeze, layout):
     """DreamBooth keeps every posterior of a data set in a list and samples it epochs later."""
     # As FLUX's: what the encoder gives is handed out as it is.
@@ -174,7 +174,7 @@ def switched(vae, tiling, slicing):
     return vae
 
 
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_tiling_and_slicing_on_and_off(hand, monkeypatch):
     """Each tile and each slice is walked; what was on is off again without a trace."""
     vae, stock = fast_and_stock(hand)

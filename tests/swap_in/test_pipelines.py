@@ -10,14 +10,15 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.accuracy import assert_as_accurate
 from swap_in.tiny_parts import two_sided_autoencoder
 from swap_in.tiny_pipelines import CASES, build, call
 from torch import Tensor, nn
 
 import fastvae
-from fastvae.fast.fallback_reasons import KERNEL_DEVICES, Reason
 from fastvae.fast.fast_path import FastPath
+from fastvae.fast.layer_checks import Reason
 
 LEAST_DEVIATION = 0.02
 """Of the images: a picture that random weights drove to white shows no difference."""

@@ -26,12 +26,12 @@ from swap_in.stock import (
 )
 
 import fastvae
-from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.layer_checks import Reason
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
 SHAPE = (1, 3, 16, 16)
-HANDS = ["diffusers", "fastvae"]
+LIBRARIES = ["diffusers", "fastvae"]
 
 
 # LoRA by PEFT, through diffusers' own methods.
@@ -164,7 +164,7 @@ def test_a_compiled_model_in_a_pipeline_is_saved_as_itself(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["checkpointing first", "accelerated first"])
-@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("hand", LIBRARIES)
 def test_gradient_checkpointing(hand, order):
     """Blocks are computed again in the backward pass, as many as stock's, and the gradients are stock's."""
     models, counts, gradients = [tiny(hand), tiny(hand), tiny(hand).double()], [], []

@@ -15,14 +15,15 @@ from torch import Tensor
 from fastvae.data.datasets.buffer_pool import Buffers
 from fastvae.data.datasets.collate import Rows
 from fastvae.data.rows import noise_keys, sample_id
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import bucket_of
 from fastvae.data.store.mapped_shard import Mapped, map_shard
-from fastvae.data.store.scaling import Space
+from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard_metadata import check_stated
-from fastvae.data.store.store import Store, StoreError
+from fastvae.data.store.store import Store
 from fastvae.data.store.store_json import keeps_alpha
 from fastvae.latents.cpu_sampling import draw
-from fastvae.system.arguments import check_state, checked
+from fastvae.system.arguments import check_state, check_unsigned
 
 # Maps kept by each process. A shard is about 256 MB, so this covers half a terabyte before any is made again.
 OPEN_SHARDS = 2048
@@ -64,7 +65,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if posterior not in ("dist", "mean", "sample"):
             raise ValueError(f"posterior must be 'dist', 'mean' or 'sample', got {posterior!r}")
         self.posterior = posterior
-        self.seed = checked("seed", seed)
+        self.seed = check_unsigned("seed", seed)
         store = Store.open(self.path)
         index = store.resolve()
         if not index:
@@ -75,7 +76,7 @@ class LatentDataset(torch.utils.data.Dataset):
             raise StoreError(f"{self.path} has no posterior {posterior!r}: it was made with {self._stored!r}")
         self._with_logvar = self._stored == "dist" and posterior != "mean"
         self._with_alpha = keeps_alpha(store.facts)
-        self._space = Space(store.facts["scaling"], scaled)
+        self._space = LatentScaling(store.facts["scaling"], scaled)
         self._keys = [key for key, _ in index]
         self._variants = np.array([variant for _, variant in index])
         names, self._shard_of = np.unique([shard for shard, _ in index.values()], return_inverse=True)
@@ -124,7 +125,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw from now on the noise of ``epoch``, 0 or more; workers that live on take it with their next batch."""
-        self._epoch.fill_(checked("epoch", epoch, 63))
+        self._epoch.fill_(check_unsigned("epoch", epoch, 63))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the same noise: the epoch, and the seed to compare."""

@@ -13,7 +13,7 @@ from torch import Tensor
 Made = tuple[dict[str, Tensor], list[Tensor]]
 Work = Callable[..., Made]
 Uploaded = tuple[tuple[Tensor, ...], torch.cuda.Event]
-Finished = tuple[dict[str, Tensor], Tensor, torch.cuda.Event]
+EncodedBatch = tuple[dict[str, Tensor], Tensor, torch.cuda.Event]
 
 
 class Transfer(Protocol):
@@ -36,10 +36,10 @@ def transfer_to(device: torch.device) -> Transfer:
     One for a device and all epochs: what a stream has freed, the allocator gives to that stream alone, so new streams
     would take the memory of an encode anew each time.
     """
-    return OnCard(device) if device.type == "cuda" else InPlace()
+    return OnCard(device) if device.type == "cuda" else HostTransfer()
 
 
-class InPlace:
+class HostTransfer:
     """A CPU: what one thread has made, another can read. Any device but CUDA is served by its default stream."""
 
     def begin(self) -> None:
@@ -90,7 +90,7 @@ class OnCard:
         # From other memory the copy would wait for its stream; pinned memory is given away again once it is copied.
         return (values if values.is_pinned() else values.pin_memory()).to(self.device, non_blocking=True)
 
-    def run(self, uploaded: Uploaded, work: Work) -> Finished:
+    def run(self, uploaded: Uploaded, work: Work) -> EncodedBatch:
         there, ready = uploaded
         done = torch.cuda.Event()
         with torch.cuda.stream(self.encoding):
@@ -102,7 +102,7 @@ class OnCard:
         done.record(self.encoding)
         return made, finite, done
 
-    def take(self, finished: Finished) -> tuple[dict[str, Tensor], bool]:
+    def take(self, finished: EncodedBatch) -> tuple[dict[str, Tensor], bool]:
         made, finite, done = finished
         done.synchronize()
         stream = torch.cuda.current_stream(self.device)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fastvae.data.datasets.device_transfer import Made, Transfer, transfer_to
 from fastvae.data.rows import noise_keys
-from fastvae.data.store.scaling import Space
+from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import LOGVAR_RANGE
 from fastvae.latents.autoencoder import check_finite
 from fastvae.latents.convert import mended_moments, unchecked_moments_of_images
 from fastvae.latents.sampling import sample_posterior
 from fastvae.latents.scaling import scale_latents, scaling_of
-from fastvae.system.arguments import check_state, checked
+from fastvae.system.arguments import check_state, check_unsigned
 
 END = object()
 Place = str | int | None
@@ -70,9 +70,9 @@ class LatentLoader:
             raise ValueError(f"posterior must be 'sample', 'dist' or 'mean', got {posterior!r}")
         self.images_loader, self.vae = images_loader, vae
         self.ahead, self.scaled, self.posterior = ahead, scaled, posterior
-        self.seed, self.rank = checked("seed", seed), checked("rank", rank)
+        self.seed, self.rank = check_unsigned("seed", seed), check_unsigned("rank", rank)
         self._images, self._key = images, key
-        self._space = Space(scaling_of(vae), scaled) if posterior == "dist" else None
+        self._space = LatentScaling(scaling_of(vae), scaled) if posterior == "dist" else None
         self._epoch = self._batches = self._done = 0
         self._start = 0, 0  # batches and images that the next iteration counts as done
         self._running: weakref.ref[Generator[Any, None, None]] | None = None
@@ -88,7 +88,7 @@ class LatentLoader:
 
         The loader, its batch sampler, sampler and dataset are told too, where they have a ``set_epoch``.
         """
-        if checked("epoch", epoch) != self._epoch:
+        if check_unsigned("epoch", epoch) != self._epoch:
             self._epoch, self._batches, self._done = epoch, 0, 0
             self._start = 0, 0
         loader = self.images_loader

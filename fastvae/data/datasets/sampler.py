@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastvae.system.arguments import check_state, checked
+from fastvae.system.arguments import check_state, check_unsigned
 
 if TYPE_CHECKING:
     from fastvae.data.datasets.dataset import LatentDataset
@@ -116,7 +116,7 @@ class Order:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        checked("seed", self.seed)
+        check_unsigned("seed", self.seed)
         window = 1 if self.window is None else self.window
         for name, value in {"batch_size": self.batch_size, "ranks": self.ranks, "window": window}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -134,7 +134,7 @@ class Order:
 
     def batches(self, shards: Shards, epoch: int) -> Iterator[list[int]]:
         """The row numbers of each batch of this rank in ``epoch``; ``shards`` holds each one's bucket and rows."""
-        digest = hashlib.sha256(PREFIX + struct.pack("<QQ", self.seed, checked("epoch", epoch)))
+        digest = hashlib.sha256(PREFIX + struct.pack("<QQ", self.seed, check_unsigned("epoch", epoch)))
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little"))
         places = self._permuted(len(shards), generator).tolist()
         window = self.window or len(shards)

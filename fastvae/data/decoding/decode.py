@@ -49,7 +49,7 @@ def decode(
     from fastvae.data.datasets.dataset import LatentDataset
     from fastvae.data.store.store import Store
     from fastvae.system.atomic_files import free_bytes
-    from fastvae.system.terminal import amount, say
+    from fastvae.system.terminal import format_bytes, print_stderr
 
     dataset = LatentDataset(store)
     numbers = range(len(dataset))[rows]
@@ -61,11 +61,11 @@ def decode(
     folder = Path(out)
     if progress:
         most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
-        free = amount(free_bytes(folder))
+        free = format_bytes(free_bytes(folder))
         pending = Store.open(dataset.path).pending()
         rest = f", {pending} planned ones not committed" if pending else ""
         what = f"{len(numbers)} of {len(dataset)} rows{rest}"
-        say(f"decode  {dataset.path}  {what}  at most {amount(most)} (free {free})\n")
+        print_stderr(f"decode  {dataset.path}  {what}  at most {format_bytes(most)} (free {free})\n")
     written, thumbnails = [], []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,9 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
     from fastvae.data.encoding.model import named_model, open_model
     from fastvae.data.store.store import Store
     from fastvae.fast.accelerate import accelerate
-    from fastvae.system.devices import DTYPES, default_dtype, settled_device
+    from fastvae.system.devices import DTYPES, default_dtype, resolve_device
 
-    place = settled_device(device)
+    place = resolve_device(device)
     is_given = vae is not None
     if isinstance(vae, torch.nn.Module):
         _check_channels(dataset, vae)

@@ -15,7 +15,7 @@ SIDE = 256
 
 
 @dataclass
-class Demonstration:
+class DemoReport:
     """Where the demo's files are, how good the reconstructions are (dB), and how fast the encoding was."""
 
     photographs: str
@@ -48,7 +48,7 @@ def write_photographs(folder: Path) -> list[Path]:
     return written
 
 
-def demonstrate(out: Path, *, vae: Any = "tiny", progress: bool = True) -> Demonstration:
+def demonstrate(out: Path, *, vae: Any = "tiny", progress: bool = True) -> DemoReport:
     """Write photographs, encode them into a store, decode it, and lay originals beside reconstructions, all in ``out``.
 
     Raises what encode and decode raise, and ImportError without scikit-image.
@@ -72,4 +72,4 @@ def demonstrate(out: Path, *, vae: Any = "tiny", progress: bool = True) -> Demon
         pairs.append((f"{key}  {quality[key]:.1f} dB", original, reconstruction))
     write_sheet(pairs, sheet)
     mean = round(sum(quality.values()) / len(quality), 2)
-    return Demonstration(str(photographs), str(store), str(sheet), quality, mean, report)
+    return DemoReport(str(photographs), str(store), str(sheet), quality, mean, report)

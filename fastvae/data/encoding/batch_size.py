@@ -14,26 +14,26 @@ from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.rows import Size, size_name
-from fastvae.system.arguments import positive
+from fastvae.system.arguments import parse_positive
 from fastvae.system.devices import DTYPES, _whole_memory, free_memory
-from fastvae.system.terminal import amount
+from fastvae.system.terminal import format_bytes
 
 MAX_BATCH, MAX_WORKERS = 65_536, 1024
 GPU_BATCH_PIXELS = 16 * 512 * 512  # one batch on a GPU: 16 images of 512x512, 1 of 2048x2048
 GPU_SHARE = 0.7  # of the memory that is free: what a step needs is an estimate
 
 
-class Batches:
+class BatchSizes:
     """The batch of each bucket; ``of`` may be asked and ``halve`` told by any thread."""
 
     def __init__(self, asked: int | str, encoder: MomentEncoder):
-        self._asked = None if asked == "auto" else positive("batch", asked, MAX_BATCH)
+        self._asked = None if asked == "auto" else parse_positive("batch", asked, MAX_BATCH)
         self._encoder = encoder
         self._batches: dict[Size, int] = {}
         self._guard = threading.Lock()
         self.halved = 0
 
-    def of(self, bucket: Size) -> int:
+    def size_for(self, bucket: Size) -> int:
         """How many images a step of ``bucket`` takes."""
         with self._guard:
             if bucket not in self._batches:
@@ -50,7 +50,7 @@ class Batches:
             self._batches[bucket] = min(self._batches.get(bucket, half), half)
         return half
 
-    def taken(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int]:
         """The batch of every bucket that was asked for, by the bucket's name."""
         with self._guard:
             return {size_name(bucket): batch for bucket, batch in self._batches.items()}
@@ -65,18 +65,18 @@ class Batches:
         return step_bytes(1, bucket, self._encoder.widest, self._encoder.dtype)
 
 
-def settle_workers(
-    report: EncodeReport, batches: Batches, encoder: MomentEncoder, counts: dict[Size, int], workers: int | str
+def choose_workers(
+    report: EncodeReport, batches: BatchSizes, encoder: MomentEncoder, counts: dict[Size, int], workers: int | str
 ) -> None:
     """Fill the report's workers and threads_per_worker for so many images in each bucket."""
     on_cpu = encoder.device.type == "cpu"
     cores = torch.get_num_threads()  # what the user or OMP_NUM_THREADS allows, else every core
     if workers != "auto":
-        report.workers = positive("workers", workers, MAX_WORKERS)
+        report.workers = parse_positive("workers", workers, MAX_WORKERS)
     elif on_cpu:
         # Streams that do not fit in memory become threads.
-        steps = sum(math.ceil(count / batches.of(bucket)) for bucket, count in counts.items())
-        streams = [step_bytes(batches.of(bucket), bucket, encoder.widest, encoder.dtype) for bucket in counts]
+        steps = sum(math.ceil(count / batches.size_for(bucket)) for bucket, count in counts.items())
+        streams = [step_bytes(batches.size_for(bucket), bucket, encoder.widest, encoder.dtype) for bucket in counts]
         fitting = free_memory(encoder.device) // (2 * max(streams, default=1))
         report.workers = max(1, min(cores, steps, fitting))
     else:
@@ -88,14 +88,14 @@ def settle_workers(
 
 def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
     """Raises ValueError for a bucket and batch that the device's whole memory could not hold for one step."""
-    size = 1 if batch == "auto" else positive("batch", batch, MAX_BATCH)
+    size = 1 if batch == "auto" else parse_positive("batch", batch, MAX_BATCH)
     bucket = largest(settings.buckets.sizes)
     needed = step_bytes(size, bucket, int(model.config.block_out_channels[0]), DTYPES[str(settings.dtype)])
     there = _whole_memory(settings.device)
     if needed > there:
         raise ValueError(
-            f"buckets of {size_name(bucket)} in batches of {size} need about {amount(needed)} a step, and "
-            f"{settings.device} has {amount(there)}"
+            f"buckets of {size_name(bucket)} in batches of {size} need about {format_bytes(needed)} a step, and "
+            f"{settings.device} has {format_bytes(there)}"
         )
 
 

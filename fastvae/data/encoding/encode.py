@@ -12,13 +12,20 @@ from typing import Any
 import torch
 
 from fastvae.data.encoding.batch_size import check_memory
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.model import load_model
-from fastvae.data.encoding.planning import count_by_bucket, fresh_files, hashed, needed_bytes, rows_of, unplanned
+from fastvae.data.encoding.planning import (
+    count_by_bucket,
+    files_to_encode,
+    needed_bytes,
+    orphan_records,
+    plan_rows,
+    with_sha256,
+)
 from fastvae.data.encoding.report import EncodeReport
-from fastvae.data.encoding.row_format import LOGVARS, POSTERIORS, Storing
-from fastvae.data.encoding.run import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
-from fastvae.data.encoding.settings import Settings, check_layout, decided, identity_of, layout_of
+from fastvae.data.encoding.row_format import LOGVARS, POSTERIORS, RowFormat
+from fastvae.data.encoding.run import EncodeJob, RunOptions, check_amounts, check_buckets, rows_per_unit, run_job
+from fastvae.data.encoding.settings import Settings, check_layout, identity_of, layout_of, with_dtype
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import CROPS, checked_variants
 from fastvae.data.images.read import ALPHAS, ANIMATED, DEFAULT_MAX_PIXELS
@@ -30,13 +37,13 @@ from fastvae.data.store.store import Store
 from fastvae.latents.scaling import downsample_factor, pixel_multiple
 from fastvae.system.arguments import check_choices
 from fastvae.system.atomic_files import check_room
-from fastvae.system.devices import settled_device
+from fastvae.system.devices import resolve_device
 
 SourceName = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class _Encode(Job):
+class _Encode(EncodeJob):
     """``files``: the first of the listing up to the limit; ``retry``: those that failed are tried again."""
 
     layout: dict[str, Any]
@@ -120,20 +127,20 @@ def encode(
     source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
     if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
-    place = settled_device(device)
+    place = resolve_device(device)
     kinds = checked_variants(crop, variants, flip, seed)
     listing = source.listing(exclude=out)
     model, made_with = load_model(vae, subfolder, revision)
     table = Buckets.named(buckets, pixel_multiple(model))
-    storing = Storing(posterior, store_dtype, logvar, seed)
+    storing = RowFormat(posterior, store_dtype, logvar, seed)
     factor, channels = downsample_factor(model), int(model.config.latent_channels)
     wanted = Settings(dtype, storing, table, kinds, alpha, factor, channels, place, animated)
-    settings = decided(Path(out), wanted)
+    settings = with_dtype(Path(out), wanted)
     check_memory(model, settings, batch)
     listed = {file.key: file.place for file in listing.files}
-    reading = Reading(source, table, kinds, alpha, factor, max_pixels, listed, animated)
+    reading = ImageReader(source, table, kinds, alpha, factor, max_pixels, listed, animated)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
-    files = hashed(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
+    files = with_sha256(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
     job = _Encode(
         Path(out), model, made_with, settings, reading, listing, files, identity, layout=layout, retry=retry_failed
     )
@@ -144,8 +151,8 @@ def encode(
         report.notes.append("no image of the source has failed before: there is nothing that --retry-failed could try")
     if dry_run:
         return _planned(job, existing, report)
-    manner = Manner(batch, workers, on_error, max_failures, deterministic, progress)
-    perform(job, manner, report, lambda leases: _plan(job, leases, shard_mb, report))
+    manner = RunOptions(batch, workers, on_error, max_failures, deterministic, progress)
+    run_job(job, manner, report, lambda leases: _plan(job, leases, shard_mb, report))
     return report
 
 
@@ -154,12 +161,12 @@ def _foreseen(job: _Encode) -> Store | None:
     existing = Store.check(job.out, job.identity)
     if existing is not None:
         check_layout(existing, job.layout)
-        unplanned(existing)
+        orphan_records(existing)
     files, done = job.files, 0
     if existing is not None:
         commits = existing.commits()
         done = sum(len(unit.rows) for unit in existing.units() if unit.number not in commits)
-        files = fresh_files(existing, job.listing.files, job.files, job.reading, job.retry)
+        files = files_to_encode(existing, job.listing.files, job.files, job.reading, job.retry)
     count = done + len(files) * job.reading.variants.count
     # The images' buckets are not known yet: at least this much.
     check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
@@ -175,8 +182,8 @@ def _failed_before(job: _Encode, existing: Store | None) -> set[str]:
 def _plan(job: _Encode, leases: Leases, shard_mb: float, report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store with a plan for every file, and the units without a commit; by the holder of the lock."""
     store = Store.create_or_open(job.out, job.identity, job.layout, leases)
-    unplanned(store)
-    fresh = rows_of(fresh_files(store, job.listing.files, job.files, job.reading, job.retry), job.reading)
+    orphan_records(store)
+    fresh = plan_rows(files_to_encode(store, job.listing.files, job.files, job.reading, job.retry), job.reading)
     check_room(job.out, sum(job.settings.row_size(bucket) for bucket, _ in fresh))
     store.extend_plan(fresh, rows_per_unit(job.settings, shard_mb), job.files)
     commits = store.commits(whole=True)
@@ -191,8 +198,8 @@ def _planned(job: _Encode, existing: Store | None, report: EncodeReport) -> Enco
     commits = existing.commits() if existing is not None else {}
     report.resumed = sum(commit.rows for commit in commits.values())
     counts = count_by_bucket([unit for unit in existing.units() if unit.number not in commits] if existing else [])
-    files = fresh_files(existing, job.listing.files, job.files, job.reading, job.retry) if existing else job.files
-    for bucket, row in rows_of(files, job.reading):
+    files = files_to_encode(existing, job.listing.files, job.files, job.reading, job.retry) if existing else job.files
+    for bucket, row in plan_rows(files, job.reading):
         counts[bucket] = counts.get(bucket, 0) + 1
         report.unreadable_headers += not all(row.original_hw)
     report.planned = {size_name(bucket): count for bucket, count in counts.items()}

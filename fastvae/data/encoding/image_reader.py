@@ -19,7 +19,7 @@ from fastvae.system.atomic_files import sha256_of
 
 
 @dataclass(frozen=True)
-class Reading:
+class ImageReader:
     """Where files come from, what they are brought to, and the policies of read_image.
 
     ``factor``: pixels per latent. ``listed``: the place of each key of the source now. A plan may be another's: what it

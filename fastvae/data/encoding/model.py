@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from fastvae.checkpoints.loading import TINY
-from fastvae.data.store.store import Store, StoreError
+from fastvae.data.store.errors import StoreError
+from fastvae.data.store.store import Store
 from fastvae.system.atomic_files import sha256_of
-from fastvae.system.terminal import say
+from fastvae.system.terminal import print_stderr
 
 BUILT_IN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
 BUILT_IN_MODULES = ("fastvae.models.attention_processor", "diffusers.models.attention_processor")
@@ -76,7 +77,7 @@ def named_model(
         raise StoreError(f"{store.path / 'store.json'} is damaged: source.subfolder and source.revision must be text")
     if source["vae"] != TINY:
         place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
-        say(f"model   {place}: what the store names; --vae takes another\n")
+        print_stderr(f"model   {place}: what the store names; --vae takes another\n")
     return source["vae"], parts[0], parts[1]
 
 

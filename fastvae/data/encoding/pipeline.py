@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastvae.data.encoding.batch_size import Batches
+from fastvae.data.encoding.batch_size import BatchSizes
 from fastvae.data.encoding.encoder import Finished, MomentEncoder, Pending
-from fastvae.data.encoding.image_reader import Reading
-from fastvae.data.encoding.row_format import Storing
+from fastvae.data.encoding.image_reader import ImageReader
+from fastvae.data.encoding.row_format import RowFormat
 from fastvae.data.images.crop import to_bucket
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import Picture, quiet_pillow
@@ -28,7 +28,7 @@ from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.shard import Row
 from fastvae.system.threads import ordered_map
 
-SAID = {
+MESSAGES = {
     "non_finite": "is not finite, in fp32 either",
     "overflow": "exceeds 65504: store it as fp32",
 }
@@ -66,21 +66,21 @@ class Encoding:
     """What encodes: the model, how rows are stored, and how many a step takes."""
 
     encoder: MomentEncoder
-    storing: Storing
-    batches: Batches
+    storing: RowFormat
+    batches: BatchSizes
 
 
-def chunks_of(units: Iterable[Unit], batches: Batches) -> Iterator[Chunk]:
+def chunks_of(units: Iterable[Unit], batches: BatchSizes) -> Iterator[Chunk]:
     """Every unit's rows in groups of at most its bucket's batch, which never cross a unit."""
     for unit in units:
         start = 0
         while start < len(unit.rows):
-            stop = start + batches.of(unit.bucket)
+            stop = start + batches.size_for(unit.bucket)
             yield Chunk(unit, unit.rows[start:stop], stop >= len(unit.rows))
             start = stop
 
 
-def decode_chunk(chunk: Chunk, reading: Reading) -> Chunk:
+def decode_chunk(chunk: Chunk, reading: ImageReader) -> Chunk:
     """Read and crop the chunk's rows, neighbours of one file at once; those that cannot be used become failures."""
     started = time.perf_counter()
     key, found = None, None
@@ -97,7 +97,7 @@ def decode_chunk(chunk: Chunk, reading: Reading) -> Chunk:
     return chunk
 
 
-def _read(chunk: Chunk, row: PlannedRow, reading: Reading) -> Picture | ImageError:
+def _read(chunk: Chunk, row: PlannedRow, reading: ImageReader) -> Picture | ImageError:
     try:
         picture = reading.picture(row.file, chunk.unit.bucket)
     except ImageError as error:
@@ -134,7 +134,7 @@ def start_in_parts(pixels: np.ndarray, bucket: tuple[int, int], encoding: Encodi
     return Finished(np.concatenate([moments for moments, _ in parts]), sum(redone for _, redone in parts))
 
 
-def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: Storing) -> Chunk:
+def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: RowFormat) -> Chunk:
     """Collect the chunk's latents; rows that are not finite even in fp32, or overflow the store, become failures."""
     started = time.perf_counter()
     if pending is not None:
@@ -143,7 +143,7 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: Stor
             key, variant = item.row.name
             stored = storing.split(values, key, variant)
             if isinstance(stored, str):
-                chunk.failures.append(Failure(key, stored, f"the latent of {key} {SAID[stored]}", variant))
+                chunk.failures.append(Failure(key, stored, f"the latent of {key} {MESSAGES[stored]}", variant))
                 continue
             place = item.original_hw, item.crop_tlhw, variant
             chunk.rows.append(Row(key, stored.mean, stored.logvar, *place, stored.logvar_range, item.mask))
@@ -153,7 +153,7 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: Stor
 
 
 def encoded_chunks(
-    chunks: Iterator[Chunk], reading: Reading, encoding: Encoding, workers: int, threads: int
+    chunks: Iterator[Chunk], reading: ImageReader, encoding: Encoding, workers: int, threads: int
 ) -> Generator[Chunk, None, None]:
     """The chunks, encoded, in their own order. Any error in a thread is raised here, after the others have stopped."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.rows import Size, SourceFile
 from fastvae.data.store.commits import Commit, Failure
 from fastvae.data.store.errors import StoreError
@@ -18,8 +18,8 @@ from fastvae.system.threads import ordered_map
 HEADER_THREADS = 16
 
 
-def fresh_files(
-    store: Store, listed: list[SourceFile], files: list[SourceFile], reading: Reading, retry: bool = False
+def files_to_encode(
+    store: Store, listed: list[SourceFile], files: list[SourceFile], reading: ImageReader, retry: bool = False
 ) -> list[SourceFile]:
     """Those of ``files`` that need a unit, among them failures whose cause may be gone.
 
@@ -44,7 +44,7 @@ def fresh_files(
     return store.fresh(files, again)
 
 
-def unplanned(store: Store) -> list[Path]:
+def orphan_records(store: Store) -> list[Path]:
     """The records of no unit; raises StoreError for those with a shard beside them, whose plan was lost.
 
     No file tells any more of which images they are: what has their keys now may have been edited.
@@ -60,13 +60,13 @@ def unplanned(store: Store) -> list[Path]:
     return records
 
 
-def hashed(files: Sequence[SourceFile], reading: Reading) -> list[SourceFile]:
+def with_sha256(files: Sequence[SourceFile], reading: ImageReader) -> list[SourceFile]:
     """``files`` with the sha256 of their bytes, all of which are read for it."""
     digests = ordered_map(reading.sha256, files, HEADER_THREADS)
     return [replace(file, sha256=digest) for file, digest in zip(files, digests, strict=True)]
 
 
-def rows_of(files: Sequence[SourceFile], reading: Reading) -> list[tuple[Size, PlannedRow]]:
+def plan_rows(files: Sequence[SourceFile], reading: ImageReader) -> list[tuple[Size, PlannedRow]]:
     """Every variant of ``files`` with its bucket, the buckets in the table's order, by what the headers say.
 
     An image whose header cannot be used is planned all the same, so that its unit quarantines it.
@@ -92,7 +92,7 @@ def needed_bytes(counts: dict[Size, int], row_size: Callable[[Size], int]) -> in
     return sum(count * row_size(bucket) for bucket, count in counts.items())
 
 
-def started_at(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
+def rotated_for_rank(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
     """``units`` from the place where process ``rank`` of ``ranks`` starts, and then around."""
     start = len(units) * rank // ranks
     return units[start:] + units[:start]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from fastvae.data.encoding.batch_size import check_memory
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.model import load_model, named_model
-from fastvae.data.encoding.planning import hashed, rows_of, unplanned
+from fastvae.data.encoding.planning import orphan_records, plan_rows, with_sha256
 from fastvae.data.encoding.report import EncodeReport
-from fastvae.data.encoding.run import Job, Manner, check_amounts, check_buckets, perform, rows_per_unit
+from fastvae.data.encoding.run import EncodeJob, RunOptions, check_amounts, check_buckets, rows_per_unit, run_job
 from fastvae.data.encoding.settings import check_layout, identity_of, layout_of, stored_settings
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
@@ -29,13 +29,13 @@ from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store, latest_units
 from fastvae.data.store.verify import Damage, verify
 from fastvae.system.atomic_files import check_room, synchronise_folder
-from fastvae.system.devices import settled_device
+from fastvae.system.devices import resolve_device
 
 SHARD_MB = 256  # of failures that are tried again
 
 
 @dataclass
-class Repaired:
+class RepairReport:
     """What was ``damaged``, which units were encoded again for it, and how many failed images were tried again.
 
     ``missing``: images that failed and are not in the source, which were not tried. ``pending``: units that no run has
@@ -69,7 +69,7 @@ def repair(
     device: str | torch.device | None = None,
     deterministic: bool = False,
     progress: bool = True,
-) -> Repaired:
+) -> RepairReport:
     """Encode the damaged units of ``store`` again, as verify(deep=True) finds them; every other file stays as it is.
 
     src: where the images come from, as encode takes it. The store does not name it: a plan may be another's, and
@@ -93,11 +93,11 @@ def repair(
         _check_unused(there, leases)
     found = verify(path, deep=True, progress=progress)
     _check_mendable(path, found.damaged)
-    unplanned(there)
+    orphan_records(there)
     bad = {damage.unit for damage in found.damaged if damage.unit is not None}
     failed = {failure.key for failure, commit in there.failing() if retry_failed and commit.unit not in bad}
     begun = _begun(there, bad) if retry_failed else {}
-    result = Repaired(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
+    result = RepairReport(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
     if not (bad or failed or begun):
         with locked(path):
             _delete_unplanned(there, leases)
@@ -113,15 +113,15 @@ def repair(
         )
     source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
     model = named_model(there, vae, subfolder, revision)
-    job = _job(there, source, model, failed, settled_device(device), max_pixels)
+    job = _job(there, source, model, failed, resolve_device(device), max_pixels)
     _check_source(_served(there, bad), again, job)
     check_memory(job.model, job.settings, batch)
     report = result.report = job.report()
     result.missing = len(failed.difference(job.reading.listed or {}))
     result.retried = len(again) - result.missing
-    manner = Manner(batch, workers, "quarantine", max_failures, deterministic, progress)
+    manner = RunOptions(batch, workers, "quarantine", max_failures, deterministic, progress)
 
-    perform(job, manner, report, lambda leases: _plan(job, leases, {*bad, *begun}, report), again=bad)
+    run_job(job, manner, report, lambda leases: _plan(job, leases, {*bad, *begun}, report), again=bad)
     return result
 
 
@@ -141,7 +141,7 @@ def _job(
     failed: Collection[str],
     device: torch.device,
     max_pixels: int,
-) -> Job:
+) -> EncodeJob:
     listing = source.listing(exclude=store.path)
     model, made_with = load_model(*named)
     settings = stored_settings(store, model, device)
@@ -149,7 +149,7 @@ def _job(
     Store.check(store.path, identity)
     check_layout(store, layout_of(model, made_with, settings))
     listed = {file.key: file.place for file in listing.files}
-    reading = Reading(
+    reading = ImageReader(
         source,
         settings.buckets,
         settings.variants,
@@ -160,7 +160,7 @@ def _job(
         settings.animated,
     )
     files = [file for file in listing.files if file.key in failed]
-    return Job(store.path, model, made_with, settings, reading, listing, files, identity)
+    return EncodeJob(store.path, model, made_with, settings, reading, listing, files, identity)
 
 
 def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
@@ -186,7 +186,7 @@ def _served(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
     return {row.file.key: row.file for number, row in rows if latest[row.file.key, row.variant] == number}
 
 
-def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], job: Job) -> None:
+def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], job: EncodeJob) -> None:
     """Raises ValueError where no image of ``planned`` is in the source: theirs would all be quarantined.
 
     Where one is another than was planned: its latents would stand for the planned one's. And where there are none, and
@@ -206,7 +206,7 @@ def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], jo
         )
     files = [file for file in job.listing.files if file.key in planned]
     if any(file.sha256 for file in planned.values()):
-        files = hashed(files, job.reading)
+        files = with_sha256(files, job.reading)
     if other := [file.key for file in files if not file.is_same_as(planned[file.key])]:
         raise ValueError(
             f"src must hold the images as they were planned: {len(other)} of {len(places)} in damaged units have "
@@ -214,13 +214,13 @@ def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], jo
         )
 
 
-def _plan(job: Job, leases: Leases, again: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
+def _plan(job: EncodeJob, leases: Leases, again: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
     """The store and the units to be done, by the holder of its lock."""
     store = Store.create_or_open(job.out, job.identity, {}, leases)
     _delete_unplanned(store, leases)
     todo = [unit for unit in store.units() if unit.number in again]
     check_buckets(todo, job.settings, job.out)
-    fresh = rows_of(job.files, job.reading)
+    fresh = plan_rows(job.files, job.reading)
     buckets = [unit.bucket for unit in todo for _ in unit.rows] + [bucket for bucket, _ in fresh]
     check_room(job.out, sum(map(job.settings.row_size, buckets)))
     report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in again)
@@ -237,7 +237,7 @@ def _delete_unplanned(store: Store, leases: Leases) -> None:
     """Delete the records of no unit that have no shard; by the lock's holder."""
     if leases.folder.is_dir():
         _check_unused(store, leases)
-    records = unplanned(store)
+    records = orphan_records(store)
     for path in records:
         path.unlink(missing_ok=True)
     if records:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvae.data.store.commits import Commit
 from fastvae.system.strict_json import strict_json
-from fastvae.system.terminal import amount, first_few
+from fastvae.system.terminal import first_few, format_bytes
 
 
 @dataclass
@@ -91,7 +91,7 @@ class EncodeReport:
             f"done    {self.ok} ok, {self.resumed} resumed, {failed} quarantined ({100 * failed / total:.2f} %), "
             f"{self.redone_fp32} redone in fp32",
             f"speed   {self.images_per_second:.2f} images/s in {self.seconds:.1f} s; decode {self.decode_seconds:.1f}, "
-            f"encode {self.encode_seconds:.1f}, write {self.write_seconds:.1f} s; {amount(self.bytes_written)}",
+            f"encode {self.encode_seconds:.1f}, write {self.write_seconds:.1f} s; {format_bytes(self.bytes_written)}",
             f"limit   bottleneck: {self.bottleneck}" + (f" ({self.suggestion})" if self.suggestion else ""),
         ]
         if failed:
@@ -112,7 +112,7 @@ class EncodeReport:
     def _plan_lines(self) -> list[str]:
         planned = self.planned or {}
         lines = [
-            f"planned {sum(planned.values())} rows to encode, ~{amount(self.planned_bytes)} as {self.dtype}; "
+            f"planned {sum(planned.values())} rows to encode, ~{format_bytes(self.planned_bytes)} as {self.dtype}; "
             f"{self.resumed} committed before (identity {self.identity[:8]}); nothing was written"
         ]
         lines += [f"bucket  {bucket} {count}" for bucket, count in planned.items()]

@@ -16,7 +16,7 @@ LOGVARS = ("fp16", "u8")
 
 
 @dataclass(frozen=True)
-class Stored:
+class EncodedRow:
     """One row's tensors: ``mean`` [L, h, w], ``logvar`` [L, h, w] and ``logvar_range`` [2], or None."""
 
     mean: np.ndarray
@@ -25,7 +25,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Storing:
+class RowFormat:
     """How rows are stored. ``posterior``: one of POSTERIORS, drawn with ``seed``; ``mean``: "fp16" or "fp32"."""
 
     posterior: str = "dist"
@@ -49,7 +49,7 @@ class Storing:
             "noise": f"fastvae noise 1, epoch 0, seed {self.seed}" if self.posterior == "sample" else None,
         }
 
-    def split(self, moments: np.ndarray, key: str, variant: int) -> Stored | str:
+    def split(self, moments: np.ndarray, key: str, variant: int) -> EncodedRow | str:
         """What is stored of one row's ``moments`` [2L, h, w], or the reason why it cannot be: non_finite, overflow.
 
         The log-variance is clamped to [-30, 20], as the posterior does before any use of it, so it fits half precision;
@@ -65,9 +65,11 @@ class Storing:
             return "overflow"
         mean = mean.astype(np.float16 if self.mean == "fp16" else np.float32)
         if self.logvar_dtype is None:
-            return Stored(mean)
+            return EncodedRow(mean)
         clamped = np.clip(logvar, *LOGVAR_RANGE)
-        return Stored(mean, *_levels(clamped)) if self.logvar == "u8" else Stored(mean, clamped.astype(np.float16))
+        return (
+            EncodedRow(mean, *_levels(clamped)) if self.logvar == "u8" else EncodedRow(mean, clamped.astype(np.float16))
+        )
 
 
 def _levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

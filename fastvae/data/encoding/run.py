@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fastvae.data.encoding.batch_size import MAX_BATCH, MAX_WORKERS, Batches, settle_workers
+from fastvae.data.encoding.batch_size import MAX_BATCH, MAX_WORKERS, BatchSizes, choose_workers
 from fastvae.data.encoding.encoder import MomentEncoder
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.pipeline import Chunk, Encoding, decode_chunk
 from fastvae.data.encoding.planning import count_by_bucket, needed_bytes
 from fastvae.data.encoding.report import EncodeReport, parse_limit
@@ -31,23 +31,23 @@ from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
-from fastvae.system.arguments import positive
+from fastvae.system.arguments import parse_positive
 from fastvae.system.atomic_files import free_bytes
-from fastvae.system.terminal import amount, say
+from fastvae.system.terminal import format_bytes, print_stderr
 
 # How many files may be unreadable before the dtype's error is measured on fewer images than a batch, or on none.
 TRIED_IN_VAIN = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """What is asked for, made definite, before the output is touched. ``files``: those that may need a unit."""
 
     out: Path
     model: Any
     made_with: dict[str, Any]
     settings: Settings
-    reading: Reading
+    reading: ImageReader
     listing: Listing
     files: list[SourceFile]
     identity: dict[str, Any]
@@ -61,7 +61,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Manner:
+class RunOptions:
     """How a run works, of which a store's identity knows nothing; see encode."""
 
     batch: int | str = "auto"
@@ -72,9 +72,9 @@ class Manner:
     progress: bool = True
 
 
-def perform(
-    job: Job,
-    manner: Manner,
+def run_job(
+    job: EncodeJob,
+    manner: RunOptions,
     report: EncodeReport,
     plan: Callable[[Leases], tuple[Store, list[Unit]]],
     again: Collection[int] | None = None,
@@ -91,13 +91,13 @@ def perform(
             store, todo = plan(leases)
             leases.sweep(keep={unit.lease for unit in todo})
         encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, manner.deterministic)
-        batches = Batches(manner.batch, encoder)
+        batches = BatchSizes(manner.batch, encoder)
         encoding = Encoding(encoder, settings.storing, batches)
         run = Run(store, leases, settings, job.reading, encoding, report, manner.on_error, manner.progress, again)
         if todo and (wrong := check_fast_path(encoder)):
-            say(f"fastvae: {wrong}\n")
+            print_stderr(f"fastvae: {wrong}\n")
             report.notes.append(wrong)
-        settle_workers(report, batches, encoder, count_by_bucket(todo), manner.workers)
+        choose_workers(report, batches, encoder, count_by_bucket(todo), manner.workers)
         announce(run, todo, job.made_with["vae"], free_bytes(job.out))
         execute(run, todo)
         with locked(job.out):
@@ -108,7 +108,7 @@ def check_amounts(batch: int | str, workers: int | str, max_failures: str | floa
     """Raises ValueError for an amount that no run can work by; to be asked before anything else is done."""
     for name, value, most in (("batch", batch, MAX_BATCH), ("workers", workers, MAX_WORKERS)):
         if value != "auto":
-            positive(name, value, most)
+            parse_positive(name, value, most)
     if not (max_pixels >= 1 and math.isfinite(max_pixels)):
         raise ValueError(f"max_pixels must be at least 1 and finite, got {max_pixels!r}")
     parse_limit(max_failures, 1)
@@ -137,16 +137,16 @@ def announce(run: Run, todo: list[Unit], source: str, free: int) -> None:
     names = settings.buckets.names
     table = f"bucket {names[0]}" if len(names) == 1 else f"buckets {settings.buckets.name} ({len(names)})"
     what = "images" if settings.variants.count == 1 else f"rows, {settings.variants.count} an image"
-    batches = sorted({run.encoding.batches.of(bucket) for bucket in counts}) or [1]
+    batches = sorted({run.encoding.batches.size_for(bucket) for bucket in counts}) or [1]
     batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
     verb = "encode" if run.again is None else "repair"
-    say(
+    print_stderr(
         f"{verb}  {source}  {report.dtype}{error}  {settings.storing.posterior}  {table}  "
-        f"{sum(counts.values())} {what}  ~{amount(needed)} (free {amount(free)})  "
+        f"{sum(counts.values())} {what}  ~{format_bytes(needed)} (free {format_bytes(free)})  "
         f"{report.workers} workers of batch {batch}\n"
     )
     if report.resumed:
-        say(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
+        print_stderr(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
 
 
 def _measured_error(run: Run, todo: list[Unit]) -> float | None:
@@ -154,7 +154,7 @@ def _measured_error(run: Run, todo: list[Unit]) -> float | None:
     if run.report.dtype == "fp32" or not todo:
         return None
     pixels: list[np.ndarray] = []
-    bucket, batch = todo[0].bucket, run.encoding.batches.of(todo[0].bucket)
+    bucket, batch = todo[0].bucket, run.encoding.batches.size_for(todo[0].bucket)
     rows = ((unit, row) for unit in todo if unit.bucket == bucket for row in unit.rows)
     for unit, row in itertools.islice(rows, batch + TRIED_IN_VAIN):
         chunk = decode_chunk(Chunk(unit, (row,), True), run.reading)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.images.crop import scaled_size
 from fastvae.data.store.errors import StoreError
-from fastvae.data.store.layout import strange
+from fastvae.data.store.layout import not_a_file
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.shard import SUMMED, Row, read_names, wrong_row
@@ -31,7 +31,7 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
     storing, planned = settings.storing, {row.name: row for row in unit.rows}
     latent = (settings.latent_channels, *(side // settings.factor for side in unit.bucket))
     try:
-        if strange(shard):
+        if not_a_file(shard):
             return {}
         check_stated(shard, facts, unit.bucket)
         names = read_names(shard)

@@ -12,15 +12,16 @@ import torch
 
 from fastvae._version import __version__
 from fastvae.data.encoding.model import _commit, model_identity, weight_files
-from fastvae.data.encoding.row_format import POSTERIORS, Storing
+from fastvae.data.encoding.row_format import POSTERIORS, RowFormat
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, checked_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
 from fastvae.data.rows import Size
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import differences
 from fastvae.data.store.layout import STORE
 from fastvae.data.store.shard import row_bytes
-from fastvae.data.store.store import Store, StoreError
+from fastvae.data.store.store import Store
 from fastvae.latents.scaling import downsample_factor, pixel_multiple, scaling_of
 from fastvae.system.arguments import check_choices
 from fastvae.system.devices import DTYPES, default_dtype
@@ -32,7 +33,7 @@ class Settings:
     """What decides a store's identity, the model apart. ``dtype`` None: not decided yet."""
 
     dtype: str | None
-    storing: Storing
+    storing: RowFormat
     buckets: Buckets
     variants: Variants
     alpha: str
@@ -49,7 +50,7 @@ class Settings:
         )
 
 
-def decided(out: Path, settings: Settings) -> Settings:
+def with_dtype(out: Path, settings: Settings) -> Settings:
     """``settings`` with their dtype: the one asked for, else that of a store at ``out`` (so that one begun elsewhere is
     continued as it was), else the device's default. Raises StoreError for a damaged store.
     """
@@ -80,7 +81,7 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
         )
         return Settings(
             numerics["dtype"],
-            Storing(numerics["posterior"], numerics["mean"], logvar, seed),
+            RowFormat(numerics["posterior"], numerics["mean"], logvar, seed),
             Buckets.of_names(preprocess.get("buckets"), pixel_multiple(model)),
             checked_variants(crop, preprocess.get("variants"), preprocess.get("flip"), seed),
             preprocess["alpha"],

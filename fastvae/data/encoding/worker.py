@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from fastvae._version import __version__
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.pipeline import Chunk, Encoding, chunks_of, encoded_chunks
-from fastvae.data.encoding.planning import started_at
+from fastvae.data.encoding.planning import rotated_for_rank
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.salvage import sound_rows
 from fastvae.data.encoding.settings import Settings
@@ -41,7 +41,7 @@ class Run:
     store: Store
     leases: Leases
     settings: Settings
-    reading: Reading
+    reading: ImageReader
     encoding: Encoding
     report: EncodeReport
     on_error: str
@@ -62,18 +62,18 @@ def execute(run: Run, todo: list[Unit]) -> None:
     count = sum(len(unit.rows) for unit in todo)
     hidden = not (run.progress and shown.is_there)
     rank, ranks = _rank()
-    todo = started_at(todo, rank, ranks)
+    todo = rotated_for_rank(todo, rank, ranks)
     with tqdm(total=count, unit="image", disable=hidden, file=shown, dynamic_ncols=True) as bar:
         while todo:
             others: list[Unit] = []
             _encode(run, _claimed(run, todo, others, bar), bar)
             others += run.lost
             run.lost.clear()
-            if len(others) == len(todo) and not _one_of_the_dead(run, others, bar):
+            if len(others) == len(todo) and not _take_over_one(run, others, bar):
                 time.sleep(LOOK_AGAIN)
             todo = others
     run.report.seconds = time.perf_counter() - started
-    run.report.batches, run.report.halved = run.encoding.batches.taken(), run.encoding.batches.halved
+    run.report.batches, run.report.halved = run.encoding.batches.as_dict(), run.encoding.batches.halved
 
 
 def _claimed(run: Run, todo: list[Unit], others: list[Unit], bar: tqdm) -> Iterator[Unit]:
@@ -97,7 +97,7 @@ def _is_done(run: Run, unit: Unit, bar: tqdm) -> bool:
     return True
 
 
-def _one_of_the_dead(run: Run, others: list[Unit], bar: tqdm) -> bool:
+def _take_over_one(run: Run, others: list[Unit], bar: tqdm) -> bool:
     """Do one of ``others`` whose holder is dead, and take it out; False if there is none.
 
     By itself, so that a process that dies of it has nothing else begun that would be held to be guilty too; and not at
@@ -117,7 +117,7 @@ def _one_of_the_dead(run: Run, others: list[Unit], bar: tqdm) -> bool:
     if run.on_error == "fail":
         raise ImageError("worker_died", f"{said} {unit.rows[0].file.key}")
     failed = [Failure(row.file.key, "worker_died", f"{said} {row.file.key}", row.variant) for row in unit.rows]
-    rows, failed, kept = _with_kept(run, unit, [], failed)
+    rows, failed, kept = _with_salvaged(run, unit, [], failed)
     run.report.add(run.store.commit(unit, rows, failed=failed), kept)
     run.done.add(unit.number)
     run.leases.release(unit.lease)
@@ -159,7 +159,7 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
             return
         rows = [row for chunk in gathered for row in chunk.rows]
         failed = [failure for chunk in gathered for failure in chunk.failures]
-        rows, failed, kept = _with_kept(run, unit, rows, failed)
+        rows, failed, kept = _with_salvaged(run, unit, rows, failed)
         flags = sum((chunk.flags for chunk in gathered), Counter())
         redone = sum(chunk.redone for chunk in gathered)
         commit = run.store.commit(
@@ -179,7 +179,9 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
     return write
 
 
-def _with_kept(run: Run, unit: Unit, rows: list[Row], failed: list[Failure]) -> tuple[list[Row], list[Failure], int]:
+def _with_salvaged(
+    run: Run, unit: Unit, rows: list[Row], failed: list[Failure]
+) -> tuple[list[Row], list[Failure], int]:
     """``rows`` and ``failed``; in a repair with the rows that failed and are sound in the unit's damaged shard.
 
     And how many those are: what an image gives no more is not thrown away where it is still there.

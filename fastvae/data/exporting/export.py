@@ -21,20 +21,20 @@ from fastvae.data.store.leases import STALE, Leases
 from fastvae.data.store.store import Store
 from fastvae.system.atomic_files import check_room, free_bytes, is_leftover, synchronise_folder, write_atomically
 from fastvae.system.strict_json import json_bytes
-from fastvae.system.terminal import amount, say
+from fastvae.system.terminal import format_bytes, print_stderr
 
 FORMATS = ("npz-kohya", "wds", "parquet", "hf")
 POSTERIORS = ("dist", "mean", "sample")
 # Rows that are read together; they are of one shard, so of one size.
 ROWS_AT_ONCE = 64
 KOHYA_FAMILY = "sdxl"  # unless another is given
-ABOUT = "export.json"
+EXPORT_RECORD = "export.json"
 # In the temporary folder: what becomes DST, and who is writing it.
 CONTENT, LEASES = "content", "leases"
 
 
 @dataclass
-class Exported:
+class ExportReport:
     """What an export wrote: the folder, rows, files and bytes, and ``about``, what export.json says of the latents.
 
     ``pending``: rows that are planned in the store and were not exported, since they are not committed.
@@ -59,7 +59,7 @@ def export(
     family: str | None = None,
     shard_mb: float = 256,
     progress: bool = True,
-) -> Exported:
+) -> ExportReport:
     """Write every committed row of the latent store into the new folder ``dst``, which appears whole or not at all.
 
     Rows that are planned and not committed are left out, and counted as ``pending`` in the result, in export.json and
@@ -94,7 +94,7 @@ def export(
     if progress:
         missing = f" of {len(rows) + about['pending']}, the others are not committed" if about["pending"] else ""
         what = f"{opened.path}  {len(rows)} rows{missing}  {to}  {posterior}  {about['space']}"
-        say(f"export  {what}  ~{amount(needed)} (free {amount(free_bytes(out))})\n")
+        print_stderr(f"export  {what}  ~{format_bytes(needed)} (free {format_bytes(free_bytes(out))})\n")
     check_room(out, needed)
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
     content = temporary / CONTENT
@@ -105,12 +105,12 @@ def export(
             with _writer(to, content, about, opened, int(shard_mb * 1e6)) as writer:
                 for row in _rows(rows, columns):
                     writer.add(row)
-            write_atomically(content / ABOUT, [json_bytes(about, indent=1)])
+            write_atomically(content / EXPORT_RECORD, [json_bytes(about, indent=1)])
             written = _synchronised(content)
             _take_name(content, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
+    return ExportReport(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
 
 
 def _take_name(content: Path, out: Path) -> None:

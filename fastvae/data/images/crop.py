@@ -11,7 +11,7 @@ import numpy as np
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.read import Picture
 from fastvae.data.rows import Size, key_bytes
-from fastvae.system.arguments import checked
+from fastvae.system.arguments import check_unsigned
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,7 +65,7 @@ def checked_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
         raise ValueError(f"variants must be from 1 to {most}, got {crops!r}")
     if crop == "centre" and crops > 1:
         raise ValueError(f"variants must be 1 with crop='centre', where all would be the same, got {crops}")
-    return Variants(crop, crops, bool(flip), checked("seed", seed))
+    return Variants(crop, crops, bool(flip), check_unsigned("seed", seed))
 
 
 def to_bucket(

@@ -75,7 +75,7 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
             with os.scandir(here) as found:
                 entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
         except OSError:
-            listing.pass_over(here, top)
+            listing.skip(here, top)
             continue
         seen.add(identity)
         for entry in entries:
@@ -89,7 +89,7 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
                 else:
                     add_file(entry.path, top, listing)
             except OSError:
-                listing.pass_over(entry.path, top)
+                listing.skip(entry.path, top)
     return links
 
 
@@ -139,7 +139,7 @@ class PatternSource:
                     listing.files.append(file)
         if not listing.files:
             raise ValueError(f"no images match {self.name!r}")
-        listing.keep_apart()
+        listing.deduplicate_keys()
         return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:

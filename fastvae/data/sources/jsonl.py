@@ -10,7 +10,15 @@ from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.source import Listing, key_of
-from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, check_scheme, remote, scheme_of, whole
+from fastvae.data.sources.storage import (
+    LocalStorage,
+    RemoteStorage,
+    Storage,
+    check_scheme,
+    open_remote,
+    read_all,
+    scheme_of,
+)
 from fastvae.system.strict_json import json_value
 
 PATHS = ("path", "uri")
@@ -49,7 +57,7 @@ class ManifestSource:
                 raise ValueError(f"src names {manifest}, which cannot be read: {error.strerror or error}") from error
         if not listing.files:
             raise ValueError(f"no lines in {self.name}")
-        listing.keep_apart()
+        listing.deduplicate_keys()
         return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
@@ -61,7 +69,7 @@ class ManifestSource:
         with unreadable(file.key):
             size, _ = storage.status(place)
             check_bytes(size, max_pixels, file.key)
-            return Path(storage.path(place)) if isinstance(storage, LocalStorage) else whole(storage, place)
+            return Path(storage.path(place)) if isinstance(storage, LocalStorage) else read_all(storage, place)
 
     def _entry(self, line: bytes, manifest: str, where: str) -> SourceFile:
         try:
@@ -91,7 +99,7 @@ class ManifestSource:
         server, _, place = rest.partition("/")
         root = f"{scheme.lower()}://{server}"
         if root not in self._remote:
-            self._remote[root] = remote(root)
+            self._remote[root] = open_remote(root)
         return self._remote[root], place
 
 

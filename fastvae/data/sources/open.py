@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from fastvae.data.sources.folder import FolderSource
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
 from fastvae.data.sources.source import Source
-from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, remote, scheme_of
+from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
 
 # What an archive or a table is told by. What is compressed as a whole cannot be read by seek.
 ARCHIVES = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "manifest", ".ndjson": "manifest"}
@@ -109,7 +109,7 @@ def _located_remotely(texts: Sequence[str]) -> tuple[RemoteStorage, list[str]]:
     bare = [text.split("://", 1)[1] for text in texts]
     folders = [fixed_folder(text) if is_pattern(text) else posixpath.dirname(text) for text in bare]
     root = common_folder(folders)
-    storage = remote(f"{scheme}://{root}")
+    storage = open_remote(f"{scheme}://{root}")
     top = storage.path("").strip("/")
     places: list[str] = []
     for name in (name for text in bare for name in expand_braces(text)):

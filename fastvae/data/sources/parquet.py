@@ -21,7 +21,7 @@ from fastvae.data.images.errors import MACHINE, ImageError, check_bytes, unreada
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.source import Listing, key_of
-from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, whole
+from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, read_all
 
 PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
 KEPT_GROUPS = 2
@@ -57,7 +57,7 @@ class ParquetSource:
             raise ValueError(f"no rows in {self.name}")
         if left_out:
             listing.notes.append(f"columns that are no JSON values are left out: {', '.join(sorted(left_out))}")
-        listing.keep_apart()
+        listing.deduplicate_keys()
         return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
@@ -160,7 +160,7 @@ def _named(storage: Storage, path: str, key: str, max_pixels: int) -> Path | byt
         return Path(storage.path(path))
     with unreadable(key):
         check_bytes(storage.status(path)[0], max_pixels, key)
-        return whole(storage, path)
+        return read_all(storage, path)
 
 
 def _is(kind: Any, *names: str) -> bool:

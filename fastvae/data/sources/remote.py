@@ -10,7 +10,7 @@ from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
 from fastvae.data.sources.source import Listing, is_image_name
-from fastvae.data.sources.storage import remote, whole
+from fastvae.data.sources.storage import open_remote, read_all
 
 
 class RemoteSource:
@@ -19,7 +19,7 @@ class RemoteSource:
     def __init__(self, url: str):
         self.name = url
         pattern = is_pattern(url)
-        self._storage = remote(fixed_folder(url) if pattern else url.rstrip("/"))
+        self._storage = open_remote(fixed_folder(url) if pattern else url.rstrip("/"))
         self._patterns = expand_braces(url) if pattern else []
 
     def listing(self, exclude: Any = None) -> Listing:
@@ -44,11 +44,11 @@ class RemoteSource:
                 listing.ignored += 1
         if not listing.files:
             raise ValueError(f"no images under {self.name} ({listing.ignored} other files passed over)")
-        listing.keep_apart()
+        listing.deduplicate_keys()
         return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
         """See Source."""
         check_bytes(file.size, max_pixels, file.key)
         with unreadable(file.key):
-            return whole(self._storage, file.key)
+            return read_all(self._storage, file.key)

@@ -13,7 +13,7 @@ from fastvae.data.rows import SourceFile
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
 # Pictures that are not taken: listed all the same, so that each is reported as unsupported and none vanishes unseen.
 REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd"}
-NAMED = 100
+MAX_LISTED = 100
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Listing:
     duplicates: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def keep_apart(self) -> None:
+    def deduplicate_keys(self) -> None:
         """Sort the files by key; where several have one key, all but the first get ``~2``, ``~3`` and so on added."""
         taken = {file.key for file in self.files}
         seen: dict[str, int] = {}
@@ -47,10 +47,10 @@ class Listing:
             self.files[index] = replace(file, key=key)
         self.files.sort(key=lambda file: os.fsencode(file.key))
 
-    def pass_over(self, place: str, top: str) -> None:
+    def skip(self, place: str, top: str) -> None:
         """Count ``place``, which the system does not let us look into, as ignored, and note its name."""
         self.ignored += 1
-        if len(self.unreadable) < NAMED:
+        if len(self.unreadable) < MAX_LISTED:
             self.unreadable.append(os.path.relpath(place, top).replace(os.sep, "/"))
 
 

@@ -96,7 +96,7 @@ def scheme_of(text: str) -> str | None:
     return found[1].lower() if found else None
 
 
-def remote(url: str) -> RemoteStorage:
+def open_remote(url: str) -> RemoteStorage:
     """The storage whose root is ``url``; raises ValueError where fsspec or the scheme's file system is missing."""
     scheme = scheme_of(url)
     if scheme is None or scheme in LOCAL_SCHEMES:
@@ -122,7 +122,7 @@ def check_scheme(text: str, allowed: Collection[str], where: str) -> str | None:
     return scheme
 
 
-def whole(storage: Storage, place: str) -> bytes:
+def read_all(storage: Storage, place: str) -> bytes:
     """All bytes of the file at ``place``; raises OSError."""
     with storage.open(place) as file:
         return file.read()

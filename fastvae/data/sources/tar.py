@@ -18,7 +18,7 @@ from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
-from fastvae.data.sources.source import NAMED, Listing, is_image_name
+from fastvae.data.sources.source import MAX_LISTED, Listing, is_image_name
 from fastvae.data.sources.storage import Bounded, Storage
 from fastvae.system.strict_json import json_value
 from fastvae.system.terminal import first_few
@@ -63,7 +63,7 @@ class TarSource:
             said = f"; not to be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
             raise ValueError(f"no images in {self.name} ({listing.ignored} other members passed over){said}")
         listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
-        listing.keep_apart()
+        listing.deduplicate_keys()
         return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
@@ -113,7 +113,9 @@ def _list_archive(
         else:
             listing.ignored += 1
     if members.damage:
-        listing.unreadable += [f"{archive}: {members.damage} after {images} images"][: NAMED - len(listing.unreadable)]
+        listing.unreadable += [f"{archive}: {members.damage} after {images} images"][
+            : MAX_LISTED - len(listing.unreadable)
+        ]
     for stem, groups in samples.items():
         _add_rows(listing, left_out, stem, groups, mtime_ns)
 

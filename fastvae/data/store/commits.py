@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvae.data.store.layout import strange
+from fastvae.data.store.layout import not_a_file
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store_json import is_count
 
@@ -57,7 +57,7 @@ def read_commit(path: Path) -> Commit | None:
     One that the system cannot read, such as a link to itself, is none either; FileNotFoundError where there is nothing.
     """
     try:
-        if strange(path):
+        if not_a_file(path):
             return None
         fields = json.loads(path.read_text("utf-8"))
         failed = [Failure(**failure) for failure in fields.pop("failed")]

@@ -22,19 +22,19 @@ PLAN = r"units-\d{5,}\.jsonl"
 STORE = "store.json"
 DERIVED_NAMES = ("index.jsonl", "failures.jsonl")
 DERIVED = "|".join(map(re.escape, DERIVED_NAMES))
-TOP = rf"{re.escape(STORE)}|{DERIVED}"
+TOP_LEVEL_NAMES = rf"{re.escape(STORE)}|{DERIVED}"
 
 
-def strange(path: Path) -> str | None:
+def not_a_file(path: Path) -> str | None:
     """What lies at ``path`` in the place of a file, in words; None for a file. It is not opened: a pipe may never end.
 
     Raises OSError, FileNotFoundError where there is nothing.
     """
-    kind = kind_of(path.stat().st_mode)
+    kind = file_kind(path.stat().st_mode)
     return None if kind == "a file" else f"is {kind} and no file"
 
 
-def kind_of(mode: int) -> str:
+def file_kind(mode: int) -> str:
     """What has the ``mode`` that the system gives, in words."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}
     kinds |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -46,7 +46,7 @@ def bucket_of(shard: str) -> Size:
     return parse_size(shard.removesuffix(".safetensors").rsplit("-", 1)[-1])
 
 
-def is_own(name: str, names: str) -> bool:
+def matches(name: str, names: str) -> bool:
     """Whether ``name`` matches the regular expression ``names`` whole."""
     return re.fullmatch(names, name) is not None
 
@@ -62,7 +62,7 @@ def check_places(store: Path) -> None:
     shards = store / "shards"
     inside = sorted(os.listdir(shards)) if shards.is_dir() else []
     files = [store / name for name in DERIVED_NAMES]
-    files += [shards / name for name in inside if is_own(name, rf"{SHARD}|{RECORD}")]
+    files += [shards / name for name in inside if matches(name, rf"{SHARD}|{RECORD}")]
     for path in files:
         if path.is_dir():
             raise _misplaced(path, "a folder", "a file")
@@ -71,14 +71,14 @@ def check_places(store: Path) -> None:
 def check_place(path: Path, wanted: str) -> None:
     """Raises StoreError where something else than ``wanted``, "a file" or "a folder", lies at ``path``."""
     try:
-        kind = kind_of(path.lstat().st_mode)
+        kind = file_kind(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return
     if kind != wanted:
         raise _misplaced(path, kind, wanted)
 
 
-def open_own(path: Path) -> int:
+def open_regular_file(path: Path) -> int:
     """A descriptor, for reading and writing, of the file ``path``, which is made where there is none.
 
     Raises StoreError for what is no file, a link to one among them: it would be written somewhere else.
@@ -86,7 +86,7 @@ def open_own(path: Path) -> int:
     check_place(path, "a file")  # a device may do something when it is opened
     flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))  # Windows has none of them
     descriptor = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o644)
-    kind = kind_of(os.fstat(descriptor).st_mode)
+    kind = file_kind(os.fstat(descriptor).st_mode)
     if kind != "a file":
         os.close(descriptor)
         raise _misplaced(path, kind, "a file")

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
-from fastvae.data.store.layout import CLOCK_NAME, check_place, open_own, strange
+from fastvae.data.store.layout import CLOCK_NAME, check_place, not_a_file, open_regular_file
 from fastvae.data.store.lock import locked
 from fastvae.system.atomic_files import is_leftover, write_atomically
 
@@ -133,7 +133,7 @@ class Leases:
     def _now(self) -> float:
         """The time by the file system's clock, by which every host's heartbeats are told."""
         clock = self.folder / CLOCK_NAME
-        descriptor = open_own(clock)
+        descriptor = open_regular_file(clock)
         try:
             os.utime(descriptor if os.utime in os.supports_fd else clock)
             return os.fstat(descriptor).st_mtime
@@ -158,7 +158,7 @@ class Leases:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if strange(path):
+        if not_a_file(path):
             return {}
         content = json.loads(path.read_text("ascii"))
     except (OSError, ValueError, RecursionError):

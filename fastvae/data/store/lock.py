@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastvae.data.store.errors import StoreLocked
-from fastvae.data.store.layout import LOCK_NAME, open_own
+from fastvae.data.store.layout import LOCK_NAME, open_regular_file
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises StoreLocked, naming the holder's pid, when another process has held it for PATIENCE seconds, and StoreError
     where its lock is no file, but a link to one or another thing.
     """
-    descriptor = open_own(folder / LOCK_NAME)
+    descriptor = open_regular_file(folder / LOCK_NAME)
     try:
         _take(descriptor, folder)
         if os.fstat(descriptor).st_nlink == 1:  # by its other name it may be anybody's file

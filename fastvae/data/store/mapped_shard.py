@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastvae.data.store.store import StoreError
+from fastvae.data.store.errors import StoreError
 from fastvae.system.safetensors_header import SHARD_HEADER, check_header
 
 # What each small column holds: the shape of one row, and its type.

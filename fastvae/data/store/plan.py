@@ -14,7 +14,7 @@ from typing import Any
 
 from fastvae.data.rows import Size, SourceFile, parse_size, size_name
 from fastvae.data.store.errors import StoreError
-from fastvae.data.store.layout import PLAN, is_own, strange
+from fastvae.data.store.layout import PLAN, matches, not_a_file
 from fastvae.data.store.store_json import is_count
 from fastvae.system.atomic_files import write_atomically
 from fastvae.system.strict_json import json_bytes
@@ -30,7 +30,7 @@ class WorkList:
     def files(self) -> list[Path]:
         """The plan files, in order."""
         there = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in there if is_own(path.name, PLAN)), key=_plan_number)
+        return sorted((path for path in there if matches(path.name, PLAN)), key=_plan_number)
 
     def units(self) -> list[Unit]:
         """Every unit, in order; raises StoreError for a plan file that cannot be read."""
@@ -113,7 +113,7 @@ def _source_line(file: SourceFile) -> dict[str, Any]:
 def read_plan(path: Path) -> PlanFile:
     """The contents of a plan file; raises StoreError for one that cannot be read."""
     plan = PlanFile()
-    if what := strange(path):
+    if what := not_a_file(path):
         raise StoreError(f"{path} is damaged: it {what}")
     try:
         for line in path.read_text("utf-8").splitlines():

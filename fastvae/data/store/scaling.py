@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.data.store.store import StoreError
+from fastvae.data.store.errors import StoreError
 
 # The largest of the eight bits that a log-variance may be stored in.
 LAST_LEVEL = 255
 
 
-class Space:
+class LatentScaling:
     """From raw moments to those of the space; ``scaling`` is what store.json says, ``scaled`` which space.
 
     Raises StoreError where the model's scaling is not by channel, or not finite.

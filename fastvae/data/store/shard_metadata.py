@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from fastvae.data.rows import Size, size_name
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
-from fastvae.data.store.store_json import OWN, is_count
+from fastvae.data.store.store_json import SHARD_ONLY_METADATA, is_count
 
 MOST_TEXT = 4096  # of a value in a sentence
 SHAPE = ("latent_channels", "downsample_factor")
@@ -30,7 +30,7 @@ def metadata_of(facts: Mapping[str, Any], bucket: Size, latent: Sequence[int]) -
     return {**facts["metadata"], "identity": facts["identity_digest"], **own}
 
 
-def differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str]) -> Differences:
+def metadata_differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str]) -> Differences:
     """The fields in which ``stated``, the metadata of a shard of ``bucket``, is not what store.json's ``facts`` say."""
     pairs: dict[str, tuple[str | None, str | None]] = {
         "identity_digest": (facts["identity_digest"], stated.get("identity")),
@@ -38,7 +38,7 @@ def differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str
     }
     scaling = facts["scaling"]
     pairs |= {f"scaling.{name}": (json.dumps(scaling[name]), stated[name]) for name in scaling if name in stated}
-    told = [name for name in {**facts["metadata"], **stated} if name not in OWN]
+    told = [name for name in {**facts["metadata"], **stated} if name not in SHARD_ONLY_METADATA]
     pairs |= {f"metadata.{name}": (facts["metadata"].get(name), stated.get(name)) for name in told}
     shape = _shape(stated.get("latent_shape"))
     if shape is None or not 0 < bucket[0] // shape[1] == bucket[1] // shape[2]:
@@ -68,7 +68,7 @@ def check_stated(path: Path, facts: Mapping[str, Any], bucket: Size) -> None:
         stated = read_metadata(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
-    for field, (said, there) in differences(facts, bucket, stated).items():
+    for field, (said, there) in metadata_differences(facts, bucket, stated).items():
         raise StoreError(
             f"{path} states {field} {there}, and store.json says {said}: one of them was changed, and fastvae verify "
             "tells which"

@@ -28,12 +28,12 @@ from fastvae.data.rows import Size, SourceFile
 from fastvae.data.store import identity as identities
 from fastvae.data.store.commits import Commit, Failure, read_commit
 from fastvae.data.store.errors import IdentityMismatch, StoreError
-from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP, check_places, is_own
+from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_places, matches
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import PlannedRow, Unit, WorkList
 from fastvae.data.store.shard import Row, pack, read_names
 from fastvae.data.store.shard_metadata import metadata_of
-from fastvae.data.store.store_json import check_facts, read_facts
+from fastvae.data.store.store_json import check_store_json, read_store_json
 from fastvae.system.atomic_files import is_leftover, sweep, synchronise_folder, write_atomically
 from fastvae.system.strict_json import json_bytes
 from fastvae.system.terminal import first_few
@@ -54,10 +54,10 @@ class Store:
         """The store at ``path``; raises StoreError if there is none, or it is damaged or of another format."""
         path = Path(path)
         try:
-            facts = read_facts(path / "store.json")
+            facts = read_store_json(path / "store.json")
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{path} is not a latent store: it has no store.json") from None
-        check_facts(facts, path / "store.json")
+        check_store_json(facts, path / "store.json")
         if identities.digest(facts["identity"]) != facts["identity_digest"]:
             raise StoreError(f"{path / 'store.json'} was edited: its identity does not have the digest it states")
         return cls(path, facts)
@@ -272,14 +272,14 @@ class Store:
 
     def _files(self, folder: str, names: str) -> list[Path]:
         inside = self.path / folder
-        return sorted(path for path in inside.iterdir() if is_own(path.name, names)) if inside.is_dir() else []
+        return sorted(path for path in inside.iterdir() if matches(path.name, names)) if inside.is_dir() else []
 
     def _has_records(self) -> bool:
         return bool(self.records())
 
     def _sweep(self, leases: Leases) -> None:
         """Delete what killed runs left, but not what the holder of a live lease is writing."""
-        for folder, names in ((".", TOP), ("plan", PLAN)):  # written by the lock's holder alone
+        for folder, names in ((".", TOP_LEVEL_NAMES), ("plan", PLAN)):  # written by the lock's holder alone
             if (self.path / folder).is_dir():
                 sweep(self.path / folder, names)
         shards = self.path / "shards"
@@ -295,7 +295,7 @@ class Store:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in (LOCK_NAME, "leases") or is_leftover(path, TOP)
+    return path.name in (LOCK_NAME, "leases") or is_leftover(path, TOP_LEVEL_NAMES)
 
 
 def latest_units(units: list[Unit]) -> dict[tuple[str, int], int]:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from fastvae.data.store.errors import StoreError
-from fastvae.data.store.layout import strange
+from fastvae.data.store.layout import not_a_file
 from fastvae.system.strict_json import json_value
 
 FORMAT = 1
-MOST = 2**20  # far above any model's channels or downsampling
+MAX_DIMENSION = 2**20  # far above any model's channels or downsampling
 # Metadata of a shard alone: store.json has none of these names.
-OWN = ("identity", "bucket", "latent_shape")
+SHARD_ONLY_METADATA = ("identity", "bucket", "latent_shape")
 
 
-def read_facts(path: Path) -> Any:
+def read_store_json(path: Path) -> Any:
     """The JSON of ``path``, which has no NaN in it; raises StoreError for anything else."""
-    if what := strange(path):
+    if what := not_a_file(path):
         raise StoreError(f"{path} is damaged: it {what}")
     try:
         return json_value(path.read_text("utf-8"))
@@ -26,7 +26,7 @@ def read_facts(path: Path) -> Any:
         raise StoreError(f"{path} is not readable as JSON: {error}") from error
 
 
-def check_facts(facts: Any, path: Path) -> None:
+def check_store_json(facts: Any, path: Path) -> None:
     """Raises StoreError unless ``facts``, read from ``path``, has what every reader of a store needs."""
     if not isinstance(facts, dict) or facts.get("fvl") != FORMAT:
         raise StoreError(f'{path} must have "fvl": {FORMAT}')
@@ -64,7 +64,8 @@ def _wrong_values(facts: dict[str, Any]) -> list[str]:
     scaling, numerics = facts["scaling"], facts["identity"]["numerics"]
     channels = facts["latent_channels"]
     right = {
-        name: is_count(facts[name]) and 0 < facts[name] <= MOST for name in ("latent_channels", "downsample_factor")
+        name: is_count(facts[name]) and 0 < facts[name] <= MAX_DIMENSION
+        for name in ("latent_channels", "downsample_factor")
     }
     right |= {f"identity.numerics.{name}": isinstance(numerics[name], str) for name in ("dtype", "posterior", "mean")}
     factor = scaling["scaling_factor"]  # a model that normalises patches has none
@@ -79,7 +80,7 @@ def _wrong_values(facts: dict[str, Any]) -> list[str]:
     right["scaling.latents_std"] &= 0 not in deviations
     right["scaling.batch_norm"] = isinstance(scaling["batch_norm"], bool)
     right["buckets"] = all(isinstance(bucket, str) for bucket in facts["buckets"])
-    right["metadata"] = facts["metadata"].keys().isdisjoint(OWN) and all(
+    right["metadata"] = facts["metadata"].keys().isdisjoint(SHARD_ONLY_METADATA) and all(
         isinstance(text, str) for text in facts["metadata"].values()
     )
     right["source.vae"] = isinstance(facts["source"]["vae"], str)

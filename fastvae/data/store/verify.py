@@ -13,16 +13,16 @@ from safetensors import SafetensorError, safe_open
 from fastvae.data.rows import key_text
 from fastvae.data.store.commits import Commit, read_commit
 from fastvae.data.store.errors import StoreError
-from fastvae.data.store.layout import DERIVED_NAMES, STORE, strange
+from fastvae.data.store.layout import DERIVED_NAMES, STORE, not_a_file
 from fastvae.data.store.lock import locked
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.shard import SUMMED, read_metadata, read_names, wrong_row
-from fastvae.data.store.shard_metadata import SHAPE, Differences, differences, edited
+from fastvae.data.store.shard_metadata import SHAPE, Differences, edited, metadata_differences
 from fastvae.data.store.store import Store, latest_units
 from fastvae.data.store.store_json import keeps_alpha
 from fastvae.system.atomic_files import sha256_of
-from fastvae.system.terminal import amount, say
+from fastvae.system.terminal import format_bytes, print_stderr
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Damage:
 
 
 @dataclass
-class Looked:
+class RecordCheck:
     """A record and, where it can be believed, its ``shard``; ``what`` is wrong with the one or the other, in words.
 
     ``differences``: what the shard states otherwise than store.json, of which either may have been changed.
@@ -50,7 +50,7 @@ class Looked:
 
 
 @dataclass
-class Verified:
+class VerifyReport:
     """What was found: units that were planned and are committed, their rows, and every damage.
 
     ``failed``: rows that the latest unit they were planned in could not make. ``stale``: which derived files say
@@ -71,7 +71,7 @@ class Verified:
         """Units that are planned and neither committed nor damaged: the same encode goes on with them."""
         return self.planned - self.committed - len({damage.unit for damage in self.damaged} - {None})
 
-    def add(self, store: Path, one: Looked, what: str | None, latest: Mapping[tuple[str, int], int]) -> None:
+    def add(self, store: Path, one: RecordCheck, what: str | None, latest: Mapping[tuple[str, int], int]) -> None:
         """Count a record, or the damage ``what``; a failure counts where no later unit has its row again."""
         if what is not None or one.unit is None or one.commit is None:
             file = (one.shard or one.record).relative_to(store).as_posix()
@@ -83,7 +83,7 @@ class Verified:
         self.bytes += one.commit.bytes
 
 
-def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool = True) -> Verified:
+def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool = True) -> VerifyReport:
     """Look at every committed shard of the store at ``path``: its size, its sha256, and whether it states what
     store.json says; and where all are sound, whether index.jsonl and failures.jsonl say what the records do.
 
@@ -94,12 +94,14 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
     store = Store.open(Path(path))
     records = store.records()  # before the plan: a run that is on adds to the plan first
     units = {unit.stem: unit for unit in store.units()}
-    found = Verified(len(units))
+    found = VerifyReport(len(units))
     if progress:
         commits = store.commits().values()
         rows, size = sum(commit.rows for commit in commits), sum(commit.bytes for commit in commits)
         how = "hashes, rows and values" if deep else "hashes"
-        say(f"verify  {store.path}  {len(commits)} of {len(units)} units, {rows} rows, {amount(size)}: {how}\n")
+        print_stderr(
+            f"verify  {store.path}  {len(commits)} of {len(units)} units, {rows} rows, {format_bytes(size)}: {how}\n"
+        )
     looked = [_look(store, record, units.get(record.stem)) for record in records]
     if exchanged := _other_identity(store, looked):
         found.damaged.append(exchanged)
@@ -118,7 +120,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
             what = _wrong_rows(facts, one.shard, one.commit, one.unit)
         found.add(store.path, one, what, latest)
     for name in DERIVED_NAMES:
-        if (store.path / name).exists() and (what := strange(store.path / name)):
+        if (store.path / name).exists() and (what := not_a_file(store.path / name)):
             found.damaged.append(Damage(name, what))
     if not found.damaged:
         found.stale = [name for name, lines in store.derived().items() if _is_stale(store.path / name, lines, found)]
@@ -136,22 +138,22 @@ def rebuild_index(path: str | os.PathLike[str]) -> list[str]:
     return list(store.derived())
 
 
-def _is_stale(path: Path, lines: list[bytes], found: Verified) -> bool:
+def _is_stale(path: Path, lines: list[bytes], found: VerifyReport) -> bool:
     if not path.is_file():
         return found.committed > 0
     return path.read_bytes() != b"".join(lines)
 
 
-def _look(store: Store, record: Path, unit: Unit | None) -> Looked:
-    one = Looked(record, unit)
+def _look(store: Store, record: Path, unit: Unit | None) -> RecordCheck:
+    one = RecordCheck(record, unit)
     try:
         one.commit = read_commit(record)
-        one.what = strange(record) or _wrong_record(store, one.commit, unit)
+        one.what = not_a_file(record) or _wrong_record(store, one.commit, unit)
         if one.what is None and unit is not None and one.commit is not None and one.commit.shard is not None:
             one.shard = record.with_suffix(".safetensors")
-            one.what = strange(one.shard) or _wrong_bytes(one.shard, one.commit)
+            one.what = not_a_file(one.shard) or _wrong_bytes(one.shard, one.commit)
             if one.what is None:
-                one.differences = differences(store.facts, unit.bucket, read_metadata(one.shard))
+                one.differences = metadata_differences(store.facts, unit.bucket, read_metadata(one.shard))
     except OSError as error:
         one.what = f"cannot be read: {error.strerror or error}"
     except (SafetensorError, ValueError) as error:
@@ -169,7 +171,7 @@ def _wrong_record(store: Store, commit: Commit | None, unit: Unit | None) -> str
     return None if commit.belongs_to(unit) else "speaks of other rows than its unit has"
 
 
-def _other_identity(store: Store, looked: list[Looked]) -> Damage | None:
+def _other_identity(store: Store, looked: list[RecordCheck]) -> Damage | None:
     """store.json's own damage, where all records are of one identity, and that is another: it is another store's."""
     own = store.facts["identity_digest"]
     stated = [str(one.commit.identity) for one in looked if one.unit is not None and one.commit is not None]

@@ -23,8 +23,8 @@ from fastvae.data.datasets.collate import collate
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.datasets.sampler import BucketBatchSampler
 from fastvae.data.rows import noise_key, sample_id
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
-from fastvae.data.store.store import StoreError
 from fastvae.latents.cpu_sampling import draw
 
 SQUARE, WIDE = (32, 32), (24, 48)

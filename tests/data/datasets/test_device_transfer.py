@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastvae.data.datasets.device_transfer import InPlace, OnCard, transfer_to
+from fastvae.data.datasets.device_transfer import HostTransfer, OnCard, transfer_to
 
 CARD = torch.device("cuda", 0)
 
@@ -145,7 +145,7 @@ def test_a_step_on_another_stream_has_the_memory_kept_for_it(card):
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_other_devices_need_no_streams(device):
-    assert isinstance(transfer_to(torch.device(device)), InPlace)
+    assert isinstance(transfer_to(torch.device(device)), HostTransfer)
 
 
 def test_one_transfer_serves_a_device():

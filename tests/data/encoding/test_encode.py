@@ -20,7 +20,8 @@ from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.images.crop import to_bucket
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import read_image
-from fastvae.data.store.store import IdentityMismatch, Store, StoreError
+from fastvae.data.store.errors import IdentityMismatch, StoreError
+from fastvae.data.store.store import Store
 
 SMALL_CONFIG = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}

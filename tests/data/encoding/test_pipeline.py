@@ -10,18 +10,18 @@ import pytest
 import torch
 from support.small_store import SIDE, small_vae, write_pictures
 
-from fastvae.data.encoding.batch_size import Batches, settle_workers
+from fastvae.data.encoding.batch_size import BatchSizes, choose_workers
 from fastvae.data.encoding.encoder import MomentEncoder
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.pipeline import Encoding, chunks_of, encoded_chunks
 from fastvae.data.encoding.report import EncodeReport
-from fastvae.data.encoding.row_format import Storing
+from fastvae.data.encoding.row_format import RowFormat
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants
 from fastvae.data.images.errors import ImageError
 from fastvae.data.sources.open import open_source
 from fastvae.data.store.plan import PlannedRow, Unit
-from fastvae.system.devices import default_dtype, settled_device
+from fastvae.system.devices import default_dtype, resolve_device
 from fastvae.system.threads import BackgroundWriter, ordered_map
 
 
@@ -140,7 +140,7 @@ class Launches:
 def reading(tmp_path):
     write_pictures(tmp_path / "in", 7)
     (tmp_path / "in" / "003.png").write_bytes(b"spoilt")
-    return Reading(open_source(tmp_path / "in"), Buckets.named(SIDE, 8), Variants(), "white", 8, 10**6)
+    return ImageReader(open_source(tmp_path / "in"), Buckets.named(SIDE, 8), Variants(), "white", 8, 10**6)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def one_unit(reading):
 
 
 def encoded(reading, encoder, batch):
-    encoding = Encoding(encoder, Storing(), Batches(batch, encoder))
+    encoding = Encoding(encoder, RowFormat(), BatchSizes(batch, encoder))
     units = [one_unit(reading)]
     return list(encoded_chunks(chunks_of(units, encoding.batches), reading, encoding, 2, 1)), encoding.batches
 
@@ -193,7 +193,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_good(reading, real):
     # Of the first six five can be read: 5 and 3 do not fit, then 2, 1 and 2 do, and later batches begin at 2.
     assert encoder.sizes == [2, 1, 2, 1]
     assert batches.halved == 2
-    assert batches.taken() == {f"{SIDE}x{SIDE}": 2}
+    assert batches.as_dict() == {f"{SIDE}x{SIDE}": 2}
     whole, _ = encoded(reading, Launches(real), 1)
     wanted = {row.key: row.mean for chunk in whole for row in chunk.rows}
     for chunk in done:
@@ -209,12 +209,12 @@ def test_a_single_image_that_does_not_fit_is_an_error(reading, real):
 def test_automatic_batches_follow_the_memory_that_is_free(monkeypatch):
     encoder = SimpleNamespace(device=torch.device("cuda"), widest=128, dtype=torch.float16)
     monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 2**40)
-    batches = Batches("auto", encoder)
-    assert (batches.of((512, 512)), batches.of((256, 1024)), batches.of((4096, 4096))) == (16, 16, 1)
+    batches = BatchSizes("auto", encoder)
+    assert (batches.size_for((512, 512)), batches.size_for((256, 1024)), batches.size_for((4096, 4096))) == (16, 16, 1)
     # 8 activations of 128 channels at 512x512 in fp16 are 512 MiB an image.
     monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 4 * 2**30)
-    assert Batches("auto", encoder).of((512, 512)) == 5
-    assert Batches(7, encoder).of((512, 512)) == 7
+    assert BatchSizes("auto", encoder).size_for((512, 512)) == 5
+    assert BatchSizes(7, encoder).size_for((512, 512)) == 7
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_a_cpus_cores_are_shared_out(count, workers, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 2**40)
     encoder = SimpleNamespace(device=torch.device("cpu"), widest=8, dtype=torch.float32, deterministic=False)
-    report, batches = EncodeReport("out", "id", "fp32", None), Batches("auto", encoder)
-    settle_workers(report, batches, encoder, {(64, 64): count} if count else {}, workers)
+    report, batches = EncodeReport("out", "id", "fp32", None), BatchSizes("auto", encoder)
+    choose_workers(report, batches, encoder, {(64, 64): count} if count else {}, workers)
     assert (report.workers, report.threads_per_worker) == expected
-    assert batches.of((64, 64)) == 1
+    assert batches.size_for((64, 64)) == 1
 
 
 def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
@@ -236,7 +236,7 @@ def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
     monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 2**30)
     encoder = SimpleNamespace(device=torch.device("cpu"), widest=128, dtype=torch.float32, deterministic=False)
     report = EncodeReport("out", "id", "fp32", None)
-    settle_workers(report, Batches("auto", encoder), encoder, {(256, 256): 100, (64, 64): 100}, "auto")
+    choose_workers(report, BatchSizes("auto", encoder), encoder, {(256, 256): 100, (64, 64): 100}, "auto")
     # 8 activations of 128 channels at 256x256 in fp32 are 256 MiB; with as much again in reserve, two streams fit.
     assert (report.workers, report.threads_per_worker) == (2, 4)
 
@@ -244,12 +244,12 @@ def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:999"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(ValueError, match=f"device must be one of this machine's, .* got '{device}'"):
-        settled_device(device)
+        resolve_device(device)
 
 
 def test_devices():
-    assert settled_device("cpu") == settled_device(torch.device("cpu")) == torch.device("cpu")
-    assert settled_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
+    assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_default_dtypes():

@@ -164,7 +164,7 @@ def test_a_record_that_an_encode_made_during_the_look_is_no_damage_and_is_not_de
     picture(78).save(tmp_path / "in" / "new.png")
     options = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, **OPTIONS}
     encodes = iter([lambda: encode(tmp_path / "in", made, vae=first / "vae", **options)])
-    monkeypatch.setattr("fastvae.data.store.verify.say", lambda text: next(encodes)())
+    monkeypatch.setattr("fastvae.data.store.verify.print_stderr", lambda text: next(encodes)())
     done = mend(made, progress=True)
     assert done.damaged == []
     assert ("new.png", 0) in committed(made)

@@ -21,10 +21,11 @@ from support.small_store import MASK, SIDE, small_vae, write_pictures, write_sto
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, validate_config
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
+from fastvae.data.store.errors import IdentityMismatch, StoreError
 from fastvae.data.store.identity import digest
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.shard import read_names
-from fastvae.data.store.store import IdentityMismatch, Store, StoreError
+from fastvae.data.store.store import Store
 from fastvae.models import AutoencoderKL
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}

@@ -17,9 +17,9 @@ from support.store_checks import committed, failures
 from fastvae.data.encoding.encode import encode
 from fastvae.data.sources.folder import list_folder
 from fastvae.data.sources.open import open_source
-from fastvae.data.sources.storage import remote
+from fastvae.data.sources.storage import open_remote
 from fastvae.data.store.errors import StoreError
-from fastvae.system.terminal import CONTROL, printable
+from fastvae.system.terminal import CONTROL, strip_control_characters
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 
@@ -294,7 +294,7 @@ URLS = (
 @pytest.mark.parametrize("url", URLS)
 def test_row_31_a_manifest_reaches_no_server(tmp_path, url, monkeypatch):
     """Off by default, and a scheme that is allowed opens no other; the machine's own files are no URLs."""
-    monkeypatch.setattr("fastvae.data.sources.jsonl.remote", lambda root: pytest.fail(f"{root} was opened"))
+    monkeypatch.setattr("fastvae.data.sources.jsonl.open_remote", lambda root: pytest.fail(f"{root} was opened"))
     (tmp_path / "m.jsonl").write_text(json.dumps({"key": "a", "uri": url}))
     for schemes in ((), ("gs",)):
         with pytest.raises(ValueError, match=r"m\.jsonl line 1: .*:// is (off|not taken)"):
@@ -320,7 +320,7 @@ def test_row_31_chained_urls_are_paths_that_are_not_there(tmp_path, chained):
 def test_row_31_a_local_scheme_is_no_file_system_of_its_own():
     for url in ("file:///etc", "local:///etc"):
         with pytest.raises(ValueError, match="must be written as a path"):
-            remote(url)
+            open_remote(url)
 
 
 def test_row_33_hostile_names_cannot_drive_a_terminal(tmp_path):
@@ -348,7 +348,8 @@ def test_row_33_hostile_names_cannot_drive_a_terminal(tmp_path):
         shown += result.stdout + result.stderr
     assert not CONTROL.search(shown.replace("\r", ""))  # the bar's own
     assert all(
-        printable(name) == "".join("?" if CONTROL.match(letter) else letter for letter in name) for name in names
+        strip_control_characters(name) == "".join("?" if CONTROL.match(letter) else letter for letter in name)
+        for name in names
     )
     index = (tmp_path / "out" / "index.jsonl").read_text("ascii")
     assert {json.loads(line)["key"] for line in index.splitlines()} == set(names[1::2])

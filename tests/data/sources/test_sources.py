@@ -271,7 +271,7 @@ class KeepsTheScheme:
 
 @pytest.mark.parametrize("name", ["{0..1}.tar", "*.tar"])
 def test_a_system_whose_paths_are_urls_has_the_same_places(monkeypatch, name):
-    monkeypatch.setattr(remote_source, "remote", lambda url: file_systems.RemoteStorage(url, KeepsTheScheme()))
+    monkeypatch.setattr(remote_source, "open_remote", lambda url: file_systems.RemoteStorage(url, KeepsTheScheme()))
     where, places = remote_source.located([f"https://host/x/{name}"])
     assert places == ["0.tar", "1.tar"]
     assert where.path(places[1]) == "https://host/x/1.tar"
@@ -308,7 +308,7 @@ def test_where_no_time_is_known_another_tag_is_another_number():
 @given(st.lists(st.sampled_from(["a", "a~2", "a~2~2", "b", "a~3"]), max_size=12))
 def test_row_14_keys_are_apart_and_the_first_keeps_its_own(keys):
     listing = Listing([SourceFile(key, index, 0) for index, key in enumerate(keys)])
-    listing.keep_apart()
+    listing.deduplicate_keys()
     found = [file.key for file in listing.files]
     assert len(set(found)) == len(keys)
     assert found == sorted(found)

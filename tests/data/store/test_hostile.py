@@ -20,9 +20,9 @@ from fastvae.data.decoding.decode import decode
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.sources.folder import list_folder
-from fastvae.data.store.errors import StoreLocked
+from fastvae.data.store.errors import IdentityMismatch, StoreError, StoreLocked
 from fastvae.data.store.lock import locked
-from fastvae.data.store.store import IdentityMismatch, Store, StoreError
+from fastvae.data.store.store import Store
 from fastvae.system.atomic_files import write_atomically
 from fastvae.system.strict_json import strict_json
 

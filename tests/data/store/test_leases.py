@@ -13,7 +13,7 @@ from support.small_store import SIDE, small_vae, write_pictures
 
 import fastvae.data.store.leases as leases_module
 from fastvae.data.encoding.encode import encode
-from fastvae.data.encoding.planning import started_at
+from fastvae.data.encoding.planning import rotated_for_rank
 from fastvae.data.store.errors import IdentityMismatch
 from fastvae.data.store.leases import STALE, Leases
 from fastvae.data.store.store import Store
@@ -239,5 +239,5 @@ def test_a_store_that_another_process_has_just_begun_is_not_made_anew(tmp_path, 
 
 def test_processes_start_at_different_places():
     units = list(range(10))
-    assert [started_at(units, rank, 3)[0] for rank in range(3)] == [0, 3, 6]
-    assert all(sorted(started_at(units, rank, 3)) == units for rank in range(3))
+    assert [rotated_for_rank(units, rank, 3)[0] for rank in range(3)] == [0, 3, 6]
+    assert all(sorted(rotated_for_rank(units, rank, 3)) == units for rank in range(3))

@@ -14,7 +14,7 @@ from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.repair import repair
 from fastvae.data.exporting.export import export
 from fastvae.data.store.errors import StoreError
-from fastvae.data.store.shard_metadata import differences, edited, metadata_of
+from fastvae.data.store.shard_metadata import edited, metadata_differences, metadata_of
 from fastvae.data.store.verify import verify
 from fastvae.system.atomic_files import sha256_of
 
@@ -214,7 +214,7 @@ SHAPES = {
 def test_a_shape_that_no_latent_of_the_bucket_has_is_never_taken_for_store_jsons(made, shape):
     facts = json.loads((made / "store.json").read_text())
     stated = {**metadata_of(facts, (SIDE, SIDE), (4, 4, 4)), "latent_shape": shape}
-    found = differences(facts, (SIDE, SIDE), {name: text for name, text in stated.items() if text is not None})
+    found = metadata_differences(facts, (SIDE, SIDE), {name: text for name, text in stated.items() if text is not None})
     assert found == {"latent_shape": ("[4, 4, 4]", (shape or "nothing")[:4096])}
     assert edited([found] * 3) == {}
 

@@ -14,9 +14,10 @@ from support.small_store import SIDE, small_vae, write_pictures
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.rows import key_bytes, key_text, sample_id
+from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import canonical_json, differences, digest
 from fastvae.data.store.shard import row_checksum
-from fastvae.data.store.store import Store, StoreError
+from fastvae.data.store.store import Store
 from fastvae.system.atomic_files import sha256_of, write_atomically
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.002}
