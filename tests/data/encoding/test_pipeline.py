@@ -208,11 +208,11 @@ def test_a_single_image_that_does_not_fit_is_an_error(reading, real):
 
 def test_automatic_batches_follow_the_memory_that_is_free(monkeypatch):
     encoder = SimpleNamespace(device=torch.device("cuda"), widest=128, dtype=torch.float16)
-    monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 2**40)
+    monkeypatch.setattr("fastvae.data.encoding.batch_size.free_memory", lambda device: 2**40)
     batches = BatchSizes("auto", encoder)
     assert (batches.size_for((512, 512)), batches.size_for((256, 1024)), batches.size_for((4096, 4096))) == (16, 16, 1)
     # 8 activations of 128 channels at 512x512 in fp16 are 512 MiB an image.
-    monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 4 * 2**30)
+    monkeypatch.setattr("fastvae.data.encoding.batch_size.free_memory", lambda device: 4 * 2**30)
     assert BatchSizes("auto", encoder).size_for((512, 512)) == 5
     assert BatchSizes(7, encoder).size_for((512, 512)) == 7
 
@@ -223,7 +223,7 @@ def test_automatic_batches_follow_the_memory_that_is_free(monkeypatch):
 )
 def test_a_cpus_cores_are_shared_out(count, workers, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 2**40)
+    monkeypatch.setattr("fastvae.data.encoding.batch_size.free_memory", lambda device: 2**40)
     encoder = SimpleNamespace(device=torch.device("cpu"), widest=8, dtype=torch.float32, deterministic=False)
     report, batches = EncodeReport("out", "id", "fp32", None), BatchSizes("auto", encoder)
     choose_workers(report, batches, encoder, {(64, 64): count} if count else {}, workers)
@@ -233,7 +233,7 @@ def test_a_cpus_cores_are_shared_out(count, workers, expected, monkeypatch):
 
 def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr("fastvae.system.devices.free_memory", lambda device: 2**30)
+    monkeypatch.setattr("fastvae.data.encoding.batch_size.free_memory", lambda device: 2**30)
     encoder = SimpleNamespace(device=torch.device("cpu"), widest=128, dtype=torch.float32, deterministic=False)
     report = EncodeReport("out", "id", "fp32", None)
     choose_workers(report, BatchSizes("auto", encoder), encoder, {(256, 256): 100, (64, 64): 100}, "auto")

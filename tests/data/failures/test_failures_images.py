@@ -15,7 +15,6 @@ from support.store_checks import committed, failures
 from fastvae.data.encoding.encode import encode
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS, image_size, read_image
-from fastvae.data.store.errors import IdentityMismatch
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 BOMB_SECONDS, BOMB_MEGABYTES = 0.05, 64
@@ -89,7 +88,6 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import resource, sys
 from fastvae.data.images.read import read_image, image_size
 from fastvae.data.images.errors import ImageError
-from fastvae.data.store.commits import IdentityMismatch
 from data.failures.corpus import EVERY_KIND, dimension_bomb, other_bombs
 [read_image(data) for data in EVERY_KIND.values()]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

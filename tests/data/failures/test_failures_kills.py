@@ -84,14 +84,14 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from fastvae.data.encoding.encode import encode
-from fastvae.data.encoding.image_reader import Reading
+from fastvae.data.encoding.image_reader import ImageReader
 from support.small_store import SIDE, small_vae
-real = Reading.picture
+real = ImageReader.picture
 def picture(reading, file, bucket):
     if "poison" in file.key:
         os.kill(os.getpid(), 9)
     return real(reading, file, bucket)
-Reading.picture = picture
+ImageReader.picture = picture
 for _ in range(int(sys.argv[3])):
     child = os.fork()
     if child == 0:
