@@ -9,11 +9,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, translate
-from fastvae.data.sources.source import Listing, is_image_name
+from fastvae.data.sources.source import Listing, is_image_name, starts_like_an_image
 from fastvae.system.terminal import first_few
 
 
@@ -101,7 +100,7 @@ def add_file(path: str, top: str, listing: Listing) -> None:
         status = None
     if status is not None and not stat.S_ISREG(status.st_mode):
         listing.ignored += 1  # a pipe or a device: opening it could wait for ever
-    elif is_image_name(path) or (status is not None and _starts_like_an_image(path)):
+    elif is_image_name(path) or (status is not None and _holds_an_image(path)):
         key = os.path.relpath(path, top).replace(os.sep, "/")
         size, mtime = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
         listing.files.append(SourceFile(key, size, mtime))
@@ -109,10 +108,10 @@ def add_file(path: str, top: str, listing: Listing) -> None:
         listing.ignored += 1
 
 
-def _starts_like_an_image(path: str) -> bool:
+def _holds_an_image(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return identify(file.read(64)) is not None
+            return starts_like_an_image(file)
     except OSError:
         return False
 

@@ -1,19 +1,23 @@
-"""Opening any source of images: a folder, a pattern, an archive, a table, a manifest or a URL."""
+"""Opens any source of images: a folder, a pattern, tar, Parquet or JSONL files, or a URL."""
 
 from __future__ import annotations
 
 import os
 import posixpath
 from collections.abc import Collection, Sequence
+from glob import glob
 
-from fastvae.data.sources.folder import FolderSource
+from fastvae.data.sources.folder import FolderSource, PatternSource
+from fastvae.data.sources.jsonl import ManifestSource
+from fastvae.data.sources.parquet import ParquetSource
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
+from fastvae.data.sources.remote import RemoteSource
 from fastvae.data.sources.source import Source
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
+from fastvae.data.sources.tar import TarSource
 
-# What an archive or a table is told by. What is compressed as a whole cannot be read by seek.
-ARCHIVES = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "manifest", ".ndjson": "manifest"}
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".jsonl.gz", ".jsonl.zst")
+KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".jsonl.gz", ".jsonl.zst")
 
 
 def open_source(
@@ -23,13 +27,13 @@ def open_source(
     key_column: str = "key",
     schemes: Collection[str] = (),
 ) -> Source:
-    """The source that ``src`` names.
+    """Return the source that ``src`` names.
 
-    A folder; a pattern of image files such as ``photos/**/*.{jpg,png}``; tar files in WebDataset's layout, Parquet
-    files or JSONL manifests, one, a list of them, or a pattern such as ``shards/{000..127}.tar``; any of these under a
-    URL whose file system fsspec knows. ``image_column`` and ``key_column`` name a table's columns; ``schemes`` are
-    those of URLs that a manifest may name, by default none.
-    Raises ValueError for what is none of these, and where a package that it needs is not installed.
+    ``src`` is a folder; a pattern of image files such as ``photos/**/*.{jpg,png}``; tar files in WebDataset's layout,
+    Parquet files or JSONL manifests (one, a list, or a pattern such as ``shards/{000..127}.tar``); or any of these
+    under a URL whose file system fsspec knows. ``image_column`` and ``key_column`` name the columns of Parquet files
+    and manifests. ``schemes`` are the schemes of URLs that a manifest may name, by default none.
+    Raises ValueError for anything else, and if a package that the source needs is not installed.
     """
     given = [src] if isinstance(src, str | os.PathLike) else list(src)
     texts = [os.fspath(text) for text in given]
@@ -43,50 +47,36 @@ def open_source(
     (kind,) = kinds
     if kind == "images":
         if scheme_of(texts[0]):
-            from fastvae.data.sources.remote import RemoteSource
-
             return RemoteSource(texts[0])
-        from fastvae.data.sources.folder import PatternSource
-        from fastvae.data.sources.patterns import is_pattern
-
         is_folder = not is_pattern(texts[0]) or os.path.isdir(texts[0])
         return FolderSource(texts[0]) if is_folder else PatternSource(texts[0])
-    from fastvae.data.sources.open import located
-
-    storage, places = located(texts)
+    storage, places = locate_files(texts)
     name = ", ".join(texts)
     if kind == "tar":
-        from fastvae.data.sources.tar import TarSource
-
         return TarSource(storage, places, name)
     if kind == "parquet":
-        from fastvae.data.sources.parquet import ParquetSource
-
         return ParquetSource(storage, places, name, image_column, key_column)
-    from fastvae.data.sources.jsonl import ManifestSource
-
     return ManifestSource(storage, places, name, image_column, key_column, schemes)
 
 
 def _kind(text: str) -> str:
-    if text.lower().endswith(COMPRESSED):
+    # A member of a compressed archive cannot be read by seek.
+    if text.lower().endswith(COMPRESSED_SUFFIXES):
         raise ValueError(f"{text} is compressed as a whole, and its images cannot be found by seek: unpack it first")
-    kind = ARCHIVES.get(os.path.splitext(text)[1].lower(), "images")
+    kind = KINDS.get(os.path.splitext(text)[1].lower(), "images")
     return "images" if kind == "images" or os.path.isdir(text) else kind
 
 
-def located(texts: Sequence[str]) -> tuple[Storage, list[str]]:
-    """The storage in which the files that ``texts`` name lie, and each one's place in it, sorted within a pattern.
+def locate_files(texts: Sequence[str]) -> tuple[Storage, list[str]]:
+    """Return the storage of the files that ``texts`` name, and the place of each in it, sorted within a pattern.
 
-    Raises ValueError for a pattern that matches nothing and for files of different systems.
+    Raises ValueError for a pattern that matches nothing and for files of different file systems.
     """
     schemes = {scheme_of(text) for text in texts}
     if len(schemes) > 1:
         raise ValueError(f"src must name files of one file system, got {list(texts)}")
     if schemes != {None}:
-        return _located_remotely(texts)
-    from glob import glob
-
+        return _locate_remote_files(texts)
     paths, folders = [], []
     for text in texts:
         if os.path.exists(text) or not is_pattern(text):
@@ -104,7 +94,7 @@ def located(texts: Sequence[str]) -> tuple[Storage, list[str]]:
     ]
 
 
-def _located_remotely(texts: Sequence[str]) -> tuple[RemoteStorage, list[str]]:
+def _locate_remote_files(texts: Sequence[str]) -> tuple[RemoteStorage, list[str]]:
     scheme = scheme_of(texts[0])
     bare = [text.split("://", 1)[1] for text in texts]
     folders = [fixed_folder(text) if is_pattern(text) else posixpath.dirname(text) for text in bare]
@@ -116,7 +106,7 @@ def _located_remotely(texts: Sequence[str]) -> tuple[RemoteStorage, list[str]]:
         if not is_pattern(name):
             places.append(posixpath.relpath(name, root or "."))
             continue
-        # What a file system finds it names in its own way: some keep the scheme, some start with a slash.
+        # fsspec file systems differ in the paths that glob returns: some keep the scheme, some start with a slash.
         found = sorted(path.strip("/") for path in storage.files.glob(f"{scheme}://{name}"))
         if not found:
             raise ValueError(f"no file matches {scheme}://{name}")

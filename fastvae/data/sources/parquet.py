@@ -23,7 +23,7 @@ from fastvae.data.rows import SourceFile
 from fastvae.data.sources.source import Listing, key_of
 from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, read_all
 
-PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
+ROW_PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
 KEPT_GROUPS = 2
 
 
@@ -62,7 +62,7 @@ class ParquetSource:
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
         """See Source."""
-        found = PLACE.fullmatch(file.place)
+        found = ROW_PLACE.fullmatch(file.place)
         if found is None:
             raise ImageError("unreadable", f"{file.key} has no place in a table: {file.place!r}")
         place, row = found[1], int(found[2])

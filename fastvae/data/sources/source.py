@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
+from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 
@@ -71,6 +72,12 @@ class Source(Protocol):
 def is_image_name(name: str) -> bool:
     """Whether the suffix says that ``name`` is a picture, taken or not."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES | REFUSED_SUFFIXES
+
+
+def starts_like_an_image(file: BinaryIO, position: int = 0, size: int = 64) -> bool:
+    """Return True if the ``size`` bytes of ``file`` at ``position`` start like a format that is read."""
+    file.seek(position)
+    return identify(file.read(min(64, size))) is not None
 
 
 def key_of(value: Any, where: str, column: str) -> str:

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
-from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
-from fastvae.data.sources.source import MAX_LISTED, Listing, is_image_name
+from fastvae.data.sources.source import MAX_LISTED, Listing, is_image_name, starts_like_an_image
 from fastvae.data.sources.storage import Bounded, Storage
 from fastvae.system.strict_json import json_value
 from fastvae.system.terminal import first_few
@@ -27,10 +26,10 @@ COLUMNS = (".txt", ".json", ".cls")
 MOST_COLUMN_BYTES = 2**20
 BLOCK = 512
 # A member of holes has no run of bytes to read: its place is that of its header, without a length.
-PLACE = re.compile(r"(.*)@(\d+)(?:\+(\d+))?", re.DOTALL | re.ASCII)
+MEMBER_PLACE = re.compile(r"(.*)@(\d+)(?:\+(\d+))?", re.DOTALL | re.ASCII)
 # What Python's reader of headers raises on hostile ones; nothing broader is caught.
 HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError)
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 @dataclass
@@ -68,7 +67,7 @@ class TarSource:
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
         """See Source."""
-        found = PLACE.fullmatch(file.place)
+        found = MEMBER_PLACE.fullmatch(file.place)
         if found is None:
             raise ImageError("unreadable", f"{file.key} has no place in an archive: {file.place!r}")
         archive, offset = found[1], int(found[2])
@@ -91,7 +90,7 @@ class TarSource:
 def _list_archive(
     file: BinaryIO, archive: str, size: int, mtime_ns: int, listing: Listing, left_out: Counter[str]
 ) -> None:
-    if file.read(5).startswith(COMPRESSED):
+    if file.read(5).startswith(COMPRESSED_MAGIC):
         raise ValueError(f"src names {archive}, which is compressed as a whole: its members cannot be found by seek")
     samples: dict[str, list[_Sample]] = {}
     images = 0
@@ -106,7 +105,7 @@ def _list_archive(
             listing.ignored += 1  # a link, a device or a pipe has no bytes of its own
         elif suffix.lower() in COLUMNS:
             _add_column(samples, stem, suffix.lower(), _column(file, member, suffix.lower(), size), left_out)
-        elif is_image_name(base) or _starts_like_an_image(file, member):
+        elif is_image_name(base) or (not member.sparse and starts_like_an_image(file, member.offset_data, member.size)):
             place = f"{archive}@{member.offset}" if member.sparse else f"{archive}@{member.offset_data}+{member.size}"
             _sample_for(samples, stem, suffix.lower()).images.append((place, member.size))
             images += 1
@@ -204,13 +203,6 @@ def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> 
     if suffix == ".cls" and re.fullmatch(r"\s*-?\d{1,18}\s*", text, re.ASCII):
         return int(text), ""
     return text, ""
-
-
-def _starts_like_an_image(file: BinaryIO, member: tarfile.TarInfo) -> bool:
-    if member.sparse:
-        return False
-    file.seek(member.offset_data)
-    return identify(file.read(min(64, member.size))) is not None
 
 
 def _with_holes(file: BinaryIO, header: int, size: int) -> bytes:

@@ -13,7 +13,7 @@ from support.small_store import picture, write_pictures
 
 from fastvae.data.images.errors import ImageError
 from fastvae.data.rows import SourceFile
-from fastvae.data.sources import remote as remote_source
+from fastvae.data.sources import open as opening
 from fastvae.data.sources import storage as file_systems
 from fastvae.data.sources.folder import list_folder
 from fastvae.data.sources.open import open_source
@@ -271,8 +271,8 @@ class KeepsTheScheme:
 
 @pytest.mark.parametrize("name", ["{0..1}.tar", "*.tar"])
 def test_a_system_whose_paths_are_urls_has_the_same_places(monkeypatch, name):
-    monkeypatch.setattr(remote_source, "open_remote", lambda url: file_systems.RemoteStorage(url, KeepsTheScheme()))
-    where, places = remote_source.located([f"https://host/x/{name}"])
+    monkeypatch.setattr(opening, "open_remote", lambda url: file_systems.RemoteStorage(url, KeepsTheScheme()))
+    where, places = opening.locate_files([f"https://host/x/{name}"])
     assert places == ["0.tar", "1.tar"]
     assert where.path(places[1]) == "https://host/x/1.tar"
     with pytest.raises(OSError, match="Not a path under"):
