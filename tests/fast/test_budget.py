@@ -1,6 +1,5 @@
 """Launches and bytes of the full Stable Diffusion network, counted on fake CUDA tensors, and held."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,11 @@ from fastvae_kernels.shared.runtime import INTERPRETED
 from support.traffic import counted
 
 import fastvae
+from bench.timing import roofline
 from fastvae.fast import cost_trace as trace
 from fastvae.fast import explain
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import roofline  # noqa: E402
-
 LIMITS = {"encoder": (105, 0.40), "decoder": (136, 0.38)}
 
 
