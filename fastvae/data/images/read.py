@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, BinaryIO
 from fastvae.data.images.colour import mend_transparency, to_srgb
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.formats import damaged_png_chunk, describe_refused, ends_early, has_late_png_text, identify
-from fastvae.data.images.simplejpeg import decoded_by_simplejpeg
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -202,7 +201,7 @@ def _decode(
         with _parsing(lambda: data, image_format, name):
             if image_format == "JPEG":
                 orientation = _orientation(image, flags)
-                image = _jpeg(image, data, cover, orientation)
+                _load_jpeg(image, cover, orientation)
             else:
                 if getattr(image, "is_animated", False):
                     if animated == "skip":
@@ -219,16 +218,12 @@ def _decode(
     return Picture(rgb, original_hw, tuple(flags), opacity)
 
 
-def _jpeg(image: Image.Image, data: bytes, cover: tuple[int, int] | None, orientation: int) -> Image.Image:
-    """The pixels of an opened JPEG, as stored, at the smallest scale that covers (height, width) once upright."""
+def _load_jpeg(image: Image.Image, cover: tuple[int, int] | None, orientation: int) -> None:
+    """Decode an opened JPEG, as stored, at the smallest scale that covers (height, width) once upright."""
     if cover is not None:
         height, width = cover[::-1] if orientation >= 5 else cover
         image.draft(None, (width, height))
-    quick = decoded_by_simplejpeg(image, data)
-    if quick is not None:
-        return quick
     image.load()
-    return image
 
 
 @contextlib.contextmanager
