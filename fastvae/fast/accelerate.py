@@ -11,7 +11,6 @@ import contextlib
 import threading
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -26,20 +25,6 @@ from fastvae.latents.autoencoder import ACCELERATED
 Model = TypeVar("Model")
 # Held while forwards are exchanged: calls need none, since each finds either the one or the other.
 LOCK = threading.RLock()
-
-
-@dataclass(eq=False)
-class Block:
-    """One ``with accelerated``, and what the model and its parts go back to."""
-
-    vae: nn.Module
-    inside: list[nn.Module]
-    before: FastPath | None
-    parts: list[nn.Module]
-
-
-# Those not left yet, in the order in which they were entered.
-OPEN: list[Block] = []
 
 
 def accelerate(
@@ -93,33 +78,23 @@ def accelerated(vae_or_pipe: Model, precision: Literal["fast", "exact"] = "fast"
     """``with fastvae.accelerated(vae):`` accelerates inside the block alone; ``vae_or_pipe`` is what it gives.
 
     The arguments are those of ``accelerate``. After the block, left by an exception or not, the model is as it was
-    before: stock, or accelerated with what settings, counts and packed copies it had. Blocks may be nested, and left in
-    any order: the last one gives back what was before the first. The settings are the model's and not the thread's:
-    those of the block entered last. Raises what ``accelerate`` raises, before anything has changed.
+    before: stock, or accelerated with what settings, counts and packed copies it had. Blocks may be nested, and must be
+    left in reverse order: each restores what it found when it was entered. The settings are the model's and not the
+    thread's. Raises what ``accelerate`` raises, before anything has changed.
     """
     vae = vae_of(vae_or_pipe)
     with LOCK:
         before = vars(vae).get(ACCELERATED)
-        parts = [part for part in _parts(vae) if vars(part).get(ACCELERATED) is before]
+        fast_before = [part for part in _parts(vae) if vars(part).get(ACCELERATED) is before]
         accelerate(vae, precision, **settings)
-        OPEN.append(block := Block(vae, list(_parts(vae)), before, parts))
+        inside = list(_parts(vae))
     try:
         yield vae_or_pipe
     finally:
         with LOCK:
-            _leave(block)
-
-
-def _leave(block: Block) -> None:
-    place = OPEN.index(block)
-    later = next((other for other in OPEN[place + 1 :] if other.vae is block.vae), None)
-    del OPEN[place]
-    if later is not None:  # entered inside this one, as by another thread, and left after it
-        later.before, later.parts = block.before, block.parts
-        return
-    _take_off(block.vae, *_parts(block.vae), *block.inside)  # a part may have been exchanged inside
-    if block.before is not None:
-        _put_in_place(block.vae, block.before, block.parts)
+            _take_off(vae, *_parts(vae), *inside)  # a part may have been exchanged inside the block
+            if before is not None:
+                _put_in_place(vae, before, fast_before)
 
 
 def _put_in_place(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) -> None:

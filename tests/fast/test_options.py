@@ -222,26 +222,6 @@ def test_an_exception_ends_a_block_as_well(before):
     assert settings(vae) == before
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], ids=str)
-@pytest.mark.parametrize("before", [None, ("fast", True, False)], ids=["stock", "accelerated"])
-def test_blocks_left_in_any_order_leave_nothing_behind(before, order):
-    """As those of threads are: the settings are those of the block entered last, until the model is as it was."""
-    vae, another = tiny() if before is None else fastvae.accelerate(tiny(), deterministic=True), tiny()
-    given = [{"precision": "exact"}, {}, {"freeze": True}]
-    found = [("exact", False, False), ("fast", False, False), ("fast", False, True)]
-    blocks = [fastvae.accelerated(vae, **options) for options in given]
-    with fastvae.accelerated(another, freeze=True):
-        for block in blocks:
-            block.__enter__()
-        left = [0, 1, 2]
-        for number in order:
-            blocks[number].__exit__(None, None, None)
-            left.remove(number)
-            assert settings(vae) == (found[left[-1]] if left else before)
-        assert settings(another) == ("fast", False, True)
-    assert settings(another) is None
-
-
 def test_a_block_gives_back_a_part_that_was_taken_out_inside():
     vae = tiny()
     encoder, decoder = vae.encoder, vae.decoder
