@@ -35,7 +35,7 @@ def in_channels_last(*values):
 @pytest.mark.parametrize("shape", CONFIGS)
 def test_a_cpu_is_as_accurate_as_eager(shape, hand, dtype, onednn, monkeypatch):
     if not onednn:
-        for module in ("derived", "in_place"):
+        for module in ("packed_weights", "cpu_pass"):
             monkeypatch.setattr(f"fastvae.fast.{module}.takes_onednn", lambda weight: False)
     vae = small_model(shape, hand).to(dtype)
     x, z = pixels(vae), latents(vae)
