@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from PIL import Image, ImageOps
+from support.accuracy import assert_as_accurate
 
 import fastvae
 
