@@ -25,8 +25,7 @@ from fastvae.system.terminal import first_few
 COLUMNS = (".txt", ".json", ".cls")
 MOST_COLUMN_BYTES = 2**20
 BLOCK = 512
-# A member of holes has no run of bytes to read: its place is that of its header, without a length.
-MEMBER_PLACE = re.compile(r"(.*)@(\d+)(?:\+(\d+))?", re.DOTALL | re.ASCII)
+MEMBER_PLACE = re.compile(r"(.*)@(\d+)\+(\d+)", re.DOTALL | re.ASCII)
 # What Python's reader of headers raises on hostile ones; nothing broader is caught.
 HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError)
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -58,10 +57,11 @@ class TarSource:
                     _list_archive(file, archive, size, mtime_ns, listing, left_out)
             except OSError as error:
                 raise ValueError(f"src names {archive}, which cannot be read: {error.strerror or error}") from error
-        if not listing.files:
-            said = f"; not to be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
-            raise ValueError(f"no images in {self.name} ({listing.ignored} other members passed over){said}")
         listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
+        if not listing.files:
+            why = f"; not to be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
+            why += "".join(f"; {note}" for note in listing.notes)
+            raise ValueError(f"no images in {self.name} ({listing.ignored} other members passed over){why}")
         listing.deduplicate_keys()
         return listing
 
@@ -70,18 +70,15 @@ class TarSource:
         found = MEMBER_PLACE.fullmatch(file.place)
         if found is None:
             raise ImageError("unreadable", f"{file.key} has no place in an archive: {file.place!r}")
-        archive, offset = found[1], int(found[2])
+        archive, offset, length = found[1], int(found[2]), int(found[3])
         check_bytes(file.size, max_pixels, file.key)
         with unreadable(file.key):
             size, mtime_ns = self._storage.status(archive)
             if mtime_ns != file.mtime_ns:  # its offsets may lead to another image
                 raise ImageError("unreadable", f"{file.key}: {archive} was changed since it was listed")
             with self._storage.open(archive) as opened:
-                if found[3] is None:
-                    data = _with_holes(opened, offset, size)
-                else:
-                    opened.seek(offset)
-                    data = Bounded(opened, size).read(int(found[3]))
+                opened.seek(offset)
+                data = Bounded(opened, size).read(length)
         if len(data) != file.size:
             raise ImageError("truncated", f"{file.key} ends beyond the end of {archive}")
         return data
@@ -103,10 +100,14 @@ def _list_archive(
             continue
         if not member.isreg() or base.startswith(".") or member.size < 0:
             listing.ignored += 1  # a link, a device or a pipe has no bytes of its own
+        elif member.sparse is not None:
+            # Its bytes without the holes are another file's, and no writer of training tars makes such members.
+            listing.ignored += 1
+            left_out["stored without their holes (tar --sparse) are not read"] += 1
         elif suffix.lower() in COLUMNS:
             _add_column(samples, stem, suffix.lower(), _column(file, member, suffix.lower(), size), left_out)
-        elif is_image_name(base) or (not member.sparse and starts_like_an_image(file, member.offset_data, member.size)):
-            place = f"{archive}@{member.offset}" if member.sparse else f"{archive}@{member.offset_data}+{member.size}"
+        elif is_image_name(base) or starts_like_an_image(file, member.offset_data, member.size):
+            place = f"{archive}@{member.offset_data}+{member.size}"
             _sample_for(samples, stem, suffix.lower()).images.append((place, member.size))
             images += 1
         else:
@@ -189,7 +190,7 @@ def _add_rows(listing: Listing, left_out: Counter[str], stem: str, groups: list[
 
 def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> tuple[Any, str]:
     """(the value, "") of a column's member, or (None, why it is left out)."""
-    if member.size > MOST_COLUMN_BYTES or member.sparse:
+    if member.size > MOST_COLUMN_BYTES:
         return None, f"larger than {MOST_COLUMN_BYTES} bytes are left out of the columns"
     if member.offset_data + member.size > size:
         return None, "cut by the end of their archive are left out of the columns"
@@ -203,14 +204,3 @@ def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> 
     if suffix == ".cls" and re.fullmatch(r"\s*-?\d{1,18}\s*", text, re.ASCII):
         return int(text), ""
     return text, ""
-
-
-def _with_holes(file: BinaryIO, header: int, size: int) -> bytes:
-    file.seek(header)
-    try:
-        archive = tarfile.TarFile(fileobj=Bounded(file, size), mode="r", encoding="utf-8")
-        member = archive.next()
-        opened = archive.extractfile(member) if member is not None else None
-        return opened.read() if opened is not None else b""
-    except HEADER_ERRORS:
-        return b""
