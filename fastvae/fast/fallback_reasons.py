@@ -18,7 +18,7 @@ from fastvae.fast.layer_checks import Reason as Reason
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_COLOURS, MOST_HEAD_CHANNELS = 8, 512
 # Attention processors that compute softmax(q k^T / sqrt(d)) v and nothing beside it.
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
+BUILT_IN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
 
 # The files of diffusers' and fastvae's models whose forwards are known.
 VAE, BLOCKS = "autoencoders.vae", "unets.unet_2d_blocks"
@@ -98,7 +98,9 @@ def why_not_resnet(block: Layer, like: Tensor) -> Reason | None:
 def why_not_attention(attention: Layer, like: Tensor) -> Reason | None:
     """Why an attention layer cannot be fused."""
     processor = getattr(attention, "processor", None)
-    if type(processor).__name__ not in PROCESSORS or not layers.known_forward(type(processor), ATTENTION, "__call__"):
+    if type(processor).__name__ not in BUILT_IN_PROCESSORS or not layers.known_forward(
+        type(processor), ATTENTION, "__call__"
+    ):
         return Reason.PROCESSOR
     if not {name for name, _ in attention.named_children()} <= ATTENTION_LAYERS:
         return Reason.UNSUPPORTED_LAYER

@@ -13,13 +13,13 @@ import torch
 from fastvae.checkpoints.loading import TINY
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.store import Store
+from fastvae.fast.fallback_reasons import BUILT_IN_PROCESSORS
 from fastvae.system.atomic_files import sha256_of
 from fastvae.system.terminal import print_stderr
 
-BUILT_IN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
-BUILT_IN_MODULES = ("fastvae.models.attention_processor", "diffusers.models.attention_processor")
-
-
+# Modules whose attention processors are known, by fastvae and by diffusers.
+PROCESSOR_MODULES = ("fastvae.models.attention_processor", "diffusers.models.attention_processor")
+# Weights that make latents; the decoder's do not.
 ENCODER_PARTS = ("encoder.", "quant_conv.", "bn.")
 
 
@@ -172,7 +172,7 @@ def _check_processors(encoder: torch.nn.Module, kind: str) -> None:
         found = type(processor)  # the class itself: what a subclass computes is not known
         if processor is None:
             continue
-        if found.__name__ not in BUILT_IN_PROCESSORS or found.__module__ not in BUILT_IN_MODULES:
+        if found.__name__ not in BUILT_IN_PROCESSORS or found.__module__ not in PROCESSOR_MODULES:
             raise ValueError(
                 f"vae must compute attention by a built-in processor ({', '.join(BUILT_IN_PROCESSORS)}), got {kind} "
                 f"with {found.__name__} at encoder.{name}: the store's identity could not tell its latents apart"
