@@ -132,17 +132,17 @@ def encode(
     listing = source.listing(exclude=out)
     model, made_with = load_model(vae, subfolder, revision)
     table = Buckets.named(buckets, pixel_multiple(model))
-    storing = RowFormat(posterior, store_dtype, logvar, seed)
+    row_format = RowFormat(posterior, store_dtype, logvar, seed)
     factor, channels = downsample_factor(model), int(model.config.latent_channels)
-    wanted = Settings(dtype, storing, table, kinds, alpha, factor, channels, place, animated)
+    wanted = Settings(dtype, row_format, table, kinds, alpha, factor, channels, place, animated)
     settings = with_dtype(Path(out), wanted)
     check_memory(model, settings, batch)
     listed = {file.key: file.place for file in listing.files}
-    reading = ImageReader(source, table, kinds, alpha, factor, max_pixels, listed, animated)
+    reader = ImageReader(source, table, kinds, alpha, factor, max_pixels, listed, animated)
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
-    files = with_sha256(listing.files[:limit], reading) if hash == "full" else listing.files[:limit]
+    files = with_sha256(listing.files[:limit], reader) if hash == "full" else listing.files[:limit]
     job = _Encode(
-        Path(out), model, made_with, settings, reading, listing, files, identity, layout=layout, retry=retry_failed
+        Path(out), model, made_with, settings, reader, listing, files, identity, layout=layout, retry=retry_failed
     )
     # Everything that can be refused is refused before OUT is touched, and once more by whoever holds its lock.
     existing = _foreseen(job)
@@ -151,8 +151,8 @@ def encode(
         report.notes.append("no image of the source has failed before: there is nothing that --retry-failed could try")
     if dry_run:
         return _planned(job, existing, report)
-    manner = RunOptions(batch, workers, on_error, max_failures, deterministic, progress)
-    run_job(job, manner, report, lambda leases: _plan(job, leases, shard_mb, report))
+    options = RunOptions(batch, workers, on_error, max_failures, deterministic, progress)
+    run_job(job, options, report, lambda leases: _plan(job, leases, shard_mb, report))
     return report
 
 
@@ -166,8 +166,8 @@ def _foreseen(job: _Encode) -> Store | None:
     if existing is not None:
         commits = existing.commits()
         done = sum(len(unit.rows) for unit in existing.units() if unit.number not in commits)
-        files = files_to_encode(existing, job.listing.files, job.files, job.reading, job.retry)
-    count = done + len(files) * job.reading.variants.count
+        files = files_to_encode(existing, job.listing.files, job.files, job.reader, job.retry)
+    count = done + len(files) * job.reader.variants.count
     # The images' buckets are not known yet: at least this much.
     check_room(job.out, count * min(map(job.settings.row_size, job.settings.buckets.sizes)))
     return existing
@@ -183,7 +183,7 @@ def _plan(job: _Encode, leases: Leases, shard_mb: float, report: EncodeReport) -
     """The store with a plan for every file, and the units without a commit; by the holder of the lock."""
     store = Store.create_or_open(job.out, job.identity, job.layout, leases)
     orphan_records(store)
-    fresh = plan_rows(files_to_encode(store, job.listing.files, job.files, job.reading, job.retry), job.reading)
+    fresh = plan_rows(files_to_encode(store, job.listing.files, job.files, job.reader, job.retry), job.reader)
     check_room(job.out, sum(job.settings.row_size(bucket) for bucket, _ in fresh))
     store.extend_plan(fresh, rows_per_unit(job.settings, shard_mb), job.files)
     commits = store.commits(whole=True)
@@ -198,8 +198,8 @@ def _planned(job: _Encode, existing: Store | None, report: EncodeReport) -> Enco
     commits = existing.commits() if existing is not None else {}
     report.resumed = sum(commit.rows for commit in commits.values())
     counts = count_by_bucket([unit for unit in existing.units() if unit.number not in commits] if existing else [])
-    files = files_to_encode(existing, job.listing.files, job.files, job.reading, job.retry) if existing else job.files
-    for bucket, row in plan_rows(files, job.reading):
+    files = files_to_encode(existing, job.listing.files, job.files, job.reader, job.retry) if existing else job.files
+    for bucket, row in plan_rows(files, job.reader):
         counts[bucket] = counts.get(bucket, 0) + 1
         report.unreadable_headers += not all(row.original_hw)
     report.planned = {size_name(bucket): count for bucket, count in counts.items()}

@@ -66,7 +66,7 @@ class Encoding:
     """What encodes: the model, how rows are stored, and how many a step takes."""
 
     encoder: MomentEncoder
-    storing: RowFormat
+    row_format: RowFormat
     batches: BatchSizes
 
 
@@ -80,16 +80,16 @@ def chunks_of(units: Iterable[Unit], batches: BatchSizes) -> Iterator[Chunk]:
             start = stop
 
 
-def decode_chunk(chunk: Chunk, reading: ImageReader) -> Chunk:
+def decode_chunk(chunk: Chunk, reader: ImageReader) -> Chunk:
     """Read and crop the chunk's rows, neighbours of one file at once; those that cannot be used become failures."""
     started = time.perf_counter()
     key, found = None, None
     for row in chunk.planned:
         if row.file.key != key:
-            key, found = row.file.key, _read(chunk, row, reading)
+            key, found = row.file.key, _read(chunk, row, reader)
         if isinstance(found, Picture):
-            pixels, crop = to_bucket(found, chunk.unit.bucket, reading.variants, row.variant, row.file.key)
-            mask = reading.mask(found, chunk.unit.bucket, row.variant, row.file.key)
+            pixels, crop = to_bucket(found, chunk.unit.bucket, reader.variants, row.variant, row.file.key)
+            mask = reader.mask(found, chunk.unit.bucket, row.variant, row.file.key)
             chunk.decoded.append(Decoded(row, pixels, found.original_hw, crop, mask))
         elif found is not None:
             chunk.failures.append(Failure(row.file.key, found.reason, found.detail, row.variant))
@@ -97,9 +97,9 @@ def decode_chunk(chunk: Chunk, reading: ImageReader) -> Chunk:
     return chunk
 
 
-def _read(chunk: Chunk, row: PlannedRow, reading: ImageReader) -> Picture | ImageError:
+def _read(chunk: Chunk, row: PlannedRow, reader: ImageReader) -> Picture | ImageError:
     try:
-        picture = reading.picture(row.file, chunk.unit.bucket)
+        picture = reader.picture(row.file, chunk.unit.bucket)
     except ImageError as error:
         return error
     chunk.flags.update(picture.flags)
@@ -134,14 +134,14 @@ def start_in_parts(pixels: np.ndarray, bucket: tuple[int, int], encoding: Encodi
     return Finished(np.concatenate([moments for moments, _ in parts]), sum(redone for _, redone in parts))
 
 
-def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: RowFormat) -> Chunk:
+def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, row_format: RowFormat) -> Chunk:
     """Collect the chunk's latents; rows that are not finite even in fp32, or overflow the store, become failures."""
     started = time.perf_counter()
     if pending is not None:
         moments, chunk.redone = pending.result()
         for item, values in zip(chunk.decoded, moments, strict=True):
             key, variant = item.row.name
-            stored = storing.split(values, key, variant)
+            stored = row_format.split(values, key, variant)
             if isinstance(stored, str):
                 chunk.failures.append(Failure(key, stored, f"the latent of {key} {MESSAGES[stored]}", variant))
                 continue
@@ -153,13 +153,13 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, storing: RowF
 
 
 def encoded_chunks(
-    chunks: Iterator[Chunk], reading: ImageReader, encoding: Encoding, workers: int, threads: int
+    chunks: Iterator[Chunk], reader: ImageReader, encoding: Encoding, workers: int, threads: int
 ) -> Generator[Chunk, None, None]:
     """The chunks, encoded, in their own order. Any error in a thread is raised here, after the others have stopped."""
 
     def whole(chunk: Chunk) -> Chunk:
-        decode_chunk(chunk, reading)
-        return finish_chunk(chunk, start_chunk(chunk, encoding), encoding.storing)
+        decode_chunk(chunk, reader)
+        return finish_chunk(chunk, start_chunk(chunk, encoding), encoding.row_format)
 
     if encoding.encoder.device.type == "cpu":
         before = torch.get_num_threads()
@@ -172,10 +172,10 @@ def encoded_chunks(
         return
     ahead: tuple[Chunk, Pending | Finished | None] | None = None
     with quiet_pillow():
-        for chunk in ordered_map(lambda chunk: decode_chunk(chunk, reading), chunks, workers):
+        for chunk in ordered_map(lambda chunk: decode_chunk(chunk, reader), chunks, workers):
             pending = start_chunk(chunk, encoding)
             if ahead is not None:
-                yield finish_chunk(*ahead, encoding.storing)
+                yield finish_chunk(*ahead, encoding.row_format)
             ahead = chunk, pending
         if ahead is not None:
-            yield finish_chunk(*ahead, encoding.storing)
+            yield finish_chunk(*ahead, encoding.row_format)

@@ -19,7 +19,7 @@ HEADER_THREADS = 16
 
 
 def files_to_encode(
-    store: Store, listed: list[SourceFile], files: list[SourceFile], reading: ImageReader, retry: bool = False
+    store: Store, listed: list[SourceFile], files: list[SourceFile], reader: ImageReader, retry: bool = False
 ) -> list[SourceFile]:
     """Those of ``files`` that need a unit, among them failures whose cause may be gone.
 
@@ -38,8 +38,8 @@ def files_to_encode(
         if retry:
             return True
         if failure.reason == "unreadable":
-            return reading.opens(by_key[failure.key])
-        return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reading.max_pixels)
+            return reader.opens(by_key[failure.key])
+        return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reader.max_pixels)
 
     return store.fresh(files, again)
 
@@ -60,22 +60,22 @@ def orphan_records(store: Store) -> list[Path]:
     return records
 
 
-def with_sha256(files: Sequence[SourceFile], reading: ImageReader) -> list[SourceFile]:
+def with_sha256(files: Sequence[SourceFile], reader: ImageReader) -> list[SourceFile]:
     """``files`` with the sha256 of their bytes, all of which are read for it."""
-    digests = ordered_map(reading.sha256, files, HEADER_THREADS)
+    digests = ordered_map(reader.sha256, files, HEADER_THREADS)
     return [replace(file, sha256=digest) for file, digest in zip(files, digests, strict=True)]
 
 
-def plan_rows(files: Sequence[SourceFile], reading: ImageReader) -> list[tuple[Size, PlannedRow]]:
+def plan_rows(files: Sequence[SourceFile], reader: ImageReader) -> list[tuple[Size, PlannedRow]]:
     """Every variant of ``files`` with its bucket, the buckets in the table's order, by what the headers say.
 
     An image whose header cannot be used is planned all the same, so that its unit quarantines it.
     """
-    order = {size: number for number, size in enumerate(reading.buckets.sizes)}
+    order = {size: number for number, size in enumerate(reader.buckets.sizes)}
     rows = []
-    for file, size in zip(files, ordered_map(reading.size, files, HEADER_THREADS), strict=True):
-        bucket = reading.bucket_of(size)
-        rows += [(bucket, PlannedRow(file, variant, size)) for variant in range(reading.variants.count)]
+    for file, size in zip(files, ordered_map(reader.size, files, HEADER_THREADS), strict=True):
+        bucket = reader.bucket_of(size)
+        rows += [(bucket, PlannedRow(file, variant, size)) for variant in range(reader.variants.count)]
     return sorted(rows, key=lambda row: order[row[0]])  # stable: within a bucket the files keep their order
 
 

@@ -117,11 +117,11 @@ def repair(
     _check_source(_served(there, bad), again, job)
     check_memory(job.model, job.settings, batch)
     report = result.report = job.report()
-    result.missing = len(failed.difference(job.reading.listed or {}))
+    result.missing = len(failed.difference(job.reader.listed or {}))
     result.retried = len(again) - result.missing
-    manner = RunOptions(batch, workers, "quarantine", max_failures, deterministic, progress)
+    options = RunOptions(batch, workers, "quarantine", max_failures, deterministic, progress)
 
-    run_job(job, manner, report, lambda leases: _plan(job, leases, {*bad, *begun}, report), again=bad)
+    run_job(job, options, report, lambda leases: _plan(job, leases, {*bad, *begun}, report), again=bad)
     return result
 
 
@@ -149,7 +149,7 @@ def _job(
     Store.check(store.path, identity)
     check_layout(store, layout_of(model, made_with, settings))
     listed = {file.key: file.place for file in listing.files}
-    reading = ImageReader(
+    reader = ImageReader(
         source,
         settings.buckets,
         settings.variants,
@@ -160,7 +160,7 @@ def _job(
         settings.animated,
     )
     files = [file for file in listing.files if file.key in failed]
-    return EncodeJob(store.path, model, made_with, settings, reading, listing, files, identity)
+    return EncodeJob(store.path, model, made_with, settings, reader, listing, files, identity)
 
 
 def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
@@ -193,20 +193,20 @@ def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], jo
     none of those that ``failed`` is: nothing would be done.
     """
     places = [(key, file.place) for key, file in planned.items()]
-    there = job.reading.listed or {}
+    there = job.reader.listed or {}
     if failed and not places and there.keys().isdisjoint(failed):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(failed)} that failed is in "
-            f"{job.reading.source.name}"
+            f"{job.reader.source.name}"
         )
     if places and not any(there.get(key) == place for key, place in places):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(places)} that are damaged is in "
-            f"{job.reading.source.name}"
+            f"{job.reader.source.name}"
         )
     files = [file for file in job.listing.files if file.key in planned]
     if any(file.sha256 for file in planned.values()):
-        files = with_sha256(files, job.reading)
+        files = with_sha256(files, job.reader)
     if other := [file.key for file in files if not file.is_same_as(planned[file.key])]:
         raise ValueError(
             f"src must hold the images as they were planned: {len(other)} of {len(places)} in damaged units have "
@@ -220,7 +220,7 @@ def _plan(job: EncodeJob, leases: Leases, again: Collection[int], report: Encode
     _delete_unplanned(store, leases)
     todo = [unit for unit in store.units() if unit.number in again]
     check_buckets(todo, job.settings, job.out)
-    fresh = plan_rows(job.files, job.reading)
+    fresh = plan_rows(job.files, job.reader)
     buckets = [unit.bucket for unit in todo for _ in unit.rows] + [bucket for bucket, _ in fresh]
     check_room(job.out, sum(map(job.settings.row_size, buckets)))
     report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in again)

@@ -47,7 +47,7 @@ class EncodeJob:
     model: Any
     made_with: dict[str, Any]
     settings: Settings
-    reading: ImageReader
+    reader: ImageReader
     listing: Listing
     files: list[SourceFile]
     identity: dict[str, Any]
@@ -74,7 +74,7 @@ class RunOptions:
 
 def run_job(
     job: EncodeJob,
-    manner: RunOptions,
+    options: RunOptions,
     report: EncodeReport,
     plan: Callable[[Leases], tuple[Store, list[Unit]]],
     again: Collection[int] | None = None,
@@ -90,18 +90,18 @@ def run_job(
             leases = held.enter_context(Leases(job.out / "leases"))
             store, todo = plan(leases)
             leases.sweep(keep={unit.lease for unit in todo})
-        encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, manner.deterministic)
-        batches = BatchSizes(manner.batch, encoder)
-        encoding = Encoding(encoder, settings.storing, batches)
-        run = Run(store, leases, settings, job.reading, encoding, report, manner.on_error, manner.progress, again)
+        encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, options.deterministic)
+        batches = BatchSizes(options.batch, encoder)
+        encoding = Encoding(encoder, settings.row_format, batches)
+        run = Run(store, leases, settings, job.reader, encoding, report, options.on_error, options.progress, again)
         if todo and (wrong := check_fast_path(encoder)):
             print_stderr(f"fastvae: {wrong}\n")
             report.notes.append(wrong)
-        choose_workers(report, batches, encoder, count_by_bucket(todo), manner.workers)
+        choose_workers(report, batches, encoder, count_by_bucket(todo), options.workers)
         announce(run, todo, job.made_with["vae"], free_bytes(job.out))
         execute(run, todo)
         with locked(job.out):
-            finish(run, manner.max_failures)
+            finish(run, options.max_failures)
 
 
 def check_amounts(batch: int | str, workers: int | str, max_failures: str | float | int, max_pixels: int) -> None:
@@ -141,7 +141,7 @@ def announce(run: Run, todo: list[Unit], source: str, free: int) -> None:
     batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
     verb = "encode" if run.again is None else "repair"
     print_stderr(
-        f"{verb}  {source}  {report.dtype}{error}  {settings.storing.posterior}  {table}  "
+        f"{verb}  {source}  {report.dtype}{error}  {settings.row_format.posterior}  {table}  "
         f"{sum(counts.values())} {what}  ~{format_bytes(needed)} (free {format_bytes(free)})  "
         f"{report.workers} workers of batch {batch}\n"
     )
@@ -157,7 +157,7 @@ def _measured_error(run: Run, todo: list[Unit]) -> float | None:
     bucket, batch = todo[0].bucket, run.encoding.batches.size_for(todo[0].bucket)
     rows = ((unit, row) for unit in todo if unit.bucket == bucket for row in unit.rows)
     for unit, row in itertools.islice(rows, batch + TRIED_IN_VAIN):
-        chunk = decode_chunk(Chunk(unit, (row,), True), run.reading)
+        chunk = decode_chunk(Chunk(unit, (row,), True), run.reader)
         pixels += [item.pixels for item in chunk.decoded]
         if len(pixels) == batch:
             break

@@ -28,23 +28,23 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
     It must state what store.json's ``facts`` say. Of a row the checksum fits, all is finite, the number is its key's,
     and size and crop, over which no checksum goes, are those that follow from the plan.
     """
-    storing, planned = settings.storing, {row.name: row for row in unit.rows}
+    row_format, planned = settings.row_format, {row.name: row for row in unit.rows}
     latent = (settings.latent_channels, *(side // settings.factor for side in unit.bucket))
     try:
         if not_a_file(shard):
             return {}
         check_stated(shard, facts, unit.bucket)
         names = read_names(shard)
-        columns = map_shard(shard, latent, storing.logvar_dtype is not None, settings.alpha == "mask").arrays
+        columns = map_shard(shard, latent, row_format.logvar_dtype is not None, settings.alpha == "mask").arrays
         with safe_open(os.fspath(shard), framework="np") as opened:
             checksums = opened.get_tensor("row_crc32").tolist()
     except (StoreError, SafetensorError, ValueError, TypeError, OSError):
         return {}
     large = [columns.get(name) for name in SUMMED]
     means, logvars, *_ = large
-    if means is None or not len(names) == len(checksums) == len(means) or means.dtype != STORED[storing.mean]:
+    if means is None or not len(names) == len(checksums) == len(means) or means.dtype != STORED[row_format.mean]:
         return {}
-    if logvars is not None and logvars.dtype != STORED[str(storing.logvar_dtype)]:
+    if logvars is not None and logvars.dtype != STORED[str(row_format.logvar_dtype)]:
         return {}
     rows = {}
     for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):

@@ -33,7 +33,7 @@ class Settings:
     """What decides a store's identity, the model apart. ``dtype`` None: not decided yet."""
 
     dtype: str | None
-    storing: RowFormat
+    row_format: RowFormat
     buckets: Buckets
     variants: Variants
     alpha: str
@@ -46,7 +46,12 @@ class Settings:
         """About how many bytes a row of ``bucket`` takes in the store."""
         height, width = (side // self.factor for side in bucket)
         return row_bytes(
-            self.latent_channels, height, width, self.storing.mean, self.storing.logvar_dtype, self.alpha == "mask"
+            self.latent_channels,
+            height,
+            width,
+            self.row_format.mean,
+            self.row_format.logvar_dtype,
+            self.alpha == "mask",
         )
 
 
@@ -100,7 +105,7 @@ def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
         "model": model_identity(model),
         "numerics": {
             "dtype": settings.dtype,
-            **settings.storing.identity(),
+            **settings.row_format.identity(),
             "tiling": None,
         },
         "preprocess": preprocess_identity(settings.buckets, settings.variants, settings.alpha, settings.animated),

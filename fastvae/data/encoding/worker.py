@@ -41,7 +41,7 @@ class Run:
     store: Store
     leases: Leases
     settings: Settings
-    reading: ImageReader
+    reader: ImageReader
     encoding: Encoding
     report: EncodeReport
     on_error: str
@@ -128,7 +128,7 @@ def _take_over_one(run: Run, others: list[Unit], bar: tqdm) -> bool:
 def _encode(run: Run, units: Iterator[Unit], bar: tqdm) -> None:
     report = run.report
     chunks = chunks_of(units, run.encoding.batches)
-    encoded = encoded_chunks(chunks, run.reading, run.encoding, report.workers, report.threads_per_worker)
+    encoded = encoded_chunks(chunks, run.reader, run.encoding, report.workers, report.threads_per_worker)
     # Left from right to left: the threads end, then the units that are complete are written, whatever happened.
     with BackgroundWriter() as writer, contextlib.closing(encoded) as done:
         gathered: list[Chunk] = []
@@ -170,7 +170,7 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
             flags=dict(flags),
             seconds=round(sum(chunk.decode_seconds + chunk.encode_seconds for chunk in gathered), 3),
             versions={"fastvae": __version__, "torch": str(torch.__version__)},
-            max_pixels=int(run.reading.max_pixels),
+            max_pixels=int(run.reader.max_pixels),
         )
         run.leases.release(unit.lease)
         report.add(commit, kept)

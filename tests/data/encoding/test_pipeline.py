@@ -137,7 +137,7 @@ class Launches:
 
 
 @pytest.fixture
-def reading(tmp_path):
+def reader(tmp_path):
     write_pictures(tmp_path / "in", 7)
     (tmp_path / "in" / "003.png").write_bytes(b"spoilt")
     return ImageReader(open_source(tmp_path / "in"), Buckets.named(SIDE, 8), Variants(), "white", 8, 10**6)
@@ -148,22 +148,22 @@ def real():
     return MomentEncoder(small_vae(), "fp32", torch.device("cpu"))
 
 
-def one_unit(reading):
-    return Unit(0, (SIDE, SIDE), tuple(map(PlannedRow, reading.source.listing().files)))
+def one_unit(reader):
+    return Unit(0, (SIDE, SIDE), tuple(map(PlannedRow, reader.source.listing().files)))
 
 
-def encoded(reading, encoder, batch):
+def encoded(reader, encoder, batch):
     encoding = Encoding(encoder, RowFormat(), BatchSizes(batch, encoder))
-    units = [one_unit(reading)]
-    return list(encoded_chunks(chunks_of(units, encoding.batches), reading, encoding, 2, 1)), encoding.batches
+    units = [one_unit(reader)]
+    return list(encoded_chunks(chunks_of(units, encoding.batches), reader, encoding, 2, 1)), encoding.batches
 
 
-def test_the_way_of_a_gpu_gives_the_same_rows(reading, real):
+def test_the_way_of_a_gpu_gives_the_same_rows(reader, real):
     """One thread feeds the model batches that a pool decoded: here the model is the CPU's, under another device."""
-    keys = [row.file.key for row in one_unit(reading).rows]
+    keys = [row.file.key for row in one_unit(reader).rows]
     rows = {}
     for encoder, batch in ((real, 1), (Launches(real), 1), (Launches(real), 3)):
-        done, _ = encoded(reading, encoder, batch)
+        done, _ = encoded(reader, encoder, batch)
         assert [row.file.key for chunk in done for row in chunk.planned] == keys
         assert [chunk.last for chunk in done] == [False] * (len(done) - 1) + [True]
         assert [failure.key for chunk in done for failure in chunk.failures] == ["003.png"]
@@ -177,33 +177,33 @@ def test_the_way_of_a_gpu_gives_the_same_rows(reading, real):
         assert np.abs(row.mean - rows[False, 3][key].mean).max() <= step
 
 
-def test_a_gpu_begins_a_batch_before_the_one_before_is_collected(reading, real):
+def test_a_gpu_begins_a_batch_before_the_one_before_is_collected(reader, real):
     encoder = Launches(real)
-    encoded(reading, encoder, 2)
+    encoded(reader, encoder, 2)
     finished = [encoder.log.index(("finish", number)) for number in range(3)]
     started = [encoder.log.index(("start", number)) for number in range(1, 4)]
     assert [begin < end for begin, end in zip(started, finished, strict=True)] == [True] * 3
     assert [encoder.log.index(("start", n + 2)) > finished[n] for n in range(2)] == [True] * 2  # and no further ahead
 
 
-def test_a_batch_that_does_not_fit_is_halved_for_good(reading, real):
+def test_a_batch_that_does_not_fit_is_halved_for_good(reader, real):
     encoder = Launches(real, most=2)
-    done, batches = encoded(reading, encoder, 6)
+    done, batches = encoded(reader, encoder, 6)
     assert sorted(row.key for chunk in done for row in chunk.rows) == [f"{n:03d}.png" for n in (0, 1, 2, 4, 5, 6)]
     # Of the first six five can be read: 5 and 3 do not fit, then 2, 1 and 2 do, and later batches begin at 2.
     assert encoder.sizes == [2, 1, 2, 1]
     assert batches.halved == 2
     assert batches.as_dict() == {f"{SIDE}x{SIDE}": 2}
-    whole, _ = encoded(reading, Launches(real), 1)
+    whole, _ = encoded(reader, Launches(real), 1)
     wanted = {row.key: row.mean for chunk in whole for row in chunk.rows}
     for chunk in done:
         for row in chunk.rows:
             assert np.abs(row.mean - wanted[row.key]).max() <= np.spacing(np.abs(row.mean).max())
 
 
-def test_a_single_image_that_does_not_fit_is_an_error(reading, real):
+def test_a_single_image_that_does_not_fit_is_an_error(reader, real):
     with pytest.raises(torch.OutOfMemoryError, match="1 do not fit"):
-        encoded(reading, Launches(real, most=0), 4)
+        encoded(reader, Launches(real, most=0), 4)
 
 
 def test_automatic_batches_follow_the_memory_that_is_free(monkeypatch):

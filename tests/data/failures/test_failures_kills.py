@@ -87,10 +87,10 @@ from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.image_reader import ImageReader
 from support.small_store import SIDE, small_vae
 real = ImageReader.picture
-def picture(reading, file, bucket):
+def picture(reader, file, bucket):
     if "poison" in file.key:
         os.kill(os.getpid(), 9)
-    return real(reading, file, bucket)
+    return real(reader, file, bucket)
 ImageReader.picture = picture
 for _ in range(int(sys.argv[3])):
     child = os.fork()
