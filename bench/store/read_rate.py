@@ -28,7 +28,7 @@ from bench.timing.environment import surroundings
 from fastvae.data.rows import SourceFile
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import PlannedRow
-from fastvae.data.store.shard import Row
+from fastvae.data.store.shard import ShardRow
 from fastvae.data.store.store import Store
 
 SIDE, CHANNELS = 128, 4
@@ -65,7 +65,9 @@ def write_store(path: Path, rows: int) -> None:
         for unit in store.extend_plan([(bucket, row) for row in planned], lambda bucket: 1000):
             values = torch.randn((2, len(unit.rows), CHANNELS, SIDE, SIDE), generator=generator).half().numpy()
             made = zip(unit.rows, *values, strict=True)
-            store.commit(unit, [Row(row.file.key, mean, logvar, bucket, (0, 0, *bucket)) for row, mean, logvar in made])
+            store.commit(
+                unit, [ShardRow(row.file.key, mean, logvar, bucket, (0, 0, *bucket)) for row, mean, logvar in made]
+            )
 
 
 def reading(path: Path, batch: int, **options: Any) -> Callable[[], int]:

@@ -3,6 +3,7 @@
 autoencoder   the protocol of a VAE, its device and dtype
 pixels        any image to NCHW in [-1, 1], and back
 scaling       scale_latents, unscale_latents, and the numbers they use
+logvar_range  the range that a log-variance is clamped to
 sampling      sample_posterior: draws by seed or by generator
 cpu_sampling  the same draws on a CPU, and the key of a row's noise
 convert       encode_latents and decode_latents

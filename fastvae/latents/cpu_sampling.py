@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fastvae_kernels.parts.moments import HIGHEST, LOWEST
 from fastvae_kernels.shared.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, TURN, WORD, seed_list
 from torch import Tensor
+
+from fastvae.latents.logvar_range import LOGVAR_RANGE
 
 # Elements whose five arrays of eight bytes fit in a core's own cache, or nearly.
 BLOCK = 16384
@@ -28,7 +29,7 @@ def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
     # Row by row: what a batch in double would take is fresh memory, which costs more than the draw.
     for row, center, spread in zip(drawn, mean, logvar, strict=True):
         # In double, then rounded: torch's fp32 exponential differs between the body of a vector loop and its tail.
-        row.mul_(spread.double().clamp_(LOWEST, HIGHEST).mul_(0.5).exp_().float()).add_(center)
+        row.mul_(spread.double().clamp_(*LOGVAR_RANGE).mul_(0.5).exp_().float()).add_(center)
     return drawn
 
 

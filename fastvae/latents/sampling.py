@@ -15,6 +15,8 @@ from fastvae_kernels.shared import philox
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from torch import Tensor
 
+from fastvae.latents.logvar_range import LOGVAR_RANGE
+
 
 def sample_posterior(
     moments: Tensor,
@@ -48,7 +50,7 @@ def sample_posterior(
         noise = _randn_rows(mean, generators)
     else:
         noise = posterior_op(torch.zeros_like(moments, requires_grad=False), numbers)
-    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+    return mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise
 
 
 def check_noise(

@@ -21,6 +21,7 @@ from fastvae.fast.fast_path import FastPath
 from fastvae.fast.layer_checks import Layer, Reason
 from fastvae.fast.network_walk import Activation
 from fastvae.fast.packed_weights import is_channels_last
+from fastvae.latents.logvar_range import LOGVAR_RANGE
 
 
 class Eager:
@@ -50,7 +51,7 @@ def run_stages(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str
     mean, logvar = moments.chunk(2, dim=1)
     mean = mean.contiguous()
     yield "posterior.mean", mean
-    yield "posterior.std", logvar.clamp(-30.0, 20.0).mul(0.5).exp()
+    yield "posterior.std", logvar.clamp(*LOGVAR_RANGE).mul(0.5).exp()
     if getattr(vae, "post_quant_conv", None) is not None:
         mean = vae.post_quant_conv(mean)
         yield "post_quant_conv", mean

@@ -11,7 +11,7 @@ from PIL import Image
 from fastvae.data.rows import SourceFile
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import PlannedRow
-from fastvae.data.store.shard import Row
+from fastvae.data.store.shard import ShardRow
 from fastvae.data.store.store import Store
 from fastvae.models import AutoencoderKL
 
@@ -107,7 +107,7 @@ def write_store(
     return path
 
 
-def _row(planned: PlannedRow, bucket: tuple[int, int], encoding: str, posterior: str) -> Row:
+def _row(planned: PlannedRow, bucket: tuple[int, int], encoding: str, posterior: str) -> ShardRow:
     mean, logvar = moments_of(*planned.name, bucket)
     extent = None
     if encoding == "u8":
@@ -115,4 +115,4 @@ def _row(planned: PlannedRow, bucket: tuple[int, int], encoding: str, posterior:
         logvar = np.round((logvar - extent[0]) * (255 / (extent[1] - extent[0]))).astype(np.uint8)
     if posterior != "dist":
         logvar = extent = None
-    return Row(planned.file.key, mean, logvar, bucket, (0, 0, *bucket), planned.variant, extent)
+    return ShardRow(planned.file.key, mean, logvar, bucket, (0, 0, *bucket), planned.variant, extent)

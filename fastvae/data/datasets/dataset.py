@@ -19,6 +19,7 @@ from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import bucket_of
 from fastvae.data.store.mapped_shard import Mapped, map_shard
 from fastvae.data.store.scaling import LatentScaling
+from fastvae.data.store.shard import POSTERIORS
 from fastvae.data.store.shard_metadata import check_stated
 from fastvae.data.store.store import Store
 from fastvae.data.store.store_json import keeps_alpha
@@ -62,7 +63,7 @@ class LatentDataset(torch.utils.data.Dataset):
     ):
         self.path = Path(path)
         self.scaled = scaled
-        if posterior not in ("dist", "mean", "sample"):
+        if posterior not in POSTERIORS:
             raise ValueError(f"posterior must be 'dist', 'mean' or 'sample', got {posterior!r}")
         self.posterior = posterior
         self.seed = check_unsigned("seed", seed)

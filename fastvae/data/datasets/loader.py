@@ -16,9 +16,10 @@ from torch import Tensor
 from fastvae.data.datasets.device_transfer import Made, Transfer, transfer_to
 from fastvae.data.rows import noise_keys
 from fastvae.data.store.scaling import LatentScaling
-from fastvae.data.store.shard import LOGVAR_RANGE
+from fastvae.data.store.shard import POSTERIORS
 from fastvae.latents.autoencoder import check_finite
 from fastvae.latents.convert import mended_moments, unchecked_moments_of_images
+from fastvae.latents.logvar_range import LOGVAR_RANGE
 from fastvae.latents.sampling import sample_posterior
 from fastvae.latents.scaling import scale_latents, scaling_of
 from fastvae.system.arguments import check_state, check_unsigned
@@ -66,7 +67,7 @@ class LatentLoader:
     ):
         if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
             raise ValueError(f"ahead must be at least 1, got {ahead!r}")
-        if posterior not in ("sample", "dist", "mean"):
+        if posterior not in POSTERIORS:
             raise ValueError(f"posterior must be 'sample', 'dist' or 'mean', got {posterior!r}")
         self.images_loader, self.vae = images_loader, vae
         self.ahead, self.scaled, self.posterior = ahead, scaled, posterior

@@ -23,7 +23,7 @@ from fastvae.data.encoding.planning import (
     with_sha256,
 )
 from fastvae.data.encoding.report import EncodeReport
-from fastvae.data.encoding.row_format import LOGVARS, POSTERIORS, RowFormat
+from fastvae.data.encoding.row_format import LOGVARS, RowFormat
 from fastvae.data.encoding.run import EncodeJob, RunOptions, check_amounts, check_buckets, rows_per_unit, run_job
 from fastvae.data.encoding.settings import Settings, check_layout, identity_of, layout_of, with_dtype
 from fastvae.data.images.buckets import Buckets
@@ -33,6 +33,7 @@ from fastvae.data.rows import size_name
 from fastvae.data.sources.open import open_source
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
+from fastvae.data.store.shard import POSTERIORS
 from fastvae.data.store.store import Store
 from fastvae.latents.scaling import downsample_factor, pixel_multiple
 from fastvae.system.arguments import check_choices

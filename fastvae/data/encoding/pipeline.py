@@ -25,7 +25,7 @@ from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import Picture, quiet_pillow
 from fastvae.data.store.commits import Failure
 from fastvae.data.store.plan import PlannedRow, Unit
-from fastvae.data.store.shard import Row
+from fastvae.data.store.shard import ShardRow
 from fastvae.system.threads import ordered_map
 
 MESSAGES = {
@@ -53,7 +53,7 @@ class Chunk:
     planned: tuple[PlannedRow, ...]
     last: bool
     decoded: list[Decoded] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ShardRow] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
     redone: int = 0
@@ -146,7 +146,7 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, row_format: R
                 chunk.failures.append(Failure(key, stored, f"the latent of {key} {MESSAGES[stored]}", variant))
                 continue
             place = item.original_hw, item.crop_tlhw, variant
-            chunk.rows.append(Row(key, stored.mean, stored.logvar, *place, stored.logvar_range, item.mask))
+            chunk.rows.append(ShardRow(key, stored.mean, stored.logvar, *place, stored.logvar_range, item.mask))
     chunk.decoded = []
     chunk.encode_seconds += time.perf_counter() - started
     return chunk

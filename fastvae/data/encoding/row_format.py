@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from fastvae.data.rows import noise_key
-from fastvae.data.store.shard import HALF_MAXIMUM, LOGVAR_RANGE
+from fastvae.data.store.shard import HALF_MAXIMUM
 from fastvae.latents.cpu_sampling import draw
+from fastvae.latents.logvar_range import LOGVAR_RANGE
 
-POSTERIORS = ("dist", "mean", "sample")
 LOGVARS = ("fp16", "u8")
 
 
@@ -26,7 +26,7 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows are stored. ``posterior``: one of POSTERIORS, drawn with ``seed``; ``mean``: "fp16" or "fp32"."""
+    """How rows are stored. ``posterior``: one of shard.POSTERIORS, drawn with ``seed``; ``mean``: "fp16" or "fp32"."""
 
     posterior: str = "dist"
     mean: str = "fp16"

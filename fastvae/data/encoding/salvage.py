@@ -16,13 +16,15 @@ from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import not_a_file
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.plan import PlannedRow, Unit
-from fastvae.data.store.shard import SUMMED, Row, read_names, wrong_row
+from fastvae.data.store.shard import SUMMED, ShardRow, read_names, wrong_row
 from fastvae.data.store.shard_metadata import check_stated
 
 STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")}
 
 
-def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Settings) -> dict[tuple[str, int], Row]:
+def sound_rows(
+    shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Settings
+) -> dict[tuple[str, int], ShardRow]:
     """The rows of ``shard``, a damaged one of ``unit``, that are what was planned, by name; none if it is no shard.
 
     It must state what store.json's ``facts`` say. Of a row the checksum fits, all is finite, the number is its key's,
@@ -54,7 +56,7 @@ def sound_rows(shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Sett
         mean, logvar, extent, alpha = values = [None if part is None else part[row] for part in large]
         if mean is not None and not wrong_row(name[0], values, checksum, number):
             (_, height, width), crop = place[:3], tuple(place[3:])
-            rows[name] = Row(name[0], mean, logvar, (height, width), crop, name[1], extent, alpha)
+            rows[name] = ShardRow(name[0], mean, logvar, (height, width), crop, name[1], extent, alpha)
     return rows
 
 

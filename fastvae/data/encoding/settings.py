@@ -12,7 +12,7 @@ import torch
 
 from fastvae._version import __version__
 from fastvae.data.encoding.model import _commit, model_identity, weight_files
-from fastvae.data.encoding.row_format import POSTERIORS, RowFormat
+from fastvae.data.encoding.row_format import RowFormat
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, checked_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
@@ -20,7 +20,7 @@ from fastvae.data.rows import Size
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import differences
 from fastvae.data.store.layout import STORE
-from fastvae.data.store.shard import row_bytes
+from fastvae.data.store.shard import POSTERIORS, row_bytes
 from fastvae.data.store.store import Store
 from fastvae.latents.scaling import downsample_factor, pixel_multiple, scaling_of
 from fastvae.system.arguments import check_choices

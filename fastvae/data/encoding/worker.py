@@ -23,7 +23,7 @@ from fastvae.data.images.errors import ImageError
 from fastvae.data.store.commits import Failure
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
-from fastvae.data.store.shard import Row
+from fastvae.data.store.shard import ShardRow
 from fastvae.data.store.store import Store
 from fastvae.system.terminal import Stderr
 from fastvae.system.threads import BackgroundWriter
@@ -180,8 +180,8 @@ def _write(run: Run, gathered: list[Chunk]) -> Callable[[], None]:
 
 
 def _with_salvaged(
-    run: Run, unit: Unit, rows: list[Row], failed: list[Failure]
-) -> tuple[list[Row], list[Failure], int]:
+    run: Run, unit: Unit, rows: list[ShardRow], failed: list[Failure]
+) -> tuple[list[ShardRow], list[Failure], int]:
     """``rows`` and ``failed``; in a repair with the rows that failed and are sound in the unit's damaged shard.
 
     And how many those are: what an image gives no more is not thrown away where it is still there.

@@ -18,13 +18,13 @@ from fastvae.data.exporting.kohya import FAMILIES, Kohya
 from fastvae.data.exporting.parquet import Parquet
 from fastvae.data.exporting.webdataset import Tar
 from fastvae.data.store.leases import STALE, Leases
+from fastvae.data.store.shard import POSTERIORS
 from fastvae.data.store.store import Store
 from fastvae.system.atomic_files import check_room, free_bytes, is_leftover, synchronise_folder, write_atomically
 from fastvae.system.strict_json import json_bytes
 from fastvae.system.terminal import format_bytes, print_stderr
 
 FORMATS = ("npz-kohya", "wds", "parquet", "hf")
-POSTERIORS = ("dist", "mean", "sample")
 # Rows that are read together; they are of one shard, so of one size.
 ROWS_AT_ONCE = 64
 KOHYA_FAMILY = "sdxl"  # unless another is given

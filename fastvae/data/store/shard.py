@@ -40,11 +40,12 @@ NAMES = {"key_utf8": "U8", "key_offset": "I64", "variant": "U16"}
 # What a row's checksum covers, in this order; all but the mean may be missing.
 SUMMED = ("mean", "logvar", "logvar_range", "alpha")
 HALF_MAXIMUM = 65504.0
-LOGVAR_RANGE = (-30.0, 20.0)
+# What the rows of a store hold: mean and log-variance, the mean alone, or one draw.
+POSTERIORS = ("dist", "mean", "sample")
 
 
 @dataclass(frozen=True)
-class Row:
+class ShardRow:
     """One encoded image: ``mean`` and ``logvar`` [L, h, w], ``alpha`` [h, w], as stored; ``key`` of its file."""
 
     key: str
@@ -57,7 +58,7 @@ class Row:
     alpha: np.ndarray | None = None
 
 
-def pack(rows: list[Row], metadata: dict[str, str]) -> list[bytes | memoryview]:
+def pack(rows: list[ShardRow], metadata: dict[str, str]) -> list[bytes | memoryview]:
     """The parts of a shard file that holds ``rows``, in order; equal arguments give equal bytes."""
     keys = [key_bytes(row.key) for row in rows]
     tensors = {

@@ -31,7 +31,7 @@ from fastvae.data.store.errors import IdentityMismatch, StoreError
 from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_places, matches
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import PlannedRow, Unit, WorkList
-from fastvae.data.store.shard import Row, pack, read_names
+from fastvae.data.store.shard import ShardRow, pack, read_names
 from fastvae.data.store.shard_metadata import metadata_of
 from fastvae.data.store.store_json import check_store_json, read_store_json
 from fastvae.system.atomic_files import is_leftover, sweep, synchronise_folder, write_atomically
@@ -196,7 +196,7 @@ class Store:
                 return None
         return commit
 
-    def commit(self, unit: Unit, rows: list[Row], **facts: Any) -> Commit:
+    def commit(self, unit: Unit, rows: list[ShardRow], **facts: Any) -> Commit:
         """Write the shard of ``unit`` and then its commit record; ``facts`` are the record's other fields."""
         shard, size, digest = None, 0, None
         if rows:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvae.latents.logvar_range import LOGVAR_RANGE
 from fastvae.latents.sampling import sample_posterior
 from fastvae.models.modeling_outputs import BaseOutput
 from fastvae.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
@@ -171,7 +172,7 @@ class DiagonalGaussianDistribution:
     @property
     def logvar(self) -> Tensor:
         """The log-variance, [B, L, h, w], within [-30, 20]."""
-        return self.parameters.chunk(2, dim=1)[1].clamp(-30.0, 20.0).contiguous()
+        return self.parameters.chunk(2, dim=1)[1].clamp(*LOGVAR_RANGE).contiguous()
 
     @property
     def std(self) -> Tensor:

@@ -53,7 +53,7 @@ def test_row_32_every_single_bit_that_flips_is_found(made, flips):
 
 def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made):
     """Whoever writes another shard and its record's hash still leaves checksums, values and names that do not fit."""
-    from fastvae.data.store.shard import Row, pack, read_metadata
+    from fastvae.data.store.shard import ShardRow, pack, read_metadata
 
     shard = sorted((made / "shards").glob("*.safetensors"))[0]
     record = shard.with_suffix(".json")
@@ -71,7 +71,7 @@ def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made)
     assert "row 0 (000.png) has another checksum" in what
 
     def row(key, mean):
-        return Row(key, mean, tensors["logvar"][0], (40, 48), (0, 0, 32, 32))
+        return ShardRow(key, mean, tensors["logvar"][0], (40, 48), (0, 0, 32, 32))
 
     names = [f"{number:03d}.png" for number in range(4)]
     infinite = np.full_like(tensors["mean"][0], np.inf)
