@@ -145,7 +145,7 @@ def shards(out):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, whole):
     """(output, [(exit code, report), ...]) of two processes, and of two of which one is killed."""
-    root, script = tmp_path_factory.mktemp("shared"), Path(__file__).with_name("shared_run.py")
+    root, script = tmp_path_factory.mktemp("shared"), Path(__file__).parents[1] / "failures" / "shared_run.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, script, whole[0], root / "both", "0,0", root / "killed", "1,0"],

@@ -75,7 +75,12 @@ def test_row_16_a_killed_run_is_finished_by_the_next(tmp_path):
     encode(tmp_path / "in", tmp_path / "whole", vae=small_vae(), **OPTIONS)
     whole = read(tmp_path / "whole")
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed_runs.py"), tmp_path / "in", tmp_path / "killed"],
+        [
+            sys.executable,
+            Path(__file__).parents[1] / "failures" / "killed_runs.py",
+            tmp_path / "in",
+            tmp_path / "killed",
+        ],
         capture_output=True,
         text=True,
         check=True,
