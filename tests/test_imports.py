@@ -8,158 +8,68 @@ import re
 import subprocess
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from bench.pages.import_graph import (
+    DATA_ORDER,
+    ORDER,
+    between_members,
+    circle,
+    graph,
+    imports_back_up,
+    imports_of,
+    longest_chain,
+)
+
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = "docs/architecture.md"
-# Packages and modules of fastvae: each may import what is in a later line, and nothing of its own line.
-ORDER = [
-    ("__main__",),
-    ("cli",),
-    ("report", "scale"),
-    ("data", "training"),
-    ("fast",),
-    ("models",),
-    ("latents",),
-    ("checkpoints",),
-    ("system", "tiling", "metrics", "_version"),
-]
-# Sub-packages of fastvae.data, in the same form.
-DATA_ORDER = [("decoding", "exporting"), ("encoding", "datasets"), ("sources", "store"), ("images",), ("rows",)]
 DATA_DEPTH, DATA_ARROWS = 5, 18
 LONGEST_CHAIN = 17
 MOST_FILES = 16
 FOLDERS_WITH_A_MAP = ("fastvae", "bench", "kernels/fastvae_kernels")
 
 
-def _imports(path: Path) -> list[str]:
-    """Full names of the modules that ``path`` imports, those inside functions included."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write the full name of the module: relative imports hide the package"
-            # `from fastvae import latents` imports the module fastvae.latents.
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
-
-
 def _package_files() -> list[Path]:
     return sorted(p for p in (ROOT / "fastvae").rglob("*.py") if p != ROOT / "fastvae" / "__init__.py")
 
 
-@cache
-def _graph() -> dict[str, set[str]]:
-    """Module -> the modules of this repository that it imports, for fastvae, fastvae_kernels and bench."""
-    files = {}
-    for folder in (ROOT / "fastvae", ROOT / "kernels" / "fastvae_kernels", ROOT / "bench"):
-        base = ROOT / "kernels" if folder.parent.name == "kernels" else ROOT
-        for path in folder.rglob("*.py"):
-            files[".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")] = path
-    del files["fastvae"]  # the lazy face: it imports nothing when it is imported
-    graph = {}
-    for module, path in files.items():
-        found = {name if name in files else name.rpartition(".")[0] for name in _imports(path)}
-        graph[module] = {name for name in found if name in files and name != module}
-    return graph
-
-
-def _between_packages(graph: dict[str, set[str]], parent: str) -> dict[str, set[str]]:
-    """The same graph, between the direct members of the package ``parent``."""
-
-    def member(module: str) -> str | None:
-        return module.removeprefix(f"{parent}.").split(".")[0] if module.startswith(f"{parent}.") else None
-
-    found: dict[str, set[str]] = {name: set() for module in graph if (name := member(module))}
-    for module, targets in graph.items():
-        if source := member(module):
-            found[source] |= {name for target in targets if (name := member(target)) and name != source}
-    return found
-
-
-def _circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a circle, the first one twice; empty if there is none."""
-    done: set[str] = set()
-
-    def walk(module: str, path: list[str]) -> list[str]:
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module in done:
-            return []
-        for target in sorted(graph[module]):
-            if found := walk(target, [*path, module]):
-                return found
-        done.add(module)
-        return []
-
-    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
-
-
-def _longest_chain(graph: dict[str, set[str]]) -> list[str]:
-    """The longest list of modules in which each imports the next; ``graph`` has no circle."""
-
-    @cache
-    def chain(module: str) -> tuple[str, ...]:
-        return (module, *max((chain(target) for target in sorted(graph[module])), key=len, default=()))
-
-    return list(max(map(chain, sorted(graph)), key=len))
-
-
-def _imports_back_up(graph: dict[str, set[str]], order: list[tuple[str, ...]]) -> list[str]:
-    rank = {name: number for number, names in enumerate(order) for name in names}
-    unknown = sorted(graph.keys() - rank.keys())
-    assert not unknown, f"{unknown} are in no line of the order in tests/test_imports.py: add them, see {ARCHITECTURE}"
-    return [f"{a} imports {b}" for a, targets in sorted(graph.items()) for b in sorted(targets) if rank[b] <= rank[a]]
-
-
 def test_packages_import_only_what_is_below_them():
-    wrong = _imports_back_up(_between_packages(_graph(), "fastvae"), ORDER)
+    wrong = imports_back_up(between_members(graph(), "fastvae"), ORDER)
     assert not wrong, f"{wrong}: move what both need into the lower package; {ARCHITECTURE} has the order"
 
 
 def test_sub_packages_of_data_import_only_what_is_below_them():
-    data = _between_packages(_graph(), "fastvae.data")
-    wrong = _imports_back_up(data, DATA_ORDER)
+    data = between_members(graph(), "fastvae.data")
+    wrong = imports_back_up(data, DATA_ORDER)
     assert not wrong, f"{wrong}: move what both need into the lower sub-package; {ARCHITECTURE} has the order"
     arrows = sum(map(len, data.values()))
     assert arrows <= DATA_ARROWS, f"{arrows} imports between sub-packages of fastvae.data: take one away"
-    depth = len(_longest_chain(data))
+    depth = len(longest_chain(data))
     assert depth <= DATA_DEPTH, f"{depth} sub-packages of fastvae.data import each other in a row: make one independent"
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    circle = _circle(_graph())
-    assert not circle, f"{' -> '.join(circle)}: move what both need into a module that imports neither"
+    found = circle(graph())
+    assert not found, f"{' -> '.join(found)}: move what both need into a module that imports neither"
 
 
-def test_the_longest_chain_of_files_does_not_grow():
-    graph = {a: {b for b in targets if b.startswith("fastvae.data.")} for a, targets in _graph().items()}
-    chain = _longest_chain({module: graph[module] for module in graph if module.startswith("fastvae.data.")})
+def test_the_longest_chain_of_files_in_data_does_not_grow():
+    data = {a: {b for b in targets if b.startswith("fastvae.data.")} for a, targets in graph().items()}
+    chain = longest_chain({module: data[module] for module in data if module.startswith("fastvae.data.")})
     sys.stdout.write(f"{len(chain)} files: {' -> '.join(chain)}\n")
     assert len(chain) <= LONGEST_CHAIN, f"{' -> '.join(chain)}: let one of them take an argument and import less"
 
 
-def test_the_checks_of_the_graph_see_what_they_should():
-    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
-    assert _circle(graph) == ["a", "b", "c", "a"]
-    assert _circle({"a": {"b"}, "b": set()}) == []
-    assert _longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
-    assert _imports_back_up({"a": set(), "b": {"a"}}, [("a",), ("b",)]) == ["b imports a"]
-    assert _imports_back_up({"a": {"b"}, "b": set()}, [("a",), ("b",)]) == []
-
-
 def test_diffusers_is_never_imported_by_the_package():
     for path in [*_package_files(), ROOT / "fastvae" / "__init__.py", *(ROOT / "kernels").rglob("*.py")]:
-        assert not any(name.split(".")[0] == "diffusers" for name in _imports(path)), path
+        assert not any(name.split(".")[0] == "diffusers" for name in imports_of(path)), path
 
 
 def test_kernels_import_torch_and_triton_alone():
     for path in (ROOT / "kernels").rglob("*.py"):
-        for name in _imports(path):
+        for name in imports_of(path):
             top = name.split(".")[0]
             assert top in sys.stdlib_module_names | {"torch", "triton", "fastvae_kernels", "__future__"}, (path, name)
 
@@ -167,7 +77,7 @@ def test_kernels_import_torch_and_triton_alone():
 def test_no_op_imports_an_op():
     """Files of fastvae_kernels itself are the ops: they share what is in parts/ and shared/."""
     below = {"ops": ("parts", "shared"), "parts": ("parts", "shared"), "shared": ("shared",)}
-    for module, targets in _graph().items():
+    for module, targets in graph().items():
         top, *rest = module.split(".")
         if top != "fastvae_kernels" or not rest:
             continue
