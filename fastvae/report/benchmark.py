@@ -19,7 +19,7 @@ from fastvae.report.correctness import Truth, truth_of
 from fastvae.report.machine import machine, versions
 from fastvae.report.rivals import COMPILED, DIFFUSERS, FASTVAE, PLAIN, TASKS, Contestant, first_line
 from fastvae.report.timing import interleaved, median, median_interval, synchronised
-from fastvae.system.devices import DTYPES, default_dtype, memory_bytes, resolve_device
+from fastvae.system.devices import DTYPES, default_dtype, resolve_device, total_memory
 from fastvae.system.terminal import format_bytes
 
 Say = Callable[[str], None]
@@ -125,11 +125,11 @@ def _check(model: Any, size: int, batch: int, dtype: torch.dtype, device: torch.
         raise ValueError(f"size must be a multiple of the model's {multiple} pixels per latent, got {size}")
     # One step holds about eight activations at full size; the check in float64 does one image.
     needed = 8 * size**2 * int(model.config.block_out_channels[0]) * max(batch * dtype.itemsize, 8)
-    there = memory_bytes(device)
-    if there is not None and needed > there:
+    total = total_memory(device)
+    if needed > total:
         raise ValueError(
             f"size {size} in batches of {batch} needs about {format_bytes(needed)}, and {device} has "
-            f"{format_bytes(there)}"
+            f"{format_bytes(total)}"
         )
 
 

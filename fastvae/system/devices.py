@@ -7,6 +7,7 @@ import os
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNKNOWN_MEMORY = 2**63  # more than any request, so that no check refuses one
 
 
 def default_dtype(device: torch.device) -> str:
@@ -39,31 +40,21 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes of the device that nobody uses; 2^63 where the system does not say."""
+    """Return the free bytes of the device's memory; UNKNOWN_MEMORY if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
-        return 2**63
+    return _physical_memory("SC_AVPHYS_PAGES")
 
 
-def _whole_memory(device: torch.device) -> int:
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of the device's memory; UNKNOWN_MEMORY if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    return _physical_memory("SC_PHYS_PAGES")
+
+
+def _physical_memory(pages: str) -> int:
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system: assume enough
-        return 2**63
-
-
-def memory_bytes(device: torch.device) -> int | None:
-    """All the memory that ``device`` has; None where the system does not tell."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return None
+        return UNKNOWN_MEMORY

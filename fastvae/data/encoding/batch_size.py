@@ -15,7 +15,7 @@ from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.rows import Size, size_name
 from fastvae.system.arguments import parse_positive
-from fastvae.system.devices import DTYPES, _whole_memory, free_memory
+from fastvae.system.devices import DTYPES, free_memory, total_memory
 from fastvae.system.terminal import format_bytes
 
 MAX_BATCH, MAX_WORKERS = 65_536, 1024
@@ -91,11 +91,11 @@ def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
     size = 1 if batch == "auto" else parse_positive("batch", batch, MAX_BATCH)
     bucket = largest(settings.buckets.sizes)
     needed = step_bytes(size, bucket, int(model.config.block_out_channels[0]), DTYPES[str(settings.dtype)])
-    there = _whole_memory(settings.device)
-    if needed > there:
+    total = total_memory(settings.device)
+    if needed > total:
         raise ValueError(
             f"buckets of {size_name(bucket)} in batches of {size} need about {format_bytes(needed)} a step, and "
-            f"{settings.device} has {format_bytes(there)}"
+            f"{settings.device} has {format_bytes(total)}"
         )
 
 

@@ -128,7 +128,7 @@ def test_flux2_takes_whole_patches(source, tmp_path):
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_refusals_come_before_the_output_is_touched(source, tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr("fastvae.system.devices._whole_memory", lambda device: 2**36)
+    monkeypatch.setattr("fastvae.data.encoding.batch_size.total_memory", lambda device: 2**36)
     with pytest.raises(ValueError, match=words):
         encode(source, tmp_path / "out", vae=small_vae(), **OPTIONS | change)
     assert not (tmp_path / "out").exists()
