@@ -3,7 +3,7 @@
     python bench/pages/tables.py          (make report)
 
 Between `<!-- results: FILE TABLE -->` and `<!-- end -->` stands what FILE holds; a test compares the two. TABLE is
-pipeline, ops, encoder, decoder or profile; devices stands for all of them, of every GPU whose results FILE (with a *)
+pipeline, ops, encoder, decoder, profile or networks; devices stands for all of them, of every GPU whose results FILE (with a *)
 finds. Pictures go to docs/images, named after the results' folder.
 """
 
@@ -128,6 +128,27 @@ def profile_table(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def networks_table(result: Mapping[str, Any]) -> list[str]:
+    """Return the short table of README: a row for each bf16 case, milliseconds and ratio to diffusers."""
+    lines = []
+    for entry in result.get("networks", {}).values():
+        rows = [entry["contestants"].get(name, {}) for name in SHOWN_IN_SHORT]
+        if entry["dtype"] != "bfloat16" or any("median_seconds" not in row for row in rows):
+            continue
+        ours = " | ".join(f"{_milliseconds(row['median_seconds'])} | {_times(row)}" for row in rows[1:])
+        work = f"{WORK[entry['part']]} {entry['batch']} x {entry['side']}²"
+        lines.append(f"| {work} | {_milliseconds(rows[0]['median_seconds'])} | {ours} |")
+    if not lines:
+        return []
+    ours = " | ".join(f"{name}, ms | times diffusers" for name in SHOWN_IN_SHORT[1:])
+    return [f"| images, in bf16 | {SHOWN_IN_SHORT[0]}, ms | {ours} |", "|---" * 6 + "|", *lines, ""]
+
+
+def networks_origin(result: Mapping[str, Any]) -> str:
+    """Return the origin of a short table: that of the encoder's cases, and of the decoder's."""
+    return " ".join(f"{name.capitalize()}: {origin(result, part)}" for part, name in WORK.items())
+
+
 def origin(result: Mapping[str, Any], table: str) -> str:
     """Where the numbers come from: device, versions, commit; those of the part, where parts were run one by one."""
     part = result.get("parts", {}).get(table, {})
@@ -143,6 +164,8 @@ def origin(result: Mapping[str, Any], table: str) -> str:
     return f"{place}; {versions}; commit {facts['commit'][:12]}, {facts['date']}.{failed}"
 
 
+WORK = {"encoder": "encode", "decoder": "decode"}
+SHOWN_IN_SHORT = ("diffusers", "fastvae", "fastvae, frozen")
 VERSIONS = ("torch", "triton", "diffusers", "onnxruntime", "openvino")
 TABLES = {
     "pipeline": pipeline_table,
@@ -150,6 +173,7 @@ TABLES = {
     "encoder": lambda result: network_tables(result, "encoder"),
     "decoder": lambda result: network_tables(result, "decoder"),
     "profile": profile_table,
+    "networks": networks_table,
 }
 
 
@@ -170,7 +194,7 @@ def section(path: Path, result: Mapping[str, Any], table: str) -> list[str]:
         return []
     if _drawn(result, table):
         lines = [*lines, f"![{table}: the table above as bars](images/{path.parent.name}-{table}.svg)", ""]
-    return [*lines, origin(result, table)]
+    return [*lines, networks_origin(result) if table == "networks" else origin(result, table)]
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -187,7 +211,7 @@ def _devices(root: Path, pattern: str) -> list[str]:
         result = json.loads(path.read_text())
         if result["dry"] or result["device"] == "cpu":
             continue
-        sections = [section(path, result, table) for table in TABLES]
+        sections = [section(path, result, table) for table in TABLES if table != "networks"]
         lines += [f"### {result['device']}", "", *(line for found in sections if found for line in [*found, ""])]
     return lines[:-1]
 
