@@ -1,4 +1,4 @@
-"""The figure of merit by hand."""
+"""PSNR of errors that are computed by hand."""
 
 import math
 
@@ -15,5 +15,11 @@ def test_psnr_of_known_errors():
     assert psnr(black, black + 255) == 0.0
     assert math.isclose(psnr(black, black + 1), 20 * math.log10(255))
     assert psnr(torch.from_numpy(black), torch.from_numpy(black + 255)) == 0.0
-    with pytest.raises(ValueError, match="pictures must have one shape"):
+    with pytest.raises(ValueError, match="images must have one shape"):
         psnr(black, black[:2])
+
+
+def test_psnr_by_another_peak():
+    image = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    assert math.isclose(psnr(image, image + 0.02, peak=2.0), 40.0)
+    assert math.isclose(psnr(image, -image, peak=2.0), psnr((image + 1) * 127.5, (1 - image) * 127.5))

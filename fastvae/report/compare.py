@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae import metrics
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import unwrapped, vae_of
 from fastvae.fast.fast_path import FastPath
@@ -217,7 +218,7 @@ def _measure(
         for gap, pair in zip(gaps.setdefault(reached[0][0], [_Gap() for _ in pairs]), pairs, strict=True):
             gap.add(*pair)
     for hand, image in zip(VARIANTS, last, strict=True):
-        psnr[hand].append(_psnr(image, x.to(weight)))
+        psnr[hand].append(_clamped_psnr(image, x.to(weight)))
 
 
 def _stage(name: str, path: str, gaps: list[_Gap], dtype: torch.dtype) -> Stage:
@@ -247,12 +248,9 @@ def _one_by_one(vae: Any, images: Any) -> Iterator[Tensor]:
             yield like_weights(vae, row).contiguous()
 
 
-def _psnr(image: Tensor, x: Tensor) -> float:
-    """dB between two images in [-1, 1], the first clamped to it."""
-    if image.shape != x.shape:
-        return math.nan
-    error = (image.double().clamp(-1, 1) - x).div(2).square().mean().item()
-    return math.inf if error == 0 else -10 * math.log10(error)
+def _clamped_psnr(image: Tensor, x: Tensor) -> float:
+    """Return the PSNR in dB of two images in [-1, 1], the first clamped to that range: NaN if their shapes differ."""
+    return metrics.psnr(image.double().clamp(-1, 1).cpu(), x.cpu(), peak=2.0) if image.shape == x.shape else math.nan
 
 
 def _larger(a: float, b: float) -> float:
