@@ -5,7 +5,7 @@ config        the config of a model, frozen and checked
 config_rules  values that a config may have
 presets       known models as data
 names         tensor names of other layouts to diffusers' names
-reading       tensors out of files: checked, converted, placed
+tensors       tensors out of files: checked, converted, placed
 loading       what a user names to a checked config and an open checkpoint
 report        what a load did, kept as `load_report`
 saving        a model directory as diffusers writes it

@@ -18,8 +18,8 @@ from fastvae.checkpoints.config import (
 )
 from fastvae.checkpoints.files import Repository, WeightFiles, find_config, find_single_file, find_weights
 from fastvae.checkpoints.presets import Preset, candidates, find_preset, structure
-from fastvae.checkpoints.reading import Checkpoint
 from fastvae.checkpoints.report import LoadReport
+from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.system.terminal import first_few
 
 #: The name under which ``from_pretrained`` loads the model that ships with the package.

@@ -195,14 +195,14 @@ def matching(config: Mapping[str, Any], class_name: str) -> tuple[Preset, ...]:
 
     def agrees(preset: Preset, but: Collection[str]) -> bool:
         return preset.class_name == class_name and all(
-            _plain(config.get(name)) == _plain(value) for name, value in preset.config.items() if name not in but
+            _as_list(config.get(name)) == _as_list(value) for name, value in preset.config.items() if name not in but
         )
 
     exact = tuple(preset for preset in _ALL if agrees(preset, ()))
     return exact or tuple(preset for preset in _ALL if agrees(preset, HINTS))
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

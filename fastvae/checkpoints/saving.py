@@ -41,7 +41,7 @@ def save_model(
         raise ValueError(f"{directory}: this is a file; save_pretrained takes a directory")
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f"variant must be a plain word such as 'fp16', got {variant!r}")
-    shards, index = _shards(_plain(state), variant, max_shard_size)
+    shards, index = _shards(_storable(state), variant, max_shard_size)
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[Path], None]] = {}
     for name, inside in shards.items():
@@ -54,9 +54,9 @@ def save_model(
         path.unlink()
 
 
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as safetensors takes them: on the CPU, contiguous, each with memory of its own."""
-    plain: dict[str, Tensor] = {}
+    storable: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
         if tensor.is_meta:
@@ -66,8 +66,8 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
-        plain[name] = tensor
-    return plain
+        storable[name] = tensor
+    return storable
 
 
 def _shards(

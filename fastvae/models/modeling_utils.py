@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvae.checkpoints import loading, presets, reading, saving
+from fastvae.checkpoints import loading, presets, saving
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, FrozenConfig, validate_config
 from fastvae.checkpoints.report import LoadReport
+from fastvae.checkpoints.tensors import Checkpoint, check_parts, convertible_dtype, read_tensors
 from fastvae.models.in_pipelines import InPipelines
 
 BOTH_PARTS = ("encoder", "decoder")
@@ -80,8 +81,8 @@ class ModelMixin(InPipelines, nn.Module):
         """
         if use_safetensors is False and not allow_pickle:
             raise ValueError("use_safetensors=False asks for a pickle: say allow_pickle=True as well")
-        parts = reading.check_parts(parts)
-        target = reading.convertible_dtype(torch_dtype, dtype)
+        parts = check_parts(parts)
+        target = convertible_dtype(torch_dtype, dtype)
         repository = loading.locate(
             source,
             subfolder=subfolder,
@@ -120,8 +121,8 @@ class ModelMixin(InPipelines, nn.Module):
         is as in from_pretrained. Raises ValueError that lists the presets that fit.
         Source: diffusers.loaders.single_file_model.FromOriginalModelMixin.from_single_file.
         """
-        parts = reading.check_parts(parts)
-        target = reading.convertible_dtype(torch_dtype, dtype)
+        parts = check_parts(parts)
+        target = convertible_dtype(torch_dtype, dtype)
         repository = loading.Repository(str(source), subfolder, revision, token, cache_dir, local_files_only)
         values, opened, notes = loading.open_single_file(
             source, repository, cls._class_name(), preset, config, allow_pickle
@@ -147,8 +148,8 @@ class ModelMixin(InPipelines, nn.Module):
         draws from the global one. Raises ValueError listing the presets for an unknown ``name``, and as
         from_pretrained does for ``torch_dtype`` (or ``dtype``).
         """
-        parts = reading.check_parts(parts)
-        target = reading.convertible_dtype(torch_dtype, dtype) or torch.float32  # no file here: "auto" is fp32
+        parts = check_parts(parts)
+        target = convertible_dtype(torch_dtype, dtype) or torch.float32  # no file here: "auto" is fp32
         config = presets.find_preset(name, cls._class_name()).config
         model = cls._seeded(validate_config(config, cls._class_name(), f"preset {name!r}"), seed)
         model._drop_other_parts(parts)
@@ -207,7 +208,7 @@ class ModelMixin(InPipelines, nn.Module):
     def _from_checkpoint(
         cls,
         config: Mapping[str, Any],
-        opened: reading.Checkpoint,
+        opened: Checkpoint,
         report: LoadReport,
         dtype: torch.dtype | None,
         device: torch.device | str,
@@ -216,7 +217,7 @@ class ModelMixin(InPipelines, nn.Module):
         with torch.device("meta"):
             model = cls(**config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tensors = reading.read_tensors(opened, shapes, report, dtype, torch.device(device), strict)
+        tensors = read_tensors(opened, shapes, report, dtype, torch.device(device), strict)
         model._drop_other_parts(report.parts)
         model.load_state_dict(tensors, assign=True)
         model.register_to_config(_name_or_path=report.source)

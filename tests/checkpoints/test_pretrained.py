@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastvae.checkpoints import files, model_class_name
-from fastvae.checkpoints.reading import Checkpoint
+from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.models import AutoencoderKL, AutoencoderKLFlux2
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

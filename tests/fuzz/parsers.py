@@ -18,7 +18,7 @@ from support.small_store import MASK, small_vae, write_store
 
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, read_config_file, validate_config
 from fastvae.checkpoints.files import Repository, WeightFiles
-from fastvae.checkpoints.reading import Checkpoint
+from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.images import formats as signatures
 from fastvae.data.images.buckets import Buckets
