@@ -58,8 +58,11 @@ def key_text(data: bytes) -> str:
 
 
 def noise_key(seed: int, epoch: int, key: str, variant: int = 0) -> int:
-    """The seed, an unsigned 64-bit integer, of the noise of row (``key``, ``variant``) in ``epoch`` under ``seed``.
+    """Return the seed, an unsigned 64-bit integer, of the noise of row (``key``, ``variant``) in ``epoch``.
 
+    It is the first 8 bytes, little-endian, of the sha256 of: b"fastvae noise 1" and a zero byte; seed and epoch, 8
+    bytes each, and the variant, 4 bytes, all unsigned and little-endian; the row's key in UTF-8 (bytes of a file name
+    that are not UTF-8 as they are on disk). No position, batch or worker enters it. sample_posterior takes it.
     Raises ValueError for a seed or epoch outside [0, 2^64), or a variant outside [0, 2^32).
     """
     return noise_keys(seed, epoch, [(key, variant)])[0]

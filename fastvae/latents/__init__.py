@@ -5,6 +5,6 @@ pixels        any image to NCHW in [-1, 1], and back
 scaling       scale_latents, unscale_latents, and the numbers they use
 logvar_range  the range that a log-variance is clamped to
 sampling      sample_posterior: draws by seed or by generator
-cpu_sampling  the same draws on a CPU, and the key of a row's noise
+cpu_sampling  the same draws by seed on a CPU, in NumPy
 convert       encode_latents and decode_latents
 """

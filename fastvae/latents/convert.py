@@ -59,7 +59,7 @@ def encode_latents(
         f = downsample_factor(vae)
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
         return scale_latents(vae, like_weights(vae, torch.empty(shape)))
-    moments = _moments(vae, pixels, mend=True)
+    moments = _encode_pixels(vae, pixels, again_in_fp32=True)
     if posterior == "mode":
         z = moments.chunk(2, dim=1)[0].contiguous()
     else:
@@ -72,7 +72,7 @@ def encode_latents(
 @torch.no_grad()
 def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
     """Raw mean and log-variance, unsplit, [B, 2L, H / f, W / f], of images; images and errors as in encode_latents."""
-    moments = _moments(vae, _whole_pixels(vae, images), mend=True)
+    moments = _encode_pixels(vae, _pixels_that_fit(vae, images), again_in_fp32=True)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
@@ -84,7 +84,7 @@ def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
     Rows that half precision leaves not finite are not done again: see mended_moments. Errors as in encode_latents, for
     the images alone.
     """
-    return _moments(vae, _whole_pixels(vae, images), mend=False)
+    return _encode_pixels(vae, _pixels_that_fit(vae, images), again_in_fp32=False)
 
 
 @torch.no_grad()
@@ -96,22 +96,22 @@ def mended_moments(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
     """
     fast = vars(vae).get(ACCELERATED)
     if fast is not None:
-        moments = fast.mended(vae, _as_taken(vae, _whole_pixels(vae, images)), moments)
+        moments = fast.mended(vae, _as_taken(vae, _pixels_that_fit(vae, images)), moments)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
 
-def _whole_pixels(vae: Autoencoder, images: Any) -> Tensor:
+def _pixels_that_fit(vae: Autoencoder, images: Any) -> Tensor:
     pixels = pixels_from_images(vae, images, keep_bytes=vars(vae).get(ACCELERATED) is not None)
     return _fit(pixels, pixel_multiple(vae), "error")
 
 
-def _moments(vae: Autoencoder, pixels: Tensor, mend: bool) -> Tensor:
+def _encode_pixels(vae: Autoencoder, pixels: Tensor, again_in_fp32: bool) -> Tensor:
     """Moments of what pixels_from_images gives. mend: do rows that half precision leaves not finite again in fp32."""
     fast = vars(vae).get(ACCELERATED)
     if fast is None:
         return vae.encode(like_weights(vae, pixels)).latent_dist.parameters
-    return fast.moments(vae, _as_taken(vae, pixels), again_in_fp32=mend)
+    return fast.moments(vae, _as_taken(vae, pixels), again_in_fp32=again_in_fp32)
 
 
 def _as_taken(vae: Autoencoder, pixels: Tensor) -> Tensor:

@@ -1,9 +1,4 @@
-"""The key of a row's noise, the same wherever and whenever the row is drawn, and draws by it on the CPU.
-
-A key is the first 8 bytes, little-endian, of the sha256 of: b"fastvae noise 1" and a zero byte; seed and epoch, 8 bytes
-each, and the variant, 4 bytes, all unsigned and little-endian; the row's key in UTF-8 (the bytes of a file name that is
-not UTF-8 as they are on disk). It is a seed of sample_posterior. Nothing else enters it: no position, batch or worker.
-"""
+"""Draws by seed on the CPU: the normals of fastvae_kernels.shared.philox to the last bit, computed with NumPy."""
 
 from __future__ import annotations
 
@@ -16,25 +11,26 @@ from torch import Tensor
 
 from fastvae.latents.logvar_range import LOGVAR_RANGE
 
-# Elements whose five arrays of eight bytes fit in a core's own cache, or nearly.
+# Elements of a block: its five arrays of 8 bytes an element, 640 KiB, about fill a core's own cache.
 BLOCK = 16384
 
 
 def draw(mean: Tensor, logvar: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
-    """mean + std * noise on the CPU, fp32 [B, L, h, w], from mean and logvar [B, L, h, w] of any float dtype.
+    """Return mean + std * noise on the CPU, fp32 [B, L, h, w], from mean and logvar [B, L, h, w] of any float dtype.
 
-    keys: the noise key of each row. The noise is sample_posterior's. A row's bits are its own, whatever the batch.
+    keys: the seed of each row, an unsigned 64-bit integer. The noise is that of sample_posterior. The bits of a row do
+    not depend on the batch.
     """
     drawn = normals(keys, mean.shape[1:].numel()).view(mean.shape)
-    # Row by row: what a batch in double would take is fresh memory, which costs more than the draw.
+    # Row by row: a batch in double needs new memory, and allocating it costs more than the draw.
     for row, center, spread in zip(drawn, mean, logvar, strict=True):
-        # In double, then rounded: torch's fp32 exponential differs between the body of a vector loop and its tail.
+        # Rounded from double: torch's fp32 exponential differs between the body of a vector loop and its tail.
         row.mul_(spread.double().clamp_(*LOGVAR_RANGE).mul_(0.5).exp_().float()).add_(center)
     return drawn
 
 
 def normals(seeds: Sequence[int] | Tensor, count: int) -> Tensor:
-    """``count`` standard normals for each seed, fp32 [len(seeds), count]; see fastvae_kernels.shared.philox.normals.
+    """Return ``count`` standard normals for each seed, fp32 [len(seeds), count]: fastvae_kernels.shared.philox.normals.
 
     Raises ValueError for a seed outside [0, 2^64). A row has fewer than 2^32 elements.
     """
@@ -44,7 +40,7 @@ def normals(seeds: Sequence[int] | Tensor, count: int) -> Tensor:
     for row, seed in zip(out, numbers, strict=True):
         for start in range(0, count, BLOCK):
             _first_words(seed, start, words[:, start : start + BLOCK])
-        # Below 2^32, so signed as well; torch converts no unsigned ones.
+        # The words are below 2^32, so int64 holds them too; torch converts no unsigned integers.
         word0, word1 = torch.from_numpy(words.view(np.int64)).unbind()
         _box_muller(word0, word1, row)
     return out
