@@ -426,7 +426,7 @@ def test_a_closed_stderr_stops_nothing(pictures, model, tmp_path):
 def test_a_store_that_another_run_plans_for_ever_is_exit_code_5(pictures, model, tmp_path, monkeypatch):
     pytest.importorskip("fcntl", reason="this system has no such lock")
     encode(pictures, tmp_path / "out", model, "--limit", 1)
-    monkeypatch.setattr("fastvae.data.store.lock.PATIENCE", 0.1)
+    monkeypatch.setattr("fastvae.data.store.lock.LOCK_TIMEOUT", 0.1)
     with locked(tmp_path / "out"):
         result = encode(pictures, tmp_path / "out", model, code=5)
     assert f"is locked: process {os.getpid()} has been planning it" in result.stderr

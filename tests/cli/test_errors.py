@@ -104,7 +104,7 @@ def other_identity(places, monkeypatch):
 
 
 def planned_for_ever(places, monkeypatch):
-    monkeypatch.setattr("fastvae.data.store.lock.PATIENCE", 0.2)
+    monkeypatch.setattr("fastvae.data.store.lock.LOCK_TIMEOUT", 0.2)
     places["out"].mkdir()
     with locked(places["out"]):
         return ended(encode(places))

@@ -61,7 +61,7 @@ def read_store() -> None:
     """All that reading a store does with its files."""
     with contextlib.suppress(StoreError):
         store = Store.open(STORE)
-        store.commits(whole=True)
+        store.commits(with_keys=True)
         store.failures()
         store.columns()
         store_facts(STORE)

@@ -3,7 +3,7 @@
 dataset          LatentDataset: rows by number or key, from mapped shards
 iterable         LatentIterable: one pass, a few shards at a time
 sampler          BucketBatchSampler: batches of one bucket, shuffled and split by rank
-buffer_pool      memory of batches, reused
+buffer_pool      reused memory of batches
 collate          rows to a batch
 device_transfer  CUDA streams of LatentLoader
 loader           LatentLoader: latents of the next batches while one trains

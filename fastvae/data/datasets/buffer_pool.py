@@ -1,7 +1,7 @@
-"""Memory for batches that is used again: fresh pages cost more than what is read into them.
+"""Reused memory for batches: fresh pages cost more than reading rows into them.
 
-On a virtual machine (AMD EPYC, 2 cores) 16 MB of rows come from the page cache at 20,000 rows of 256 KiB a CPU-second
-into memory that is there, at 5,700 into memory that the system has to give first.
+On a virtual machine (AMD EPYC, 2 cores), reading 16 MB of rows of 256 KiB from the page cache runs at 20,000 rows a
+CPU-second into reused memory, and at 5,700 into memory that the system has to map first.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Smaller tensors are malloc's own business, which gives such memory back to nobody.
-LEAST_BYTES = 2**18
-# A block is lent for as much as half of it or more: else a small tensor would take a batch's from the next one.
-MOST_LARGER = 2
-# Of a batch that was let go: mean and log-variance of the two that a loop holds at once, and as many of another bucket.
-MOST_FREE = 8
+# Smaller tensors come from malloc, which keeps such memory in the process and reuses it itself.
+MIN_BYTES = 2**18
+# A block is reused only if the request fills at least half of it, so small tensors do not occupy batch-sized blocks.
+MAX_RATIO = 2
+# Free blocks kept: mean and log-variance of the two batches that a loop holds at once, and of two of another bucket.
+MAX_FREE = 8
 
 
-class Buffers:
-    """Gives tensors on the CPU whose memory comes back here when the last tensor, view or array of it is gone."""
+class BufferPool:
+    """CPU tensors whose memory returns to the pool when the last tensor, view or array of it is freed."""
 
     def __init__(self) -> None:
-        # Given back by finalizers, which may run at any moment in any thread: single operations on a list, and no lock.
+        # Finalizers append to it, at any moment and in any thread: single operations on a list need no lock.
         self._free: list[np.ndarray] = []
 
     def empty(self, shape: Sequence[int], dtype: np.dtype) -> Tensor:
-        """A tensor of ``shape`` with anything in it; ``dtype`` is NumPy's."""
+        """Return an uninitialised tensor of ``shape``; ``dtype`` is NumPy's."""
         size = math.prod(shape) * dtype.itemsize
-        if size < LEAST_BYTES:
+        if size < MIN_BYTES:
             return torch.from_numpy(np.empty(shape, dtype))
-        block = self._taken(size)
+        block = self._take_block(size)
         lent = block[:size].view(dtype).reshape(shape)
-        # The storage of the tensor, which all its views share, keeps this very array.
-        weakref.finalize(lent, self._give_back, block).atexit = False
+        # The storage of the tensor, which all its views share, keeps this array alive.
+        weakref.finalize(lent, self._return_block, block).atexit = False
         return torch.from_numpy(lent)
 
-    def _taken(self, size: int) -> np.ndarray:
-        passed = []
+    def _take_block(self, size: int) -> np.ndarray:
+        skipped = []
         try:
-            while not size <= len(block := self._free.pop()) <= MOST_LARGER * size:
-                passed.append(block)
+            while not size <= len(block := self._free.pop()) <= MAX_RATIO * size:
+                skipped.append(block)
         except IndexError:
             block = np.empty(size, np.uint8)
-        self._free += passed
+        self._free += skipped
         return block
 
-    def _give_back(self, block: np.ndarray) -> None:
+    def _return_block(self, block: np.ndarray) -> None:
         self._free.append(block)
-        del self._free[:-MOST_FREE]
+        del self._free[:-MAX_FREE]

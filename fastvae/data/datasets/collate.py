@@ -1,4 +1,4 @@
-"""Rows of a store as one batch: tensors stacked, keys and other columns in lists, every row's noise key beside it."""
+"""Rows of a store as one batch: stacked tensors, lists of keys and other columns, and noise keys."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 class Rows(Sequence):
-    """Rows of one bucket that were read together: a sequence of items, and ``batch``, what collate makes of them.
-
-    The items are views of the batch.
-    """
+    """Rows of one bucket that were read together: a sequence of items that are views of the collated ``batch``."""
 
     def __init__(self, batch: dict[str, Any]):
         self.batch = batch
@@ -26,10 +23,10 @@ class Rows(Sequence):
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items of a LatentDataset as one batch: a DataLoader's ``collate_fn``.
+    """Collate items of a LatentDataset: a DataLoader's ``collate_fn``.
 
-    mean and logvar, or latents, [B, L, h, w]; alpha [B, h, w] where the store has it; noise_key and sample_id uint64
-    [B]; original_hw and bucket [B, 2], crop_tlhw [B, 4], variant [B]; key, and columns of the source, lists of B.
+    Returns mean and logvar, or latents, [B, L, h, w]; alpha [B, h, w] if the store has it; noise_key and sample_id
+    uint64 [B]; original_hw and bucket [B, 2], crop_tlhw [B, 4], variant [B]; key, and source columns, lists of B.
     ``fastvae.sample_posterior(batch["mean"], batch["logvar"], batch["noise_key"])`` draws on the batch's device. Raises
     ValueError for rows of several buckets.
     """
@@ -41,8 +38,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(buckets) > 1:
         named = ", ".join(f"{height}x{width}" for height, width in buckets)
         raise ValueError(f"rows of one batch must be of one bucket, got {named}: take BucketBatchSampler")
-    return {name: _column([row[name] for row in rows]) for name in rows[0]}
+    return {name: _stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _column(values: list[Any]) -> Any:
+def _stack(values: list[Any]) -> Any:
     return torch.stack(values) if isinstance(values[0], Tensor) else values

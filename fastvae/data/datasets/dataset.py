@@ -1,4 +1,4 @@
-"""A latent store as a torch Dataset: memory-mapped shards, safe in forked and spawned workers, rows by key."""
+"""A latent store as a torch Dataset: memory-mapped shards, safe in forked and spawned workers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.data.datasets.buffer_pool import Buffers
+from fastvae.data.datasets.buffer_pool import BufferPool
 from fastvae.data.datasets.collate import Rows
 from fastvae.data.rows import noise_keys, sample_id
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import bucket_of
-from fastvae.data.store.mapped_shard import Mapped, map_shard
+from fastvae.data.store.mapped_shard import MappedShard, map_shard
 from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import POSTERIORS
-from fastvae.data.store.shard_metadata import check_stated
+from fastvae.data.store.shard_metadata import check_shard_metadata
 from fastvae.data.store.store import Store
 from fastvae.data.store.store_json import keeps_alpha
 from fastvae.latents.cpu_sampling import draw
 from fastvae.system.arguments import check_state, check_unsigned
 
-# Maps kept by each process. A shard is about 256 MB, so this covers half a terabyte before any is made again.
+# Mapped shards kept by each process. A shard is about 256 MB: half a terabyte is mapped before any is mapped again.
 OPEN_SHARDS = 2048
-# Of an item: what was made of the image, as far as it is there, and all that has a name of its own.
+# Arrays of an item, which a store may lack, and the names of all its parts.
 ARRAYS = ("mean", "logvar", "latents", "alpha")
 ITEM = (*ARRAYS, "noise_key", "key", "original_hw", "crop_tlhw", "bucket", "variant", "sample_id")
 
@@ -36,19 +36,19 @@ ITEM = (*ARRAYS, "noise_key", "key", "original_hw", "crop_tlhw", "bucket", "vari
 class LatentDataset(torch.utils.data.Dataset):
     """The rows of the store at ``path``, in the order of their shards.
 
-    Item: ``mean`` and ``logvar`` [L, h, w] (``logvar`` missing when only means were stored); of a store that was made
-    with alpha="mask", ``alpha`` uint8 [h, w], how opaque the image is in each latent, 255 opaque; ``noise_key``
-    (torch.uint64), the row's seed for sample_posterior in this epoch, from ``seed``, the epoch, the key and the variant
-    alone; ``key``, ``original_hw`` (height, width of the upright source), ``crop_tlhw`` (top, left, height, width in
-    the scaled image), ``bucket`` (height, width in pixels), ``variant`` and ``sample_id`` (torch.uint64).
-    As stored, latents are raw, in the store's dtype (fp16); with ``scaled=True`` they are fp32 and ready to train on:
-    the mean is shifted and scaled as scale_latents does, and 2 ln(scale) is added to the log-variance, so that sampling
-    commutes with scaling.
-    posterior: "dist" for all that is stored; "mean" for the means alone; "sample" for ``latents`` [L, h, w] in place of
-    both, fp32, drawn on the CPU. A store of single draws has them as ``latents``, in its own dtype.
-    columns: names of columns of the source, such as captions, that items carry too; None in a row that lacks one.
-    A batch sampler's rows are read together, and ``collate`` takes them as they lie.
-    Raises StoreError (a ValueError) if ``path`` is not a store, holds no committed row or not what ``posterior`` needs,
+    Item: ``mean`` and ``logvar`` [L, h, w] (no ``logvar`` if the store has only means); with alpha="mask" in the store,
+    ``alpha`` uint8 [h, w], the opacity of the image in each latent, 255 opaque; ``noise_key`` (torch.uint64), the row's
+    seed for sample_posterior in this epoch, from ``seed``, the epoch, the key and the variant alone; ``key``,
+    ``original_hw`` (height, width of the upright source), ``crop_tlhw`` (top, left, height, width in the scaled image),
+    ``bucket`` (height, width in pixels), ``variant`` and ``sample_id`` (torch.uint64).
+    Latents are raw, in the store's dtype (fp16); with ``scaled=True`` they are fp32 and ready to train on: the mean is
+    shifted and scaled as scale_latents does, and 2 ln(scale) is added to the log-variance, so that sampling commutes
+    with scaling.
+    posterior: "dist" for all that is stored; "mean" for the means alone; "sample" for ``latents`` [L, h, w] instead of
+    both, fp32, drawn on the CPU. A store of single draws returns them as ``latents``, in its own dtype.
+    columns: names of source columns, such as captions, to add to each item; None in a row that lacks one.
+    The rows of a batch sampler's batch are read together, and ``collate`` does not copy them again.
+    Raises StoreError (a ValueError) if ``path`` is not a store, has no committed row, lacks what ``posterior`` needs,
     or cannot be scaled; ValueError for another posterior, seed or column.
     """
 
@@ -77,26 +77,26 @@ class LatentDataset(torch.utils.data.Dataset):
             raise StoreError(f"{self.path} has no posterior {posterior!r}: it was made with {self._stored!r}")
         self._with_logvar = self._stored == "dist" and posterior != "mean"
         self._with_alpha = keeps_alpha(store.facts)
-        self._space = LatentScaling(store.facts["scaling"], scaled)
+        self._scaling = LatentScaling(store.facts["scaling"], scaled)
         self._keys = [key for key, _ in index]
         self._variants = np.array([variant for _, variant in index])
         names, self._shard_of = np.unique([shard for shard, _ in index.values()], return_inverse=True)
         self._names: list[str] = names.tolist()
         self._buckets = [bucket_of(name) for name in self._names]
         self._row_of = np.array([row for _, row in index.values()])
-        self._columns = _named_columns(store, columns, self._keys)
-        # Shared memory: set_epoch then reaches workers that live on.
+        self._columns = _source_columns(store, columns, self._keys)
+        # In shared memory, so that set_epoch reaches persistent workers.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._buffers = Buffers()
-        # What map_shard calls about, of the rows of every shard that was mapped.
-        self._about = np.empty((len(self._keys), 8), np.int64)
-        self._maps: dict[int, Mapped] = {}
+        self._pool = BufferPool()
+        # map_shard's row_info, of the rows of every shard mapped so far.
+        self._row_info = np.empty((len(self._keys), 8), np.int64)
+        self._maps: dict[int, MappedShard] = {}
         self._types: dict[str, np.dtype] = {}
         self._maps_of = os.getpid()
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """The space of the items ("raw" or "scaled") and the model's scaling facts."""
+        """Space of the items ("raw" or "scaled") and the model's scaling."""
         return {"space": "scaled" if self.scaled else "raw", **self._facts["scaling"]}
 
     @property
@@ -111,40 +111,40 @@ class LatentDataset(torch.utils.data.Dataset):
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """Where the store says its model came from: ``vae``, and ``subfolder`` and ``revision`` if they were given."""
+        """Source of the model, from store.json: ``vae``, and ``subfolder`` and ``revision`` if they were given."""
         return self._facts["source"]
 
     @property
     def encoder_weights(self) -> str:
-        """The sha256 that the store's identity gives the encoder's weights."""
+        """The sha256 of the encoder's weights in the store's identity."""
         return self._facts["identity"]["model"]["encoder_weights_sha256"]
 
     @property
     def epoch(self) -> int:
-        """The epoch that noise keys are of."""
+        """The epoch of the noise keys."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw from now on the noise of ``epoch``, 0 or more; workers that live on take it with their next batch."""
+        """Set the epoch of the noise, 0 or more; persistent workers apply it from their next batch on."""
         self._epoch.fill_(check_unsigned("epoch", epoch, 63))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same noise: the epoch, and the seed to compare."""
+        """Return the state from which a resumed run draws the same noise: the epoch, and the seed to compare."""
         return {"epoch": self.epoch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the epoch of ``state``; raises ValueError if it is of another seed or no state."""
+        """Continue in the epoch of ``state``; raises ValueError if it is not a state, or of another seed."""
         check_state(state, "epoch", "seed")
         if state["seed"] != self.seed:
             raise ValueError(f"the state is of seed {state['seed']}, this dataset has seed {self.seed}")
         self.set_epoch(state["epoch"])
 
     def keys(self) -> list[str]:
-        """The key of every row, in row order; one with several variants comes once for each."""
+        """Return the key of every row, in row order; a key with several variants is repeated."""
         return list(self._keys)
 
     def shards(self) -> list[tuple[tuple[int, int], Tensor]]:
-        """The bucket (height, width in pixels) and the row numbers, int64 [N], of each shard, in order."""
+        """Return the bucket (height, width in pixels) and the row numbers, int64 [N], of each shard, in order."""
         order = np.argsort(self._shard_of, kind="stable")
         rows = np.split(order, np.cumsum(np.bincount(self._shard_of, minlength=len(self._names)))[:-1])
         return [(bucket, torch.from_numpy(each)) for bucket, each in zip(self._buckets, rows, strict=True)]
@@ -162,7 +162,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return self._read(np.array([index % len(self)]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
-        """The items of ``indices``; those of one bucket are read as one batch, which collate takes as it is."""
+        """Return the items of ``indices``; rows of one bucket are read as one batch, which collate does not copy."""
         numbers = np.asarray(indices)
         if len(numbers) and numbers.dtype.kind not in "iu":
             raise TypeError(f"indices must be numbers of rows, got values of type {numbers.dtype}")
@@ -173,26 +173,26 @@ class LatentDataset(torch.utils.data.Dataset):
         return self._read(numbers) if len(buckets) == 1 else [self[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {**self.__dict__, "_maps": {}, "_buffers": Buffers()}
-        del kept["_about"]
+        kept = {**self.__dict__, "_maps": {}, "_pool": BufferPool()}
+        del kept["_row_info"]
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _about=np.empty((len(state["_keys"]), 8), np.int64))
+        self.__dict__.update(state, _row_info=np.empty((len(state["_keys"]), 8), np.int64))
 
     def _read(self, numbers: np.ndarray) -> Rows:
-        """Rows of one bucket, by their numbers, none negative."""
+        """Read rows of one bucket by their numbers, none of which is negative."""
         shards, rows = self._shard_of[numbers].tolist(), self._row_of[numbers].tolist()
-        maps = {shard: self._map(shard) for shard in set(shards)}
+        maps = {shard: self._mapped_shard(shard) for shard in set(shards)}
         parts = [maps[shard] for shard in shards]
         keys = [self._keys[number] for number in numbers.tolist()]
         seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
-        stored = {name: self._gathered(parts, rows, name) for name in parts[0].arrays if name != "about"}
-        batch: dict[str, Any] = {"mean": self._space.mean(stored["mean"], self._single(stored["mean"]))}
+        stored = {name: self._gather(parts, rows, name) for name in parts[0].arrays if name != "row_info"}
+        batch: dict[str, Any] = {"mean": self._scaling.mean(stored["mean"], self._scaled_buffer(stored["mean"]))}
         if self._with_logvar:
             extent = stored.get("logvar_range")
-            single = self._single(stored["logvar"])
-            batch["logvar"] = self._space.logvar(stored["logvar"], extent, stored["mean"].dtype, single)
+            single = self._scaled_buffer(stored["logvar"])
+            batch["logvar"] = self._scaling.logvar(stored["logvar"], extent, stored["mean"].dtype, single)
         if self._stored == "sample":
             batch = {"latents": batch["mean"]}
         elif self.posterior == "sample":
@@ -201,32 +201,32 @@ class LatentDataset(torch.utils.data.Dataset):
             batch["alpha"] = stored["alpha"]
         batch["noise_key"] = torch.from_numpy(np.array(seeds, np.uint64))
         batch["key"] = keys
-        about = self._about[numbers]
+        row_info = self._row_info[numbers]
         batch["original_hw"], batch["crop_tlhw"], batch["variant"] = (
-            torch.from_numpy(about[:, part].astype(dtype))
+            torch.from_numpy(row_info[:, part].astype(dtype))
             for part, dtype in ((slice(2, 4), np.int32), (slice(4, 8), np.int32), (1, np.int64))
         )
-        batch["sample_id"] = torch.from_numpy(about[:, 0].copy().view(np.uint64))
+        batch["sample_id"] = torch.from_numpy(row_info[:, 0].copy().view(np.uint64))
         batch["bucket"] = torch.from_numpy(np.tile(np.array(self._buckets[shards[0]], np.int32), (len(keys), 1)))
         batch |= {name: [values.get(key) for key in keys] for name, values in self._columns.items()}
         return Rows(batch)
 
-    def _single(self, stored: Tensor) -> Tensor | None:
-        """Where the scaled values of ``stored`` go, fp32, if they are scaled; see buffers.py."""
-        return self._buffers.empty(stored.shape, np.dtype(np.float32)) if self.scaled else None
+    def _scaled_buffer(self, stored: Tensor) -> Tensor | None:
+        """Return fp32 memory for the scaled values of ``stored``, None for raw ones."""
+        return self._pool.empty(stored.shape, np.dtype(np.float32)) if self.scaled else None
 
-    def _gathered(self, parts: list[Mapped], rows: list[int], name: str) -> Tensor:
-        """Column ``name`` of each row of its part, copied into one tensor [B, ...]."""
+    def _gather(self, parts: list[MappedShard], rows: list[int], name: str) -> Tensor:
+        """Copy column ``name`` of each row, from the shard in ``parts``, into one tensor [B, ...]."""
         first = parts[0].arrays[name]
-        out = self._buffers.empty((len(parts), *first.shape[1:]), first.dtype)
+        out = self._pool.empty((len(parts), *first.shape[1:]), first.dtype)
         target = out.numpy()
         for place, (part, row) in enumerate(zip(parts, rows, strict=True)):
             target[place] = part.arrays[name][row]
         return out
 
-    def _map(self, shard: int) -> Mapped:
-        """The shard's tensors, mapped once in each process, and seen to hold the rows that were listed."""
-        if self._maps_of != os.getpid():  # after a fork: a map of the parent's is not shared with it
+    def _mapped_shard(self, shard: int) -> MappedShard:
+        """Map a shard, once in each process; raises StoreError if it lacks a row of the index."""
+        if self._maps_of != os.getpid():  # after a fork: do not share the parent's maps
             self._maps, self._maps_of = {}, os.getpid()
         mapped = self._maps.get(shard)
         if mapped is None:
@@ -235,7 +235,7 @@ class LatentDataset(torch.utils.data.Dataset):
             name = self._names[shard]
             sides = tuple(side // self.downsample_factor for side in self._buckets[shard])
             path = self.path / "shards" / name
-            check_stated(path, self._facts, self._buckets[shard])
+            check_shard_metadata(path, self._facts, self._buckets[shard])
             mapped = map_shard(path, (self.latent_channels, *sides), self._with_logvar, self._with_alpha)
             own = np.flatnonzero(self._shard_of == shard)
             listed = {
@@ -245,16 +245,16 @@ class LatentDataset(torch.utils.data.Dataset):
             if not mapped.holds(listed):
                 raise StoreError(f"{path} holds other rows than when it was listed: open the dataset again")
             types = {name: array.dtype for name, array in mapped.arrays.items()}
-            if self._types and types != self._types:  # a batch would take those of its first row
+            if self._types and types != self._types:  # a batch would cast all rows to the type of its first
                 raise StoreError(f"{path} is damaged: its tensors are of other types than the other shards'")
-            # The map last: another thread that finds it reads its rows' facts at once.
-            self._about[own] = mapped.arrays["about"][self._row_of[own]]
+            # Publish the map last: another thread that finds it reads its rows' row_info at once.
+            self._row_info[own] = mapped.arrays["row_info"][self._row_of[own]]
             self._maps[shard], self._types = mapped, types
         return mapped
 
 
-def _named_columns(store: Store, names: Sequence[str], keys: list[str]) -> dict[str, dict[str, Any]]:
-    """Values by key of each column of the source in ``names``."""
+def _source_columns(store: Store, names: Sequence[str], keys: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the values, by key, of each source column in ``names``."""
     if taken := sorted({*names} & {*ITEM}):
         raise ValueError(f"columns must not have the name of another part of an item, got {', '.join(taken)}")
     if not names:

@@ -1,4 +1,4 @@
-"""How a batch of images reaches the device that encodes it, and how latents reach the stream that trains on them."""
+"""Transfer of images to the device that encodes them, and of latents to the stream that trains on them."""
 
 from __future__ import annotations
 
@@ -9,61 +9,62 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# What is made of a batch, and all that must be finite for it.
-Made = tuple[dict[str, Tensor], list[Tensor]]
-Work = Callable[..., Made]
-Uploaded = tuple[tuple[Tensor, ...], torch.cuda.Event]
+# Latents by name, and the tensors that must be finite for them.
+EncodedTensors = tuple[dict[str, Tensor], list[Tensor]]
+Encoder = Callable[..., EncodedTensors]
+UploadedBatch = tuple[tuple[Tensor, ...], torch.cuda.Event]
 EncodedBatch = tuple[dict[str, Tensor], Tensor, torch.cuda.Event]
 
 
 class Transfer(Protocol):
-    """The three moments of a batch: ``up`` in the thread that fetches, ``run`` in the one that encodes, ``take`` in the
-    one that trains. Each is handed what the one before gave. ``begin`` comes before the first, where one trains;
-    ``take`` waits for the batch and says too whether all that must be finite is. ``end`` comes after the last batch,
-    handed out or not."""
+    """Three steps of a batch: ``upload`` in the fetching thread, ``encode`` in the encoding one, ``receive`` in the
+    training one. Each takes what the step before returned. ``receive`` waits for the batch, and returns also if all
+    that must be finite is. The training thread calls ``begin`` before the first batch and ``end`` after the last one,
+    whether that was received or not.
+    """
 
     def begin(self) -> None: ...
-    def up(self, *given: Tensor) -> Any: ...
-    def run(self, uploaded: Any, work: Work) -> Any: ...
-    def take(self, finished: Any) -> tuple[dict[str, Tensor], bool]: ...
+    def upload(self, *tensors: Tensor) -> Any: ...
+    def encode(self, uploaded: Any, encoder: Encoder) -> Any: ...
+    def receive(self, encoded: Any) -> tuple[dict[str, Tensor], bool]: ...
     def end(self) -> None: ...
 
 
 @functools.cache
 def transfer_to(device: torch.device) -> Transfer:
-    """What a device needs: streams and events on a CUDA GPU, nothing elsewhere.
+    """Return the transfer to ``device``: streams and events for a CUDA GPU, nothing for another device.
 
-    One for a device and all epochs: what a stream has freed, the allocator gives to that stream alone, so new streams
-    would take the memory of an encode anew each time.
+    One serves a device in all epochs: the allocator gives what a stream has freed to that stream alone, so new streams
+    would allocate the memory of an encode anew each time.
     """
-    return OnCard(device) if device.type == "cuda" else HostTransfer()
+    return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
 
 
 class HostTransfer:
-    """A CPU: what one thread has made, another can read. Any device but CUDA is served by its default stream."""
+    """A CPU, where one thread can read what another wrote, or a device other than CUDA, by its default stream."""
 
     def begin(self) -> None:
         pass
 
-    def up(self, *given: Tensor) -> tuple[Tensor, ...]:
-        return given
+    def upload(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
 
-    def run(self, uploaded: tuple[Tensor, ...], work: Work) -> Made:
-        return work(*uploaded)
+    def encode(self, uploaded: tuple[Tensor, ...], encoder: Encoder) -> EncodedTensors:
+        return encoder(*uploaded)
 
-    def take(self, finished: Made) -> tuple[dict[str, Tensor], bool]:
-        made, looked_at = finished
-        return made, bool(_are_finite(looked_at))
+    def receive(self, encoded: EncodedTensors) -> tuple[dict[str, Tensor], bool]:
+        latents, checked = encoded
+        return latents, bool(_all_finite(checked))
 
     def end(self) -> None:
         pass
 
 
-class OnCard:
-    """A CUDA GPU: images copied from pinned memory on one stream and encoded on another, beside the training step's.
+class CudaTransfer:
+    """A CUDA GPU: one stream copies images from pinned memory and another encodes them, beside the training stream.
 
-    Events order the hand-overs on the GPU, and none but the thread that trains waits for it; record_stream keeps the
-    allocator from giving away memory that another stream still reads.
+    Events order the streams on the GPU, and only the training thread waits for it; record_stream keeps the allocator
+    from reusing memory that another stream still reads.
     """
 
     def __init__(self, device: torch.device):
@@ -72,49 +73,49 @@ class OnCard:
         self.encoding = torch.cuda.Stream(device)
 
     def begin(self) -> None:
-        # The model's weights may still be on their way.
+        # The copy of the model's weights to the GPU may not have ended.
         self.encoding.wait_stream(torch.cuda.current_stream(self.device))
 
-    def up(self, *given: Tensor) -> Uploaded:
-        if given[0].device.type == "cuda":  # the loader's own work, on the stream of this thread
-            self.copying.wait_stream(torch.cuda.current_stream(given[0].device))
+    def upload(self, *tensors: Tensor) -> UploadedBatch:
+        if tensors[0].device.type == "cuda":  # the loader made them on the stream of this thread
+            self.copying.wait_stream(torch.cuda.current_stream(tensors[0].device))
         ready = torch.cuda.Event()
         with torch.cuda.stream(self.copying):
-            there = tuple(self._moved(values) for values in given)
+            on_device = tuple(self._move(values) for values in tensors)
         ready.record(self.copying)
-        return there, ready
+        return on_device, ready
 
-    def _moved(self, values: Tensor) -> Tensor:
+    def _move(self, values: Tensor) -> Tensor:
         if values.device.type == "cuda":
             return values
-        # From other memory the copy would wait for its stream; pinned memory is given away again once it is copied.
+        # A copy from other memory would wait for its stream. Pinned memory is reused once its copy has ended.
         return (values if values.is_pinned() else values.pin_memory()).to(self.device, non_blocking=True)
 
-    def run(self, uploaded: Uploaded, work: Work) -> EncodedBatch:
-        there, ready = uploaded
+    def encode(self, uploaded: UploadedBatch, encoder: Encoder) -> EncodedBatch:
+        tensors, ready = uploaded
         done = torch.cuda.Event()
         with torch.cuda.stream(self.encoding):
             self.encoding.wait_event(ready)
-            for values in there:
+            for values in tensors:
                 values.record_stream(self.encoding)
-            made, looked_at = work(*there)
-            finite = _are_finite(looked_at).to("cpu", non_blocking=True)  # to pinned memory
+            latents, checked = encoder(*tensors)
+            finite = _all_finite(checked).to("cpu", non_blocking=True)  # to pinned memory
         done.record(self.encoding)
-        return made, finite, done
+        return latents, finite, done
 
-    def take(self, finished: EncodedBatch) -> tuple[dict[str, Tensor], bool]:
-        made, finite, done = finished
+    def receive(self, encoded: EncodedBatch) -> tuple[dict[str, Tensor], bool]:
+        latents, finite, done = encoded
         done.synchronize()
         stream = torch.cuda.current_stream(self.device)
-        for tensor in made.values():
+        for tensor in latents.values():
             tensor.record_stream(stream)
-        return made, bool(finite)
+        return latents, bool(finite)
 
     def end(self) -> None:
-        # Batches that nobody took may still be under way, and read what the caller now changes.
+        # Batches that were never received may still run, and read weights that the caller now changes.
         torch.cuda.current_stream(self.device).wait_stream(self.encoding)
 
 
-def _are_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether all values of all are, as a bool [] where they are."""
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    """Return a bool [] on the tensors' device: True if all values of all ``tensors`` are finite."""
     return torch.stack([values.isfinite().all() for values in tensors]).all()

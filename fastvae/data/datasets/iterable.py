@@ -1,4 +1,4 @@
-"""A store read in one pass, a few shards at a time: for stores that are too large for the page cache."""
+"""A store read in one pass, a few shards at a time, for stores larger than the page cache."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastvae.data.datasets.sampler import Order, check_order, order_state
 class LatentIterable(torch.utils.data.IterableDataset):
     """Batches of the store at ``path``, each of one bucket: ``DataLoader(LatentIterable(...), batch_size=None)``.
 
-    The shards' order is mixed, and rows within ``window`` shards at a time: so much of the store is read at random, and
-    stays in memory while it is. A DataLoader's workers share the batches and hand them out in one order, whatever their
-    number. rank, ranks, shuffle and drop_last are BucketBatchSampler's; ``options`` are LatentDataset's (scaled,
-    posterior, columns). Raises what the two raise.
+    Shards are shuffled, and rows within ``window`` shards at a time: only that part of the store is read at random, and
+    must fit in memory. A DataLoader's workers share the batches and return them in one order, whatever their number.
+    rank, ranks, shuffle and drop_last are BucketBatchSampler's; ``options`` are LatentDataset's (scaled, posterior,
+    columns). Raises what the two raise.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LatentIterable(torch.utils.data.IterableDataset):
         self.dataset = LatentDataset(path, seed=seed, **options)
         self._order = Order(batch_size, seed, shuffle, drop_last, rank, ranks, window)
         self._shards = self.dataset.shards()
-        # An epoch, and how many of its batches are left out; shared memory, for workers that live on.
+        # An epoch, and the number of its batches to skip; in shared memory, for persistent workers.
         self._resume = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -57,17 +57,17 @@ class LatentIterable(torch.utils.data.IterableDataset):
             yield collate(self.dataset.__getitems__(numbers))
 
     def state_dict(self, done: int) -> dict[str, Any]:
-        """Where the epoch is, to go on from with load_state_dict; ``done``: its batches that training has finished.
+        """Return the position in the epoch, for load_state_dict; ``done``: number of batches that training finished.
 
-        Counted from the epoch's start, the same for every rank. The count is the caller's: batches are made in workers,
-        ahead of training.
+        Counted from the epoch's start, the same for every rank. The caller counts, because workers read batches ahead
+        of training.
         """
         return {"batches": done, **order_state(self._order, self.dataset)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the epoch of ``state``: its iterations begin after the batches that were done.
+        """Continue in the epoch of ``state``: its iterations begin after the finished batches.
 
-        Those of another epoch begin at its start. Raises ValueError where the order was another.
+        Iterations of other epochs begin at their start. Raises ValueError for a state of another order.
         """
         check_order(state, order_state(self._order, self.dataset))
         self.dataset.set_epoch(state["epoch"])

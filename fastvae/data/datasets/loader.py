@@ -1,4 +1,4 @@
-"""Encoding inside the training loop: latents of the next batches are made while one trains on the last."""
+"""Encoding inside the training loop: threads encode the next batches while the loop trains on the last one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastvae.data.datasets.device_transfer import Made, Transfer, transfer_to
+from fastvae.data.datasets.device_transfer import EncodedTensors, Transfer, transfer_to
 from fastvae.data.rows import noise_keys
 from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import POSTERIORS
@@ -30,26 +30,25 @@ Keys = str | int | Callable[[Any], Sequence[Any]] | None
 
 
 class LatentLoader:
-    """The batches of ``images_loader`` with latents in the place of images, each made before it is asked for.
+    """The batches of ``images_loader`` with latents instead of images, each encoded before it is asked for.
 
     images_loader: a DataLoader, or any iterable of batches: a tensor of uint8 images, [B, C, H, W] or [B, H, W, C], or
-    a tuple or dict that holds one. Batches are fetched ahead, so each must own its memory. images: its name or index
-    there; by default the only such tensor. vae: fastvae's or diffusers', accelerated or not; its weights must not
-    change during an iteration.
-    posterior: "sample" draws; "mean" takes the mean; "dist" gives both moments, to draw from at each use. scaled: ready
-    to train on, else raw. Latents, [B, L, H / f, W / f] on the model's device, stand where the images stood; in a dict
-    as ``latents`` with ``noise_key``. For "dist" they are a dict of ``mean``, ``logvar`` and ``noise_key``, in a dict
-    batch its entries. All else passes through.
-    key: what tells images apart, so that an image's noise depends on it, ``seed`` and the epoch alone: a name or index
-    in the batch, or a function of the batch, that gives a string or integer for each image. By default ``key`` of a
-    dict; where there is none, the place in the epoch, with ``rank`` for those of several processes. A store's dataset
-    gives the noise of the same key.
-    ahead: how many batches are made in advance; besides them one batch is being encoded and one fetched, no more.
-    Two threads work, one that fetches and one that encodes, on a CUDA GPU on streams of their own from pinned memory.
-    An error in either is raised where its batch would have come. Both end with the iteration, however it ends; a new
-    iteration ends the last. Autocast of the training loop does not reach them.
-    Raises ValueError for other arguments; while iterating, what encode_latents raises, and ValueError for a batch that
-    has no images or keys where they should be.
+    a tuple or dict that holds one. Batches are fetched ahead, so each must own its memory. images: name or index of
+    that tensor in the batch; by default the only such tensor. vae: fastvae's or diffusers', accelerated or not; its
+    weights must not change during an iteration.
+    posterior: "sample" draws; "mean" takes the mean; "dist" returns both moments, to draw from at each use. scaled:
+    ready to train on, else raw. Latents, [B, L, H / f, W / f] on the model's device, replace the images; a dict batch
+    has them as ``latents``, with ``noise_key``. For "dist" they are a dict of ``mean``, ``logvar`` and ``noise_key``;
+    a dict batch has its entries. All else is passed on unchanged.
+    key: identifies an image: its noise depends on the key, ``seed`` and the epoch alone. A name or index in the batch,
+    or a function of the batch, that gives a string or integer for each image. Default: ``key`` of a dict, else the
+    position in the epoch, with ``rank`` for several processes. A store's dataset draws the same noise for the same key.
+    ahead: number of batches encoded in advance; besides these, one batch is being encoded and one fetched.
+    One thread fetches and one encodes; on a CUDA GPU each has its own stream and copies from pinned memory. An error in
+    either is raised where its batch would have come. Both end with the iteration, however it ends; a new iteration ends
+    the last one. Autocast of the training loop does not apply to them.
+    Raises ValueError for other arguments; while iterating, what encode_latents raises, and ValueError for a batch
+    without the images or keys that the arguments name.
     """
 
     def __init__(
@@ -73,13 +72,13 @@ class LatentLoader:
         self.ahead, self.scaled, self.posterior = ahead, scaled, posterior
         self.seed, self.rank = check_unsigned("seed", seed), check_unsigned("rank", rank)
         self._images, self._key = images, key
-        self._space = LatentScaling(scaling_of(vae), scaled) if posterior == "dist" else None
+        self._scaling = LatentScaling(scaling_of(vae), scaled) if posterior == "dist" else None
         self._epoch = self._batches = self._done = 0
         self._start = 0, 0  # batches and images that the next iteration counts as done
         self._running: weakref.ref[Generator[Any, None, None]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": None}  # an iteration stays where it is
+        return {**self.__dict__, "_running": None}  # an iteration cannot be pickled
 
     def __len__(self) -> int:
         return len(self.images_loader)  # type: ignore[arg-type]
@@ -87,22 +86,22 @@ class LatentLoader:
     def set_epoch(self, epoch: int) -> None:
         """Draw the noise of ``epoch`` from the next iteration on.
 
-        The loader, its batch sampler, sampler and dataset are told too, where they have a ``set_epoch``.
+        Calls ``set_epoch`` of the loader, its batch sampler, sampler and dataset too, if they have one.
         """
         if check_unsigned("epoch", epoch) != self._epoch:
             self._epoch, self._batches, self._done = epoch, 0, 0
             self._start = 0, 0
         loader = self.images_loader
         for part in (loader, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset"))):
-            if callable(tell := getattr(part, "set_epoch", None)):
-                tell(epoch)
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches and images were handed out; the seed to compare."""
+        """Return the epoch, the number of its batches and images that were returned, and the seed to compare."""
         return {"epoch": self._epoch, "batches": self._batches, "images": self._done, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Number the images of the next iteration as after ``state``, whose later batches ``images_loader`` must give.
+        """Continue the numbering of images after ``state``; ``images_loader`` must return the batches that follow it.
 
         Raises ValueError if the state is of another seed.
         """
@@ -113,7 +112,7 @@ class LatentLoader:
         self._batches, self._done = self._start
 
     def close(self) -> None:
-        """End the iteration that is going on, if one is, and its threads with it."""
+        """End the running iteration and its threads, if there is one."""
         if self._running is not None and (running := self._running()) is not None:
             running.close()
 
@@ -129,12 +128,12 @@ class LatentLoader:
             raise ValueError("vae must have its weights on a device, got some that are offloaded")
         transfer = transfer_to(device)
         transfer.begin()
-        # Here and not in the thread: this is where a DataLoader starts its workers.
+        # Here and not in the thread: a DataLoader starts its workers in this call.
         source = iter(self.images_loader)
         batches = itertools.chain(source, itertools.repeat(END))
-        # An iteration that was left in the middle is no state to go on from: the next begins at the first image.
+        # An iteration that was left in the middle is not a state to resume: the next one begins at the first image.
         (self._batches, self._done), self._start = self._start, (0, 0)
-        # For the numbers of the images that are fetched; self._done counts those that were handed out.
+        # The counter numbers fetched images; self._done counts those that were returned.
         fetch = functools.partial(self._fetch, batches, transfer, epoch, itertools.count(self._done))
         fetcher = ThreadPoolExecutor(1, "fastvae-fetch")
         threads = torch.get_num_threads()
@@ -156,24 +155,26 @@ class LatentLoader:
                 finished = waiting.popleft().result()
                 if finished is END:
                     break
-                batch, place, seeds, moments, made = finished
-                latents, finite = transfer.take(made)
+                batch, place, seeds, moments, encoded = finished
+                latents, finite = transfer.receive(encoded)
                 if not finite:
-                    # An accelerated model's half precision is mended in fp32, the rest refused. In a thread of its own:
-                    # the encoder's may wait for batches that come after this one was trained on.
-                    uploaded = transfer.up(_images_of(batch, place), seeds)
-                    with new_encoder() as alone:
-                        mended = alone.submit(transfer.run, uploaded, functools.partial(self._mended, *moments))
-                        latents, _ = transfer.take(mended.result())
+                    # Encode an accelerated model's half-precision rows again in fp32, and refuse the rest. Not in the
+                    # encoder's thread, which may wait for batches that come after this one was trained on.
+                    uploaded = transfer.upload(_images_of(batch, place), seeds)
+                    with new_encoder() as mender:
+                        mended = mender.submit(
+                            transfer.encode, uploaded, functools.partial(self._encode_in_fp32, *moments)
+                        )
+                        latents, _ = transfer.receive(mended.result())
                     del mended, uploaded
-                batch = _in_place(batch, place, latents)
+                batch = _with_latents(batch, place, latents)
                 self._batches, self._done = self._batches + 1, self._done + len(seeds)
-                del finished, moments, made, latents
+                del finished, moments, encoded, latents
                 yield batch
                 del batch
-            self._batches = self._done = 0  # of the epoch that may follow
+            self._batches = self._done = 0  # for the next epoch
         finally:
-            # First no more fetching, which the encoder may wait for; what is under way is waited for.
+            # End fetching first, because the encoder may wait for it; then wait for the running calls.
             fetcher.shutdown(wait=False, cancel_futures=True)
             encoder.shutdown(wait=True, cancel_futures=True)
             fetcher.shutdown(wait=True)
@@ -181,16 +182,16 @@ class LatentLoader:
             self._end(source)
 
     def _end(self, source: Any) -> None:
-        """End what the iterator of batches has running: a generator, or a DataLoader's worker processes."""
+        """Close the iterator of batches: a generator, or a DataLoader's worker processes."""
         if isinstance(source, Generator):
             source.close()
         elif not getattr(self.images_loader, "persistent_workers", False):
-            # torch leaves it to the iterator's finalizer. After an error that one waits for the garbage collector, and
-            # then 5 s for each worker (torch 2.13).
+            # torch leaves this to the iterator's finalizer, which after an error runs only at a garbage collection, and
+            # then waits 5 s for each worker (torch 2.13).
             getattr(source, "_shutdown_workers", lambda: None)()
 
     def _fetch(self, batches: Iterator[Any], transfer: Transfer, epoch: int, numbers: Iterator[int]) -> Any:
-        """The next batch, where its images are in it, their noise keys, and images and keys on their way."""
+        """Return the next batch, the place of its images, their noise keys, and the upload of images and keys."""
         batch = next(batches)
         if batch is END:
             return END
@@ -198,7 +199,7 @@ class LatentLoader:
         images = _images_of(batch, place)
         keys = self._keys_of(batch, len(images), numbers)
         seeds = torch.tensor(noise_keys(self.seed, epoch, [(key, 0) for key in keys]), dtype=torch.uint64)
-        return batch, place, seeds, transfer.up(images, seeds)
+        return batch, place, seeds, transfer.upload(images, seeds)
 
     def _keys_of(self, batch: Any, count: int, numbers: Iterator[int]) -> list[str]:
         places = [f"{self.rank}/{next(numbers)}" for _ in range(count)]
@@ -209,42 +210,42 @@ class LatentLoader:
             given = key(batch) if callable(key) else batch[key]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"key must be a part of the batch, {_described(batch)}, got {key!r}") from error
-        to_list = getattr(given, "tolist", None)  # of a tensor or array
+        to_list = getattr(given, "tolist", None)  # a tensor or array has it
         values = list(given) if to_list is None else to_list()
         if len(values) != count or not all(isinstance(value, (str, int)) for value in values):
             raise ValueError(f"key must give a string or an integer for each of {count} images, got {values[:4]!r}")
         return [str(value) for value in values]
 
     def _encode(self, fetched: Future[Any], transfer: Transfer) -> Any:
-        if (got := fetched.result()) is END:
+        if (batch := fetched.result()) is END:
             return END
-        *rest, uploaded = got
-        # With uint8 images nobody waits for a GPU here: it is given the next batch while it works on this one.
+        *rest, uploaded = batch
+        # With uint8 images nothing here waits for a GPU: the next batch is queued while it works on this one.
         moments: list[Tensor] = []
-        return *rest, moments, transfer.run(uploaded, functools.partial(self._unchecked, moments))
+        return *rest, moments, transfer.encode(uploaded, functools.partial(self._encode_unchecked, moments))
 
     @torch.no_grad()
-    def _unchecked(self, kept: list[Tensor], images: Tensor, seeds: Tensor) -> Made:
-        # The moments too, part of which may be clamped or left out of what is made.
+    def _encode_unchecked(self, kept: list[Tensor], images: Tensor, seeds: Tensor) -> EncodedTensors:
+        # Check the moments too: the latents may clamp or leave out a part of them.
         moments = unchecked_moments_of_images(self.vae, images)
         kept.append(moments)
-        made = self._latents(moments, seeds)
-        return made, [moments, *(values for values in made.values() if values.is_floating_point())]
+        latents = self._latents(moments, seeds)
+        return latents, [moments, *(values for values in latents.values() if values.is_floating_point())]
 
     @torch.no_grad()
-    def _mended(self, moments: Tensor, images: Tensor, seeds: Tensor) -> Made:
+    def _encode_in_fp32(self, moments: Tensor, images: Tensor, seeds: Tensor) -> EncodedTensors:
         moments = mended_moments(self.vae, images, moments)
-        made = self._latents(moments, seeds)
-        for name, values in made.items():
+        latents = self._latents(moments, seeds)
+        for name, values in latents.items():
             if values.is_floating_point():
                 check_finite(f"the {name}", values, f"computed in {values.dtype}")
-        return made, [moments]
+        return latents, [moments]
 
     def _latents(self, moments: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         mean, logvar = moments.chunk(2, dim=1)
-        if self._space is not None:
-            logvar = self._space.logvar(logvar.clamp(*LOGVAR_RANGE), None, logvar.dtype)
-            return {"mean": self._space.mean(mean), "logvar": logvar, "noise_key": seeds}
+        if self._scaling is not None:
+            logvar = self._scaling.logvar(logvar.clamp(*LOGVAR_RANGE), None, logvar.dtype)
+            return {"mean": self._scaling.mean(mean), "logvar": logvar, "noise_key": seeds}
         z = mean.contiguous() if self.posterior == "mean" else sample_posterior(moments, seeds=seeds)
         return {"latents": scale_latents(self.vae, z) if self.scaled else z, "noise_key": seeds}
 
@@ -254,7 +255,7 @@ def _images_of(batch: Any, place: Place) -> Tensor:
 
 
 def _place_of_images(batch: Any, given: Place) -> Place:
-    """The name or index of the images in the batch, None if it is they."""
+    """Return the name or index of the images in the batch, None if the batch is the tensor of images."""
     if isinstance(batch, Tensor) and given is None:
         return None
     if not isinstance(batch, (Mapping, tuple, list)):
@@ -275,14 +276,14 @@ def _are_images(part: Tensor) -> bool:
     return part.dtype == torch.uint8 and part.ndim == 4
 
 
-def _in_place(batch: Any, place: Place, made: dict[str, Tensor]) -> Any:
-    """The batch with what was made of its images where they were."""
+def _with_latents(batch: Any, place: Place, encoded: dict[str, Tensor]) -> Any:
+    """Return the batch with the ``encoded`` tensors instead of its images."""
     if isinstance(batch, Mapping):
         rest = {name: part for name, part in batch.items() if name != place}
-        if taken := sorted(rest.keys() & made.keys()):
+        if taken := sorted(rest.keys() & encoded.keys()):
             raise ValueError(f"a batch must leave the names of its latents free, got {', '.join(taken)}")
-        return {**rest, **made}
-    latents = made.get("latents", made)
+        return {**rest, **encoded}
+    latents = encoded.get("latents", encoded)
     if place is None:
         return latents
     parts = [latents if index == place else part for index, part in enumerate(batch)]

@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from fastvae.data.datasets.dataset import LatentDataset
 
 Shards = Sequence[tuple[tuple[int, int], Tensor]]
-PREFIX = b"fastvae order 1\0"
+ORDER_PREFIX = b"fastvae order 1\0"
 
 
 class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
-    """Lists of row numbers of ``dataset``, each of one bucket, in an order that (seed, epoch) decide.
+    """Lists of row numbers of ``dataset``, each of one bucket, in an order that depends on (seed, epoch) alone.
 
-    Rows are mixed within a bucket, and buckets' batches with each other, unless ``shuffle`` is False. Each row comes
-    once an epoch; with ``drop_last``, those that fill no batch of their bucket do not. Of several processes each takes
-    its own ``rank`` of ``ranks``: all get as many batches, in each step of the same bucket and size, for which up to
-    ranks - 1 rows of a bucket come twice. (accelerate's ``prepare`` would split the batches again, across buckets: give
-    it no loader with this sampler, but rank=accelerator.process_index, ranks=accelerator.num_processes here.)
-    ``set_epoch`` is the dataset's: noise and order follow one number. Raises ValueError for numbers that make no order.
+    Rows are shuffled within a bucket, and batches across buckets, unless ``shuffle`` is False. Each row is returned
+    once an epoch; ``drop_last`` leaves out the rows that do not fill a batch of their bucket. Each of several processes
+    takes its ``rank`` of ``ranks``: all get the same number of batches, in each step of the same bucket and size, for
+    which up to ranks - 1 rows of a bucket are repeated. (accelerate's ``prepare`` would split the batches again, across
+    buckets: do not pass it a loader with this sampler; set rank=accelerator.process_index and
+    ranks=accelerator.num_processes here.)
+    ``set_epoch`` is the dataset's, so noise and order have one epoch. Raises ValueError for an invalid batch_size,
+    seed, rank or ranks.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.drop_last = drop_last
         self._order = Order(batch_size, seed, shuffle, drop_last, rank, ranks)
         self._shards = dataset.shards()
-        self._resume = (0, 0)  # an epoch, and how many of its batches are left out
-        self._handed_out = 0
+        self._resume = (0, 0)  # an epoch, and the number of its batches to skip
+        self._returned = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the dataset's epoch, for the order of the next iteration and for the noise."""
@@ -60,51 +62,51 @@ class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, done = self._resume
-        self._resume, self._handed_out = (0, 0), done if epoch == self.dataset.epoch else 0
-        for batch in itertools.islice(self._order.batches(self._shards, self.dataset.epoch), self._handed_out, None):
-            self._handed_out += 1
+        self._resume, self._returned = (0, 0), done if epoch == self.dataset.epoch else 0
+        for batch in itertools.islice(self._order.batches(self._shards, self.dataset.epoch), self._returned, None):
+            self._returned += 1
             yield batch
 
     def state_dict(self, done: int | None = None) -> dict[str, Any]:
-        """Where the epoch is, to go on from with load_state_dict.
+        """Return the position in the epoch, for load_state_dict.
 
-        done: how many of its batches training has finished, counted from the epoch's start; by default as many as were
-        handed out, which is ahead of training by what a DataLoader's workers have fetched.
+        done: number of batches that training has finished, counted from the epoch's start. Default: the number that was
+        returned, which is ahead of training by what a DataLoader's workers have fetched.
         """
-        return {"batches": self._handed_out if done is None else done, **order_state(self._order, self.dataset)}
+        return {"batches": self._returned if done is None else done, **order_state(self._order, self.dataset)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the epoch of ``state``: its next iteration begins after the batches that were done.
+        """Continue in the epoch of ``state``: its next iteration begins after the finished batches.
 
-        Raises ValueError where the order was another.
+        Raises ValueError for a state of another order.
         """
         check_order(state, order_state(self._order, self.dataset))
         self.dataset.set_epoch(state["epoch"])
-        self._resume, self._handed_out = (state["epoch"], state["batches"]), state["batches"]
+        self._resume, self._returned = (state["epoch"], state["batches"]), state["batches"]
 
 
 def order_state(order: Order, dataset: LatentDataset) -> dict[str, Any]:
-    """What decides an order, but for the rank: every process resumes from the same state."""
+    """Return all that decides an order except the rank: every process resumes from the same state."""
     names = ("batch_size", "seed", "shuffle", "drop_last", "ranks", "window")
     return {"epoch": dataset.epoch, "rows": len(dataset), **{name: getattr(order, name) for name in names}}
 
 
 def check_order(state: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raises ValueError unless ``state`` is a state, and of the order of ``own``, in whatever epoch."""
+    """Raise ValueError unless ``state`` is a state of the same order as ``own``, in any epoch."""
     check_state(state, "batches", *own)
     differing = [name for name in own if name != "epoch" and state[name] != own[name]]
     if differing:
-        said = ", ".join(f"{name} was {state[name]} and is {own[name]}" for name in differing)
-        raise ValueError(f"the state is of another order, in which no batch has the same rows: {said}")
+        changes = ", ".join(f"{name} was {state[name]} and is {own[name]}" for name in differing)
+        raise ValueError(f"the state is of another order, in which no batch has the same rows: {changes}")
 
 
 @dataclass(frozen=True)
 class Order:
-    """How batches are cut: every step takes up to ``batch_size`` rows of one bucket for each of ``ranks`` ranks.
+    """Order of batches: every step takes up to ``batch_size`` rows of one bucket for each of ``ranks`` ranks.
 
-    Shards are taken ``window`` at a time, all of them by default, and rows are mixed within. All ranks take as many
-    batches, and in each step of the same bucket and size: the last rows of a bucket are dealt out evenly, some of them
-    twice where they do not go up, or left out with ``drop_last``. Raises ValueError for numbers that make no order.
+    Shards are taken ``window`` at a time, by default all at once, and rows are shuffled within. All ranks take the same
+    number of batches, and in each step the same bucket and size: the last rows of a bucket are divided evenly, with
+    some of them repeated, or left out with ``drop_last``. Raises ValueError for an invalid number.
     """
 
     batch_size: int
@@ -125,7 +127,7 @@ class Order:
             raise ValueError(f"rank must be from 0 to {self.ranks - 1}, for {self.ranks} ranks, got {self.rank!r}")
 
     def count(self, shards: Shards) -> int:
-        """How many batches each rank takes in an epoch."""
+        """Return the number of batches of each rank in an epoch."""
         rows: dict[tuple[int, int], int] = {}
         for bucket, numbers in shards:
             rows[bucket] = rows.get(bucket, 0) + len(numbers)
@@ -133,8 +135,8 @@ class Order:
         return sum(number // step if self.drop_last else -(-number // step) for number in rows.values())
 
     def batches(self, shards: Shards, epoch: int) -> Iterator[list[int]]:
-        """The row numbers of each batch of this rank in ``epoch``; ``shards`` holds each one's bucket and rows."""
-        digest = hashlib.sha256(PREFIX + struct.pack("<QQ", self.seed, check_unsigned("epoch", epoch)))
+        """Yield the row numbers of each batch of this rank in ``epoch``; ``shards``: bucket and rows of each shard."""
+        digest = hashlib.sha256(ORDER_PREFIX + struct.pack("<QQ", self.seed, check_unsigned("epoch", epoch)))
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little"))
         places = self._permuted(len(shards), generator).tolist()
         window = self.window or len(shards)
@@ -144,10 +146,10 @@ class Order:
             if start + window >= len(places) and not self.drop_last:
                 steps += [rows for rows in left.values() if len(rows)]
             for place in self._permuted(len(steps), generator).tolist():
-                yield self._own(steps[place])
+                yield self._rank_part(steps[place])
 
     def _steps(self, shards: Shards, left: dict[tuple[int, int], Tensor], generator: torch.Generator) -> list[Tensor]:
-        """Whole steps of the rows of ``shards``, mixed; what is left of a bucket waits for its next rows."""
+        """Return full steps of the shuffled rows of ``shards``; ``left`` keeps the other rows of each bucket."""
         fresh: dict[tuple[int, int], list[Tensor]] = {}
         for bucket, numbers in shards:
             fresh.setdefault(bucket, []).append(numbers)
@@ -155,16 +157,16 @@ class Order:
         for bucket, parts in fresh.items():
             rows = torch.cat(parts)
             rows = torch.cat([left.get(bucket, rows[:0]), rows[self._permuted(len(rows), generator)]])
-            whole = len(rows) - len(rows) % (self.batch_size * self.ranks)
-            steps += rows[:whole].split(self.batch_size * self.ranks) if whole else []
-            left[bucket] = rows[whole:]
+            full = len(rows) - len(rows) % (self.batch_size * self.ranks)
+            steps += rows[:full].split(self.batch_size * self.ranks) if full else []
+            left[bucket] = rows[full:]
         return steps
 
     def _permuted(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
 
-    def _own(self, step: Tensor) -> list[int]:
-        """This rank's part of a step."""
+    def _rank_part(self, step: Tensor) -> list[int]:
+        """Return this rank's part of a step."""
         if self.ranks == 1:
             return step.tolist()
         each = -(-len(step) // self.ranks)

@@ -176,7 +176,7 @@ def _foreseen(job: _Encode) -> Store | None:
 
 def _failed_before(job: _Encode, existing: Store | None) -> set[str]:
     """The keys of the source's images whose last try failed."""
-    keys = {failure.key for failure, _ in existing.failing()} if existing is not None else set()
+    keys = {failure.key for failure, _ in existing.latest_failures()} if existing is not None else set()
     return keys & {file.key for file in job.files}
 
 
@@ -187,7 +187,7 @@ def _plan(job: _Encode, leases: Leases, shard_mb: float, report: EncodeReport) -
     fresh = plan_rows(files_to_encode(store, job.listing.files, job.files, job.reader, job.retry), job.reader)
     check_room(job.out, sum(job.settings.row_size(bucket) for bucket, _ in fresh))
     store.extend_plan(fresh, rows_per_unit(job.settings, shard_mb), job.files)
-    commits = store.commits(whole=True)
+    commits = store.commits(with_keys=True)
     report.resumed = sum(commit.rows for commit in commits.values())
     todo = [unit for unit in store.units() if unit.number not in commits]
     check_buckets(todo, job.settings, job.out)

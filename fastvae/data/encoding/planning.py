@@ -41,7 +41,7 @@ def files_to_encode(
             return reader.opens(by_key[failure.key])
         return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reader.max_pixels)
 
-    return store.fresh(files, again)
+    return store.files_to_encode(files, again)
 
 
 def orphan_records(store: Store) -> list[Path]:

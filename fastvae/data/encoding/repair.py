@@ -22,7 +22,7 @@ from fastvae.data.rows import SourceFile
 from fastvae.data.sources.open import open_source
 from fastvae.data.sources.source import Source
 from fastvae.data.store.errors import StoreError, StoreLocked
-from fastvae.data.store.layout import DERIVED_NAMES, STORE, check_places
+from fastvae.data.store.layout import DERIVED_NAMES, STORE, check_kinds
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
 from fastvae.data.store.plan import Unit
@@ -87,7 +87,7 @@ def repair(
     check_amounts(batch, workers, max_failures, max_pixels)
     path = Path(store)
     there = Store.open(path)
-    check_places(path)
+    check_kinds(path)
     leases = Leases(path / "leases")
     if leases.folder.is_dir():
         _check_unused(there, leases)
@@ -95,7 +95,7 @@ def repair(
     _check_mendable(path, found.damaged)
     orphan_records(there)
     bad = {damage.unit for damage in found.damaged if damage.unit is not None}
-    failed = {failure.key for failure, commit in there.failing() if retry_failed and commit.unit not in bad}
+    failed = {failure.key for failure, commit in there.latest_failures() if retry_failed and commit.unit not in bad}
     begun = _begun(there, bad) if retry_failed else {}
     result = RepairReport(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
     if not (bad or failed or begun):

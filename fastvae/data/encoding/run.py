@@ -170,7 +170,7 @@ def finish(run: Run, max_failures: str | float | int) -> None:
     store.write_derived()
     failures, served = store.failures(), len(store.resolve())
     report.reasons = dict(Counter(failure.reason for failure in failures.values()))
-    report.failed_before = sum(commit.unit not in run.done for _, commit in store.failing())
+    report.failed_before = sum(commit.unit not in run.done for _, commit in store.latest_failures())
     wanted = report.reasons.get("animated", 0)  # left out because that was asked for
     report.exceeded = len(failures) - wanted > parse_limit(max_failures, served + len(failures))
     report.judge(on_cpu=run.settings.device.type == "cpu")

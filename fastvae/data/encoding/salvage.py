@@ -16,8 +16,8 @@ from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import not_a_file
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.plan import PlannedRow, Unit
-from fastvae.data.store.shard import SUMMED, ShardRow, read_names, wrong_row
-from fastvae.data.store.shard_metadata import check_stated
+from fastvae.data.store.shard import SUMMED, ShardRow, read_names, row_damage
+from fastvae.data.store.shard_metadata import check_shard_metadata
 
 STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")}
 
@@ -35,7 +35,7 @@ def sound_rows(
     try:
         if not_a_file(shard):
             return {}
-        check_stated(shard, facts, unit.bucket)
+        check_shard_metadata(shard, facts, unit.bucket)
         names = read_names(shard)
         columns = map_shard(shard, latent, row_format.logvar_dtype is not None, settings.alpha == "mask").arrays
         with safe_open(os.fspath(shard), framework="np") as opened:
@@ -50,11 +50,11 @@ def sound_rows(
         return {}
     rows = {}
     for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
-        number, *place = columns["about"][row].tolist()
+        number, *place = columns["row_info"][row].tolist()
         if name not in planned or place != _place(planned[name], unit, settings):
             continue
         mean, logvar, extent, alpha = values = [None if part is None else part[row] for part in large]
-        if mean is not None and not wrong_row(name[0], values, checksum, number):
+        if mean is not None and not row_damage(name[0], values, checksum, number):
             (_, height, width), crop = place[:3], tuple(place[3:])
             rows[name] = ShardRow(name[0], mean, logvar, (height, width), crop, name[1], extent, alpha)
     return rows

@@ -88,7 +88,7 @@ def _claimed(run: Run, todo: list[Unit], others: list[Unit], bar: tqdm) -> Itera
 
 def _is_done(run: Run, unit: Unit, bar: tqdm) -> bool:
     """Whether another process has committed the unit since the work list was made; its lease is given back then."""
-    commit = None if unit.number in (run.again or ()) else run.store.commit_of(unit, whole=True)
+    commit = None if unit.number in (run.again or ()) else run.store.commit_of(unit, with_keys=True)
     if commit is None:
         return False
     run.leases.release(unit.lease)

@@ -17,14 +17,14 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     from fastvae.data.rows import size_name
     from fastvae.data.store.layout import bucket_of
-    from fastvae.data.store.shard_metadata import check_stated
+    from fastvae.data.store.shard_metadata import check_shard_metadata
     from fastvae.data.store.store import Store
 
     store = Store.open(Path(path))
     units, commits = store.units(), store.commits()
     index, failures = store.resolve(), store.failures()
     for shard, _ in list(index.values())[:1]:  # so that no scaling is told that was edited
-        check_stated(store.path / "shards" / shard, store.facts, bucket_of(shard))
+        check_shard_metadata(store.path / "shards" / shard, store.facts, bucket_of(shard))
     numerics = store.facts["identity"]["numerics"]
     by_bucket: dict[str, int] = {}
     buckets = {unit.number: unit.bucket for unit in units}

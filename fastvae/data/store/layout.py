@@ -51,31 +51,31 @@ def matches(name: str, names: str) -> bool:
     return re.fullmatch(names, name) is not None
 
 
-def check_places(store: Path) -> None:
+def check_kinds(store: Path) -> None:
     """Raises StoreError where another thing, a link too, lies in the place of a folder or a lock that a run writes to,
     or a folder in the place of a file that it replaces; a link to a file is replaced as a file is. Opens nothing.
     """
     for name in FOLDERS:
-        check_place(store / name, "a folder")
+        check_kind(store / name, "a folder")
     for name in LOCKS:
-        check_place(store / name, "a file")
+        check_kind(store / name, "a file")
     shards = store / "shards"
     inside = sorted(os.listdir(shards)) if shards.is_dir() else []
     files = [store / name for name in DERIVED_NAMES]
     files += [shards / name for name in inside if matches(name, rf"{SHARD}|{RECORD}")]
     for path in files:
         if path.is_dir():
-            raise _misplaced(path, "a folder", "a file")
+            raise _wrong_kind(path, "a folder", "a file")
 
 
-def check_place(path: Path, wanted: str) -> None:
+def check_kind(path: Path, wanted: str) -> None:
     """Raises StoreError where something else than ``wanted``, "a file" or "a folder", lies at ``path``."""
     try:
         kind = file_kind(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return
     if kind != wanted:
-        raise _misplaced(path, kind, wanted)
+        raise _wrong_kind(path, kind, wanted)
 
 
 def open_regular_file(path: Path) -> int:
@@ -83,15 +83,15 @@ def open_regular_file(path: Path) -> int:
 
     Raises StoreError for what is no file, a link to one among them: it would be written somewhere else.
     """
-    check_place(path, "a file")  # a device may do something when it is opened
+    check_kind(path, "a file")  # a device may do something when it is opened
     flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))  # Windows has none of them
     descriptor = os.open(path, sum(flags, os.O_RDWR | os.O_CREAT), 0o644)
     kind = file_kind(os.fstat(descriptor).st_mode)
     if kind != "a file":
         os.close(descriptor)
-        raise _misplaced(path, kind, "a file")
+        raise _wrong_kind(path, kind, "a file")
     return descriptor
 
 
-def _misplaced(path: Path, kind: str, wanted: str) -> StoreError:
+def _wrong_kind(path: Path, kind: str, wanted: str) -> StoreError:
     return StoreError(f"{path} is {kind} in the place of {wanted}: move it away")

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
-from fastvae.data.store.layout import CLOCK_NAME, check_place, not_a_file, open_regular_file
+from fastvae.data.store.layout import CLOCK_NAME, check_kind, not_a_file, open_regular_file
 from fastvae.data.store.lock import locked
 from fastvae.system.atomic_files import is_leftover, write_atomically
 
@@ -38,7 +38,7 @@ class Leases:
         self._heart = threading.Thread(target=self._beat, name="fastvae-heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
-        check_place(self.folder, "a folder")
+        check_kind(self.folder, "a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.acquire(f"run-{self.owner}")  # says that this run is there, between its units as well
         self._heart.start()

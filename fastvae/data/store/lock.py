@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that the system takes back when its process ends, however it ends."""
+"""Lock of a folder, for one process at a time; the system releases it when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from fastvae.data.store.layout import LOCK_NAME, open_regular_file
 
 try:
     import fcntl
-except ImportError:  # Windows: no such lock, and the user sees to one process at a time
+except ImportError:  # Windows has no such lock: the user must run one process at a time
     fcntl = None
 
-# What file systems without locks answer (some network mounts): there too the user sees to it.
+# Errors of file systems without locks (some network mounts): there too the user must run one process at a time.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-# A plan over millions of images takes minutes; whoever holds the lock for longer is stuck.
-PATIENCE, PAUSE = 1800.0, 0.05
+# In seconds. A plan over millions of images takes minutes; a process that holds the lock for longer is stuck.
+LOCK_TIMEOUT, POLL_INTERVAL = 1800.0, 0.05
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which exists, waiting for it.
+    """Wait for the lock of the existing ``folder``, and hold it.
 
-    Raises StoreLocked, naming the holder's pid, when another process has held it for PATIENCE seconds, and StoreError
-    where its lock is no file, but a link to one or another thing.
+    Raises StoreLocked, which names the holder's pid, when another process has held it for LOCK_TIMEOUT seconds, and
+    StoreError when the lock is not a regular file (a link to one is refused too).
     """
     descriptor = open_regular_file(folder / LOCK_NAME)
     try:
-        _take(descriptor, folder)
-        if os.fstat(descriptor).st_nlink == 1:  # by its other name it may be anybody's file
+        _acquire(descriptor, folder)
+        if os.fstat(descriptor).st_nlink == 1:  # a hard link may be a user's file
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
         yield
     finally:
-        os.close(descriptor)  # which gives the lock back; the file stays, as removing it would let two processes in
+        os.close(descriptor)  # releases the lock; the file stays, because removing it would let two processes in
 
 
-def _take(descriptor: int, folder: Path) -> None:
+def _acquire(descriptor: int, folder: Path) -> None:
     if fcntl is None:
         return None
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,8 +52,10 @@ def _take(descriptor: int, folder: Path) -> None:
             if time.monotonic() >= until:
                 holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
                 whose = f"process {holder}" if holder.isdigit() else "another process"
-                raise StoreLocked(f"{folder} is locked: {whose} has been planning it for {PATIENCE:.0f} s") from None
-            time.sleep(PAUSE)
+                raise StoreLocked(
+                    f"{folder} is locked: {whose} has been planning it for {LOCK_TIMEOUT:.0f} s"
+                ) from None
+            time.sleep(POLL_INTERVAL)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise

@@ -36,7 +36,7 @@ DTYPE_NAMES = {
     "|u1": "U8",
 }
 # What names the rows: each of one dimension.
-NAMES = {"key_utf8": "U8", "key_offset": "I64", "variant": "U16"}
+NAME_COLUMNS = {"key_utf8": "U8", "key_offset": "I64", "variant": "U16"}
 # What a row's checksum covers, in this order; all but the mean may be missing.
 SUMMED = ("mean", "logvar", "logvar_range", "alpha")
 HALF_MAXIMUM = 65504.0
@@ -101,7 +101,7 @@ def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
     return checksum
 
 
-def wrong_row(key: str, values: Sequence[np.ndarray | None], checksum: int, number: int) -> str | None:
+def row_damage(key: str, values: Sequence[np.ndarray | None], checksum: int, number: int) -> str | None:
     """What is wrong with a row as its shard has it, in words: its SUMMED ``values``, None for those that are not there,
     its checksum, and its number modulo 2^64; None for a sound one.
     """
@@ -121,7 +121,7 @@ def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
     check_header(path, SHARD_HEADER)
     with safe_open(os.fspath(path), framework="np") as shard:
-        columns = {name: _column(shard, name, dtype) for name, dtype in NAMES.items()}
+        columns = {name: _read_column(shard, name, dtype) for name, dtype in NAME_COLUMNS.items()}
     text, offsets = columns["key_utf8"].tobytes(), columns["key_offset"].tolist()
     # Each byte belongs to one key: of overlapping ones a small file could ask for all memory.
     if offsets[:1] != [0] or offsets[-1] != len(text) or any(start > end for start, end in pairwise(offsets)):
@@ -139,7 +139,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return shard.metadata() or {}
 
 
-def _column(shard: Any, name: str, dtype: str) -> np.ndarray:
+def _read_column(shard: Any, name: str, dtype: str) -> np.ndarray:
     part = shard.get_slice(name)
     if part.get_dtype() != dtype or len(part.get_shape()) != 1:
         raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}, and should be {dtype} of one dimension")

@@ -18,7 +18,7 @@ from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
 from fastvae.data.store.store_json import SHARD_ONLY_METADATA, is_count
 
-MOST_TEXT = 4096  # of a value in a sentence
+MAX_TEXT = 4096  # of a value in a sentence
 SHAPE = ("latent_channels", "downsample_factor")
 # By field of store.json: what it says, and what a shard states.
 Differences = dict[str, tuple[str, str]]
@@ -50,7 +50,7 @@ def metadata_differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping
     return {field: (_one_line(said), _one_line(there)) for field, (said, there) in pairs.items() if said != there}
 
 
-def edited(of_shards: Sequence[Differences]) -> Differences:
+def edited_fields(of_shards: Sequence[Differences]) -> Differences:
     """The fields in which all shards, of which these are the differences, state one value and store.json another."""
     if not of_shards:
         return {}
@@ -62,7 +62,7 @@ def edited(of_shards: Sequence[Differences]) -> Differences:
     }
 
 
-def check_stated(path: Path, facts: Mapping[str, Any], bucket: Size) -> None:
+def check_shard_metadata(path: Path, facts: Mapping[str, Any], bucket: Size) -> None:
     """Raises StoreError where the shard at ``path`` cannot be read, or states anything else than store.json says."""
     try:
         stated = read_metadata(path)
@@ -77,7 +77,7 @@ def check_stated(path: Path, facts: Mapping[str, Any], bucket: Size) -> None:
 
 def _one_line(text: str | None) -> str:
     """A stranger's text, which may not look like a line of ours."""
-    return "nothing" if text is None else " ".join(text[:MOST_TEXT].split())
+    return "nothing" if text is None else " ".join(text[:MAX_TEXT].split())
 
 
 def _shape(text: str | None) -> tuple[int, int, int] | None:

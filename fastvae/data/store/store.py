@@ -28,7 +28,7 @@ from fastvae.data.rows import Size, SourceFile
 from fastvae.data.store import identity as identities
 from fastvae.data.store.commits import Commit, Failure, read_commit
 from fastvae.data.store.errors import IdentityMismatch, StoreError
-from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_places, matches
+from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_kinds, matches
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import PlannedRow, Unit, WorkList
 from fastvae.data.store.shard import ShardRow, pack, read_names
@@ -71,7 +71,7 @@ class Store:
         """
         path = Path(path)
         if (path / "store.json").exists():
-            check_places(path)
+            check_kinds(path)
             store = cls.open(path)
             lines = identities.differences(store.facts["identity"], json.loads(identities.canonical_json(identity)))
             if lines and store._has_records():
@@ -85,7 +85,7 @@ class Store:
             raise StoreError(f"the output must be a folder, {path} is a file")
         if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_ours(entry))):
             raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
-        check_places(path)
+        check_kinds(path)
         return None
 
     @classmethod
@@ -110,7 +110,7 @@ class Store:
             content = json_bytes(facts, indent=1)
             store = cls(path, json.loads(content))
             store._sweep(leases)
-            store._forget()
+            store._delete_uncommitted()
             write_atomically(path / "store.json", [content])
         store._sweep(leases)
         (path / "plan").mkdir(exist_ok=True)
@@ -142,7 +142,7 @@ class Store:
         """The commit records that lie in the store, whether they can be trusted or not."""
         return self._files("shards", RECORD)
 
-    def fresh(
+    def files_to_encode(
         self, files: Iterable[SourceFile], again: Callable[[Failure, Commit], bool] = lambda failure, commit: False
     ) -> list[SourceFile]:
         """Those of ``files`` that need a unit: new, other than planned (see is_same_as), or to be tried again.
@@ -150,10 +150,10 @@ class Store:
         ``again`` is asked for each failure that the latest unit of a file committed.
         """
         planned = {row.file.key: row.file for unit in self.units() for row in unit.rows}
-        retried = {failure.key for failure, commit in self.failing() if again(failure, commit)}
+        retried = {failure.key for failure, commit in self.latest_failures() if again(failure, commit)}
         return [file for file in files if not file.is_same_as(planned.get(file.key)) or file.key in retried]
 
-    def failing(self) -> list[tuple[Failure, Commit]]:
+    def latest_failures(self) -> list[tuple[Failure, Commit]]:
         """Every failure that the latest unit of its row committed, and that unit's record."""
         latest = latest_units(self.units())
         told = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
@@ -164,20 +164,20 @@ class Store:
         commits = self.commits()
         return sum(unit not in commits for unit in latest_units(self.units()).values())
 
-    def commits(self, whole: bool = False) -> dict[int, Commit]:
+    def commits(self, with_keys: bool = False) -> dict[int, Commit]:
         """The commit records that can be trusted, by unit.
 
         They are readable, of this identity, speak of as many rows as their unit has, and their shard has the stated
-        size; with ``whole`` its keys are read as well, and a shard that is damaged there counts as not committed.
+        size; with ``with_keys`` its keys are read as well, and a shard that is damaged there counts as not committed.
         """
         trusted = {}
         for unit in self.units():
-            commit = self.commit_of(unit, whole)
+            commit = self.commit_of(unit, with_keys)
             if commit is not None:
                 trusted[unit.number] = commit
         return trusted
 
-    def commit_of(self, unit: Unit, whole: bool = False) -> Commit | None:
+    def commit_of(self, unit: Unit, with_keys: bool = False) -> Commit | None:
         """The commit record of ``unit`` if it is there and can be trusted, as in commits."""
         try:
             commit = read_commit(self.path / "shards" / f"{unit.stem}.json")
@@ -192,7 +192,7 @@ class Store:
                 return None
             if not stat.S_ISREG(there.st_mode) or there.st_size != commit.bytes:
                 return None
-            if whole and not self._is_whole(commit, unit):
+            if with_keys and not self._has_rows_of(commit, unit):
                 return None
         return commit
 
@@ -220,7 +220,7 @@ class Store:
 
     def derived(self) -> dict[str, list[bytes]]:
         """The lines of each file that write_derived writes."""
-        index, failures = self._served()
+        index, failures = self._index_and_failures()
         rows = [
             json_bytes({"key": key, "variant": variant, "shard": shard, "row": row}) + b"\n"
             for (key, variant), (shard, row) in index.items()
@@ -233,13 +233,13 @@ class Store:
 
         Raises StoreError for a committed shard that cannot be read.
         """
-        return self._served()[0]
+        return self._index_and_failures()[0]
 
     def failures(self) -> dict[tuple[str, int], Failure]:
         """Which rows failed in the latest unit that they were planned in, by (key, variant)."""
-        return self._served()[1]
+        return self._index_and_failures()[1]
 
-    def _served(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
+    def _index_and_failures(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
         index: dict[tuple[str, int], tuple[str, int]] = {}
         latest = latest_units(self.units())
         for commit in self.commits().values():
@@ -247,7 +247,7 @@ class Store:
                 for row, name in enumerate(self._names(commit)):
                     if latest.get(name) == commit.unit:
                         index[name] = (commit.shard, row)
-        return index, {(failure.key, failure.variant): failure for failure, _ in self.failing()}
+        return index, {(failure.key, failure.variant): failure for failure, _ in self.latest_failures()}
 
     def _names(self, commit: Commit) -> list[tuple[str, int]]:
         shard = self.path / "shards" / str(commit.shard)
@@ -262,7 +262,7 @@ class Store:
             )
         return names
 
-    def _is_whole(self, commit: Commit, unit: Unit) -> bool:
+    def _has_rows_of(self, commit: Commit, unit: Unit) -> bool:
         try:
             names = self._names(commit)
         except StoreError:
@@ -288,7 +288,7 @@ class Store:
             if is_leftover(path, f"{SHARD}|{RECORD}") and not leases.is_live(path.name.split("-")[0]):
                 path.unlink(missing_ok=True)
 
-    def _forget(self) -> None:
+    def _delete_uncommitted(self) -> None:
         """Delete the plan, and shards without a record, of a store that never had a commit."""
         for path in (*self._files(".", DERIVED), *self._files("shards", SHARD), *self._work.files()):
             path.unlink()

@@ -50,7 +50,7 @@ def check_store_json(facts: Any, path: Path) -> None:
         wrong += [] if "vae" in facts["source"] else ["source.vae"]
     if wrong:
         raise StoreError(f"{path} is damaged: it lacks {', '.join(wrong)}")
-    if wrong := _wrong_values(facts):
+    if wrong := _impossible_fields(facts):
         raise StoreError(f"{path} is damaged: {', '.join(wrong)} cannot be what it says")
 
 
@@ -59,7 +59,7 @@ def keeps_alpha(facts: Mapping[str, Any]) -> bool:
     return facts["identity"]["preprocess"].get("alpha") == "mask"
 
 
-def _wrong_values(facts: dict[str, Any]) -> list[str]:
+def _impossible_fields(facts: dict[str, Any]) -> list[str]:
     """The names of the facts that no store has: what readers compute with, so that none of them fails on it."""
     scaling, numerics = facts["scaling"], facts["identity"]["numerics"]
     channels = facts["latent_channels"]

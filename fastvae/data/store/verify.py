@@ -17,8 +17,8 @@ from fastvae.data.store.layout import DERIVED_NAMES, STORE, not_a_file
 from fastvae.data.store.lock import locked
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.plan import Unit
-from fastvae.data.store.shard import SUMMED, read_metadata, read_names, wrong_row
-from fastvae.data.store.shard_metadata import SHAPE, Differences, edited, metadata_differences
+from fastvae.data.store.shard import SUMMED, read_metadata, read_names, row_damage
+from fastvae.data.store.shard_metadata import SHAPE, Differences, edited_fields, metadata_differences
 from fastvae.data.store.store import Store, latest_units
 from fastvae.data.store.store_json import keeps_alpha
 from fastvae.system.atomic_files import sha256_of
@@ -102,12 +102,12 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
         print_stderr(
             f"verify  {store.path}  {len(commits)} of {len(units)} units, {rows} rows, {format_bytes(size)}: {how}\n"
         )
-    looked = [_look(store, record, units.get(record.stem)) for record in records]
+    looked = [_check_record(store, record, units.get(record.stem)) for record in records]
     if exchanged := _other_identity(store, looked):
         found.damaged.append(exchanged)
         return found
     whole = [one.differences for one in looked if one.shard is not None and one.what is None]
-    wrong = edited(whole)
+    wrong = edited_fields(whole)
     shards = "its only shard states" if len(whole) == 1 else f"each of its {len(whole)} shards states"
     found.damaged += [
         Damage(STORE, f"says {name} {said}, and {shards} {stated}") for name, (said, stated) in wrong.items()
@@ -117,7 +117,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
     for one in looked:
         what = one.what or _otherwise(one.differences, wrong)
         if deep and what is None and one.unit is not None and one.commit is not None:
-            what = _wrong_rows(facts, one.shard, one.commit, one.unit)
+            what = _rows_damage(facts, one.shard, one.commit, one.unit)
         found.add(store.path, one, what, latest)
     for name in DERIVED_NAMES:
         if (store.path / name).exists() and (what := not_a_file(store.path / name)):
@@ -144,14 +144,14 @@ def _is_stale(path: Path, lines: list[bytes], found: VerifyReport) -> bool:
     return path.read_bytes() != b"".join(lines)
 
 
-def _look(store: Store, record: Path, unit: Unit | None) -> RecordCheck:
+def _check_record(store: Store, record: Path, unit: Unit | None) -> RecordCheck:
     one = RecordCheck(record, unit)
     try:
         one.commit = read_commit(record)
-        one.what = not_a_file(record) or _wrong_record(store, one.commit, unit)
+        one.what = not_a_file(record) or _record_damage(store, one.commit, unit)
         if one.what is None and unit is not None and one.commit is not None and one.commit.shard is not None:
             one.shard = record.with_suffix(".safetensors")
-            one.what = not_a_file(one.shard) or _wrong_bytes(one.shard, one.commit)
+            one.what = not_a_file(one.shard) or _file_damage(one.shard, one.commit)
             if one.what is None:
                 one.differences = metadata_differences(store.facts, unit.bucket, read_metadata(one.shard))
     except OSError as error:
@@ -161,7 +161,7 @@ def _look(store: Store, record: Path, unit: Unit | None) -> RecordCheck:
     return one
 
 
-def _wrong_record(store: Store, commit: Commit | None, unit: Unit | None) -> str | None:
+def _record_damage(store: Store, commit: Commit | None, unit: Unit | None) -> str | None:
     if unit is None:
         return "belongs to no unit of the plan"
     if commit is None:
@@ -181,7 +181,7 @@ def _other_identity(store: Store, looked: list[RecordCheck]) -> Damage | None:
     return Damage(STORE, f"says identity_digest {own}, and {records} {' '.join(stated[0].split())[:64]}")
 
 
-def _wrong_bytes(shard: Path, commit: Commit) -> str | None:
+def _file_damage(shard: Path, commit: Commit) -> str | None:
     size = shard.stat().st_size
     if size != commit.bytes:
         return f"has {size} bytes, and its record says {commit.bytes}"
@@ -198,7 +198,7 @@ def _otherwise(of_shard: Differences, wrong: Differences) -> str | None:
     return said[0] if said else None
 
 
-def _wrong_rows(facts: dict[str, Any], path: Path | None, commit: Commit, unit: Unit) -> str | None:
+def _rows_damage(facts: dict[str, Any], path: Path | None, commit: Commit, unit: Unit) -> str | None:
     failed = [(failure.key, failure.variant) for failure in commit.failed]
     if path is None:
         return None if sorted(failed) == sorted(row.name for row in unit.rows) else "misses rows of its unit"
@@ -209,12 +209,12 @@ def _wrong_rows(facts: dict[str, Any], path: Path | None, commit: Commit, unit: 
         map_shard(path, (facts["latent_channels"], *sides), with_logvar, keeps_alpha(facts))
         if sorted([*names, *failed]) != sorted(row.name for row in unit.rows):
             return "has other rows than its unit"
-        return _wrong_values(path, names)
+        return _values_damage(path, names)
     except (StoreError, SafetensorError, ValueError, TypeError, OSError) as error:
         return f"is damaged: {error}"
 
 
-def _wrong_values(path: Path, names: list[tuple[str, int]]) -> str | None:
+def _values_damage(path: Path, names: list[tuple[str, int]]) -> str | None:
     with safe_open(os.fspath(path), framework="np") as shard:
         there = set(shard.keys())
         parts = [shard.get_tensor(name) if name in there else None for name in SUMMED]
@@ -223,6 +223,6 @@ def _wrong_values(path: Path, names: list[tuple[str, int]]) -> str | None:
         return "has columns of different lengths"
     for row, (key, _) in enumerate(names):
         values = [None if part is None else part[row] for part in parts]
-        if what := wrong_row(key, values, int(checksums[row]), int(ids[row])):
+        if what := row_damage(key, values, int(checksums[row]), int(ids[row])):
             return f"row {row} ({key_text(key.encode('utf-8', 'backslashreplace'))}) {what}"
     return None

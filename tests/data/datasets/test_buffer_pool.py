@@ -11,7 +11,7 @@ from support.small_store import write_store
 from torch.utils.data import DataLoader
 
 import fastvae.data.datasets.buffer_pool
-from fastvae.data.datasets.buffer_pool import MOST_FREE, Buffers
+from fastvae.data.datasets.buffer_pool import MAX_FREE, BufferPool
 from fastvae.data.datasets.collate import collate
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.datasets.sampler import BucketBatchSampler
@@ -22,26 +22,26 @@ SHAPE = (4, 4, 16, 16)
 
 @pytest.fixture(autouse=True)
 def _for_small_tensors_too(monkeypatch):
-    monkeypatch.setattr(fastvae.data.datasets.buffer_pool, "LEAST_BYTES", 1)
+    monkeypatch.setattr(fastvae.data.datasets.buffer_pool, "MIN_BYTES", 1)
 
 
 def test_memory_comes_back_when_the_tensor_is_gone():
-    buffers = Buffers()
-    first = buffers.empty(SHAPE, HALF)
+    pool = BufferPool()
+    first = pool.empty(SHAPE, HALF)
     place = first.data_ptr()
     assert (first.shape, first.dtype) == (SHAPE, torch.float16)
-    assert buffers.empty(SHAPE, HALF).data_ptr() != place
+    assert pool.empty(SHAPE, HALF).data_ptr() != place
     del first
-    again = [buffers.empty((3, 4, 16, 16), HALF), buffers.empty(SHAPE, HALF)]  # a smaller one fits as well
+    again = [pool.empty((3, 4, 16, 16), HALF), pool.empty(SHAPE, HALF)]  # a smaller one fits as well
     assert place in [tensor.data_ptr() for tensor in again]
 
 
 def test_a_small_tensor_leaves_a_batchs_memory_to_the_next_batch():
-    buffers = Buffers()
-    place = buffers.empty(SHAPE, HALF).data_ptr()  # let go at once
-    small = buffers.empty((1, 4, 16, 16), HALF)
+    pool = BufferPool()
+    place = pool.empty(SHAPE, HALF).data_ptr()  # let go at once
+    small = pool.empty((1, 4, 16, 16), HALF)
     assert small.data_ptr() != place
-    assert buffers.empty(SHAPE, HALF).data_ptr() == place
+    assert pool.empty(SHAPE, HALF).data_ptr() == place
 
 
 LOOKS = {
@@ -57,29 +57,29 @@ LOOKS = {
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_memory_that_is_looked_at_is_not_given_out(look):
-    buffers = Buffers()
-    tensor = buffers.empty(SHAPE, HALF).fill_(3)
+    pool = BufferPool()
+    tensor = pool.empty(SHAPE, HALF).fill_(3)
     kept, place = LOOKS[look](tensor), tensor.data_ptr()
     del tensor
-    others = [buffers.empty(SHAPE, HALF) for _ in range(3)]
+    others = [pool.empty(SHAPE, HALF) for _ in range(3)]
     assert place not in [other.data_ptr() for other in others]
     del kept
-    assert buffers.empty(SHAPE, HALF).data_ptr() == place
+    assert pool.empty(SHAPE, HALF).data_ptr() == place
 
 
 def test_what_lies_free_is_bounded():
-    buffers = Buffers()
-    many = [buffers.empty(SHAPE, HALF) for _ in range(3 * MOST_FREE)]
+    pool = BufferPool()
+    many = [pool.empty(SHAPE, HALF) for _ in range(3 * MAX_FREE)]
     many.clear()
-    assert len(buffers._free) == MOST_FREE
+    assert len(pool._free) == MAX_FREE
 
 
 def test_threads_never_share_memory():
-    buffers, wrong = Buffers(), []
+    pool, wrong = BufferPool(), []
 
     def work(number: int) -> None:
         for turn in range(300):
-            held = [buffers.empty((2, 64 + 64 * (turn % 3)), HALF).fill_(number) for _ in range(3)]
+            held = [pool.empty((2, 64 + 64 * (turn % 3)), HALF).fill_(number) for _ in range(3)]
             if any((tensor != number).any() for tensor in held):
                 wrong.append((number, turn))
 
@@ -130,5 +130,5 @@ def test_a_pickled_dataset_has_buffers_of_its_own(tmp_path):
     dataset = LatentDataset(write_store(tmp_path / "out", {(32, 32): ["a.png", "b.png"]}))
     dataset[0]
     again = pickle.loads(pickle.dumps(dataset))
-    assert again._buffers._free == []
+    assert again._pool._free == []
     assert torch.equal(again[1]["mean"], dataset[1]["mean"])

@@ -106,12 +106,12 @@ def test_any_selection_of_rows_is_each_rows_own(made):
 def test_a_map_is_shown_to_other_threads_when_its_rows_facts_are_there(made):
     """And the map that a thread made is its own to read, whatever another forgets meanwhile."""
     dataset, truth = LatentDataset(made), LatentDataset(made)[0]["sample_id"]
-    dataset._about[:] = -1
+    dataset._row_info[:] = -1
     shown = []
 
     class Forgetful(dict):
         def __setitem__(self, shard, mapped):
-            shown.append((dataset._about[dataset._shard_of == shard] == -1).any())
+            shown.append((dataset._row_info[dataset._shard_of == shard] == -1).any())
 
     dataset._maps = Forgetful()
     assert dataset[0]["sample_id"] == truth
@@ -127,7 +127,7 @@ def test_reading_copies_what_it_hands_out(made):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
 def test_opening_a_shard_reads_no_latents(made):
-    mean = LatentDataset(made)._map(0).columns["mean"]
+    mean = LatentDataset(made)._mapped_shard(0).columns["mean"]
     shard = next((made / "shards").glob("000000-*.safetensors"))
     maps = [
         line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if shard.name in line
@@ -353,7 +353,7 @@ def test_reading_takes_little_more_than_a_bare_copy(tmp_path, monkeypatch):
     keys = [f"{index}.jpg" for index in range(1000)]
     dataset = LatentDataset(write_store(tmp_path / "out", {(1024, 1024): keys}, rows_per_unit=1000))
     loader = DataLoader(dataset, batch_sampler=BucketBatchSampler(dataset, 16), collate_fn=collate)
-    columns = dataset._map(0).columns
+    columns = dataset._mapped_shard(0).columns
     pairs = []
     for _ in range(8):
         started = time.process_time()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastvae.data.datasets.device_transfer import HostTransfer, OnCard, transfer_to
+from fastvae.data.datasets.device_transfer import CudaTransfer, HostTransfer, transfer_to
 
 CARD = torch.device("cuda", 0)
 
@@ -81,7 +81,7 @@ def card(monkeypatch):
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_each_stream_waits_for_the_one_before(card, pinned):
-    transfer = OnCard(CARD)
+    transfer = CudaTransfer(CARD)
     transfer.begin()
     latents = Values(card, CARD)
 
@@ -90,7 +90,7 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
         card.log.append(f"encoded on {card.current.name}")
         return {"latents": latents}, [latents]
 
-    made = transfer.take(transfer.run(transfer.up(Values(card, "cpu", pinned)), encode))
+    made = transfer.receive(transfer.encode(transfer.upload(Values(card, "cpu", pinned)), encode))
     assert made == ({"latents": latents}, True)
     copied = 1 if pinned else 2
     wanted = [
@@ -109,9 +109,9 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
 
 
 def test_images_that_the_loader_made_on_the_gpu_are_not_copied(card):
-    transfer = OnCard(CARD)
-    uploaded = transfer.up(Values(card, CARD))
-    transfer.run(uploaded, lambda images: ({"latents": images}, [images]))
+    transfer = CudaTransfer(CARD)
+    uploaded = transfer.upload(Values(card, CARD))
+    transfer.encode(uploaded, lambda images: ({"latents": images}, [images]))
     assert card.log[:4] == [
         "copying waits for step",
         "event on copying",
@@ -121,24 +121,24 @@ def test_images_that_the_loader_made_on_the_gpu_are_not_copied(card):
 
 
 def test_what_is_not_finite_is_said_with_the_batch(card):
-    transfer = OnCard(CARD)
+    transfer = CudaTransfer(CARD)
     made, moments = {"mean": Values(card, CARD)}, Values(card, CARD, finite=False)
-    finished = transfer.run(transfer.up(Values(card, "cpu")), lambda images: (made, [made["mean"], moments]))
-    assert transfer.take(finished) == (made, False)
+    finished = transfer.encode(transfer.upload(Values(card, "cpu")), lambda images: (made, [made["mean"], moments]))
+    assert transfer.receive(finished) == (made, False)
 
 
 def test_what_comes_after_the_last_batch_waits_for_those_that_nobody_took(card):
-    transfer = OnCard(CARD)
-    transfer.run(transfer.up(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
+    transfer = CudaTransfer(CARD)
+    transfer.encode(transfer.upload(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
     transfer.end()
     assert card.log[-1] == "step waits for encoding"
 
 
 def test_a_step_on_another_stream_has_the_memory_kept_for_it(card):
-    transfer = OnCard(CARD)
-    finished = transfer.run(transfer.up(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
+    transfer = CudaTransfer(CARD)
+    finished = transfer.encode(transfer.upload(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
     card.current = Stream(card.log, "other")
-    transfer.take(finished)
+    transfer.receive(finished)
     assert card.log[-2].startswith("the caller waits for what encoding had")
     assert card.log[-1] == "kept for other"
 

@@ -166,7 +166,7 @@ def test_a_store_that_is_planned_for_ever_is_not_waited_for(source, tmp_path, mo
     pytest.importorskip("fcntl", reason="this system has no such lock")
     out = tmp_path / "out"
     encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
-    monkeypatch.setattr("fastvae.data.store.lock.PATIENCE", 0.1)
+    monkeypatch.setattr("fastvae.data.store.lock.LOCK_TIMEOUT", 0.1)
     with locked(out), pytest.raises(StoreLocked, match=f"is locked: process {os.getpid()} has been planning it"):
         encode(source, out, vae=small_vae(), **OPTIONS)
     assert encode(source, out, vae=small_vae(), **OPTIONS).ok == 1

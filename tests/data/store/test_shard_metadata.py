@@ -14,7 +14,7 @@ from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.repair import repair
 from fastvae.data.exporting.export import export
 from fastvae.data.store.errors import StoreError
-from fastvae.data.store.shard_metadata import edited, metadata_differences, metadata_of
+from fastvae.data.store.shard_metadata import edited_fields, metadata_differences, metadata_of
 from fastvae.data.store.verify import verify
 from fastvae.system.atomic_files import sha256_of
 
@@ -216,7 +216,7 @@ def test_a_shape_that_no_latent_of_the_bucket_has_is_never_taken_for_store_jsons
     stated = {**metadata_of(facts, (SIDE, SIDE), (4, 4, 4)), "latent_shape": shape}
     found = metadata_differences(facts, (SIDE, SIDE), {name: text for name, text in stated.items() if text is not None})
     assert found == {"latent_shape": ("[4, 4, 4]", (shape or "nothing")[:4096])}
-    assert edited([found] * 3) == {}
+    assert edited_fields([found] * 3) == {}
 
 
 def test_the_only_shard_of_a_store_is_believed_by_its_hash(tmp_path):
