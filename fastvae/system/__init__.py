@@ -1,10 +1,10 @@
-"""Files, devices, threads and the terminal: nothing here knows of images or latents.
+"""Files, devices, threads and the terminal, independent of images and latents.
 
-arguments           checks of numbers and choices that users give
-atomic_files        files that appear whole or not at all; free space
-safetensors_header  the limit of a safetensors header
+arguments           checks of users' numbers and choices
+atomic_files        files written under a temporary name, then renamed; free space
+safetensors_header  maximum length of a safetensors header
 strict_json         JSON without NaN and infinity
-terminal            writing to stderr, and sizes for people
-devices             devices, their memory, and the dtype for each
-threads             an ordered map and a writer in threads
+terminal            writing to stderr; sizes as text
+devices             devices, their memory and default dtype
+threads             ordered map and background writes
 """

@@ -1,4 +1,4 @@
-"""Checks of numeric and named arguments, shared by the commands and datasets."""
+"""Checks of arguments, shared by the commands and the datasets."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Any
 
 
 def check_unsigned(name: str, value: int, bits: int = 64) -> int:
-    """``value`` if it is an unsigned integer of so many bits; raises ValueError, naming the argument, otherwise."""
+    """Return ``value``; raises ValueError, naming the argument, unless it is an unsigned integer of ``bits`` bits."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**bits:
         raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1, got {value!r}")
     return value
 
 
 def check_state(state: Any, *names: str) -> None:
-    """Raises ValueError unless ``state`` is a dict with all of ``names``, as a state_dict() of the same class gives."""
+    """Raise ValueError unless ``state`` is a dict with all of ``names``, as state_dict() of the same class returns."""
     if not isinstance(state, dict) or (missing := [name for name in names if name not in state]):
         lacks = f"one without {', '.join(missing)}" if isinstance(state, dict) else f"{state!r:.80}"
         raise ValueError(f"state must be what state_dict() gave, got {lacks}")
 
 
 def check_choices(**choices: tuple[Any, tuple[Any, ...]]) -> None:
-    """Raises ValueError for an argument, given as name=(value, values taken), that is none of its values."""
-    for name, (given, taken) in choices.items():
-        if given not in taken:
-            listed = ", ".join(repr(value) for value in taken if value is not None)
+    """Raise ValueError for an argument, given as name=(value, allowed values), that is not one of these."""
+    for name, (given, allowed) in choices.items():
+        if given not in allowed:
+            listed = ", ".join(repr(value) for value in allowed if value is not None)
             raise ValueError(f"{name} must be one of {listed}, got {given!r}")
 
 
 def parse_positive(name: str, value: int | str, most: int) -> int:
-    """``value`` as a number from 1 to ``most``; raises ValueError, naming the argument, for anything else."""
+    """Return ``value`` as a number from 1 to ``most``; raises ValueError, naming the argument, for anything else."""
     text = str(value)
     if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
         raise ValueError(f"{name} must be 'auto' or at least 1, got {value!r}")

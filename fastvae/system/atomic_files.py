@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and stay after a power cut. Knows neither torch nor a format."""
+"""Files that appear complete or not at all and survive a power cut, and the free space of a disk."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 Buffer = bytes | bytearray | memoryview
-# What file systems without hard links answer.
+# Error numbers of file systems without hard links.
 UNLINKABLE = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 def write_atomically(path: Path, parts: Iterable[Buffer | Any], exclusive: bool = False) -> tuple[int, str]:
-    """Write ``parts`` one after another to ``path``; returns the size in bytes and the sha256.
+    """Write ``parts`` one after another to ``path``; return the size in bytes and the sha256.
 
-    The bytes go to an exclusive temporary file in the same folder, are synchronised, read back and compared by hash,
-    and only then take the name, which is synchronised as well. Raises OSError (a full disk, a failed comparison) and
-    then leaves neither the temporary file nor a changed ``path``. ``exclusive``: FileExistsError if ``path`` is there.
+    The bytes are written to a new temporary file in the same folder, synchronised, read back and compared by sha256.
+    Then the file is renamed and the folder is synchronised. Raises OSError (a full disk, a failed comparison) and
+    FileExistsError if ``exclusive`` and ``path`` exists; then the temporary file is deleted and ``path`` is unchanged.
     """
     temporary = _beside(path)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -51,25 +51,25 @@ def write_atomically(path: Path, parts: Iterable[Buffer | Any], exclusive: bool 
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file at the path it is given, beside ``path``, and give it the name ``path``.
+    """Call ``write`` with a temporary path in the same folder, then rename that file to ``path``.
 
-    For whatever writes files itself, such as ``lambda temporary: torch.save(state, temporary)``. Raises what ``write``
-    raises, or OSError; then ``path`` is as it was and nothing is left beside it.
+    For functions that write files, such as ``lambda temporary: torch.save(state, temporary)``. Raises the errors of
+    ``write``, or OSError; then ``path`` is unchanged and the temporary file is deleted.
     """
     replace_together(path.parent, {path.name: write})
 
 
 def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
-    """As replace_atomically for several files of ``folder``, by name: none is replaced before all are written."""
+    """Replace several files of ``folder``, by name, as replace_atomically does; all are written before any rename."""
     unfinished = {name: _beside(folder / name) for name in writers}
     try:
         for name, write in writers.items():
             unfinished[name].touch(exist_ok=False)
             permissions = unfinished[name].stat().st_mode
             write(unfinished[name])
-            # safetensors makes a file of its own that nobody else may read.
+            # safetensors creates the file anew, with mode 600.
             unfinished[name].chmod(permissions)
-            with unfinished[name].open("rb+") as file:  # "rb" would do, but Windows synchronises no file it only reads
+            with unfinished[name].open("rb+") as file:  # Windows cannot synchronise a file opened for reading only
                 os.fsync(file.fileno())
         for name, temporary in unfinished.items():
             os.replace(temporary, folder / name)
@@ -80,7 +80,7 @@ def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], None]]
 
 
 def synchronise_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut, where the system can (Windows cannot)."""
+    """Synchronise ``folder``, so that its names survive a power cut; do nothing on Windows, which cannot."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -91,20 +91,20 @@ def synchronise_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
+    """Return the sha256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_leftover(path: Path, names: str) -> bool:
-    """Whether ``path`` has the name of a temporary file of this module for a name that matches ``names``, a regex."""
+    """Return True if ``path`` is named as a temporary file of this module for a name that matches the regex."""
     return re.fullmatch(rf"(?:{names})\.tmp\.\d+\.[0-9a-f]{{8}}", path.name) is not None
 
 
 def sweep(folder: Path, names: str) -> int:
-    """Delete the temporary files for ``names``, a regex, that a killed run left in ``folder``; returns how many.
+    """Delete the temporary files for ``names``, a regex, of killed runs in ``folder``; return their number.
 
-    Nothing else in it is touched, and no folder inside it is entered.
+    Other files and sub-folders are not touched.
     """
     leftovers = [path for path in folder.iterdir() if is_leftover(path, names) and path.is_file()]
     for path in leftovers:
@@ -114,7 +114,7 @@ def sweep(folder: Path, names: str) -> int:
 
 def _take_free_name(temporary: Path, path: Path) -> None:
     try:
-        os.link(temporary, path)  # unlike a rename, it fails where the name is taken
+        os.link(temporary, path)  # unlike a rename, it fails if the name exists
     except OSError as error:
         if error.errno not in UNLINKABLE:
             raise
@@ -130,14 +130,14 @@ def _beside(path: Path) -> Path:
 
 
 def free_bytes(out: str | os.PathLike[str]) -> int:
-    """The free bytes of the disk where ``out`` is or will be."""
-    place = Path(out).absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    """Return the free bytes of the disk where ``out`` is or will be."""
+    path = Path(out).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Raises OSError, ENOSPC, if ``needed`` bytes do not fit where ``out`` is or will be."""
+    """Raise OSError (ENOSPC) if ``needed`` bytes do not fit on the disk where ``out`` is or will be."""
     free = free_bytes(out)
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free", os.fspath(out))

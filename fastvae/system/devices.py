@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype, unless it is said: the one place that knows whether a CPU has bf16."""
+"""The default device and dtype of a model, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNKNOWN_MEMORY = 2**63  # more than any request, so that no check refuses one
 
 
 def default_dtype(device: torch.device) -> str:
-    """fp16 on a GPU; on a CPU bf16 where it computes in bf16 itself, else fp32."""
+    """Return "fp16" for a GPU; for a CPU "bf16" if it has bf16 instructions, else "fp32"."""
     if device.type != "cpu":
         return "fp16"
     if hasattr(torch.cpu, "get_capabilities"):
@@ -23,19 +23,20 @@ def default_dtype(device: torch.device) -> str:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """``device`` as torch's, by default the first GPU, else the CPU; raises ValueError for one that is not there."""
+    """Return ``device`` as torch.device, by default the first GPU, else the CPU; raises ValueError if it is missing."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    taken = "one of this machine's, such as 'cpu' or 'cuda:0'"
     try:
         place = torch.device(device)
-        if place.type == "cpu" and place.index:  # torch takes any number, and gives the one CPU for each
+        if place.type == "cpu" and place.index:  # torch accepts any number after 'cpu:'
             raise RuntimeError("there is one CPU, and it has no number")
         torch.zeros(1, device=place).item()
-    # What torch raises for a name it does not know, a build without that device, a machine without it, and "meta".
+    # torch raises these for an unknown name, a build or a machine without the device, and "meta".
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device must be {taken}, got {str(device)!r} ({reason})") from None
+        raise ValueError(
+            f"device must be one of this machine's, such as 'cpu' or 'cuda:0', got {str(device)!r} ({reason})"
+        ) from None
     return place
 
 

@@ -1,18 +1,18 @@
-"""How long the header of a safetensors file may be. Knows neither torch nor what the tensors are for.
+"""Maximum length of a safetensors header.
 
-The safetensors package takes 100 MB of JSON, and a million empty tensors in it cost it most of a gigabyte.
+The safetensors package accepts 100 MB of JSON; a million empty tensors in it take most of a gigabyte of memory.
 """
 
 from __future__ import annotations
 
 import os
 
-# A shard of a store has eleven tensors; the largest checkpoints in use, of whole pipelines, have under a megabyte.
+# A shard has eleven tensors. Headers of the largest checkpoints in use, of whole pipelines, are under a megabyte.
 SHARD_HEADER, WEIGHTS_HEADER = 2**20, 2**24
 
 
 def check_header(path: str | os.PathLike[str], most: int) -> None:
-    """Raises ValueError, in words that follow the file's name, where its header is longer than ``most`` bytes."""
+    """Raise ValueError, whose text continues the file's name, if the header is longer than ``most`` bytes."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if size > most:

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, in what a store writes and in what a source brings: no NaN and no infinity."""
+"""JSON by RFC 8259, without NaN and infinity, for stores and sources."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def json_value(text: str | bytes) -> Any:
-    """The value of a JSON text; raises ValueError, and RecursionError for one that is nested too deep."""
+    """Return the value of a JSON text; raises ValueError, or RecursionError for one that is nested too deep."""
     return json.loads(text, parse_constant=_no_constant)
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """``value`` as JSON in ASCII; raises ValueError for a number that is not finite."""
-    # \u escapes carry the lone surrogates that stand for file names that are not UTF-8.
+    """Return ``value`` as JSON in ASCII; raises ValueError for a number that is not finite."""
+    # \u escapes keep the lone surrogates of file names that are not UTF-8.
     return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False).encode("ascii")
 
 
@@ -23,7 +23,7 @@ def _no_constant(name: str) -> Any:
 
 
 def strict_json(value: Any) -> str:
-    """``value`` as JSON that every reader takes: numbers that are not finite become null."""
+    """Return ``value`` as JSON in which numbers that are not finite are null."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a run on stderr: a terminal that went away stops no run, and no name of a file drives one."""
+"""Writing to stderr: ignores a closed terminal, and strips control characters of file names."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2
 
 
 class Stderr:
-    """sys.stderr without its errors: what cannot be shown is dropped."""
+    """sys.stderr that ignores errors: text that cannot be written is dropped."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr
 
     @property
     def is_there(self) -> bool:
-        """Whether this process has a stderr at all."""
+        """Return True if this process has a stderr."""
         return self._stream is not None
 
     def write(self, text: str) -> int:
-        """Show ``text`` if that is possible."""
+        """Write ``text`` if possible; return the number of characters written."""
         try:
             return self._stream.write(text) if self._stream is not None else 0
         except (OSError, ValueError):  # full, gone, or closed
             return 0
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
+        """Flush the stream if possible."""
         try:
             if self._stream is not None:
                 self._stream.flush()
@@ -40,19 +40,19 @@ class Stderr:
 
 
 def print_stderr(text: str) -> None:
-    """``text``, made printable, on stderr, if there is one that takes it."""
+    """Write ``text``, without control characters, to stderr; errors are ignored."""
     stream = Stderr()
     stream.write(strip_control_characters(text))
     stream.flush()
 
 
 def strip_control_characters(text: str) -> str:
-    """``text`` without control characters, direction marks and bytes that are no text; newlines stay."""
+    """Return ``text`` with ? for control characters, direction marks and bytes that are no text; newlines are kept."""
     return CONTROL.sub("?", text)
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes in the largest of GiB, MiB and KiB of which it is a tenth at least."""
+    """Return a number of bytes in the largest of GiB, MiB and KiB of which it is at least a tenth."""
     for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
         if 10 * size >= bytes_:
             return f"{size / bytes_:.1f} {unit}"
@@ -60,6 +60,6 @@ def format_bytes(size: int) -> str:
 
 
 def first_few(names: list[str] | tuple[str, ...], count: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first ``count`` names, and the number of the others."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

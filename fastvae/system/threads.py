@@ -1,4 +1,4 @@
-"""Threads that work ahead: a map whose results come in order, and writes that run beside the work for the next."""
+"""A map in threads with results in order, and writes in a background thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ordered_map(
     workers: int,
     initializer: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """function(argument) for each argument, in order, by ``workers`` threads working at most 2 * workers ahead."""
+    """Yield function(argument) of each argument, in order; ``workers`` threads run at most 2 * workers ahead."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fastvae", initializer=initializer)
     try:
@@ -33,9 +33,9 @@ def ordered_map(
 
 
 class BackgroundWriter:
-    """Runs one write at a time in a thread, beside the work for the next; to be used in a ``with``.
+    """Context manager that runs one write at a time in a thread, during the work for the next.
 
-    Whatever was submitted is written, also when the ``with`` is left by an error or an interruption.
+    Every submitted write is done, also if an error or an interruption ends the ``with`` block.
     """
 
     def __init__(self) -> None:
@@ -44,8 +44,8 @@ class BackgroundWriter:
         self.seconds = 0.0
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Queue ``write``, and wait until the one before it is done; raises that one's error."""
-        # Queued before the wait: an interruption while waiting loses nothing that was finished.
+        """Queue ``write``, and wait for the previous write; raises the error of the previous one."""
+        # Queued before the wait, so that an interruption of the wait loses no finished work.
         self._writes.append(self._pool.submit(self._timed, write))
         if len(self._writes) > 1:
             self._writes.popleft().result()
@@ -55,7 +55,7 @@ class BackgroundWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True)
-        # After another error that one is told: it came first, and what was not written is encoded again.
+        # Another error came first and is raised; the rows that were not written are encoded by the next run.
         while self._writes and kind is None:
             self._writes.popleft().result()
 

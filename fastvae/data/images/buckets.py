@@ -1,6 +1,6 @@
-"""Buckets: the sizes that images are brought to, as data, and which of them an image goes to.
+"""Aspect-ratio buckets: tables of image sizes, and the bucket of an image.
 
-A table is a JSON file {"sizes": [[height, width], ...]} with an optional "side", the square that the sizes stand for.
+A table is a JSON file {"sizes": [[height, width], ...]} with an optional "side": the side of a square of nominal area.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fastvae.data.rows import Size, parse_size, size_name
 TABLES = ("sdxl", "flux")
 SMALLEST_BUCKET = 8
 LARGEST_BUCKET = 65_536
-MOST_SIZES = 4096
-TAKEN = "a side in pixels such as 512, 'sdxl', 'flux' or a JSON file, scaled down as in 'sdxl@256'"
+MAX_SIZES = 4096
+ACCEPTED = "a side in pixels such as 512, 'sdxl', 'flux' or a JSON file, scaled down as in 'sdxl@256'"
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """A table of (height, width) in pixels; ``name`` is what the user called it, for messages."""
+    """A table of (height, width) in pixels; ``name`` is the user's argument, for messages."""
 
     name: str
     sizes: tuple[Size, ...]
 
     @classmethod
     def named(cls, spec: str | int | os.PathLike[str], multiple: int) -> Buckets:
-        """The table that ``spec`` names: a side, "sdxl", "flux", or a JSON file, any table with "@side" to scale it.
+        """Return the table that ``spec`` names: a side, "sdxl", "flux" or a JSON file; "@side" scales a table.
 
-        ``multiple``: what the model needs both sides to be a multiple of; a scaled table is rounded to it, any other
-        must be in it. Raises ValueError for everything else, OSError for a file that cannot be read.
+        ``multiple``: the model's pixels per latent, which must divide both sides; sizes of a scaled table are rounded
+        to it. Raises ValueError for any other ``spec``, OSError for a file that cannot be read.
         """
         text = str(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
         if text.isascii() and text.isdigit():
@@ -46,12 +46,12 @@ class Buckets:
         elif not (scaled.isascii() and scaled.isdigit()):
             raise ValueError(f"buckets must be scaled to a side in pixels, as in 'sdxl@256', got {text!r}")
         if name in TABLES:
-            place = Path(str(importlib.resources.files("fastvae"))) / "assets" / "buckets" / f"{name}.json"
+            path = Path(str(importlib.resources.files("fastvae"))) / "assets" / "buckets" / f"{name}.json"
         elif name.endswith(".json"):
-            place = Path(name)
+            path = Path(name)
         else:
-            raise ValueError(f"buckets must be {TAKEN}, got {text!r}")
-        sizes, side = _table(place)
+            raise ValueError(f"buckets must be {ACCEPTED}, got {text!r}")
+        sizes, side = _read_table(path)
         if scaled and _side(scaled) < multiple:
             raise ValueError(
                 f"buckets must be scaled to a side of at least the model's {multiple} pixels, got {text!r}"
@@ -62,41 +62,42 @@ class Buckets:
 
     @classmethod
     def of_names(cls, names: Any, multiple: int) -> Buckets:
-        """The table of a store, by the list of its sizes' names; raises ValueError as ``named`` does."""
+        """Return the table of a store from its sizes' names; raises ValueError as ``named`` does."""
         if not isinstance(names, list) or not names:
             raise ValueError(f"buckets must be a list of sizes, got {names!r:.80}")
         return cls("of the store", _checked([parse_size(name) for name in names], multiple, "the store's"))
 
     def of(self, original_hw: Size) -> Size:
-        """The size whose aspect ratio is nearest, by its logarithm; the larger of equals, then the table's order."""
+        """Return the size of nearest aspect ratio, by logarithm; of equally near ones the larger, then the first."""
         height, width = original_hw
 
         def distance(size: Size) -> tuple[float, int]:
-            # Of whole numbers, so that a picture and its mirror on the diagonal are equally far to the last bit.
-            ours, theirs = height * size[1], width * size[0]
-            return max(ours, theirs) / min(ours, theirs), -size[0] * size[1]
+            # One division of integers: an image and its transpose have the same distance to the last bit.
+            scaled_height, scaled_width = height * size[1], width * size[0]
+            ratio = max(scaled_height, scaled_width) / min(scaled_height, scaled_width)
+            return ratio, -size[0] * size[1]
 
         return min(self.sizes, key=distance)
 
     @property
     def names(self) -> list[str]:
-        """The sizes as they are written: "height x width" without spaces, in the table's order."""
+        """Names of the sizes, such as 512x768 (height, width), in the table's order."""
         return [size_name(size) for size in self.sizes]
 
 
-def _table(place: Path) -> tuple[list[Size], int]:
-    """The sizes of a file and the side that they stand for; raises ValueError for a file that is no table."""
-    wanted = f'{place} must hold {{"sizes": [[height, width], ...]}}'
+def _read_table(path: Path) -> tuple[list[Size], int]:
+    """Return the sizes of a file and its side; raises ValueError for a file that is no table."""
+    expected = f'{path} must hold {{"sizes": [[height, width], ...]}}'
     try:
-        content = json.loads(place.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"buckets: {wanted}, and is not readable as JSON: {error}") from error
+        raise ValueError(f"buckets: {expected}, and is not readable as JSON: {error}") from error
     sizes = content.get("sizes") if isinstance(content, dict) else None
-    if not isinstance(sizes, list) or not 0 < len(sizes) <= MOST_SIZES or not all(map(_is_size, sizes)):
-        raise ValueError(f"buckets: {wanted}, 1 to {MOST_SIZES} sizes in whole pixels up to {LARGEST_BUCKET}")
+    if not isinstance(sizes, list) or not 0 < len(sizes) <= MAX_SIZES or not all(map(_is_size, sizes)):
+        raise ValueError(f"buckets: {expected}, 1 to {MAX_SIZES} sizes in whole pixels up to {LARGEST_BUCKET}")
     side = content.get("side", math.isqrt(max(height * width for height, width in sizes)))
     if not _is_side(side):
-        raise ValueError(f"buckets: the side in {place} must be a number of pixels, got {side!r}")
+        raise ValueError(f"buckets: the side in {path} must be a number of pixels, got {side!r}")
     return [(height, width) for height, width in sizes], side
 
 

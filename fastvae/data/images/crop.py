@@ -1,4 +1,4 @@
-"""Upright pixels to a bucket: mirror if the variant says so, scale until the bucket is covered, then crop."""
+"""Upright pixels to a bucket: scale until the bucket is covered, mirror if the variant is mirrored, then crop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ CROPS = ("centre", "random")
 
 @dataclass(frozen=True)
 class Variants:
-    """How many rows an image has, and what makes them differ.
+    """Variants of an image: one row each.
 
-    ``crops`` of them are cut out, one from the centre, or ``crops`` where (``seed``, key, number) say; with ``flip``
-    each is there twice, the second time mirrored. Variant v is the crop v // 2, mirrored where v is odd; without
-    ``flip`` it is the crop v.
+    There are ``crops`` crops: one at the centre, or at random places derived from (``seed``, key, number). With
+    ``flip`` each crop is also mirrored: variant v is crop v // 2, mirrored if v is odd; without it, crop v.
     """
 
     crop: str = "centre"
@@ -35,22 +34,22 @@ class Variants:
 
     @property
     def count(self) -> int:
-        """Rows an image."""
+        """Number of rows of an image."""
         return self.crops * (2 if self.flip else 1)
 
     def is_mirrored(self, variant: int) -> bool:
-        """Whether this variant shows the image mirrored, left for right."""
+        """Return True if this variant is mirrored horizontally."""
         return self.flip and variant % 2 == 1
 
     def corner(self, key: str, variant: int, free_hw: Size) -> Size:
-        """Top and left of the cut in the scaled and mirrored image; ``free_hw``: how far it can move, in pixels."""
+        """Return (top, left) of the crop in the scaled and mirrored image; ``free_hw``: their maximum, in pixels."""
         if self.crop == "centre":
             top, left = free_hw[0] // 2, free_hw[1] // 2
         else:
             number = variant // 2 if self.flip else variant
             text = f"fastvae crop\n{self.seed}\n{number}\n".encode("ascii") + key_bytes(key)
-            drawn = hashlib.sha256(text).digest()
-            top, left = (int.from_bytes(drawn[at : at + 8], "little") for at in (0, 8))
+            digest = hashlib.sha256(text).digest()
+            top, left = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8))
             top, left = top * (free_hw[0] + 1) >> 64, left * (free_hw[1] + 1) >> 64
         return top, free_hw[1] - left if self.is_mirrored(variant) else left
 
@@ -59,7 +58,7 @@ SINGLE = Variants()
 
 
 def checked_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
-    """The variants of a run; raises ValueError for a number that there cannot be."""
+    """Return the variants of a run; raises ValueError for an impossible number of them."""
     most = 2**15  # a variant's number, mirrored ones included, is stored in 16 bits
     if isinstance(crops, bool) or not isinstance(crops, int) or not 1 <= crops <= most:
         raise ValueError(f"variants must be from 1 to {most}, got {crops!r}")
@@ -71,36 +70,36 @@ def checked_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
 def to_bucket(
     picture: Picture, bucket: Size | int, variants: Variants = SINGLE, variant: int = 0, key: str = ""
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Pixels uint8 [H, W, 3] of ``picture``, and where they were cut out: (top, left, height, width).
+    """Return the pixels of ``picture`` in the bucket, uint8 [H, W, 3], and the crop (top, left, height, width).
 
-    ``bucket``: (H, W), or the side of a square. The cut is stated in pixels of the scaled image, which covers the
-    bucket, after it was mirrored if the variant is: SDXL's crop coordinates are its first two. The filter is Pillow's
-    Lanczos, which widens with the scale and so does not alias.
+    ``bucket``: (H, W), or the side of a square. The crop is in pixels of the scaled image, which covers the bucket, and
+    after mirroring if the variant is mirrored; its first two values are SDXL's crop coordinates. The filter is Pillow's
+    Lanczos, whose support grows with the scale, so that it does not alias.
     """
-    cut, crop = _cut(picture.image, picture.original_hw, _sides(bucket), variants, variant, key)
-    return np.array(cut), crop
+    cropped, crop = _crop(picture.image, picture.original_hw, _sides(bucket), variants, variant, key)
+    return np.array(cropped), crop
 
 
 def opacity_in_cells(
     picture: Picture, bucket: Size | int, factor: int, variants: Variants = SINGLE, variant: int = 0, key: str = ""
 ) -> np.ndarray:
-    """How opaque ``picture`` is where to_bucket cuts it: uint8 [H / factor, W / factor], 255 for opaque.
+    """Return the opacity of the crop of to_bucket, uint8 [H / factor, W / factor], 255 for opaque.
 
-    Each is the mean, rounded, of its ``factor`` x ``factor`` pixels; they are mirrored, scaled and cut as the colours.
+    Each value is the rounded mean of ``factor`` x ``factor`` pixels, which are mirrored, scaled and cropped as colours.
     """
     size = _sides(bucket)
     rows, columns = size[0] // factor, size[1] // factor
     if picture.opacity is None:
         return np.full((rows, columns), 255, np.uint8)
-    cut, _ = _cut(picture.opacity, picture.original_hw, size, variants, variant, key)
-    totals = np.asarray(cut).reshape(rows, factor, columns, factor).sum((1, 3), dtype=np.uint32)
+    cropped, _ = _crop(picture.opacity, picture.original_hw, size, variants, variant, key)
+    totals = np.asarray(cropped).reshape(rows, factor, columns, factor).sum((1, 3), dtype=np.uint32)
     return ((totals + factor**2 // 2) // factor**2).astype(np.uint8)
 
 
-def _cut(
+def _crop(
     image: Image.Image, original_hw: Size, size: Size, variants: Variants, variant: int, key: str
 ) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """What to_bucket cuts out of one picture, colours or opacity, and where."""
+    """Return the crop of an image, colours or opacity, and its (top, left, height, width)."""
     from PIL import Image
 
     height, width = scaled_size(original_hw, size)
@@ -113,7 +112,7 @@ def _cut(
 
 
 def scaled_size(original_hw: Size, bucket: Size | int) -> Size:
-    """(height, width) after scaling until ``bucket`` is covered: one side exactly, the other to the nearest pixel."""
+    """Return (height, width) scaled to cover ``bucket``: one side exactly, the other rounded to the nearest pixel."""
     height, width = original_hw
     rows, columns = _sides(bucket)
     if rows * width >= columns * height:
@@ -122,7 +121,7 @@ def scaled_size(original_hw: Size, bucket: Size | int) -> Size:
 
 
 def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str, animated: str = "first") -> dict[str, object]:
-    """Everything between a file's bytes and the model's input that changes pixels, for the identity of a store."""
+    """Return the settings that change pixels between a file and the model's input, for the identity of a store."""
     return {
         "decoder": "pillow",
         "jpeg_scaled_decoding": "the smallest of 1/8, 1/4, 1/2 that still covers the bucket",

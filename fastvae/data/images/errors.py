@@ -1,4 +1,4 @@
-"""Why an image was not encoded: a fixed vocabulary, so that failures can be counted and compared."""
+"""ImageError, with one of a fixed list of reasons, so that failures can be counted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-# This machine's trouble, not the file's.
+# Errors of the machine, not of the file.
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 REASONS = (
@@ -26,7 +26,7 @@ REASONS = (
 
 
 class ImageError(ValueError):
-    """An image that cannot be used: ``reason`` is one of REASONS, ``detail`` one sentence that names the file."""
+    """Error of an image: ``reason`` is one of REASONS, ``detail`` a sentence that names the file."""
 
     def __init__(self, reason: str, detail: str):
         if reason not in REASONS:
@@ -41,18 +41,18 @@ class ImageError(ValueError):
 
 @contextlib.contextmanager
 def unreadable(name: str) -> Iterator[None]:
-    """Around the reading of ``name``: an OSError becomes ImageError("unreadable"), unless the machine is at fault."""
+    """Context manager: turns an OSError while ``name`` is read into ImageError, unless the machine is the cause."""
     try:
         yield
     except OSError as error:
         if error.errno in MACHINE:
             raise
-        said = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        raise ImageError("unreadable", f"{name} cannot be read: {said}") from error
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise ImageError("unreadable", f"{name} cannot be read: {reason}") from error
 
 
 def check_bytes(size: int, max_pixels: int, name: str) -> None:
-    """Raises ImageError("too_large") for a file of more bytes than an image within the limit has."""
+    """Raise ImageError("too_large") for a file of more bytes than ``max_pixels`` pixels can have."""
     # Four 16-bit channels uncompressed, and 64 MiB of metadata.
     if size > 8 * max_pixels + 2**26:
         raise ImageError("too_large", f"{name} has {size} bytes, more than {max_pixels} pixels can need")

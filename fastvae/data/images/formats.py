@@ -1,7 +1,7 @@
-"""What a file is, told by its first bytes, and whether its end is missing, told by its own structure.
+"""Detection of image formats by magic bytes, and of truncated files by the structure of each format.
 
-A name is never believed. Only the formats below reach a decoder, so a PostScript or PDF file under a picture's name is
-refused before anything interprets it.
+File names are ignored. Only the formats below reach a decoder, so a PostScript or PDF file with the suffix of an image
+is never interpreted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REFUSED_SIGNATURES = (
     (b"PK\x03\x04", "a zip archive"),
 )
 BITMAP_HEADER_SIZES = {12, 40, 52, 56, 64, 108, 124}
-# What application segments start with, and how long tables and frame headers can be at most.
+# First bytes of application segments, and maximum lengths of tables and frame headers.
 JPEG_SEGMENT_STARTS = {
     0xE0: (b"JFIF", b"JFXX"),
     0xE1: (b"Exif", b"http"),
@@ -39,7 +39,7 @@ TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
 
 
 def identify(head: bytes) -> str | None:
-    """Pillow's name of the format that ``head`` (the first 64 bytes or more) starts, or None if it is not taken."""
+    """Return Pillow's name of the format of ``head`` (the first 64 bytes or more), None if it is not supported."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -53,12 +53,12 @@ def identify(head: bytes) -> str | None:
     if head[4:8] == b"ftyp" and _is_avif(head):
         return "AVIF"
     if head.startswith(b"BM") and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in BITMAP_HEADER_SIZES:
-        return "BMP"  # "BM" alone also starts ordinary text
+        return "BMP"  # text may start with "BM" too
     return None
 
 
 def describe_refused(head: bytes) -> str:
-    """What ``head`` looks like, in words, for a message about a file that is not taken."""
+    """Return the kind of an unsupported file, by its first bytes, for a message."""
     for start, name in REFUSED_SIGNATURES:
         if head.startswith(start):
             return name
@@ -68,10 +68,10 @@ def describe_refused(head: bytes) -> str:
 
 
 def ends_early(image_format: str, data: bytes) -> bool:
-    """Whether the structure of ``data`` says that bytes are missing at its end.
+    """Return True if bytes are missing at the end of ``data``, by the structure of its format.
 
-    Pillow notices most cuts itself, but accepts some after the last row it needs (a PNG without its end) and fills
-    others with black (a run-length encoded bitmap).
+    Pillow detects most cuts, but accepts some after the last row (a PNG without its end) and fills others with black (a
+    run-length encoded bitmap).
     """
     check = {
         "JPEG": _jpeg_ends_early,
@@ -86,7 +86,7 @@ def ends_early(image_format: str, data: bytes) -> bool:
 
 
 def damaged_png_chunk(data: bytes) -> str | None:
-    """The name of the first critical chunk of a PNG whose checksum is wrong, or None. Pillow checks headers alone."""
+    """Return the first critical chunk of a PNG with a wrong checksum, or None. Pillow checks only the header."""
     position = 8
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
@@ -103,7 +103,7 @@ def damaged_png_chunk(data: bytes) -> str | None:
 
 
 def has_late_png_text(file: BinaryIO) -> bool:
-    """Whether a PNG states metadata behind its pixels, where a reader of the header does not see them."""
+    """Return True if a PNG has metadata after its pixels, where image_size does not see it without decoding."""
     before = file.tell()
     position, pixels_seen, found = 8, False, False
     while not found:
@@ -128,12 +128,12 @@ def _jpeg_ends_early(data: bytes) -> bool:
     position = 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
-            return False  # not missing but wrong: the decoder says so
+            return False  # damaged, not cut: the decoder reports it
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
         elif marker == 0xDA:
-            # Stuffing keeps FF D9 out of the coded pixels, so one after the first scan's header is a real end.
+            # Coded pixels never contain FF D9 (byte stuffing), so one after the first scan's header is a real end.
             return data.find(b"\xff\xd9", position) < 0
         elif marker == 0x01 or 0xD0 <= marker <= 0xD9:
             position += 2
@@ -146,7 +146,7 @@ def _jpeg_ends_early(data: bytes) -> bool:
 
 
 def _is_a_jpeg_segment(marker: int, length: int, start: bytes) -> bool:
-    """Whether a segment that runs off the end was cut, or is noise after a JPEG's first bytes."""
+    """Return True if a segment longer than the file was cut, False if it is noise after a JPEG's first bytes."""
     if marker in JPEG_SEGMENT_STARTS:
         return any(known.startswith(start) for known in JPEG_SEGMENT_STARTS[marker])
     if marker in JPEG_SEGMENT_SIZES:
@@ -165,7 +165,7 @@ def _png_ends_early(data: bytes) -> bool:
 
 
 def _gif_ends_early(data: bytes) -> bool:
-    """Walks the blocks up to the end of the first frame, the only one that is read."""
+    """Return True if the first frame, the only one that is read, is cut."""
     if len(data) < 13:
         return True
     position = 13 + _gif_colour_table_size(data[10])
@@ -178,7 +178,7 @@ def _gif_ends_early(data: bytes) -> bool:
                 return True
             position += 11 + _gif_colour_table_size(data[position + 9])
         else:
-            return False  # a trailer without a frame, or nonsense: the decoder says so
+            return False  # a trailer without a frame, or noise: the decoder reports it
         while position < len(data) and data[position]:
             position += 1 + data[position]
         if position >= len(data):
@@ -197,7 +197,7 @@ def _bitmap_ends_early(data: bytes) -> bool:
     if len(data) < 34 or struct.unpack_from("<I", data, 14)[0] == 12:
         return len(data) < 26
     compression = struct.unpack_from("<I", data, 30)[0]
-    # Only run-length encoding hides a cut from Pillow; other writers' declared sizes are often wrong.
+    # Pillow misses a cut only in run-length encoded files; in others the declared size is often wrong.
     return compression in (1, 2) and struct.unpack_from("<I", data, 2)[0] > len(data)
 
 
@@ -215,7 +215,7 @@ def _boxes_end_early(data: bytes) -> bool:
 
 
 def _tiff_ends_early(data: bytes) -> bool:
-    """Whether the first directory, or a strip or tile it names, lies beyond the end."""
+    """Return True if the first directory, or a strip or tile of it, is beyond the end of ``data``."""
     order = "<" if data[:2] == b"II" else ">"
     try:
         big = struct.unpack_from(order + "H", data, 2)[0] == 43

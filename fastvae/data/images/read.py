@@ -1,8 +1,8 @@
-"""One image file to upright 8-bit sRGB pixels, by written rules; anything else is an ImageError with a reason.
+"""Reads one image file as upright 8-bit sRGB pixels, or raises ImageError with a reason.
 
-Rules: the format is told by the first bytes, the size is judged from the header, the first frame is read, EXIF
-orientation is applied, embedded profiles are converted to sRGB, 16-bit grey is scaled by 255 / 65535, transparency
-follows the ``alpha`` policy, and a cut file is never taken for a whole one.
+The format is detected by magic bytes, and the size is checked in the header. The first frame is read, EXIF orientation
+is applied, embedded profiles are converted to sRGB, and 16-bit grey is scaled by 255 / 65535. Transparency follows the
+``alpha`` policy. A truncated file is an error, never a partial image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ANIMATED = ("first", "skip")
 DEFAULT_MAX_PIXELS = 178_000_000
 SMALLEST_SIDE = 8
 LARGEST_ASPECT = 32
-# Decoded one at a time: at 4 bytes a pixel, each holds more than 128 MB while it is decoded, and as much again turned.
+# Larger images are decoded one at a time: at 4 bytes a pixel, each takes over 128 MB, and as much again to be rotated.
 LARGE_PIXELS = 32_000_000
 PLUGINS = {
     "JPEG": "JpegImagePlugin",
@@ -43,7 +43,7 @@ PLUGINS = {
     "BMP": "BmpImagePlugin",
     "AVIF": "AvifImagePlugin",
 }
-# What Pillow's parsers raise on hostile bytes, found by flipping bytes of every format; nothing broader is caught.
+# Errors of Pillow's parsers on hostile bytes, found by flipping bytes of every format; nothing broader is caught.
 PARSER_ERRORS = (
     OSError,
     SyntaxError,
@@ -66,9 +66,10 @@ _quiet_filters = contextlib.ExitStack()
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB image; ``original_hw`` is its size before any scaled decoding; ``flags`` say what was mended.
+    """An upright RGB image; ``original_hw`` is its size before any scaled decoding.
 
-    ``opacity``: L, of the image's size, where it was asked for; None for a picture in which nothing is transparent.
+    ``flags``: some of "broken_exif", "broken_profile", "first_frame". ``opacity``: L, of the image's size, if it was
+    requested; None for an image without transparency.
     """
 
     image: Image.Image
@@ -86,14 +87,13 @@ def read_image(
     at_least: int | tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Picture:
-    """The first frame of ``source`` (a path, or a file's bytes) as upright 8-bit sRGB.
+    """Return the first frame of ``source`` (a path, or a file's bytes) as upright 8-bit sRGB.
 
-    ``alpha``: "white" composites over white, "drop" takes the colours as they are, "mask" composites over white too and
-    keeps the opacity beside the image. ``animated``: "skip" refuses what has several frames. ``max_pixels`` is compared
-    with the header's width times height before anything is decoded. ``at_least``: a JPEG may be decoded at 1/2, 1/4 or
-    1/8 of its size as long as the upright image stays at least this (height, width), or both sides this long. ``name``
-    stands for the file in messages.
-    Raises ImageError for every file that cannot be used, ValueError for another ``alpha``, ``animated``, ``at_least``.
+    ``alpha``: "white" composites over white; "drop" ignores transparency; "mask" composites over white and returns the
+    opacity too. ``animated``: "skip" refuses files of several frames. ``max_pixels`` limits the header's width times
+    height, before anything is decoded. ``at_least``: (height, width) or one length for both; a JPEG is decoded at 1/2,
+    1/4 or 1/8 if the upright image is still at least that large. ``name`` is the file's name in messages.
+    Raises ImageError for a file that cannot be used, ValueError for an invalid ``alpha``, ``animated`` or ``at_least``.
     """
     if animated not in ANIMATED:
         raise ValueError(f"animated must be 'first' or 'skip', got {animated!r}")
@@ -116,10 +116,10 @@ def read_image(
 def image_size(
     source: str | os.PathLike[str] | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
 ) -> tuple[int, int]:
-    """(height, width) in pixels that read_image would find, upright, from the header alone.
+    """Return (height, width) in pixels of the upright image, as read_image does, from the header.
 
-    Pixels are decoded only for a PNG that states its orientation behind them. What is wrong behind the header is not
-    seen. Raises ImageError for what read_image would refuse by its header.
+    Pixels are decoded only for a PNG whose orientation comes after them. Damage after the header is not detected.
+    Raises ImageError if read_image would refuse the header.
     """
     name = _name_of(source, name)
     with io.BytesIO(source) if isinstance(source, bytes) else _opened(source, name, max_pixels) as file:
@@ -137,7 +137,7 @@ def image_size(
             check_size(width, height, name, max_pixels)
             if image_format == "PNG" and has_late_png_text(file):
                 image.load()
-            orientation = 1 if image_format == "TIFF" else _orientation(image, [])  # a TIFF's size is upright already
+            orientation = 1 if image_format == "TIFF" else _orientation(image, [])  # Pillow rotates a TIFF's size
     return (width, height) if orientation >= 5 else (height, width)
 
 
@@ -157,18 +157,18 @@ def _format_of(head: bytes, name: str) -> str:
 
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Keeps Pillow's warnings about damaged metadata off the screen; any number of threads may be inside at once."""
-    me = object()
+    """Context manager: hides Pillow's warnings about damaged metadata; several threads may use it at once."""
+    user = object()
     with _quiet:
         if not _quiet_users:
             _quiet_filters.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"(PIL|fastvae\.data)\.")
-        _quiet_users.append(me)
+        _quiet_users.append(user)
     try:
         yield
     finally:
         with _quiet:
-            _quiet_users.remove(me)
+            _quiet_users.remove(user)
             if not _quiet_users:
                 _quiet_filters.close()
 
@@ -210,7 +210,7 @@ def _decode(
                 image.load()
                 if image_format == "PNG":
                     mend_transparency(image, data[24])
-                # Read after load(): Pillow has turned a TIFF by then, and reports 1; a PNG may state it at its end.
+                # After load(): Pillow has rotated a TIFF and reports 1, and a PNG may have it after its pixels.
                 orientation = _orientation(image, flags)
         rgb, opacity = to_srgb(image, image_format, alpha, flags, name)
         rgb, opacity = _upright(rgb, orientation), None if opacity is None else _upright(opacity, orientation)
@@ -219,7 +219,7 @@ def _decode(
 
 
 def _load_jpeg(image: Image.Image, cover: tuple[int, int] | None, orientation: int) -> None:
-    """Decode an opened JPEG, as stored, at the smallest scale that covers (height, width) once upright."""
+    """Load an opened JPEG, not rotated, at the smallest scale whose upright image covers (height, width)."""
     if cover is not None:
         height, width = cover[::-1] if orientation >= 5 else cover
         image.draft(None, (width, height))
@@ -228,24 +228,24 @@ def _load_jpeg(image: Image.Image, cover: tuple[int, int] | None, orientation: i
 
 @contextlib.contextmanager
 def _parsing(all_bytes: Callable[[], bytes], image_format: str, name: str) -> Iterator[None]:
-    """Around Pillow's parsers alone, whose errors become ImageErrors: a bug of ours is no damaged photograph."""
+    """Context manager: turns errors of Pillow's parsers into ImageErrors; nothing else runs in it, to hide no bug."""
     from PIL.Image import DecompressionBombError
 
     try:
         yield
     except ImageError:
         raise
-    except DecompressionBombError as error:  # WebP's and GIF's readers apply Pillow's own limit as well
+    except DecompressionBombError as error:  # Pillow's WebP and GIF readers apply Pillow's own limit too
         raise ImageError("too_large", f"{name}: {error}") from error
     except PARSER_ERRORS as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        if "truncated" in said.lower() or ends_early(image_format, all_bytes()):
-            raise ImageError("truncated", f"{name} ends before its {image_format} data does ({said})") from error
-        raise ImageError("decode_error", f"{name} is not readable as {image_format}: {said}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "truncated" in reason.lower() or ends_early(image_format, all_bytes()):
+            raise ImageError("truncated", f"{name} ends before its {image_format} data does ({reason})") from error
+        raise ImageError("decode_error", f"{name} is not readable as {image_format}: {reason}") from error
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
-    """Refuse sizes that cannot be used; raises ImageError too_large, too_small or too_thin."""
+    """Raise ImageError("too_large", "too_small" or "too_thin") for a size that cannot be used."""
     if width * height > max_pixels:
         raise ImageError("too_large", f"{name} is {width}x{height}, more than {max_pixels} pixels")
     if min(width, height) < SMALLEST_SIDE:
@@ -255,7 +255,7 @@ def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 
 def _open(file: BinaryIO, image_format: str, name: str) -> Image.Image:
-    """Pillow's reader of this one format, called directly: no other plugin sees the bytes, no global limit applies."""
+    """Open ``file`` by Pillow's plugin of this format, so that no other plugin and no global limit applies."""
     from PIL import Image
 
     import_module(f"PIL.{PLUGINS[image_format]}")
@@ -265,11 +265,11 @@ def _open(file: BinaryIO, image_format: str, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image, flags: list[str]) -> int:
-    """EXIF's orientation, 1 to 8."""
+    """Return the EXIF orientation, 1 to 8."""
     from PIL import Image
 
     try:
-        # The base class's: a PNG's own decodes every pixel to look for text behind them.
+        # The base class's method: PngImageFile.getexif decodes all pixels to find text after them.
         orientation = Image.Image.getexif(image).get(0x0112, 1)
     except PARSER_ERRORS:
         flags.append("broken_exif")

@@ -17,7 +17,7 @@ from fastvae.system.terminal import first_few
 
 
 class FolderSource:
-    """A folder's images, as list_folder finds them."""
+    """Images of a local folder, as list_folder finds them."""
 
     def __init__(self, root: str):
         self.name = root
@@ -32,11 +32,11 @@ class FolderSource:
 
 
 def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | None = None) -> Listing:
-    """Every image under ``root``, sorted by key; ``exclude`` is a folder (the output) that is not entered.
+    """Return every image under ``root``, sorted by key; ``exclude`` is a folder (the output) that is not entered.
 
-    A file counts as an image when its suffix or, for unknown suffixes, its first bytes say so. Hidden files and folders
-    are passed over, and so is what the system does not let us look into. Linked folders are entered once each, after
-    the real ones, so loops end.
+    A file is an image by its suffix or, if the suffix is unknown, by its first bytes. Hidden files and folders are
+    ignored, and so is what this process has no permission to read. A linked folder is entered once, after all real
+    folders, so loops of links end.
     Raises ValueError if ``root`` is not a folder or holds no image.
     """
     top = Path(root)
@@ -53,28 +53,28 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
             links += _walk(folder, os.fspath(top), seen, listing)
         waiting = sorted(links)
     if not listing.files:
-        passed = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
+        ignored = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
         if listing.unreadable:
-            passed += f"; not to be looked into: {first_few(listing.unreadable)}"
-        raise ValueError(f"no images under {os.fspath(root)!r}{passed}")
+            ignored += f"; cannot be read: {first_few(listing.unreadable)}"
+        raise ValueError(f"no images under {os.fspath(root)!r}{ignored}")
     listing.files.sort(key=lambda file: os.fsencode(file.key))
     return listing
 
 
 def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
-    """Adds the images under ``folder`` without following links to folders, which are returned."""
+    """Add the images under ``folder`` to ``listing``; return the links to folders, which are not followed."""
     links = []
     stack = [folder]
     while stack:
-        here = stack.pop()
+        current = stack.pop()
         try:
-            identity = _inode(here)
+            identity = _inode(current)
             if identity in seen:
                 continue
-            with os.scandir(here) as found:
+            with os.scandir(current) as found:
                 entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
         except OSError:
-            listing.skip(here, top)
+            listing.skip(current, top)
             continue
         seen.add(identity)
         for entry in entries:
@@ -96,10 +96,10 @@ def add_file(path: str, top: str, listing: Listing) -> None:
     """Add the file at ``path`` under the folder ``top``, or count it as ignored."""
     try:
         status = os.stat(path)
-    except OSError:  # a dangling link: an image by name is listed, and quarantined as unreadable when it is opened
+    except OSError:  # a dangling link with an image's suffix is listed, and fails as unreadable when it is opened
         status = None
     if status is not None and not stat.S_ISREG(status.st_mode):
-        listing.ignored += 1  # a pipe or a device: opening it could wait for ever
+        listing.ignored += 1  # opening a pipe or a device could block forever
     elif is_image_name(path) or (status is not None and _holds_an_image(path)):
         key = os.path.relpath(path, top).replace(os.sep, "/")
         size, mtime = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
@@ -122,7 +122,7 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 class PatternSource:
-    """The images that a pattern matches; their keys are relative to the folder before its first ``*``."""
+    """Images that a pattern matches; a key is relative to the folder before the first ``*`` of the pattern."""
 
     def __init__(self, pattern: str):
         self.name = pattern
@@ -148,14 +148,14 @@ class PatternSource:
     def _matches(self, pattern: str, exclude: Any, listing: Listing) -> list[SourceFile]:
         if "**" not in pattern:
             found = Listing()
-            skipped = os.path.join(os.path.realpath(exclude), "") if exclude is not None else None
+            excluded = os.path.join(os.path.realpath(exclude), "") if exclude is not None else None
             for path in sorted(glob.iglob(pattern)):
-                inside = skipped is not None and os.path.realpath(path).startswith(skipped)
+                inside = excluded is not None and os.path.realpath(path).startswith(excluded)
                 if not inside and not os.path.isdir(path):
                     add_file(path, self.root or ".", found)
             listing.ignored += found.ignored
             return found.files
-        # Python's own glob follows links in circles; the walk enters each folder once.
+        # glob.glob follows loops of links; the walk enters each folder once.
         found = list_folder(self.root or ".", exclude)
         try:
             matching = translate(pattern[len(self.root) :].lstrip("/"))

@@ -1,4 +1,4 @@
-"""Images that JSONL manifests name: a line each, with a key, a path or a URL, and whatever columns ride along."""
+"""Images named by JSONL manifests: one line each, with a key, a path or a URL, and any other columns."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ PATHS = ("path", "uri")
 
 
 class ManifestSource:
-    """See Source. A relative path starts at the manifest's folder. URLs are taken where ``schemes`` names theirs.
+    """Images named by manifests. A relative path starts at the manifest's folder.
 
-    The path is the line's ``image_column``, "path" or "uri", the first of them that is there.
+    A line's path is its ``image_column``, "path" or "uri", the first of these that it has. A URL is accepted if
+    ``schemes`` contains its scheme.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ManifestSource:
         self._remote: dict[str, RemoteStorage] = {}
 
     def listing(self, exclude: Any = None) -> Listing:
-        """See Source. A line that cannot be taken is a ValueError that names it."""
+        """See Source. Raises ValueError, naming the line, for a line that cannot be used."""
         listing = Listing()
         for manifest in self._files:
             try:
@@ -86,13 +87,13 @@ class ManifestSource:
         storage, place = self._where(path, where)
         try:
             status = storage.status(place)
-        except OSError:  # listed, and quarantined as unreadable when it is read
+        except OSError:  # listed, and fails as unreadable when it is read
             status = (0, 0)
         columns = {name: value for name, value in entry.items() if name not in (self._key, column)}
         return SourceFile(key, *status, path, columns)
 
     def _where(self, path: str, where: str) -> tuple[Storage, str]:
-        """The storage of ``path`` and its place there; raises ValueError for a URL whose scheme is not taken."""
+        """Return the storage of ``path`` and its place there; raise ValueError for a scheme that is not allowed."""
         if check_scheme(path, self._schemes, where) is None:
             return self._storage, path
         scheme, _, rest = path.partition("://")
@@ -104,6 +105,6 @@ class ManifestSource:
 
 
 def _beside(manifest: str, path: str) -> str:
-    """``path`` as seen from the root, where the manifest may lie in a folder."""
+    """Return ``path``, if it is relative to the manifest's folder, relative to the storage's root."""
     folder, slash, _ = manifest.rpartition("/")
     return path if path.startswith("/") or scheme_of(path) else f"{folder}{slash}{path}"

@@ -1,6 +1,6 @@
-"""Images in a column of Parquet files, bytes alone or Hugging Face's {"bytes", "path"}.
+"""Images in a column of Parquet files, as bytes or as Hugging Face's {"bytes", "path"}.
 
-The listing reads the other columns; the images' own column is read a row group at a time, and two are kept.
+The listing reads the other columns. The image column is read one row group at a time; the last two groups are cached.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastvae.data.sources.source import Listing, key_of
 from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, read_all
 
 ROW_PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
-KEPT_GROUPS = 2
+CACHED_GROUPS = 2
 
 
 class ParquetSource:
-    """See Source. ``files`` are places in ``storage``; a row's key is its ``key_column``, text or an integer."""
+    """Images in rows of ``files``, places in ``storage``; a row's key is its ``key_column``, text or an integer."""
 
     def __init__(self, storage: Storage, files: Sequence[str], name: str, image_column: str, key_column: str):
         try:
@@ -41,7 +41,7 @@ class ParquetSource:
         self._groups = _Groups(storage, image_column)
 
     def listing(self, exclude: Any = None) -> Listing:
-        """See Source. Columns that JSON has no values for are left out and named in ``notes``."""
+        """See Source. Columns of types that JSON does not have are left out and named in ``notes``."""
         listing, left_out = Listing(), set[str]()
         for place in self._files:
             with _reading(self._storage, place) as (table, (size, mtime_ns)):
@@ -50,7 +50,7 @@ class ParquetSource:
                 for group in range(table.num_row_groups):
                     for values in table.read_row_group(group, columns=[self._key, *taken]).to_pylist():
                         key = key_of(values[self._key], f"{place} row {row}", self._key)
-                        columns = {column: _plain(values[column]) for column in taken}
+                        columns = {column: _without_non_finite(values[column]) for column in taken}
                         listing.files.append(SourceFile(key, size, mtime_ns, f"{place}#{row}", columns))
                         row += 1
         if not listing.files:
@@ -67,7 +67,7 @@ class ParquetSource:
             raise ImageError("unreadable", f"{file.key} has no place in a table: {file.place!r}")
         place, row = found[1], int(found[2])
         with unreadable(file.key):
-            if self._storage.status(place) != (file.size, file.mtime_ns):  # the row may be another's by now
+            if self._storage.status(place) != (file.size, file.mtime_ns):  # the row may now be another image's
                 raise ImageError("unreadable", f"{file.key}: {place} was changed since it was listed")
             try:
                 value = self._groups.row(place, row)
@@ -78,12 +78,15 @@ class ParquetSource:
         if value is None:
             raise ImageError("empty", f"{file.key} has neither bytes nor a path in {place} row {row}")
         if isinstance(value, str):
-            return _named(self._storage, value, file.key, max_pixels)
+            return _read_named_file(self._storage, value, file.key, max_pixels)
         check_bytes(len(value), max_pixels, file.key)
         return value
 
     def _columns(self, schema: Any, place: str, left_out: set[str]) -> list[str]:
-        """The columns that ride along. Raises ValueError unless the two named ones are there and fit."""
+        """Return the names of the other columns that JSON can hold; check the image and the key column.
+
+        Raises ValueError if either is missing or occurs twice, or if the image column holds no images.
+        """
         for argument, column in (("image_column", self._image), ("key_column", self._key)):
             if schema.names.count(column) != 1:
                 raise ValueError(f"{argument} must be a column of {place}, got {column!r}, it has {schema.names}")
@@ -99,16 +102,16 @@ class ParquetSource:
 
 
 class _Groups:
-    """Rows of one column, out of the row groups used last. Threads that ask for neighbours wait for one reading."""
+    """Rows of one column, with a cache of row groups; threads that ask for the same group read it once."""
 
     def __init__(self, storage: Storage, column: str):
         self._storage, self._column = storage, column
         self._lock = threading.Lock()
         self._ends: dict[str, list[int]] = {}
-        self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def row(self, place: str, row: int) -> Any:
-        """The value of ``row``; raises OSError, and ValueError for a row that is not there or bytes that are none."""
+        """Return the value of ``row``; raises OSError, and ValueError for a missing row or a damaged file."""
         with self._lock:
             if place not in self._ends:
                 with _reading(self._storage, place) as (table, _):
@@ -122,18 +125,18 @@ class _Groups:
             return values[row - (ends[group - 1] if group else 0)].as_py()
 
     def _group(self, place: str, group: int) -> Any:
-        if (place, group) not in self._kept:
-            while len(self._kept) >= KEPT_GROUPS:
-                self._kept.popitem(last=False)
+        if (place, group) not in self._cache:
+            while len(self._cache) >= CACHED_GROUPS:
+                self._cache.popitem(last=False)
             with _reading(self._storage, place) as (table, _):
-                self._kept[place, group] = table.read_row_group(group, columns=[self._column]).column(0)
-        self._kept.move_to_end((place, group))
-        return self._kept[place, group]
+                self._cache[place, group] = table.read_row_group(group, columns=[self._column]).column(0)
+        self._cache.move_to_end((place, group))
+        return self._cache[place, group]
 
 
 @contextmanager
 def _reading(storage: Storage, place: str) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """(the open Parquet file, its status); what it holds that is no Parquet is a ValueError that names it."""
+    """Yield (the open Parquet file, its status); raises ValueError, naming the file, if it is no valid Parquet."""
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     try:
         status = storage.status(place)
@@ -142,12 +145,12 @@ def _reading(storage: Storage, place: str) -> Iterator[tuple[Any, tuple[int, int
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno in MACHINE:
             raise
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{place} is not readable as Parquet: {said}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{place} is not readable as Parquet: {reason}") from error
 
 
-def _named(storage: Storage, path: str, key: str, max_pixels: int) -> Path | bytes:
-    """The file that a row names: beside the table, and never behind a URL."""
+def _read_named_file(storage: Storage, path: str, key: str, max_pixels: int) -> Path | bytes:
+    """Return the file that a row names by a path, which may not be a URL."""
     if "\0" in path:
         raise ImageError("unreadable", f"{key} names a path with a NUL")
     try:
@@ -169,7 +172,7 @@ def _is(kind: Any, *names: str) -> bool:
 
 
 def _is_bytes(kind: Any) -> bool:
-    return _is(kind, "binary", "large_binary", "null")  # null: every row has a path instead
+    return _is(kind, "binary", "large_binary", "null")  # null: no row has bytes, each has a path
 
 
 def _is_json(kind: Any) -> bool:
@@ -180,10 +183,10 @@ def _is_json(kind: Any) -> bool:
     return _is(kind, "boolean", "integer", "floating", "string", "large_string", "null")
 
 
-def _plain(value: Any) -> Any:
-    """``value`` with None for the floats that JSON has not."""
+def _without_non_finite(value: Any) -> Any:
+    """Return ``value`` with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+        return [_without_non_finite(item) for item in value]
+    return {name: _without_non_finite(item) for name, item in value.items()} if isinstance(value, dict) else value

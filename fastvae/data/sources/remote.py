@@ -1,4 +1,4 @@
-"""Images of a folder or a pattern under a URL, and where the archives that a user names lie."""
+"""Images in a folder, or matching a pattern, under a URL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvae.data.sources.storage import open_remote, read_all
 
 
 class RemoteSource:
-    """The images under a URL's folder, or those that a pattern in it matches: told by their names alone."""
+    """Images in a URL's folder, or matching a pattern in the URL, by their suffix alone."""
 
     def __init__(self, url: str):
         self.name = url
@@ -23,7 +23,7 @@ class RemoteSource:
         self._patterns = expand_braces(url) if pattern else []
 
     def listing(self, exclude: Any = None) -> Listing:
-        """See Source; ``exclude``, a folder of this machine, cannot be inside."""
+        """See Source; ``exclude`` is ignored, because a local folder is never under a URL."""
         files, top = self._storage.files, self._storage.path("").rstrip("/")
         found: dict[str, dict[str, Any]] = {}
         try:

@@ -1,4 +1,4 @@
-"""The images of a source, by key, in an order that does not depend on the file system; and which source is which."""
+"""The Source protocol, and its listing: images by key, in an order that does not depend on the file system."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
-# Pictures that are not taken: listed all the same, so that each is reported as unsupported and none vanishes unseen.
+# Listed although they cannot be read, so that each is reported as unsupported.
 REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd"}
 MAX_LISTED = 100
 
 
 @dataclass
 class Listing:
-    """What a source holds: ``files`` sorted by key, and how many other files were passed over.
+    """Images of a source: ``files`` sorted by key, and the number of other files (``ignored``).
 
-    ``unreadable`` names, at most NAMED of them, folders without permission, links to themselves, archives that end
-    early and the like. ``duplicates`` counts the images whose key another one had already. ``notes`` say in words what
-    was left out of the columns.
+    ``unreadable`` names up to MAX_LISTED folders without permission, links to themselves, archives that end early and
+    the like. ``duplicates`` is the number of images whose key an earlier one has. ``notes`` are sentences about members
+    and columns that were left out.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -33,44 +33,44 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
     def deduplicate_keys(self) -> None:
-        """Sort the files by key; where several have one key, all but the first get ``~2``, ``~3`` and so on added."""
-        taken = {file.key for file in self.files}
+        """Sort the files by key; of files with equal keys all but the first get ``~2``, ``~3`` and so on appended."""
+        used = {file.key for file in self.files}
         seen: dict[str, int] = {}
         for index, file in enumerate(self.files):
             number = seen[file.key] = seen.get(file.key, 0) + 1
             if number == 1:
                 continue
             self.duplicates += 1
-            while (key := f"{file.key}~{number}") in taken:
+            while (key := f"{file.key}~{number}") in used:
                 number += 1
             seen[file.key] = number
-            taken.add(key)
+            used.add(key)
             self.files[index] = replace(file, key=key)
         self.files.sort(key=lambda file: os.fsencode(file.key))
 
     def skip(self, place: str, top: str) -> None:
-        """Count ``place``, which the system does not let us look into, as ignored, and note its name."""
+        """Count ``place``, which this process has no permission to read, as ignored, and note its name."""
         self.ignored += 1
         if len(self.unreadable) < MAX_LISTED:
             self.unreadable.append(os.path.relpath(place, top).replace(os.sep, "/"))
 
 
 class Source(Protocol):
-    """Where images come from; ``name`` is what the user gave."""
+    """A source of images; ``name`` is the user's argument."""
 
     name: str
 
     def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
-        """Its images; ``exclude`` is a folder (the output) that is not entered. Raises ValueError if there is none."""
+        """Return all images; ``exclude`` is a folder (the output) that is not entered. Raises ValueError for none."""
         ...
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
-        """What read_image takes of ``file``; raises ImageError, and OSError where the machine is at fault."""
+        """Return a path or the bytes for read_image; raises ImageError, or OSError if the machine is the cause."""
         ...
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the suffix says that ``name`` is a picture, taken or not."""
+    """Return True if ``name`` has the suffix of an image, of a supported format or not."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES | REFUSED_SUFFIXES
 
 
@@ -81,7 +81,7 @@ def starts_like_an_image(file: BinaryIO, position: int = 0, size: int = 64) -> b
 
 
 def key_of(value: Any, where: str, column: str) -> str:
-    """A table's key as text; raises ValueError for what is neither text nor an integer, and for text that is none."""
+    """Return a key column's value as text; raises ValueError unless it is an integer or valid, non-empty text."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:

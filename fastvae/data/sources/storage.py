@@ -1,4 +1,4 @@
-"""Where the files of a source lie: this machine's folders, or a file system that fsspec knows."""
+"""Storage of a source's files: the local disk, or a file system that fsspec knows."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Storage(Protocol):
     root: str
 
     def open(self, place: str) -> AbstractContextManager[BinaryIO]:
-        """The file at ``place``, to be read and sought in; raises OSError."""
+        """Open the file at ``place`` for reading and seeking; raises OSError."""
         ...
 
     def status(self, place: str) -> tuple[int, int]:
-        """(bytes, mtime in ns) of the file at ``place``; raises OSError."""
+        """Return (bytes, mtime in ns) of the file at ``place``; raises OSError."""
         ...
 
 
 class LocalStorage:
-    """Regular files under ``root``; anything else, such as a pipe, could be read for ever and is refused."""
+    """Regular files under ``root``. Others are refused: reading a pipe or a device may never end."""
 
     def __init__(self, root: str):
         self.root = root
 
     def path(self, place: str) -> str:
-        """Where ``place`` is on this machine."""
+        """Return the local path of ``place``."""
         return os.path.join(self.root, place)
 
     def open(self, place: str) -> BinaryIO:
@@ -50,17 +50,17 @@ class LocalStorage:
         return open(self.path(place), "rb")
 
     def status(self, place: str) -> tuple[int, int]:
-        found = os.stat(self.path(place))
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(self.path(place))
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "Not a regular file", place)
-        return found.st_size, found.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
 
 
 class RemoteStorage:
     """Files under ``root``, a URL such as ``s3://bucket/folder``.
 
-    A file's status is asked for once. Where a system knows no time of change, a digest of its ETag takes that place:
-    another number means another content.
+    The status of a file is requested once. If the file system has no mtime, the mtime is a digest of the ETag: another
+    number means other content.
     """
 
     def __init__(self, root: str, files: Any):
@@ -69,7 +69,7 @@ class RemoteStorage:
         self._known: dict[str, tuple[int, int]] = {}
 
     def path(self, place: str) -> str:
-        """``place`` as the file system writes it; raises OSError for an absolute path, which would be another's."""
+        """Return the path of ``place`` in the file system; raises OSError for an absolute path, outside of ``root``."""
         if place.startswith("/"):
             raise OSError(errno.EINVAL, f"Not a path under {self.root}", place)
         return posixpath.join(self.files._strip_protocol(self.root), place)
@@ -83,21 +83,21 @@ class RemoteStorage:
         return self._known[place]
 
     def note(self, place: str, facts: dict[str, Any]) -> tuple[int, int]:
-        """Remember what a listing said of ``place``: its (bytes, mtime in ns)."""
+        """Store and return (bytes, mtime in ns) of ``place``, from ``facts`` of fsspec; raises OSError for a folder."""
         if facts.get("type") == "directory":
             raise OSError(errno.EISDIR, "Is a folder", place)
-        self._known[place] = int(facts.get("size") or 0), _changed(facts)
+        self._known[place] = int(facts.get("size") or 0), _mtime_ns(facts)
         return self._known[place]
 
 
 def scheme_of(text: str) -> str | None:
-    """The scheme of a URL in small letters, None for a path."""
+    """Return the scheme of a URL in lower case, None for a path."""
     found = SCHEME.match(text)
     return found[1].lower() if found else None
 
 
 def open_remote(url: str) -> RemoteStorage:
-    """The storage whose root is ``url``; raises ValueError where fsspec or the scheme's file system is missing."""
+    """Return the storage with root ``url``; raises ValueError if fsspec or the scheme's file system is missing."""
     scheme = scheme_of(url)
     if scheme is None or scheme in LOCAL_SCHEMES:
         raise ValueError(f"{url} must be written as a path, without a scheme")
@@ -113,7 +113,7 @@ def open_remote(url: str) -> RemoteStorage:
 
 
 def check_scheme(text: str, allowed: Collection[str], where: str) -> str | None:
-    """The scheme of ``text``, None for a path; raises ValueError, naming it, unless it is among the ``allowed``."""
+    """Return the scheme of ``text``, None for a path; raises ValueError if the scheme is not in ``allowed``."""
     scheme = scheme_of(text)
     if scheme in LOCAL_SCHEMES:
         raise ValueError(f"{where}: {scheme}:// is not taken, write the path alone")
@@ -123,15 +123,15 @@ def check_scheme(text: str, allowed: Collection[str], where: str) -> str | None:
 
 
 def read_all(storage: Storage, place: str) -> bytes:
-    """All bytes of the file at ``place``; raises OSError."""
+    """Return all bytes of the file at ``place``; raises OSError."""
     with storage.open(place) as file:
         return file.read()
 
 
 class Bounded(io.RawIOBase):
-    """``file``, in which a length that a damaged header states is never more than what is there.
+    """Reader of ``file`` that never asks for more than the ``size`` bytes that the file has.
 
-    Python allocates what a read asks for before it looks: a header of one byte more could ask for 8 EiB.
+    Python allocates the length of a read before it reads, and a damaged tar header can ask for 8 EiB.
     """
 
     def __init__(self, file: BinaryIO, size: int):
@@ -146,14 +146,14 @@ class Bounded(io.RawIOBase):
             return self._file.seek(offset, whence)
         if offset < 0:
             raise ValueError(f"offset must be at least 0, got {offset}")
-        return self._file.seek(min(offset, self._size))  # the system refuses 2**63, behind the end or not
+        return self._file.seek(min(offset, self._size))  # the system refuses to seek to 2**63
 
     def tell(self) -> int:
         return self._file.tell()
 
 
 def common_folder(folders: Iterable[str]) -> str:
-    """The deepest folder that holds all ``folders``, as they are written; "" is where the process runs."""
+    """Return the deepest folder that contains all ``folders``; "" is the current folder."""
     found = set(folders)
     if len(found) == 1:
         return found.pop()
@@ -162,7 +162,7 @@ def common_folder(folders: Iterable[str]) -> str:
     return os.path.commonpath([folder or "." for folder in found]) if "" not in found else ""
 
 
-def _changed(facts: dict[str, Any]) -> int:
+def _mtime_ns(facts: dict[str, Any]) -> int:
     for name in TIMES:
         value = facts.get(name)
         if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Images in tar files of WebDataset's layout: members are found once by their headers, and read by seek.
+"""Images in tar files of WebDataset's layout: headers are read once, members are read by seek.
 
-Nothing is unpacked to disk, and a member's name is only ever a key. A member belongs to the sample of its stem, within
-its archive: images are rows, ``.txt``, ``.json`` and ``.cls`` members their columns.
+Nothing is unpacked to disk, and a member's name is used only as a key. Members of one archive with the same stem are a
+sample: its images are rows, and its ``.txt``, ``.json`` and ``.cls`` members are their columns.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fastvae.system.strict_json import json_value
 from fastvae.system.terminal import first_few
 
 COLUMNS = (".txt", ".json", ".cls")
-MOST_COLUMN_BYTES = 2**20
+MAX_COLUMN_BYTES = 2**20
 BLOCK = 512
 MEMBER_PLACE = re.compile(r"(.*)@(\d+)\+(\d+)", re.DOTALL | re.ASCII)
-# What Python's reader of headers raises on hostile ones; nothing broader is caught.
+# What tarfile raises on hostile headers; nothing broader is caught.
 HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError)
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 @dataclass
 class _Sample:
-    """The members of one stem that belong together: the suffixes seen, images as (place, size), and columns."""
+    """Members with one stem: their suffixes, images as (place, size), and columns."""
 
     suffixes: set[str] = field(default_factory=set)
     images: list[tuple[str, int]] = field(default_factory=list)
@@ -41,14 +41,14 @@ class _Sample:
 
 
 class TarSource:
-    """See Source. ``archives`` are places in ``storage``; keys are members' names without their last extension."""
+    """Images in ``archives``, places in ``storage``; a key is a member's name without its last extension."""
 
     def __init__(self, storage: Storage, archives: Sequence[str], name: str):
         self.name = name
         self._storage, self._archives = storage, list(archives)
 
     def listing(self, exclude: Any = None) -> Listing:
-        """See Source. One that cannot be opened is a ValueError, one that ends early is named in ``unreadable``."""
+        """See Source. Raises ValueError for an archive that cannot be opened; a cut one is named in ``unreadable``."""
         listing, left_out = Listing(), Counter[str]()
         for archive in self._archives:
             try:
@@ -59,7 +59,7 @@ class TarSource:
                 raise ValueError(f"src names {archive}, which cannot be read: {error.strerror or error}") from error
         listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
         if not listing.files:
-            why = f"; not to be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
+            why = f"; cannot be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
             why += "".join(f"; {note}" for note in listing.notes)
             raise ValueError(f"no images in {self.name} ({listing.ignored} other members passed over){why}")
         listing.deduplicate_keys()
@@ -74,7 +74,7 @@ class TarSource:
         check_bytes(file.size, max_pixels, file.key)
         with unreadable(file.key):
             size, mtime_ns = self._storage.status(archive)
-            if mtime_ns != file.mtime_ns:  # its offsets may lead to another image
+            if mtime_ns != file.mtime_ns:  # another image may be at this offset now
                 raise ImageError("unreadable", f"{file.key}: {archive} was changed since it was listed")
             with self._storage.open(archive) as opened:
                 opened.seek(offset)
@@ -99,9 +99,9 @@ def _list_archive(
         if member.isdir():
             continue
         if not member.isreg() or base.startswith(".") or member.size < 0:
-            listing.ignored += 1  # a link, a device or a pipe has no bytes of its own
+            listing.ignored += 1  # a link, a device or a pipe has no bytes
         elif member.sparse is not None:
-            # Its bytes without the holes are another file's, and no writer of training tars makes such members.
+            # The stored bytes lack the holes, so they are not the image. No writer of training tars makes such members.
             listing.ignored += 1
             left_out["stored without their holes (tar --sparse) are not read"] += 1
         elif suffix.lower() in COLUMNS:
@@ -121,7 +121,7 @@ def _list_archive(
 
 
 class _Members:
-    """The members of an archive in their order; ``damage`` says afterwards how it ends, if not as it should."""
+    """Iterator over the members of an archive; afterwards ``damage`` is "", or says what is wrong with its end."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file, self._size = file, size
@@ -133,19 +133,23 @@ class _Members:
         try:
             archive = tarfile.TarFile(fileobj=Bounded(self._file, self._size), mode="r", encoding="utf-8")
             while (member := archive.next()) is not None:
-                if member.offset_data <= last:  # a negative size leads back, in a circle
+                if member.offset_data <= last:  # a negative size: an endless loop
                     raise tarfile.ReadError("an offset before the last one")
                 last = member.offset_data
-                archive.members = []  # type: ignore[attr-defined] (else every header stays in memory)
+                archive.members = []  # type: ignore[attr-defined] (tarfile would keep every header in memory)
                 yield member
         except HEADER_ERRORS:
             self.damage = "it is cut or damaged"
             return
         self._file.seek(archive.offset)
-        self.damage = self._how_it_ends()
+        self.damage = self._end_damage()
 
-    def _how_it_ends(self) -> str:
-        """tarfile takes any end for the end; only a block of zeros is one, and only zeros follow it."""
+    def _end_damage(self) -> str:
+        """Return what is wrong with the end, or "": a block of zeros must be there, and only zeros may follow.
+
+        tarfile accepts any end, so images would be missing silently: of a cut archive, and of all but the first of
+        several that were joined by ``cat``.
+        """
         block = self._file.read(BLOCK)
         if len(block) < BLOCK or any(block):
             return "it has no end mark and may be cut"
@@ -156,7 +160,7 @@ class _Members:
 
 
 def _sample_for(samples: dict[str, list[_Sample]], stem: str, suffix: str) -> _Sample:
-    """The sample of ``stem`` that has no member of this suffix yet: a repeated one starts the next sample."""
+    """Return the last sample of ``stem``, or a new one if that has a member of this suffix already."""
     groups = samples.setdefault(stem, [_Sample()])
     if suffix in groups[-1].suffixes:
         groups.append(_Sample())
@@ -165,18 +169,18 @@ def _sample_for(samples: dict[str, list[_Sample]], stem: str, suffix: str) -> _S
 
 
 def _add_column(
-    samples: dict[str, list[_Sample]], stem: str, suffix: str, read: tuple[Any, str], left_out: Counter[str]
+    samples: dict[str, list[_Sample]], stem: str, suffix: str, column: tuple[Any, str], left_out: Counter[str]
 ) -> None:
     sample = _sample_for(samples, stem, suffix)
-    value, why_not = read
-    if why_not:
-        left_out[why_not] += 1
+    value, problem = column
+    if problem:
+        left_out[problem] += 1
     else:
         sample.columns[suffix[1:]] = value
 
 
 def _add_rows(listing: Listing, left_out: Counter[str], stem: str, groups: list[_Sample], mtime_ns: int) -> None:
-    # Repeats of unlike make-up (two images, then two captions) do not say which caption is whose.
+    # Of samples with other suffixes, such as two images and then two captions, it is unknown which caption is whose.
     clear = len({frozenset(group.suffixes) for group in groups}) == 1
     for group in groups:
         if not group.images:
@@ -189,9 +193,9 @@ def _add_rows(listing: Listing, left_out: Counter[str], stem: str, groups: list[
 
 
 def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> tuple[Any, str]:
-    """(the value, "") of a column's member, or (None, why it is left out)."""
-    if member.size > MOST_COLUMN_BYTES:
-        return None, f"larger than {MOST_COLUMN_BYTES} bytes are left out of the columns"
+    """Return (value, "") of a column's member, or (None, why it is left out)."""
+    if member.size > MAX_COLUMN_BYTES:
+        return None, f"larger than {MAX_COLUMN_BYTES} bytes are left out of the columns"
     if member.offset_data + member.size > size:
         return None, "cut by the end of their archive are left out of the columns"
     file.seek(member.offset_data)

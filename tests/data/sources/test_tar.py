@@ -302,7 +302,7 @@ def test_what_cannot_be_a_shard_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match=r"no images in .*1 other members passed over"):
         open_source(tmp_path / "words.tar").listing()
     (tmp_path / "empty.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"not to be read: empty\.tar: it is cut or damaged after 0 images"):
+    with pytest.raises(ValueError, match=r"; cannot be read: empty\.tar: it is cut or damaged after 0 images"):
         open_source(tmp_path / "empty.tar").listing()
     with pytest.raises(ValueError, match=r"src names missing\.tar, which cannot be read: No such file"):
         open_source(tmp_path / "missing.tar").listing()
