@@ -2,9 +2,9 @@
 
     python bench/pages/tables.py          (make report)
 
-Between `<!-- results: FILE TABLE -->` and `<!-- end -->` stands what FILE holds; a test compares the two. TABLE is
-pipeline, ops, encoder, decoder, profile or networks; devices stands for all of them, of every GPU whose results FILE (with a *)
-finds. Pictures go to docs/images, named after the results' folder.
+Between `<!-- results: FILE TABLE -->` and `<!-- end -->` is what FILE holds; a test compares them. TABLE is pipeline,
+ops, encoder, decoder, profile, networks (encoder and decoder in short), or devices: all but the short one, of every GPU
+whose results FILE (with a *) finds. Pictures go to docs/images, named after the results' folder.
 """
 
 from __future__ import annotations
