@@ -15,6 +15,7 @@ from support.store_checks import committed, failures
 from fastvae.data.encoding.encode import encode
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS, image_size, read_image
+from fastvae.data.store.errors import IdentityMismatch
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 BOMB_SECONDS, BOMB_MEGABYTES = 0.05, 64
