@@ -1,22 +1,22 @@
-"""A damaged store made whole: the units that are damaged encoded again, on wish what failed too, and nothing else."""
+"""repair: encodes the damaged units of a store again, with retry_failed also the images that failed, and no others."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastvae.data.encoding.batch_size import check_memory
-from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.model import load_model, named_model
+from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.planning import orphan_records, plan_rows, with_sha256
 from fastvae.data.encoding.report import EncodeReport
-from fastvae.data.encoding.run import EncodeJob, RunOptions, check_amounts, check_buckets, rows_per_unit, run_job
-from fastvae.data.encoding.settings import check_layout, identity_of, layout_of, stored_settings
+from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
+from fastvae.data.encoding.settings import check_layout, stored_settings
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.open import open_source
@@ -31,15 +31,13 @@ from fastvae.data.store.verify import Damage, verify
 from fastvae.system.atomic_files import check_room, synchronise_folder
 from fastvae.system.devices import resolve_device
 
-SHARD_MB = 256  # of failures that are tried again
-
 
 @dataclass
 class RepairReport:
-    """What was ``damaged``, which units were encoded again for it, and how many failed images were tried again.
+    """Damage that was found, numbers of the units that were encoded again, and images that were tried again.
 
-    ``missing``: images that failed and are not in the source, which were not tried. ``pending``: units that no run has
-    made yet, which are encode's. ``report``: of what was encoded, None for nothing.
+    ``missing``: images that failed, are not in the source, and so were not tried. ``pending``: units that were never
+    encoded, which is left to encode. ``report``: of what was encoded; None if nothing was.
     """
 
     store: str
@@ -72,63 +70,85 @@ def repair(
 ) -> RepairReport:
     """Encode the damaged units of ``store`` again, as verify(deep=True) finds them; every other file stays as it is.
 
-    src: where the images come from, as encode takes it. The store does not name it: a plan may be another's, and
-    nothing is opened but what the caller names. It may be left out where nothing has to be encoded. vae, subfolder,
-    revision: the model; by default the one that the store names, which is said on stderr. All that counts in the
-    store's identity is taken from the store. retry_failed: images whose last try failed are tried again, in units of
-    their own, and what a repair planned so and was interrupted in. The others: see encode. Records of no unit are
-    deleted where no shard lies beside them. An image that is no longer there is quarantined.
+    src: where the images come from, as encode takes it. The store does not name it: a plan may have been edited, so
+    only what the caller names is opened. It may be left out where nothing has to be encoded. vae, subfolder, revision:
+    the model; by default the one that the store names, which is printed on stderr. All settings of the store's identity
+    are taken from the store. retry_failed: also try images again whose last try failed, in units of their own, among
+    them those of a repair that was interrupted. The other options: see encode. Commit records of no unit are deleted
+    unless there is a shard beside them. An image that is missing is quarantined.
     Raises ValueError for an argument, for a ``src`` that is needed and not given, that holds none of the images, or one
     that is not as it was planned; StoreError for what is no store, has a store.json that its shards contradict, a
-    folder in the place of a file, or a shard of no unit; StoreLocked while a run is writing it; IdentityMismatch for
-    another model; OSError, ENOSPC when the disk is full. Whatever is raised, what was sound stays so, and the same call
-    goes on.
+    folder instead of a file, or a shard of no unit; StoreLocked while a run is writing it; IdentityMismatch for another
+    model; OSError, ENOSPC when the disk is full. After any error, what was sound stays so, and the same call resumes.
     """
-    check_amounts(batch, workers, max_failures, max_pixels)
+    options = RunOptions(device, batch, workers, max_failures, max_pixels, deterministic, retry_failed, progress)
     path = Path(store)
-    there = Store.open(path)
+    opened = Store.open(path)
     check_kinds(path)
     leases = Leases(path / "leases")
     if leases.folder.is_dir():
-        _check_unused(there, leases)
+        _check_unused(opened, leases)
     found = verify(path, deep=True, progress=progress)
-    _check_mendable(path, found.damaged)
-    orphan_records(there)
-    bad = {damage.unit for damage in found.damaged if damage.unit is not None}
-    failed = {failure.key for failure, commit in there.latest_failures() if retry_failed and commit.unit not in bad}
-    begun = _begun(there, bad) if retry_failed else {}
-    result = RepairReport(os.fspath(store), found.damaged, sorted(bad), pending=found.pending - len(begun))
-    if not (bad or failed or begun):
+    _check_repairable(path, found.damaged)
+    orphan_records(opened)
+    work = _find_work(opened, found.damaged, retry_failed)
+    result = RepairReport(
+        os.fspath(store), found.damaged, sorted(work.damaged), pending=found.pending - len(work.begun)
+    )
+    if not (work.damaged or work.failed or work.begun):
         with locked(path):
-            _delete_unplanned(there, leases)
+            _delete_orphans(opened, leases)
             if any(damage.file in DERIVED_NAMES for damage in found.damaged):
-                there.write_derived()
+                opened.write_derived()
         return result
-    again = failed.union(*begun.values())
     if src is None:
-        what = [f"{len(bad)} units"] * bool(bad) + [f"{len(again)} images that failed"] * bool(again)
-        raise ValueError(
-            f"src must be named, since {' and '.join(what)} of {path} are encoded again from their images: "
-            f"fastvae repair {path} SRC"
-        )
+        raise ValueError(_needs_source(path, work))
     source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
-    model = named_model(there, vae, subfolder, revision)
-    job = _job(there, source, model, failed, resolve_device(device), max_pixels)
-    _check_source(_served(there, bad), again, job)
-    check_memory(job.model, job.settings, batch)
+    job = _job(opened, source, named_model(opened, vae, subfolder, revision), work.failed, options)
+    _check_source(_planned_files(opened, work.damaged), work.retried, job)
+    check_memory(job.model, job.settings, options.batch)
     report = result.report = job.report()
-    result.missing = len(failed.difference(job.reader.listed or {}))
-    result.retried = len(again) - result.missing
-    options = RunOptions(batch, workers, "quarantine", max_failures, deterministic, progress)
-
-    run_job(job, options, report, lambda leases: _plan(job, leases, {*bad, *begun}, report), again=bad)
+    result.missing = len(work.failed.difference(job.reader.listed or {}))
+    result.retried = len(work.retried) - result.missing
+    run_job(job, report, lambda leases: _plan(job, leases, work, report), redo=work.damaged)
     return result
 
 
-def _check_mendable(path: Path, damaged: Sequence[Damage]) -> None:
-    """Raises StoreError for damage that no encoding mends, before anything is written.
+@dataclass(frozen=True)
+class _Work:
+    """Numbers of the damaged units, keys of failed images to try again, and units that a killed repair had planned."""
 
-    store.json is written once: were it written anew by what shards state, it would be nobody's word any more.
+    damaged: set[int]
+    failed: set[str]
+    begun: dict[int, set[str]]  # keys by unit
+
+    @property
+    def retried(self) -> set[str]:
+        """Keys of the failed images, those of ``begun`` included."""
+        return self.failed.union(*self.begun.values())
+
+
+def _find_work(store: Store, damaged: Sequence[Damage], retry_failed: bool) -> _Work:
+    bad = {damage.unit for damage in damaged if damage.unit is not None}
+    if not retry_failed:
+        return _Work(bad, set(), {})
+    failed = {failure.key for failure, commit in store.latest_failures() if commit.unit not in bad}
+    return _Work(bad, failed, _begun(store, bad))
+
+
+def _needs_source(path: Path, work: _Work) -> str:
+    what = [f"{len(work.damaged)} units"] * bool(work.damaged)
+    what += [f"{len(work.retried)} images that failed"] * bool(work.retried)
+    return (
+        f"src must be named, since {' and '.join(what)} of {path} are encoded again from their images: "
+        f"fastvae repair {path} SRC"
+    )
+
+
+def _check_repairable(path: Path, damaged: Sequence[Damage]) -> None:
+    """Raise StoreError for an edited store.json, before anything is written.
+
+    store.json is never rewritten from the shards: it would then no longer be independent evidence.
     """
     if edited := [damage.what for damage in damaged if damage.file == STORE]:
         raise StoreError(f"{path / STORE} {'; '.join(edited)}: set it back to that, nothing was repaired")
@@ -139,34 +159,21 @@ def _job(
     source: Source,
     named: tuple[Any, str | None, str | None],
     failed: Collection[str],
-    device: torch.device,
-    max_pixels: int,
+    options: RunOptions,
 ) -> EncodeJob:
+    target = resolve_device(options.device)
     listing = source.listing(exclude=store.path)
-    model, made_with = load_model(*named)
-    settings = stored_settings(store, model, device)
-    identity = identity_of(model, settings)
-    Store.check(store.path, identity)
-    check_layout(store, layout_of(model, made_with, settings))
-    listed = {file.key: file.place for file in listing.files}
-    reader = ImageReader(
-        source,
-        settings.buckets,
-        settings.variants,
-        settings.alpha,
-        settings.factor,
-        max_pixels,
-        listed,
-        settings.animated,
-    )
-    files = [file for file in listing.files if file.key in failed]
-    return EncodeJob(store.path, model, made_with, settings, reader, listing, files, identity)
+    loaded = load_model(*named)
+    job = prepare(store.path, source, listing, loaded, stored_settings(store, loaded[0], target), options)
+    Store.check(store.path, job.identity)
+    check_layout(store, job.layout)
+    return replace(job, files=[file for file in listing.files if file.key in failed])
 
 
 def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
-    """Units without a record that hold nothing but images whose last try failed, by number, with their keys.
+    """Return the units that an interrupted repair had planned, by number, with their keys.
 
-    A repair that was interrupted had planned them.
+    They have no record and hold only images whose last try failed.
     """
     commits = {number: commit for number, commit in store.commits().items() if number not in bad}
     failed: set[str] = set()
@@ -178,8 +185,8 @@ def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
     return {number: own for number, own in keys.items() if number not in {*commits, *bad} and own <= failed}
 
 
-def _served(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
-    """The images of the units ``bad`` that no later unit has again, as they were planned, by key."""
+def _planned_files(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
+    """Return the files of the units ``bad``, as planned, by key, without those that a later unit encodes again."""
     units = store.units()
     latest = latest_units(units)
     rows = [(unit.number, row) for unit in units if unit.number in bad for row in unit.rows]
@@ -187,19 +194,19 @@ def _served(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
 
 
 def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], job: EncodeJob) -> None:
-    """Raises ValueError where no image of ``planned`` is in the source: theirs would all be quarantined.
+    """Raise ValueError if the source has none of the ``planned`` files: all their rows would be quarantined.
 
-    Where one is another than was planned: its latents would stand for the planned one's. And where there are none, and
-    none of those that ``failed`` is: nothing would be done.
+    Also if a file is not as it was planned: its latents would replace those of the planned one. And if nothing is
+    planned and the source has none of the files that ``failed``: nothing would be done.
     """
     places = [(key, file.place) for key, file in planned.items()]
-    there = job.reader.listed or {}
-    if failed and not places and there.keys().isdisjoint(failed):
+    listed = job.reader.listed or {}
+    if failed and not places and listed.keys().isdisjoint(failed):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(failed)} that failed is in "
             f"{job.reader.source.name}"
         )
-    if places and not any(there.get(key) == place for key, place in places):
+    if places and not any(listed.get(key) == place for key, place in places):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(places)} that are damaged is in "
             f"{job.reader.source.name}"
@@ -214,27 +221,28 @@ def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], jo
         )
 
 
-def _plan(job: EncodeJob, leases: Leases, again: Collection[int], report: EncodeReport) -> tuple[Store, list[Unit]]:
-    """The store and the units to be done, by the holder of its lock."""
+def _plan(job: EncodeJob, leases: Leases, work: _Work, report: EncodeReport) -> tuple[Store, list[Unit]]:
+    """Return the store and the units to encode, while it is locked."""
+    numbers = {*work.damaged, *work.begun}
     store = Store.create_or_open(job.out, job.identity, {}, leases)
-    _delete_unplanned(store, leases)
-    todo = [unit for unit in store.units() if unit.number in again]
+    _delete_orphans(store, leases)
+    todo = [unit for unit in store.units() if unit.number in numbers]
     check_buckets(todo, job.settings, job.out)
     fresh = plan_rows(job.files, job.reader)
     buckets = [unit.bucket for unit in todo for _ in unit.rows] + [bucket for bucket, _ in fresh]
     check_room(job.out, sum(map(job.settings.row_size, buckets)))
-    report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in again)
-    return store, todo + store.extend_plan(fresh, rows_per_unit(job.settings, SHARD_MB))
+    report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in numbers)
+    return store, todo + store.extend_plan(fresh, rows_per_unit(job.settings, job.options.shard_mb))
 
 
 def _check_unused(store: Store, leases: Leases) -> None:
-    """Raises StoreLocked while another process writes the store: what it has not finished looks damaged."""
+    """Raise StoreLocked while another process writes the store: its unfinished units look damaged."""
     if live := leases.live():
         raise StoreLocked(f"{store.path} is being written, lease {live[0]}: let that run end first")
 
 
-def _delete_unplanned(store: Store, leases: Leases) -> None:
-    """Delete the records of no unit that have no shard; by the lock's holder."""
+def _delete_orphans(store: Store, leases: Leases) -> None:
+    """Delete the commit records of no unit that have no shard, while the store is locked."""
     if leases.folder.is_dir():
         _check_unused(store, leases)
     records = orphan_records(store)

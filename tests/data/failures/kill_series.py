@@ -56,7 +56,7 @@ def start(source: Path, out: Path, prepare=lambda: None) -> int:
         return record
 
     pipeline.finish_chunk, Store.commit = logged_finish, logged_commit
-    fastvae.data.encoding.worker.MOST_DEATHS = (
+    fastvae.data.encoding.worker.MAX_DEATHS = (
         10**6
     )  # these deaths are no unit's fault, however often they meet the same one
     prepare()
@@ -221,7 +221,7 @@ def worker_kills(period: float, generator: random.Random, source: Path, stores: 
 
     def prepare(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        fastvae.data.encoding.worker.LOOK_AGAIN = 0.05
+        fastvae.data.encoding.worker.POLL_SECONDS = 0.05
         real = MomentEncoder.start
 
         def slow(encoder, pixels):

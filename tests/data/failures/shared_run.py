@@ -60,7 +60,7 @@ def share(source: str, out: str, deaths: list[int]) -> list[tuple[int, dict | No
 
 def main() -> None:
     torch.set_num_threads(1)
-    fastvae.data.encoding.worker.LOOK_AGAIN = 0.05
+    fastvae.data.encoding.worker.POLL_SECONDS = 0.05
     source, *pairs = sys.argv[1:]
     for out, deaths in zip(pairs[::2], pairs[1::2], strict=True):
         print(json.dumps(share(source, out, [int(number) for number in deaths.split(",")])))  # noqa: T201

@@ -183,7 +183,7 @@ def test_row_22_what_a_killed_process_held_is_done_by_the_other(shared, whole):
 
 
 def test_a_unit_that_another_process_holds_is_waited_for_and_taken_over(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr("fastvae.data.encoding.worker.LOOK_AGAIN", 0.01)
+    monkeypatch.setattr("fastvae.data.encoding.worker.POLL_SECONDS", 0.01)
     source, names, wanted = whole
     held = lease_of(tmp_path / "out" / "leases", "000003")
     threading.Timer(1.0, make_old, [held]).start()
@@ -195,7 +195,7 @@ def test_a_unit_that_another_process_holds_is_waited_for_and_taken_over(tmp_path
 
 
 def test_what_was_taken_over_is_not_committed_by_the_late_owner(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr("fastvae.data.encoding.worker.LOOK_AGAIN", 0.01)
+    monkeypatch.setattr("fastvae.data.encoding.worker.POLL_SECONDS", 0.01)
     source, names, _ = whole
     out, real, stolen = tmp_path / "out", Leases.holds, []
 
