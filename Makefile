@@ -68,24 +68,24 @@ check: $(VENV)/.dev
 # which bars are held; within ten minutes.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -rfE -p no:logging --results $(RESULTS)
-	$(BIN)/python bench/pages/tables.py
-	$(BIN)/python bench/pages/targets.py $(RESULTS)
+	$(BIN)/python -m bench.pages.tables
+	$(BIN)/python -m bench.pages.targets $(RESULTS)
 
 # README's and docs/performance.md's tables and pictures, from bench/results.
 report: $(VENV)/.dev
-	$(BIN)/python bench/pages/tables.py
+	$(BIN)/python -m bench.pages.tables
 
 # This tree beside the commit BASE, in turns; red where an op or the encoder became slower.
 bench-compare: $(VENV)/.bench
-	$(BIN)/python bench/timing/regressions.py $(BASE)
+	$(BIN)/python -m bench.timing.regressions $(BASE)
 
 # Compiles every kernel for six targets under two Tritons; up to half an hour with a cold Triton cache.
 audit: $(VENV)/.dev $(OLDEST_FOLDER)/.done
-	$(BIN)/python bench/kernels/audit.py
+	$(BIN)/python -m bench.kernels.audit
 
 # Every small wrong change in the list must turn a test red; about seven minutes.
 mutate: $(VENV)/.dev
-	$(BIN)/python bench/kernels/mutate.py
+	$(BIN)/python -m bench.kernels.mutate
 
 clean:
 	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(DOORS_FOLDER) $(FUZZ_FOLDER) demo .pytest_cache .ruff_cache *.egg-info

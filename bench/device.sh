@@ -2,7 +2,7 @@
 # Everything that wants a GPU, in one command on a machine with torch, triton, pytest and pytest-benchmark alone:
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
 #   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader or tune (may be repeated; tune only when named)
-#   bench/device.sh --seconds N     all parts within N seconds in place of 575
+#   bench/device.sh --seconds N     all parts within N seconds instead of 575
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter where there is no GPU
 # Each part may take its share of the time that is left, so fewer parts have longer. A contestant that is not installed
 # is left out by name. results.json (merge.py: a part run again replaces its own data), logs.txt and summary.txt go to
@@ -30,7 +30,8 @@ done
 ((${#parts[@]})) || parts=(tests ops philox encoder decoder profile loader)
 if ((${#dry[@]})); then
     device=dry
-    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || export TRITON_INTERPRET=1
+    [[ ${TRITON_INTERPRET:-} == 1 ]] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        export TRITON_INTERPRET=1
 else
     unset TRITON_INTERPRET
     device=$("$PYTHON" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))') ||
@@ -38,7 +39,7 @@ else
 fi
 out=${OUT:-bench/results/$device}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/kernels:$PWD/bench:$PWD/tests:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging -p no:hypothesispytest --benchmark-columns=median,iqr,rounds --color=no)
 tested=(tests/ops tests/gpu --durations=15)
 # A kernel's tests spend their time in compiling, which takes a core each.
@@ -77,19 +78,19 @@ part() { # name, command
 measure() { # name, file, further words
     local name=$1 file=$2
     shift 2
-    part "$name" "${pytest[@]}" "bench/$file.py" "$@" "${dry[@]}" --results "$out/$name.json" -q -rfE
+    part "$name" "${pytest[@]}" "bench/timing/$file.py" "$@" "${dry[@]}" --results "$out/$name.json" -q -rfE
 }
 for name in "${parts[@]}"; do
     case $name in
         tests) part tests "${pytest[@]}" "${tested[@]}" -q -rfEs ;;
         ops) measure ops test_ops -k "not generator" ;;
         philox) measure philox test_ops -k generator ;;
-        encoder | decoder) measure "$name" "test_$name" "${without[@]}" ;;
+        encoder | decoder) measure "$name" test_networks -k "$name" "${without[@]}" ;;
         profile | loader) measure "$name" "test_$name" ;;
-        tune) part tune "$PYTHON" bench/kernels/tune.py --copy "$out" ;;
+        tune) part tune "$PYTHON" -m bench.kernels.tune --copy "$out" ;;
     esac
 done
-"$PYTHON" bench/pages/merge_parts.py "$out" "${statuses[@]}" "${dry[@]}" || failed+=(merge)
+"$PYTHON" -m bench.pages.merge_parts "$out" "${statuses[@]}" "${dry[@]}" || failed+=(merge)
 # Few files come back: the logs are one.
 declare -A said=()
 for name in "${parts[@]}"; do

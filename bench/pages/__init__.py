@@ -5,5 +5,4 @@ tables            tables and pictures, from the results
 bar_svg           bars as SVG
 import_graph      imports as a graph, and the order that they must keep
 architecture_svg  the picture of docs/architecture.md
-targets           targets of a run, as information
 """

@@ -1,6 +1,6 @@
 """The results of bench/device.sh as one file a device: each part's data side by side, and how each part ended.
 
-    python bench/pages/merge_parts.py FOLDER PART=STATUS ...
+    python -m bench.pages.merge_parts FOLDER PART=STATUS ...
 
 FOLDER/PART.json goes into FOLDER/results.json, the same file that `make bench` writes for a CPU. A part that was run
 again replaces its own data alone, so each keeps its commit, versions and roof, and whether it passed; what another

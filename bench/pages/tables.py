@@ -1,6 +1,6 @@
 """The tables and pictures of results in README.md and docs/, written from the results themselves.
 
-    python bench/pages/tables.py          (make report)
+    python -m bench.pages.tables          (make report)
 
 Between `<!-- results: FILE TABLE -->` and `<!-- end -->` is what FILE holds; a test compares them. TABLE is pipeline,
 ops, encoder, decoder, profile, networks (encoder and decoder in short), or devices: all but the short one, of every GPU

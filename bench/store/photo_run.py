@@ -1,6 +1,6 @@
 """A folder of photographs through the whole of `fastvae encode`: killed twice, resumed, checked, decoded, trained on.
 
-    python bench/store/photo_run.py PHOTOGRAPHS WORK [--vae tiny] [--buckets sdxl@256] [--count 100] [--batch 4]
+    python -m bench.store.photo_run PHOTOGRAPHS WORK [--vae tiny] [--buckets sdxl@256] [--count 100] [--batch 4]
 
 WORK must not exist; the mixed formats, the store, the contact sheet and result.json are left in it. Every check is an
 assertion: the run ends at the first that fails.

@@ -1,6 +1,6 @@
 """How many SDXL-sized rows a second one process reads from a warm page cache, beside a copy of as many bytes.
 
-    python bench/store/read_rate.py [--rows 4096] [--rounds 7] [--folder DIR] [--results bench/results/cpu/reading.json]
+    python -m bench.store.read_rate [--rows 4096] [--rounds 7] [--folder DIR] [--results bench/results/cpu/reading.json]
 
 A row is [4, 128, 128] of mean and log-variance in fp16, 256 KiB. Rows come in a random order through a DataLoader of
 no workers, BucketBatchSampler and collate, and every byte of them lies in a tensor of its batch. The copy gathers the

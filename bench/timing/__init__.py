@@ -12,8 +12,7 @@ roofline       the floor of the whole network, counted
 regressions    this tree beside another commit
 conftest       options and the results file of the tests here
 test_ops       each op
-test_encoder   the encoder
-test_decoder   the decoder
+test_networks  the encoder and the decoder
 test_profile   profiles of both
 test_loader    LatentLoader
 test_pipeline  a folder of photographs to latents on disk

@@ -6,21 +6,18 @@ import functools
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 # Read by torch at its first allocation, for every contestant that is torch's: large tensors on 2 MiB pages. Fresh
 # memory in pages of 4 KiB was a fifth of a bf16 encode on two cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ruff: noqa: E402
-# Found by the paths above.
 import torch
 
 from bench.timing.environment import surroundings

@@ -15,9 +15,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels" / "fastvae_kernels"
-
-
-ROOT = Path(__file__).parents[2]
 VERSIONS = ("torch", "triton", "pytest-benchmark", "diffusers", "onnxruntime", "openvino", "onnx", "numpy")
 
 

@@ -1,14 +1,13 @@
 """A guard for speed: this tree beside another commit, on this machine, in turns; red where something became slower.
 
-    python bench/timing/regressions.py BASE [--threshold 1.1] [--rounds 21] [--only TEXT] [--dry]
+    python -m bench.timing.regressions BASE [--threshold R] [--rounds N] [--only TEXT] [--dry]     (make bench-compare)
 
-(make bench-compare BASE=main)
 
 BASE is checked out beside this tree. Each tree has a process that makes a case ready (ops through their gate) and then
 waits; the two are called in turns, base first in every other round, so that one works while the other sleeps. A case
 is slower when the median of the rounds' ratios is above the threshold and their 95 % interval is above 1. On a GPU:
 every op at its first shape, and the encoder; on a CPU the fp32 encoder and two ops. The encoder's own gate is
-bench/timing/test_encoder.py. Exit 1: slower, or this tree cannot run a case; exit 2: there is nothing to compare with.
+bench/timing/test_networks.py. Exit 1: slower, or this tree cannot run a case; exit 2: there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any
 
 from bench.timing.stopwatch import interval, median
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 THRESHOLD, ROUNDS = 1.10, 21
 # A sample on a CPU is at least so long.
 SAMPLE_SECONDS = 0.05
@@ -87,7 +86,7 @@ class Bench:
 
     def _op(self, case: Any) -> Any:
         import torch
-        from fastvae_kernels.shared.runtime import KERNEL_DEVICES
+        from fastvae_kernels.group_norm import KERNEL_DEVICES
 
         from bench.timing import gate
         from bench.timing.operations import OPERATIONS
@@ -102,7 +101,7 @@ class Bench:
     def _network(self, case: Any) -> Any:
         from bench.timing.contestants import Job, fastvae_accelerated
 
-        job = Job(case, self.device, HERE)
+        job = Job(case, self.device, Path(tempfile.gettempdir()))  # this contestant writes no file
         ready = fastvae_accelerated(job)
         x = ready.given(job.inputs())
         return lambda: ready.run(x)
@@ -127,14 +126,14 @@ def work(clock: str, dry: bool) -> None:
 class Tree:
     """One tree's process, as this one sees it."""
 
-    def __init__(self, root: Path, clock: str, dry: bool):
-        # This tree's benchmarks, that tree's package.
-        places = [str(place) for place in (root, root / "kernels", HERE, HERE.parent / "tests")]
+    def __init__(self, root: Path, scripts: Path, clock: str, dry: bool):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join(places)
-        command = [sys.executable, str(HERE / "compare.py"), "--work", "--clock", clock, *(["--dry"] if dry else [])]
+        # The scripts come first: root may have a bench/ of its own.
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (scripts, root, root / "kernels")))
+        # -P: without it Python puts the working directory before PYTHONPATH.
+        command = [sys.executable, "-P", "-m", "bench.timing.regressions", "--work", "--clock", clock]
         self.process = subprocess.Popen(
-            command, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command + ["--dry"] * dry, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -204,6 +203,15 @@ def compared(name: str, base: Tree, head: Tree, rounds: int) -> Verdict:
 
 
 @contextlib.contextmanager
+def linked_scripts() -> Iterator[Path]:
+    """A folder with links to this tree's bench/ and tests/support/, and no link to its packages."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "bench").symlink_to(ROOT / "bench")
+        Path(folder, "support").symlink_to(ROOT / "tests" / "support")
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def checked_out(root: Path, commit: str) -> Iterator[Path]:
     """A worktree of ``commit``, gone afterwards. Raises CalledProcessError where git knows none."""
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +224,7 @@ def checked_out(root: Path, commit: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(place)], check=True)
 
 
-def main(arguments: Sequence[str] | None = None, root: Path = HERE.parent) -> int:
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default="HEAD", help="a commit, branch or tag (default: HEAD)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="a ratio above this is red")
@@ -234,8 +242,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = HERE.parent) -> in
     names = [name for name in table(chosen.dry) if chosen.only in name]
     verdicts: list[Verdict] = []
     try:
-        with checked_out(root, chosen.base) as place, contextlib.ExitStack() as stack:
-            base, head = (Tree(tree, chosen.clock, chosen.dry) for tree in (place, root))
+        with checked_out(root, chosen.base) as place, linked_scripts() as scripts, contextlib.ExitStack() as stack:
+            base, head = (Tree(tree, scripts, chosen.clock, chosen.dry) for tree in (place, root))
             for tree in (base, head):
                 stack.callback(tree.close)
             for name in names:

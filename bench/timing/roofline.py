@@ -1,7 +1,7 @@
 """The floor of the whole network: what an encode and a decode must move and multiply, counted on fake CUDA tensors.
 
-    python bench/timing/roofline.py                      the table of docs/performance.md, for an assumed roof
-    python bench/timing/roofline.py --bandwidth 4.3e12 --rate 790e12
+    python -m bench.timing.roofline                      the table of docs/performance.md, for an assumed roof
+    python -m bench.timing.roofline --bandwidth 4.3e12 --rate 790e12
 
 Nothing is run. Launches, bytes and operations are the sums of what each call states (fastvae.fast.cost_trace); the
 floor of a call is the longer of its bytes over the bandwidth and its operations over the rate, caches left out.
@@ -10,15 +10,9 @@ floor of a call is the longer of its bytes over the bandwidth and its operations
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-# ruff: noqa: E402
 import torch
 from fastvae_kernels.shared import tiles
 from fastvae_kernels.shared.runtime import Cost

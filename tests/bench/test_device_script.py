@@ -1,7 +1,5 @@
 """bench/device.sh runs, writes what it promises and turns red on a wrong result; tune.py chooses as it says."""
 
-import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -11,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvae_kernels.shared import tiles
-from fastvae_kernels.shared.tiles import Tile
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,13 +118,14 @@ def test_a_part_that_is_killed_keeps_the_cases_it_had_done(tmp_path):
 
 WRONG_NETWORK = """
 def pytest_collection_finish(session):
-    from fastvae.fast import network_walk as walk
-    right = walk.through
-    walk.through = lambda *given: right(*given) + 1
+    from fastvae.fast import network_walk
+    right = network_walk.run_part
+    network_walk.run_part = lambda *given: right(*given) + 1
 """
 
 
 @needs_bash
+@pytest.mark.slow  # its short form is tests/bench/timing/test_networks.py
 def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
     (tmp_path / "planted.py").write_text(WRONG_NETWORK)
     out = tmp_path / "out"
@@ -150,155 +147,3 @@ def test_what_the_script_does_not_know_is_refused_in_words(tmp_path):
         done = run_script(tmp_path, "--only", "ops")
         assert done.returncode == 2
         assert "no GPU that torch can see" in done.stderr
-
-
-FULL_SIZE = """
-import sys
-sys.path[:0] = [{bench!r}, {kernels!r}, {tests!r}]
-import torch, cases, operations, tune
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime.jit import JITFunction
-from fastvae_kernels.shared import tiles
-launched = []
-JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launched.append(kernel)
-tiles.target_of = lambda device: tiles.TARGETS["sm_90"]
-shapes = lambda result: [tuple(v.shape) for v in ([result] if isinstance(result, torch.Tensor) else result)]
-for case in [*cases.CASES, *(search.case for search in tune.searches())]:
-    operation = operations.OPERATIONS[case.op]
-    with FakeTensorMode():
-        inputs = operation.make(case, torch.device("cpu"))
-        assert operation.cost(*inputs).bytes > 0, case
-        ours = shapes(operation.ours(*operations.copied(inputs))())
-        for layout in operations.FORMATS:
-            operation.eager(*operations.copied(inputs, layout))()
-        if case.op == "sample_posterior":  # its twin draws real numbers
-            continue
-        plain = operation.plain or operation.eager
-        assert ours == shapes(plain(*inputs)()), case
-        assert ours == shapes((operation.truth or plain)(*operations.widened(inputs, torch.float64))()), case
-print(len(launched))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="records Triton's launches")
-def test_every_full_size_case_is_well_formed():
-    """Inputs, layouts, costs and results of all cases and searches, on tensors without memory and launches not done."""
-    folders = {name: str(ROOT / name) for name in ("bench", "kernels", "tests")}
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_SIZE.format(**folders)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 100
-
-
-@pytest.fixture(scope="module")
-def tune():
-    specification = importlib.util.spec_from_file_location("tune", ROOT / "bench" / "tune.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    before = list(sys.path)
-    sys.modules["tune"] = module
-    specification.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-    del sys.modules["tune"]
-
-
-def tile(rows):
-    return Tile(rows, 32, 0, 4, 1)
-
-
-def chosen(tune, seconds, shipped=64, wobble=0.0):
-    """What select takes when tile(rows) needs seconds[rows], None being refused."""
-
-    def careful(finalists):
-        assert len(finalists) <= tune.FINALISTS + 1
-        return {t: [seconds[t.rows] * (1 + wobble * step) for step in (-1, 0, 1)] for t in finalists}
-
-    return tune.select(tile(shipped), map(tile, seconds), lambda t: seconds[t.rows], careful).rows
-
-
-@pytest.mark.parametrize(
-    ("seconds", "wobble", "best"),
-    [
-        ({16: 3.0, 32: 1.0, 64: 2.0}, 0.0, 32),
-        ({32: 0.99, 64: 1.0}, 0.0, 64),  # a gain of 1 % is noise
-        ({32: 0.9, 64: 1.0}, 0.1, 64),  # and so is one within the spread
-        ({32: None, 64: 2.0, 128: 1.0}, 0.0, 128),
-        ({32: 1.0, 64: None}, 0.0, 32),  # the shipped tile does not run here
-        ({8: 1.0, 16: 1.1, 32: 1.2, 128: 1.3, 256: 1.4, 64: 1.01}, 0.0, 64),
-        ({8: 1.0, 16: 1.1, 32: 1.2, 128: 1.3, 256: 1.4, 64: 1.5}, 0.0, 8),
-    ],
-)
-def test_the_tile_that_is_chosen(tune, seconds, wobble, best):
-    assert chosen(tune, seconds, wobble=wobble) == best
-
-
-def test_no_tile_at_all_is_an_error(tune):
-    with pytest.raises(ValueError, match="no tile runs on this device, not even the shipped"):
-        chosen(tune, {32: None, 64: None})
-
-
-def test_the_table_that_is_written_is_the_one_that_is_read(tune, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiles, "TABLES", tmp_path)
-    tiles.clear()
-    search = next(s for s in tune.searches() if s.op == "attention_scores")
-    path = tmp_path / "a-card.json"
-    path.write_text('[\n  {"op": "other", "dtypes": ["float32"], "rows": 1, "columns": 1}\n]\n')
-    for rows in (64, 128):  # the second search replaces the first
-        tune.write(path, [tune.entry(search, Tile(rows, 256, 64, 8, 3))])
-    assert len(json.loads(path.read_text())) == 2
-    target = tiles.Target("sm_90", 227 * 1024, "a-card")
-    for dtype in (torch.float16, torch.bfloat16):
-        found = tiles.choose("attention_scores", dtype=dtype, channels=512, target=target)
-        assert found == Tile(128, 256, 64, 8, 3)
-    tiles.clear()
-
-
-def test_every_op_of_the_tables_is_searched(tune):
-    listed = {line["op"] for line in json.loads((tiles.TABLES / "default.json").read_text())}
-    assert {search.op for search in tune.searches()} == listed
-    for search in tune.searches():
-        for found in search.candidates():
-            for size in (found.rows, found.columns, found.num_warps, found.depth or 1):
-                assert size & (size - 1) == 0, f"{found}: Triton takes powers of two"
-
-
-def test_a_search_runs_what_asks_for_its_tile(tune, monkeypatch):
-    """Or all candidates would be timed alike. On the tiny case of the operation."""
-    asked, choose = set(), tiles.choose
-
-    def recording(op, **described):
-        asked.add(op)
-        return choose(op, **described)
-
-    monkeypatch.setattr(tiles, "choose", recording)
-    cases = importlib.import_module("cases")
-    for op, run in {(search.op, search.case.op) for search in tune.searches()}:
-        case = next(case for case in cases.DRY if case.op == run)
-        operation = tune.operations.OPERATIONS[run]
-        inputs = operation.make(case, torch.device("cpu"))
-        asked.clear()
-        operation.ours(*inputs)()
-        assert op in asked, run
-
-
-def test_a_tile_is_answered_to_its_op_alone(tune):
-    described = {"dtype": torch.float32, "channels": 128, "target": tiles.INTERPRETER}
-    before = tiles.choose("residual_add", **described)
-    with tune.answering("statistics", tile(8)):
-        assert tiles.choose("statistics", **described) == tile(8)
-        assert tiles.choose("residual_add", **described) == before
-    assert tiles.choose("statistics", **described) != tile(8)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_tuning_without_a_gpu_is_refused_in_words(tune, capsys):
-    assert tune.main([]) == 2
-    assert "times tiles on a GPU, and torch sees none here" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_weights_that_may_move_cost_launches_but_hardly_bytes(name):
 )
 def test_the_documented_table_is_what_is_counted(sizes):
     documented = (ROOT / "docs" / "performance.md").read_text().splitlines()
-    assert {*roofline.table(sizes=sizes).splitlines()} <= {*documented}, "run: python bench/timing/roofline.py"
+    assert {*roofline.table(sizes=sizes).splitlines()} <= {*documented}, "run: python -m bench.timing.roofline"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own launches")

@@ -1,15 +1,13 @@
 """No page claims a speed that nothing stands behind: a result by its file, or the word that it is predicted."""
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench.pages import tables
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-tables = importlib.import_module("tables")
 
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 NUMBER = r"\d(?:[\d.,]*\d)?"

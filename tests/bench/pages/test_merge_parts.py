@@ -1,21 +1,18 @@
 """bench/pages/merge_parts.py keeps every part of a device's results: whose data, of which commit, and how it ended."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench.pages import merge_parts, tables
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-merge = importlib.import_module("merge")
-tables = importlib.import_module("tables")
 
 
 def facts(commit, **data):
     """A part's own results file."""
-    empty = {name: {} for name in merge.EMPTY}
+    empty = {name: {} for name in merge_parts.EMPTY}
     machine = {"commit": commit, "device": "A GPU", "driver": "1", "date": "2030-01-02", "versions": {"torch": "9"}}
     return machine | {"dry": False, "passed": True, "failed": [], "roof": {"bytes": commit}} | empty | data
 
@@ -49,7 +46,7 @@ def write(folder, part, result):
 
 
 def run(folder, *words):
-    assert merge.main([str(folder), *words]) == 0
+    assert merge_parts.main([str(folder), *words]) == 0
     assert {path.name for path in folder.iterdir() if path.suffix == ".json"} == {"results.json"}
     return json.loads((folder / "results.json").read_text())
 
@@ -100,7 +97,7 @@ def test_every_part_of_the_script_has_its_place(folder):
     script = (ROOT / "bench" / "device.sh").read_text()
     named = next(line for line in script.splitlines() if "|| parts=(" in line)
     parts = named.partition("parts=(")[2].partition(")")[0].split()
-    assert set(parts) - {"tests"} == merge.DATA.keys()
+    assert set(parts) - {"tests"} == merge_parts.DATA.keys()
 
 
 def test_the_page_gets_a_section_for_the_device(folder, tmp_path):

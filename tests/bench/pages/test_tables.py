@@ -1,16 +1,14 @@
 """The pages' tables and pictures are what the results say, and nothing else in them looks like a measurement."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench.pages import tables
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-tables = importlib.import_module("tables")
 
 PAGE = "<!-- results: results.json {} -->\n<!-- end -->\n"
 ORIGIN = {

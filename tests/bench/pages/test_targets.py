@@ -1,16 +1,11 @@
 """targets.py says held where a bar is held, missed where it is missed, and neither where nothing was measured."""
 
-import importlib
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-bars = importlib.import_module("bars")
+from bench.pages import targets as bars
 
 
 def case(dtype, **medians):

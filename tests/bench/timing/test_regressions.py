@@ -1,16 +1,14 @@
 """regressions.py sees a slower kernel, a slower network and a wrong result, and is quiet about the same tree."""
 
-import importlib
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench.timing import regressions
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-compare = importlib.import_module("compare")
 
 SLOWER = """
 
@@ -44,6 +42,8 @@ def tree(tmp_path):
     """A repository with this tree's package as its one commit."""
     for name in ("fastvae", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("")  # must not be imported instead of this tree's
     git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@example.org"]
     for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
         subprocess.run([*git, *words], check=True)
@@ -64,7 +64,7 @@ def plant(tree, text, where=RESIDUAL):
 def run(tree, capsys, only="residual_add 1x128x256x256"):
     # By the seconds of work of one thread: others on this machine do not count.
     given = ["HEAD", "--only", only, "--clock", "cpu", "--rounds", "15", "--dry"]
-    return compare.main(given, root=tree), capsys.readouterr().out
+    return regressions.main(given, root=tree), capsys.readouterr().out
 
 
 @timed
@@ -77,7 +77,7 @@ def test_the_same_tree_is_not_slower(tree, capsys):
 
 @timed
 def test_a_network_slower_by_a_fifth_is_seen(tree, capsys):
-    plant(tree, SLOWER.format(function="through"), WALK)
+    plant(tree, SLOWER.format(function="run_part"), WALK)
     status, said = run(tree, capsys, only="encoder")
     assert status == 1, said
     assert said.splitlines()[-1].startswith("red: slower than x1.10: encoder tiny")
@@ -104,7 +104,7 @@ def test_a_wrong_result_has_no_ratio(tree, capsys):
 
 
 def verdict(ratio, wobble=0.0, rounds=15):
-    return compare.Verdict("case", [ratio + wobble * (i % 3 - 1) for i in range(rounds)], 1.0)
+    return regressions.Verdict("case", [ratio + wobble * (i % 3 - 1) for i in range(rounds)], 1.0)
 
 
 def test_what_counts_as_slower():
@@ -116,13 +116,13 @@ def test_what_counts_as_slower():
 
 
 def test_the_exit_status(capsys):
-    assert compare.verdict_of([verdict(1.0)], 1.1) == 0
-    assert compare.verdict_of([verdict(1.0), compare.Verdict("new", no_base="ImportError: no")], 1.1) == 0
-    assert compare.verdict_of([verdict(1.0), compare.Verdict("gone", no_head="ImportError: no")], 1.1) == 1
-    assert compare.verdict_of([compare.Verdict("new", no_base="ImportError: no")], 1.1) == 2
+    assert regressions.verdict_of([verdict(1.0)], 1.1) == 0
+    assert regressions.verdict_of([verdict(1.0), regressions.Verdict("new", no_base="ImportError: no")], 1.1) == 0
+    assert regressions.verdict_of([verdict(1.0), regressions.Verdict("gone", no_head="ImportError: no")], 1.1) == 1
+    assert regressions.verdict_of([regressions.Verdict("new", no_base="ImportError: no")], 1.1) == 2
     assert "no case ran in both trees" in capsys.readouterr().out
 
 
 def test_a_base_that_git_does_not_know(tree, capsys):
-    assert compare.main(["nowhere"], root=tree) == 2
+    assert regressions.main(["nowhere"], root=tree) == 2
     assert "nowhere could not be checked out" in capsys.readouterr().err

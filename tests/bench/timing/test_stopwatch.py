@@ -1,15 +1,9 @@
 """bench/timing/stopwatch.py counts as it says, with a device and a clock that do what they are told."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-stopwatch = importlib.import_module("stopwatch")
+from bench.timing import stopwatch
 
 
 def test_the_stopwatch_on_a_gpu(monkeypatch):

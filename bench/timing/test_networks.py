@@ -1,0 +1,21 @@
+"""Times of the encoder and the decoder beside their rivals (contestants.py); each rival is checked before it is timed.
+
+python -m pytest bench/timing/test_networks.py --results FILE [--dry] [--without NAME] [-k encoder]
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.timing import cases, networks
+from bench.timing.stopwatch import CLOCK
+
+TABLE = {device: [*cases.ENCODERS[device], *cases.DECODERS[device]] for device in cases.ENCODERS}
+
+
+@pytest.mark.benchmark(timer=CLOCK.now)
+def test_network(case, device, roof, stopwatch, results, benchmark, tmp_path, without):
+    entry = networks.measure(case, device, roof, stopwatch, benchmark, tmp_path, without)
+    results["networks"][case.name] = entry
+    failed = networks.failures(entry)
+    assert not failed, "\n".join(failed)
