@@ -64,12 +64,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Ops, encoder, decoder and a folder of photographs beside their rivals, where an encode's time goes, then the tables and
-# which bars are held; within ten minutes.
+# Times ops, encoder, decoder and a folder of photographs beside their rivals, profiles both networks, then writes the
+# tables; at most ten minutes.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -rfE -p no:logging --results $(RESULTS)
 	$(BIN)/python -m bench.pages.tables
-	$(BIN)/python -m bench.pages.targets $(RESULTS)
 
 # README's and docs/performance.md's tables and pictures, from bench/results.
 report: $(VENV)/.dev
