@@ -82,7 +82,8 @@ def test_the_pages_say_what_was_measured(page):
     while "<!-- roofline -->" in rest:
         before, _, after = rest.partition("<!-- roofline -->")
         rest = before + after.partition("<!-- end -->")[2]
-    loose = [line for line in rest.splitlines() if line.startswith("|") and any(c.isdigit() for c in line)]
+    number = re.compile(r"(?<![A-Za-z])[0-9]")  # not the name jinja2
+    loose = [line for line in rest.splitlines() if line.startswith("|") and number.search(line)]
     assert not loose, "a table of numbers with no result behind it"
 
 
