@@ -9,9 +9,9 @@ OLDEST_TRITON := 3.6.0
 OLDEST_FOLDER := $(CURDIR)/build/triton-$(OLDEST_TRITON)
 OLDEST_DIFFUSERS := 0.38.0
 DIFFUSERS_FOLDER := $(CURDIR)/build/diffusers-$(OLDEST_DIFFUSERS)
-# Beside the environment as well: Gradio takes no Pillow as new as the one that is pinned.
-DOORS := gradio==6.31.0 kernels==0.17.2
-DOORS_FOLDER := $(CURDIR)/build/doors
+# Hugging Face's loader of kernels: one test needs it.
+INTEGRATIONS := kernels==0.17.2
+INTEGRATIONS_FOLDER := $(CURDIR)/build/integrations
 # Coverage-guided fuzzing; its wheels are for few Pythons, so it lies beside the environment too.
 ATHERIS := atheris==3.0.0
 FUZZ_FOLDER := $(CURDIR)/build/fuzz
@@ -20,7 +20,7 @@ FUZZ_PARSERS ?= config index weights record plan facts shard lease manifest arch
 RESULTS ?= bench/results/cpu/results.json
 BASE ?= HEAD
 
-.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-doors fuzz check bench report bench-compare audit mutate clean
+.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-integrations fuzz check bench report bench-compare audit mutate clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -47,9 +47,9 @@ test-diffusers: $(VENV)/.dev
 	cd $(DIFFUSERS) && PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests $(ONE_THREAD) HF_HUB_OFFLINE=1 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p swap_in.everywhere tests/models/autoencoders/test_models_autoencoder_kl.py
 
-# The page of examples/ in a browser, and the exported kernels in Hugging Face's own loader; half a minute.
-test-doors: $(VENV)/.dev $(DOORS_FOLDER)/.done
-	PYTHONPATH=$(DOORS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/examples/test_export_kernels.py tests/examples/test_compare_page.py
+# The exported kernels in Hugging Face's own loader; half a minute.
+test-integrations: $(VENV)/.dev $(INTEGRATIONS_FOLDER)/.done
+	PYTHONPATH=$(INTEGRATIONS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/examples/test_export_kernels.py
 
 # Every parser of ours under bytes that nobody should write: by Hypothesis, then by atheris for FUZZ_SECONDS each. What
 # is found is left in build/fuzz, and ends this.
@@ -87,7 +87,7 @@ mutate: $(VENV)/.dev
 	$(BIN)/python -m bench.kernels.mutate
 
 clean:
-	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(DOORS_FOLDER) $(FUZZ_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(INTEGRATIONS_FOLDER) $(FUZZ_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -120,8 +120,6 @@ $(FUZZ_FOLDER)/.done: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) $(ATHERIS)
 	touch $@
 
-$(DOORS_FOLDER)/.done: constraints.txt | $(VENV)/bin/python
-	mkdir -p $(@D)
-	grep -v '^pillow==' constraints.txt > $(@D)/constraints.txt
-	$(BIN)/python -m pip install --quiet --upgrade --target $(@D) --constraint $(@D)/constraints.txt $(DOORS)
+$(INTEGRATIONS_FOLDER)/.done: constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade --target $(@D) --constraint constraints.txt $(INTEGRATIONS)
 	touch $@

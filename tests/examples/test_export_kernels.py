@@ -200,7 +200,7 @@ def test_a_folder_that_is_no_export_stays(tmp_path):
 
 
 def test_the_hubs_own_package_loads_it(repository, variant):
-    kernels = pytest.importorskip("kernels._rust", reason="Hugging Face's kernels is not there: make test-doors")
+    kernels = pytest.importorskip("kernels._rust", reason="Hugging Face's kernels is not there: make test-integrations")
     from kernels import get_local_kernel
 
     for folder in repository.glob("build/*"):
