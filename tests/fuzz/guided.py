@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of one parser by atheris: python guided.py TARGET [libFuzzer's own options].
 
-What it finds is written to the folder that it runs in, and ends it with another exit code than 0.
+A finding is written to the current folder and ends the run with an exit code other than 0.
 """
 
 import sys
@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["fastvae"]):
 
 
 def main() -> None:
-    """See the module."""
+    """Fuzz the target of the command line."""
     name, *options = sys.argv[1:]
     target, seeds = TARGETS[name]
     folder = Path(tempfile.mkdtemp(prefix=f"fastvae-corpus-{name}-"))

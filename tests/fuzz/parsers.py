@@ -1,7 +1,6 @@
-"""Every parser of ours that reads what others may have written, as a function of bytes.
+"""Parsers of files of others, as functions of bytes, each with valid files for the fuzzer to start with.
 
-Each raises nothing: what a parser may raise is caught here by name, and anything else is a fault. ``seeds`` holds whole
-files of each kind, from which a fuzzer starts.
+Each function catches, by name, the errors that its parser may raise. Any other error is a bug.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from fastvae.checkpoints.config import CONFIG_DEFAULTS, read_config_file, valida
 from fastvae.checkpoints.files import Repository, WeightFiles
 from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.data.datasets.dataset import LatentDataset
-from fastvae.data.images import formats as signatures
+from fastvae.data.images import formats
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import PLUGINS, image_size, read_image
@@ -43,22 +42,22 @@ PLAN, SHARD, RECORD = (
     STORE / "shards" / "000000-32x32.safetensors",
     STORE / "shards" / "000000-32x32.json",
 )
-WHOLE = {path: path.read_bytes() for path in (PLAN, SHARD, RECORD, STORE / "store.json")}
+VALID = {path: path.read_bytes() for path in (PLAN, SHARD, RECORD, STORE / "store.json")}
 (UNIT,) = Store.open(STORE).units()
 
 
 @contextlib.contextmanager
 def changed(path: Path, data: bytes):
-    """``path`` with other bytes for a while."""
+    """Context manager: ``path`` has other bytes."""
     path.write_bytes(data)
     try:
         yield path
     finally:
-        path.write_bytes(WHOLE[path])
+        path.write_bytes(VALID[path])
 
 
 def read_store() -> None:
-    """All that reading a store does with its files."""
+    """Read the store by every function that reads its files."""
     with contextlib.suppress(StoreError):
         store = Store.open(STORE)
         store.commits(with_keys=True)
@@ -81,7 +80,7 @@ def config(data: bytes) -> None:
 
 
 def index(data: bytes) -> None:
-    """The index of weights in several files, and the files' headers."""
+    """The index of a model's weights in several files, and the headers of the files."""
     from fastvae.checkpoints.files import _read_index
 
     path = SCRATCH / "index.json"
@@ -91,7 +90,7 @@ def index(data: bytes) -> None:
 
 
 def weights(data: bytes) -> None:
-    """A model's weights, as far as their shapes."""
+    """The header of a model's weights."""
     path = SCRATCH / "weights.safetensors"
     path.write_bytes(data)
     with contextlib.suppress(ValueError):
@@ -116,7 +115,7 @@ def plan(data: bytes) -> None:
 
 
 def facts(data: bytes) -> None:
-    """store.json, with the digest that its identity has: whoever writes one can compute it."""
+    """store.json with the right identity digest, which an attacker can compute."""
     with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
         value = json.loads(data)
         value["identity_digest"] = digest(value["identity"])
@@ -126,9 +125,9 @@ def facts(data: bytes) -> None:
 
 
 def shard(data: bytes) -> None:
-    """A shard: its names, its tensors, and a store that has it, with a record that believes its size."""
-    told = json.loads(WHOLE[RECORD]) | {"bytes": len(data)}
-    with changed(SHARD, data), changed(RECORD, json.dumps(told).encode()):
+    """A shard: its names, its tensors, and a store that contains it, with the right size in the commit record."""
+    fields = json.loads(VALID[RECORD]) | {"bytes": len(data)}
+    with changed(SHARD, data), changed(RECORD, json.dumps(fields).encode()):
         with contextlib.suppress(ValueError, TypeError, SafetensorError):
             read_names(SHARD)
         for with_logvar in (False, True):
@@ -175,16 +174,16 @@ def table(data: bytes) -> None:
 
 
 def structure(data: bytes) -> None:
-    """What tells formats and cut files apart: ours alone, before Pillow sees a byte."""
-    signatures.identify(data[:4096])
-    signatures.describe_refused(data[:64])
+    """The detection of formats and of cut files, without Pillow."""
+    formats.identify(data[:4096])
+    formats.describe_refused(data[:64])
     for image_format in PLUGINS:
-        signatures.ends_early(image_format, data)
-    signatures.damaged_png_chunk(data)
+        formats.ends_early(image_format, data)
+    formats.damaged_png_chunk(data)
 
 
 def image(data: bytes) -> None:
-    """An image file through Pillow and the rules around it."""
+    """An image file, read by Pillow and the rules of read_image."""
     for read, options in ((image_size, {}), (read_image, {}), (read_image, {"alpha": "mask"})):
         with contextlib.suppress(ImageError):
             read(data, max_pixels=2**20, **options)
@@ -222,19 +221,19 @@ def _config_seed() -> bytes:
 
 
 def _failed_record() -> bytes:
-    told = json.loads(WHOLE[RECORD])
+    fields = json.loads(VALID[RECORD])
     failed = [{"key": key, "reason": "empty", "detail": "x", "variant": 0} for key in KEYS]
-    return json.dumps(told | {"shard": None, "rows": 0, "bytes": 0, "sha256": None, "failed": failed}).encode()
+    return json.dumps(fields | {"shard": None, "rows": 0, "bytes": 0, "sha256": None, "failed": failed}).encode()
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "config": (config, [_config_seed()]),
     "index": (index, [json.dumps({"weight_map": {"a": "b.safetensors"}}).encode()]),
-    "weights": (weights, [WHOLE[SHARD]]),
-    "record": (record, [WHOLE[RECORD], _failed_record()]),
-    "plan": (plan, [WHOLE[PLAN]]),
-    "facts": (facts, [WHOLE[STORE / "store.json"]]),
-    "shard": (shard, [WHOLE[SHARD]]),
+    "weights": (weights, [VALID[SHARD]]),
+    "record": (record, [VALID[RECORD], _failed_record()]),
+    "plan": (plan, [VALID[PLAN]]),
+    "facts": (facts, [VALID[STORE / "store.json"]]),
+    "shard": (shard, [VALID[SHARD]]),
     "lease": (lease, [json.dumps({"owner": "x", "pid": 1, "host": "y"}).encode()]),
     "manifest": (manifest, [b'{"key": "a", "path": "a.png", "caption": "x"}\n']),
     "archive": (archive, [_archive_seed()]),

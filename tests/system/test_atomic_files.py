@@ -1,4 +1,4 @@
-"""Files written by others, which appear whole or not at all."""
+"""Files that appear complete or not at all."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ import torch
 from fastvae.system import atomic_files as atomic
 
 
-def test_a_file_takes_the_name_once_it_is_whole(tmp_path):
+def test_a_file_is_renamed_when_it_is_complete(tmp_path):
     path = tmp_path / "training.pt"
     path.write_bytes(b"old")
     seen = []
@@ -24,7 +24,7 @@ def test_a_file_takes_the_name_once_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_writer_that_fails_leaves_the_old_files_and_no_other(tmp_path):
+def test_a_failed_writer_leaves_only_the_old_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"old")
 
@@ -37,8 +37,8 @@ def test_a_writer_that_fails_leaves_the_old_files_and_no_other(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
 
 
-def test_everything_is_synchronised_before_it_takes_the_name_through_a_descriptor_that_may_write(tmp_path, monkeypatch):
-    """Windows synchronises no file that is open for reading alone."""
+def test_files_are_synchronised_by_a_writable_descriptor_before_the_rename(tmp_path, monkeypatch):
+    """Windows cannot synchronise a file that is open for reading only."""
     events = []
     flags = pytest.importorskip("fcntl", reason="asks the system how a descriptor was opened")
     fsync, replace = os.fsync, os.replace
@@ -58,7 +58,7 @@ def test_everything_is_synchronised_before_it_takes_the_name_through_a_descripto
     assert events == ["file rw", "replace", "folder"]
 
 
-def test_a_file_is_readable_as_the_umask_says(tmp_path):
+def test_the_mode_of_a_file_follows_the_umask(tmp_path):
     (tmp_path / "plain").touch()
 
     def private(temporary):

@@ -1,42 +1,32 @@
-"""Transparency kept as a mask: the right level in each latent, from every kind of file, and none of it in colours."""
+"""alpha="mask": the stored opacity of every kind of transparent file, and latents that do not depend on the policy."""
 
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data.failures.corpus import encoded, png, png_chunk
 from PIL import Image
-from safetensors.numpy import load_file, save_file
-from support.small_store import MASK, SIDE, moments_of, opacity_of, picture, small_vae, write_store
-from torch.utils.data import DataLoader
+from safetensors.numpy import load_file
+from support.small_store import SIDE, picture, small_vae
 
-from fastvae.data.datasets.collate import collate
-from fastvae.data.datasets.dataset import LatentDataset
-from fastvae.data.datasets.iterable import LatentIterable
 from fastvae.data.encoding.encode import encode
 from fastvae.data.images.colour import to_srgb
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import read_image
-from fastvae.data.store.errors import StoreError
-from fastvae.data.store.shard import read_metadata
 from fastvae.data.store.store import Store
-from fastvae.data.store.verify import verify
-from fastvae.system.atomic_files import sha256_of
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 FACTOR = 8  # of the small model
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
-# Pictures at their bucket's size, so that nothing is scaled, and the opacity of each pixel
+# Images at their bucket's size, so that nothing is scaled, and the opacity of each pixel
 
 generator = np.random.default_rng(5)
 COLOURS = np.asarray(picture(1, SIDE, SIDE))
 GREY = COLOURS[..., 0]
 OPACITY = generator.integers(0, 256, (SIDE, SIDE)).astype(np.uint8)
-OPACITY[:8], OPACITY[8:16] = 0, 255  # a row of latents that is clear, and one that is opaque
+OPACITY[:8], OPACITY[8:16] = 0, 255  # a row of transparent latents, and one of opaque latents
 HOLES = np.where(generator.random((SIDE, SIDE)) < 0.3, 0, 255).astype(np.uint8)
 HOLES[:8], HOLES[8:16] = 0, 255
 PALETTE_LEVELS = bytes(range(3, 256, 4)) + b"\xff" * 64
@@ -49,7 +39,7 @@ def with_transparent(data: bytes, key: bytes) -> bytes:
 
 
 def grey_png(levels: np.ndarray, bits: int, key: int) -> bytes:
-    """``levels`` as a grey PNG of so many bits a pixel, ``key`` of which are clear."""
+    """``levels`` as a grey PNG of ``bits`` per pixel, with ``key`` transparent."""
     if bits == 16:
         rows = levels.astype(">u2").view(np.uint8)
     else:
@@ -60,7 +50,7 @@ def grey_png(levels: np.ndarray, bits: int, key: int) -> bytes:
 
 
 def holed(shown: np.ndarray, key: np.ndarray | int) -> np.ndarray:
-    """``shown`` [H, W, ...] with ``key`` where HOLES are; ``key`` itself is nowhere else."""
+    """``shown`` [H, W, ...] with ``key`` at HOLES and nowhere else."""
     same = shown == key
     shown = np.where((same.all(-1, keepdims=True) if shown.ndim == 3 else same), shown ^ 1, shown)
     return np.where(HOLES[..., None] == 0 if shown.ndim == 3 else HOLES == 0, key, shown)
@@ -71,7 +61,7 @@ def rgba(opacity: np.ndarray = OPACITY) -> Image.Image:
 
 
 def deep_rgb_png(key: tuple[int, int, int]) -> bytes:
-    """16 bits a sample; the colours that share their high bytes with ``key`` are ``key``."""
+    """A PNG of 16 bits per sample; every colour with the high bytes of ``key`` is ``key``."""
     high = holed(COLOURS, np.array(key) >> 8).astype(np.uint16)
     low = generator.integers(0, 256, high.shape).astype(np.uint16)
     samples = np.where(HOLES[..., None] == 0, np.array(key), high << 8 | low).astype(">u2")
@@ -80,7 +70,7 @@ def deep_rgb_png(key: tuple[int, int, int]) -> bytes:
 
 
 def _golden() -> dict[str, tuple[bytes, np.ndarray]]:
-    """File name: its bytes, and how opaque each upright pixel is."""
+    """File name: its bytes, and the opacity of each upright pixel."""
     opaque = np.full_like(OPACITY, 255)
     indexed = Image.fromarray(COLOURS).quantize(128)
     index = np.asarray(indexed)
@@ -124,7 +114,7 @@ def _golden() -> dict[str, tuple[bytes, np.ndarray]]:
 
 
 def turned(stored: np.ndarray, orientation: int) -> np.ndarray:
-    """``stored`` upright, by EXIF's table of what its first row and column show."""
+    """``stored`` upright, by EXIF's table of its first row and column."""
     return {
         1: stored,
         2: stored[:, ::-1],
@@ -141,7 +131,7 @@ GOLDEN = _golden()
 
 
 def in_cells(opacity: np.ndarray) -> np.ndarray:
-    """The mean of each 8 x 8 pixels, to the nearest level; of two equally near the higher."""
+    """The mean of each 8 x 8 pixels, rounded half up."""
     rows = [
         [opacity[top : top + FACTOR, left : left + FACTOR].astype(float).mean() for left in range(0, SIDE, FACTOR)]
         for top in range(0, SIDE, FACTOR)
@@ -150,7 +140,7 @@ def in_cells(opacity: np.ndarray) -> np.ndarray:
 
 
 def rows_of(out) -> dict[tuple[str, int], dict[str, np.ndarray]]:
-    """Every tensor of each row of a store, as safetensors reads it."""
+    """Tensors of each row of a store, as safetensors reads them."""
     rows = {}
     for path in sorted((out / "shards").glob("*.safetensors")):
         tensors = load_file(path)
@@ -167,9 +157,9 @@ _encoded: list[Path] = []
 
 @pytest.fixture
 def golden(tmp_path_factory):
-    """The golden pictures, and what "mask" and "white" make of them.
+    """Folder of the golden images and their stores by alpha "mask" and "white".
 
-    Made once, but inside a test: what conftest.py sets for each decides which layers run.
+    Made once, but during a test: settings of conftest.py for each test decide which layers run.
     """
     if _encoded:
         return _encoded[0]
@@ -192,7 +182,7 @@ def test_row_05_every_kind_of_transparency_gives_its_mask(golden):
         assert (found.dtype, found.tolist()) == (np.uint8, in_cells(opacity).tolist()), name
 
 
-def test_row_05_latents_beside_a_mask_are_those_over_white(golden):
+def test_row_05_latents_of_alpha_mask_are_those_of_alpha_white(golden):
     masked, white = rows_of(golden / "mask"), rows_of(golden / "white")
     assert masked.keys() == white.keys()
     for name, row in masked.items():
@@ -201,7 +191,7 @@ def test_row_05_latents_beside_a_mask_are_those_over_white(golden):
             assert row[part].tobytes() == white[name][part].tobytes(), name
 
 
-def test_row_05_what_is_hidden_under_transparency_is_in_no_latent(tmp_path):
+def test_row_05_colours_of_transparent_pixels_change_no_latent(tmp_path):
     (tmp_path / "in").mkdir()
     for number, hidden in enumerate((0, 200)):
         colours = np.where(HOLES[..., None] == 0, hidden, COLOURS).astype(np.uint8)
@@ -213,15 +203,15 @@ def test_row_05_what_is_hidden_under_transparency_is_in_no_latent(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa"])
-def test_row_05_premultiplied_colours_have_their_mask_too(mode):
-    """No file gives Pillow these modes today; its own conversions do."""
+def test_row_05_premultiplied_colours_have_a_mask(mode):
+    """Pillow opens no file in these modes today, but converts to them."""
     source = rgba() if mode == "RGBa" else Image.fromarray(np.dstack([GREY, OPACITY]))
     rgb, opacity = to_srgb(source.convert(mode), "TIFF", "mask", [], "x")
     assert rgb.mode == "RGB"
     assert np.array_equal(np.asarray(opacity), OPACITY)
 
 
-def test_row_05_a_mask_is_asked_for_and_else_not_there():
+def test_row_05_only_alpha_mask_returns_an_opacity():
     data = GOLDEN["rgba.png"][0]
     assert np.array_equal(np.asarray(read_image(data, alpha="mask").opacity), OPACITY)
     assert [read_image(data, alpha=alpha).opacity for alpha in ("white", "drop")] == [None, None]
@@ -229,16 +219,16 @@ def test_row_05_a_mask_is_asked_for_and_else_not_there():
 
 
 @pytest.mark.parametrize("bits", [2, 4, "16-bit colour"])
-def test_row_05_a_transparent_colour_is_laid_over_white_at_every_depth(bits):
-    """Pillow scales the pixels of such files to 8 bits, and leaves the colour as it was."""
+def test_row_05_a_transparent_colour_becomes_white_at_every_depth(bits):
+    """Pillow scales the pixels of such files to 8 bits, but not the transparent colour."""
     read = read_image(GOLDEN[f"{bits} key.png" if isinstance(bits, str) else f"{bits}-bit grey.png"][0])
     assert ((np.asarray(read.image) == 255).all(-1) >= (HOLES == 0)).all()
     key = {2: 170, 4: 85}.get(bits, 0x12)
     assert not (np.asarray(read.image)[HOLES == 0][:, 0] == key).any()
 
 
-def test_row_01_what_a_png_says_of_transparency_raises_nothing_but_image_errors():
-    """Depths, palettes and transparent colours that do not belong together, each chunk with the right checksum."""
+def test_row_01_inconsistent_png_transparency_raises_only_image_errors():
+    """Depths, palettes and transparent colours that contradict each other, in chunks with valid checksums."""
     chance, outcomes = random.Random(0), set()
     pictures = [data for name, (data, _) in GOLDEN.items() if name.endswith(".png")]
     for _ in range(600):
@@ -263,7 +253,7 @@ def test_row_01_what_a_png_says_of_transparency_raises_nothing_but_image_errors(
 
 
 def chunks_of(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The name and body of each chunk of a PNG."""
+    """Name and body of each chunk of a PNG."""
     at, chunks = len(PNG_START), []
     while at < len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
@@ -274,7 +264,7 @@ def chunks_of(data: bytes) -> list[tuple[bytes, bytes]]:
 
 @pytest.mark.parametrize("clear", [3, 300])
 def test_row_01_a_palette_with_more_levels_than_colours_is_read(clear):
-    """Pillow takes such a tRNS chunk, and fails on it later, in the words of ValueError."""
+    """Pillow accepts such a tRNS chunk and later raises ValueError."""
     index = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 250
     image = Image.frombytes("P", (SIDE, SIDE), index.astype(np.uint8).tobytes())
     image.putpalette(bytes(range(256)) * 3)
@@ -284,7 +274,7 @@ def test_row_01_a_palette_with_more_levels_than_colours_is_read(clear):
         assert np.array_equal(found, np.frombuffer(levels, np.uint8)[index])
 
 
-def test_row_05_masks_are_scaled_cropped_and_mirrored_as_the_colours(tmp_path):
+def test_row_05_masks_are_scaled_cropped_and_mirrored_like_the_colours(tmp_path):
     (tmp_path / "in").mkdir()
     width, height = 60, 40
     opacity = np.asarray(picture(4, width, height))[..., 0]
@@ -307,10 +297,10 @@ def test_row_05_masks_are_scaled_cropped_and_mirrored_as_the_colours(tmp_path):
     assert len(corners) > 3
 
 
-def test_the_masks_bytes_are_counted(golden):
+def test_planned_and_committed_bytes_include_the_mask(golden):
     sizes = {alpha: Store.open(golden / alpha).commits()[0].bytes for alpha in ("mask", "white")}
     cells = len(GOLDEN) * (SIDE // FACTOR) ** 2
-    assert cells <= sizes["mask"] - sizes["white"] < cells + 128  # and its line in the header
+    assert cells <= sizes["mask"] - sizes["white"] < cells + 128  # and its entry in the header
     planned = {
         alpha: encode(
             golden / "in", golden / "new", vae=small_vae(), alpha=alpha, dry_run=True, **OPTIONS
@@ -318,113 +308,3 @@ def test_the_masks_bytes_are_counted(golden):
         for alpha in ("mask", "white")
     }
     assert planned["mask"] - planned["white"] == cells
-
-
-# Reading
-
-SQUARE, WIDE = (32, 32), (24, 48)
-ROWS = {SQUARE: ["a", "b.png", ("b.png", 1), "c"], WIDE: ["g", ("g", 1), "h"]}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("masks") / "store", ROWS, preprocess=MASK, rows_per_unit=2)
-
-
-def is_its_own(item) -> bool:
-    wanted = opacity_of(item["key"], int(item["variant"]), tuple(item["bucket"].tolist()))
-    return item["alpha"].dtype == torch.uint8 and np.array_equal(item["alpha"], wanted)
-
-
-@pytest.mark.parametrize("options", [{}, {"scaled": True}, {"posterior": "mean"}, {"posterior": "sample"}], ids=str)
-def test_every_item_and_batch_has_its_own_mask(made, options):
-    dataset = LatentDataset(made, **options)
-    assert all(map(is_its_own, dataset))
-    batch = collate(dataset.__getitems__([3, 0, 2, 0]))
-    assert batch["alpha"].shape == (4, 4, 4)
-    assert all(is_its_own({name: values[row] for name, values in batch.items()}) for row in range(4))
-    again = collate([dataset[3], dataset[0]])
-    assert torch.equal(again["alpha"], batch["alpha"][:2])
-    batch["alpha"].zero_()
-    assert is_its_own(dataset[3])
-
-
-@pytest.mark.parametrize("posterior", ["mean", "sample"])
-def test_a_store_without_moments_keeps_its_masks(tmp_path, posterior):
-    dataset = LatentDataset(write_store(tmp_path / "out", {SQUARE: ["a", "b"]}, preprocess=MASK, posterior=posterior))
-    assert all(map(is_its_own, dataset))
-    assert np.array_equal(dataset[1]["latents" if posterior == "sample" else "mean"], moments_of("b", 0, SQUARE)[0])
-
-
-def test_masks_come_through_workers_and_in_one_pass(made):
-    loader = DataLoader(LatentIterable(made, 2, seed=1), batch_size=None, num_workers=1)
-    batches = list(loader)
-    assert sum(len(batch["key"]) for batch in batches) == 7
-    for batch in batches:
-        assert all(
-            is_its_own({name: values[row] for name, values in batch.items()}) for row in range(len(batch["key"]))
-        )
-
-
-def test_large_masks_are_read_into_memory_that_was_used_before(tmp_path):
-    bucket = (1024, 1024)
-    dataset = LatentDataset(write_store(tmp_path / "out", {bucket: [str(n) for n in range(16)]}, preprocess=MASK))
-    kept = dataset.__getitems__(list(range(16)))
-    for _ in range(3):
-        assert all(is_its_own(item) for item in dataset.__getitems__(list(range(15, -1, -1))))
-    assert all(map(is_its_own, kept))
-
-
-def test_other_stores_have_no_mask(tmp_path):
-    for number, preprocess in enumerate(({}, {"alpha": "white"}, {"alpha": "drop"})):
-        made = write_store(tmp_path / str(number), {SQUARE: ["x"]}, preprocess=preprocess)
-        assert "alpha" not in LatentDataset(made)[0]
-
-
-def test_a_column_of_the_source_is_not_taken_for_the_mask(tmp_path):
-    write_store(tmp_path / "out", {SQUARE: ["a"]}, columns={"a": {"alpha": 0.5}})
-    with pytest.raises(ValueError, match="the name of another part of an item, got alpha"):
-        LatentDataset(tmp_path / "out", columns=["alpha"])
-
-
-# Damage
-
-
-def believed(out, **changes) -> None:
-    """The store's shard with other tensors, None for none, and a record that says so."""
-    (path,) = (out / "shards").glob("*.safetensors")
-    tensors = {**load_file(path), **changes}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, read_metadata(path))
-    record = path.with_suffix(".json")
-    told = json.loads(record.read_text()) | {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    record.write_text(json.dumps(told))
-
-
-WRONG = {
-    "of floats": (np.ones((3, 4, 4), np.float32), r"alpha is float32 \[3, 4, 4\], and should be uint8 \[3, 4, 4\]"),
-    "of another size": (np.ones((3, 2, 8), np.uint8), r"alpha is uint8 \[3, 2, 8\], and should be uint8 \[3, 4, 4\]"),
-    "of fewer rows": (np.ones((2, 4, 4), np.uint8), r"alpha is uint8 \[2, 4, 4\], and should be uint8 \[3, 4, 4\]"),
-    "left out": (None, "cannot be read: .*alpha"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_row_27_a_mask_that_is_none_is_refused_in_words(tmp_path, case):
-    wrong, words = WRONG[case]
-    out = write_store(tmp_path / "out", {SQUARE: ["a", "b", "c"]}, preprocess=MASK)
-    believed(out, alpha=wrong)
-    with pytest.raises(StoreError, match=rf"000000-32x32\.safetensors .*{words}"):
-        LatentDataset(out)[0]
-    (damage,) = verify(out, deep=True, progress=False).damaged
-    assert damage.file == "shards/000000-32x32.safetensors"
-
-
-def test_row_32_a_level_of_a_mask_is_under_its_rows_checksum(tmp_path):
-    out = write_store(tmp_path / "out", {SQUARE: ["a", "b", "c"]}, preprocess=MASK)
-    assert verify(out, deep=True, progress=False).damaged == []
-    masks = np.stack([opacity_of(key, 0, SQUARE) for key in "abc"])
-    masks[1, 2, 3] ^= 1
-    believed(out, alpha=masks)
-    assert verify(out, progress=False).damaged == []
-    (damage,) = verify(out, deep=True, progress=False).damaged
-    assert "row 1 (b) has another checksum" in damage.what

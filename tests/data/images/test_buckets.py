@@ -1,4 +1,4 @@
-"""Tables of sizes, the size an image goes to, and what is cut out of it."""
+"""Tables of sizes, the bucket of an image, and its crop."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from fastvae.data.rows import parse_size, size_name
 TABLES = {name: Buckets.named(name, 8) for name in ("sdxl", "flux", "sdxl@256", "flux@128", "512")}
 
 
-def test_the_tables_are_what_their_sources_say():
+def test_the_built_in_tables():
     sdxl, flux = TABLES["sdxl"].sizes, TABLES["flux"].sizes
     assert (len(sdxl), len(flux)) == (41, 17)
     assert all(side % 64 == 0 for size in sdxl for side in size)
-    # In whole steps of 64 the areas stay within 10 % of 1024².
+    # Sides are multiples of 64, and areas within 10 % of 1024².
     assert all(0.9 * 2**20 <= height * width <= 2**20 for height, width in sdxl)
     for sizes in (sdxl, flux):
         assert sorted(sizes) == sorted((width, height) for height, width in sizes)
@@ -39,13 +39,13 @@ def test_a_scaled_table_keeps_its_aspect_ratios():
     assert len(set(rounded)) == len(rounded) < 41
 
 
-def test_the_tables_multiple_is_the_models():
+def test_sizes_are_multiples_of_the_models_pixels():
     assert Buckets.named("flux", 16).sizes == TABLES["flux"].sizes
     with pytest.raises(ValueError, match="buckets must be a multiple of the model's 32 pixels, got 688 in 'flux'"):
         Buckets.named("flux", 32)
 
 
-def test_a_file_is_a_table(tmp_path):
+def test_a_table_from_a_file(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"sizes": [[64, 128], [96, 96]]}))
     assert Buckets.named(path, 8).sizes == Buckets.named(str(path), 8).sizes == ((64, 128), (96, 96))
@@ -84,7 +84,7 @@ def test_row_11_any_size_is_refused_by_name_or_covers_the_nearest_bucket(name, h
     table = TABLES[name]
     size = table.of((height, width))
     away = {other: abs(math.log(height / width) - math.log(other[0] / other[1])) for other in table.sizes}
-    assert away[size] <= min(away.values()) * (1 + 1e-9) + 1e-12  # of logarithms in double
+    assert away[size] <= min(away.values()) * (1 + 1e-9) + 1e-12  # rounding of logarithms in float64
     scaled = scaled_size((height, width), size)
     assert scaled[0] >= size[0]
     assert scaled[1] >= size[1]
@@ -102,7 +102,7 @@ def test_a_tie_goes_to_the_larger_area_and_then_to_the_first():
     assert Buckets("x", ((128, 64), (64, 128))).of((90, 90)) == (128, 64)
 
 
-def test_the_centre_is_cut_out_of_a_bucket_that_is_no_square():
+def test_the_centre_crop_of_an_oblong_bucket():
     image = Image.fromarray(np.arange(60 * 80, dtype=np.uint16).reshape(60, 80).astype(np.uint8)).convert("RGB")
     pixels, crop = to_bucket(Picture(image, (60, 80)), (60, 40))
     assert crop == (0, 20, 60, 40)
@@ -113,7 +113,7 @@ def test_the_centre_is_cut_out_of_a_bucket_that_is_no_square():
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])
-def test_a_mirrored_variant_is_the_same_cut_mirrored(crop):
+def test_a_mirrored_variant_is_the_same_crop_mirrored(crop):
     drawn = Picture(picture(1, 75, 50), (50, 75))
     variants = Variants(crop, 2, True, 7)
     for number in range(2):
@@ -123,7 +123,7 @@ def test_a_mirrored_variant_is_the_same_cut_mirrored(crop):
         assert there[1] == 48 - 40 - where[1]  # in the mirrored image, 48 wide
 
 
-def test_random_cuts_hang_on_seed_key_and_number_alone_and_reach_both_ends():
+def test_random_crops_depend_on_seed_key_and_number_and_reach_both_ends():
     variants = Variants("random", 3, False, 5)
     assert variants.corner("a", 1, (9, 99)) == Variants("random", 2, False, 5).corner("a", 1, (9, 99))
     others = [variants.corner("a", 2, (9, 99)), variants.corner("b", 1, (9, 99))]
@@ -133,7 +133,7 @@ def test_random_cuts_hang_on_seed_key_and_number_alone_and_reach_both_ends():
     assert tops == {0, 1, 2}
 
 
-def test_the_identity_tells_what_changes_pixels():
+def test_the_identity_contains_every_setting_that_changes_pixels():
     table, other = TABLES["sdxl"], TABLES["sdxl@256"]
     base = preprocess_identity(table, Variants(), "white")
     assert preprocess_identity(other, Variants(), "white")["buckets"] != base["buckets"]

@@ -1,4 +1,4 @@
-"""Every kind of file a folder of pictures holds: read by rule, or refused with a reason."""
+"""read_image: every kind of file is read by the rules or refused with a reason."""
 
 import random
 import resource
@@ -16,7 +16,7 @@ from support.small_store import picture
 
 from fastvae.data.images.crop import scaled_size, to_bucket
 from fastvae.data.images.errors import ImageError
-from fastvae.data.images.read import LARGEST_ASPECT, SMALLEST_SIDE, check_size, image_size, read_image
+from fastvae.data.images.read import LARGEST_ASPECT, SMALLEST_SIDE, check_size, read_image
 
 
 def pixels(data: bytes, **options) -> np.ndarray:
@@ -32,19 +32,19 @@ def reason_of(data: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_row_02_a_whole_file_is_read_and_one_cut_anywhere_is_not(kind):
-    """No cut gives a partial image. A GIF without its last byte, the trailer, still holds its whole first frame."""
+def test_row_02_a_complete_file_is_read_and_a_cut_one_is_refused(kind):
+    """No cut gives a partial image. A GIF without its last byte, the trailer, still has its complete first frame."""
     data = EVERY_KIND[kind]
     assert pixels(data).shape == (16, 24, 3)
     reasons = {cut: reason_of(data[:cut]) for cut in range(len(data))}
     assert set(reasons.values()) <= {"empty", "unsupported", "truncated", "decode_error", None}
-    # In the first bytes and the last a cut may look like another kind of damage.
+    # A cut in the first or last bytes may look like other damage.
     assert {reasons[cut] for cut in range(41, len(data) - 32)} == {"truncated"}
     accepted = [cut for cut, reason in reasons.items() if reason is None]
     assert accepted == ([len(data) - 1] if kind == "gif" else [])
 
 
-def test_row_01_flipped_bytes_raise_nothing_but_image_errors():
+def test_row_01_flipped_bytes_raise_only_image_errors():
     generator = random.Random(0)
     reasons = set()
     for data in EVERY_KIND.values():
@@ -62,7 +62,7 @@ def test_row_01_flipped_bytes_raise_nothing_but_image_errors():
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, RuntimeError, ValueError])
-def test_a_bug_of_ours_is_not_taken_for_a_damaged_photograph(monkeypatch, error):
+def test_a_bug_outside_pillow_is_no_image_error(monkeypatch, error):
     def broken(*_):
         raise error("a bug")
 
@@ -73,14 +73,14 @@ def test_a_bug_of_ours_is_not_taken_for_a_damaged_photograph(monkeypatch, error)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_row_09_what_cannot_be_read_has_its_reason_and_names_the_file(case):
+def test_row_09_an_unreadable_file_has_its_reason_and_is_named(case):
     data, reason = REFUSED[case]
     with pytest.raises(ImageError, match=r"holiday\.jpg") as caught:
         read_image(data, name="holiday.jpg")
     assert caught.value.reason == reason
 
 
-def test_a_flipped_bit_in_a_png_is_seen_by_its_checksum():
+def test_a_png_chunk_with_a_wrong_checksum_is_refused():
     data = bytearray(EVERY_KIND["png"])
     data[data.index(b"IDAT") + 40] ^= 1
     with pytest.raises(ImageError, match="damaged IDAT"):
@@ -99,7 +99,7 @@ def test_row_08_a_dimension_bomb_is_refused_from_its_header(monkeypatch):
             read_image(bomb)
         seconds.append(time.process_time() - started)
         assert caught.value.reason == "too_large"
-    assert min(seconds) < 0.05  # of this process's own work; decoding takes seconds
+    assert min(seconds) < 0.05  # CPU time of this process; decoding takes seconds
     # Decoded it would hold 1.2 GB; ru_maxrss counts KiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
     with pytest.raises(ImageError, match="more than 100 pixels"):
@@ -125,16 +125,16 @@ def test_row_04_sixteen_bits_keep_their_mean(kind):
     read = pixels(data)
     assert read.mean() == 127.5
     # The nearest level of v * 255 / 65535 (257 is odd: there are no ties), or for Pillow's colour reader the high byte.
-    wanted = RAMP >> 8 if kind == "RGB PNG" else np.rint(RAMP / 257.0)
-    assert (read == wanted[..., None]).all()
+    expected = RAMP >> 8 if kind == "RGB PNG" else np.rint(RAMP / 257.0)
+    assert (read == expected[..., None]).all()
 
 
-def test_row_03_cmyk_is_rendered_alike_with_and_without_adobes_inversion():
+def test_row_03_cmyk_with_and_without_adobes_inversion_gives_the_same_colours():
     ink = Image.merge("CMYK", [Image.new("L", (32, 32), value) for value in (10, 60, 200, 30)])
     rendered = np.asarray(ink.convert("RGB")).astype(int)
     by_adobe = encoded(ink, "JPEG", quality=100)
     start = by_adobe.index(b"\xff\xee")
-    # Pillow writes inverted values and the marker that says so: the inverse of its input without the marker is plain.
+    # Pillow writes inverted values and the marker; an inverted input without the marker gives a plain file.
     plain = encoded(ImageChops.invert(ink), "JPEG", quality=100)
     plain = plain[:start] + plain[start + 2 + struct.unpack_from(">H", plain, start + 2)[0] :]
     assert b"Adobe" in by_adobe
@@ -203,7 +203,7 @@ def test_row_06_every_orientation_gives_the_same_upright_pixels(image_format, op
     upright = picture(3, 40, 24)
     for orientation, steps in ORIENTATIONS.items():
         stored = upright
-        for step in steps:  # what the camera holds: the upright image turned the other way
+        for step in steps:  # the camera's pixels: the upright image rotated the other way
             stored = stored.transpose(step)
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -216,7 +216,7 @@ def test_a_jpegs_orientation_is_applied_before_the_crop():
     tall = Image.new("RGB", (32, 64), (255, 255, 255))
     tall.paste((255, 0, 0), (0, 0, 32, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the stored top is shown at the right
+    exif[0x0112] = 6  # rotate clockwise: the stored top is at the right
     read = read_image(encoded(tall, "JPEG", exif=exif, quality=100), at_least=16)
     assert read.original_hw == (32, 64)
     shown = np.asarray(read.image).astype(int)
@@ -239,7 +239,7 @@ def test_row_07_embedded_profiles_are_converted_and_broken_ones_flagged():
         assert np.asarray(broken.image)[0, 0].tolist() == [250, 20, 20]
 
 
-def test_row_10_the_first_frame_is_taken_and_said():
+def test_row_10_the_first_frame_is_read_and_flagged():
     first, second = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
     for image_format in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if image_format == "WEBP" else {}
@@ -248,7 +248,7 @@ def test_row_10_the_first_frame_is_taken_and_said():
         assert np.asarray(read.image)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_the_content_decides_and_not_the_name(tmp_path):
+def test_the_format_depends_on_the_content_not_the_name(tmp_path):
     path = tmp_path / "really a png.jpg"
     path.write_bytes(EVERY_KIND["png"])
     assert np.array_equal(np.asarray(read_image(path).image), np.asarray(SMALL))
@@ -257,7 +257,7 @@ def test_the_content_decides_and_not_the_name(tmp_path):
     assert caught.value.reason == "unreadable"
 
 
-def test_pillows_warnings_do_not_leak_and_the_filters_come_back():
+def test_pillows_warnings_are_hidden_and_the_filters_restored():
     before = list(warnings.filters)
     exif = encoded(picture(0), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(30))
     with warnings.catch_warnings(record=True) as caught:
@@ -293,94 +293,3 @@ def test_row_11_any_size_is_refused_or_covers_the_bucket(width, height, side):
 def test_another_alpha_policy_is_refused():
     with pytest.raises(ValueError, match="alpha must be 'white', 'drop' or 'mask', got 'black'"):
         read_image(EVERY_KIND["png"], alpha="black")
-
-
-# Sizes from headers
-
-
-def oriented(image_format: str, orientation: int, width: int, height: int, **options) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(picture(3, width, height), image_format, exif=exif, **options)
-
-
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
-def test_the_header_tells_the_upright_size_that_decoding_finds(tmp_path, image_format):
-    for orientation in range(1, 9):
-        data = oriented(image_format, orientation, 40, 24)
-        (tmp_path / "x").write_bytes(data)
-        found = read_image(data).original_hw
-        assert found == ((24, 40) if orientation < 5 else (40, 24)), orientation
-        assert image_size(data) == image_size(tmp_path / "x") == found, orientation
-
-
-def test_every_kind_is_the_same_from_bytes_and_from_a_path(tmp_path):
-    for kind, data in EVERY_KIND.items():
-        (tmp_path / "x").write_bytes(data)
-        assert image_size(data) == image_size(tmp_path / "x") == read_image(data).original_hw == (16, 24), kind
-        assert np.array_equal(np.asarray(read_image(tmp_path / "x").image), pixels(data)), kind
-
-
-def test_a_header_is_read_without_decoding_and_an_orientation_behind_the_pixels_is_seen(monkeypatch):
-    plain = oriented("PNG", 6, 40, 24)
-    place = plain.index(b"eXIf") - 4
-    length = 12 + struct.unpack_from(">I", plain, place)[0]
-    end = plain.index(b"IEND") - 4
-    late = plain[:place] + plain[place + length : end] + plain[place : place + length] + plain[end:]
-    assert image_size(late) == read_image(late).original_hw == (40, 24)
-    decoded = []
-    real = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(self.format), real(self))[1])
-    assert image_size(plain) == (40, 24)
-    for data in EVERY_KIND.values():
-        image_size(data)
-    assert not decoded
-    image_size(late)
-    assert decoded == ["PNG"]
-
-
-def test_what_the_header_shows_to_be_unusable_has_read_images_reason(tmp_path):
-    for data, reason in REFUSED.values():
-        if reason == "decode_error" or data in (REFUSED["floats"][0], REFUSED["32-bit integers"][0]):
-            continue  # not in the header
-        (tmp_path / "x").write_bytes(data)
-        for source in (data, tmp_path / "x"):
-            with pytest.raises(ImageError, match=r"holiday\.jpg") as caught:
-                image_size(source, name="holiday.jpg")
-            assert caught.value.reason == reason
-    with pytest.raises(ImageError, match="more than 100 pixels"):
-        image_size(EVERY_KIND["png"], max_pixels=100)
-    with pytest.raises(ImageError, match="cannot be read: No such file"):
-        image_size(tmp_path / "missing.png")
-
-
-@pytest.mark.parametrize("kind", EVERY_KIND)
-def test_a_cut_header_has_read_images_reason_or_a_size(kind):
-    data = EVERY_KIND[kind]
-    for cut in range(1, len(data), max(1, len(data) // 100)):
-        try:
-            found = image_size(data[:cut])
-        except ImageError as error:
-            found = error.reason
-        assert found in ((16, 24), reason_of(data[:cut])), cut
-
-
-# Scaled decoding
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_scaled_decode_covers_what_was_asked_for_once_upright(orientation):
-    data = oriented("JPEG", orientation, 640, 400)
-    height, width = read_image(data).original_hw
-    for cover in ((50, 80), (80, 50), (100, 160), (101, 160), (100, 161), (200, 10), (10, 320), (400, 640), (1, 1)):
-        read = read_image(data, at_least=cover)
-        assert read.original_hw == (height, width)
-        scale = max(s for s in (1, 2, 4, 8) if s == 1 or (height // s >= cover[0] and width // s >= cover[1]))
-        assert (read.image.height, read.image.width) == (-(-height // scale), -(-width // scale)), cover
-        assert np.array_equal(np.asarray(read_image(data, at_least=50).image), pixels(data, at_least=(50, 50)))
-
-
-@pytest.mark.parametrize("at_least", [0, (0, 8), (8,), (1, 2, 3)])
-def test_a_size_to_cover_is_two_lengths(at_least):
-    with pytest.raises(ValueError, match="at_least must be a length or \\(height, width\\)"):
-        read_image(EVERY_KIND["jpeg"], at_least=at_least)

@@ -1,30 +1,21 @@
-"""Parquet files and JSONL manifests: rows by their key, read lazily, and no path or URL that was not asked for."""
+"""Parquet files: rows by key, read one row group at a time; no URL is opened."""
 
 import datetime
-import io
 import json
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-from support.small_store import picture
+from data.sources.numbered_images import png, seeds_of
 
 from fastvae.data.images.errors import ImageError
-from fastvae.data.images.read import read_image
-from fastvae.data.sources import parquet as table_source
+from fastvae.data.sources import parquet as parquet_source
 from fastvae.data.sources.open import open_source
 
 arrow = pytest.importorskip("pyarrow", reason="Parquet's reader is not installed")
 parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet's reader is not installed")
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed, 24, 16).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def table(path, columns, **options):
@@ -32,18 +23,12 @@ def table(path, columns, **options):
     return path
 
 
-def seeds_of(source, files):
-    """Which picture(seed) each row's bytes are: told by their pixels, not by their names."""
-    known = {np.asarray(picture(seed, 24, 16)).tobytes(): seed for seed in range(12)}
-    return {file.key: known[np.asarray(read_image(source.read(file)).image).tobytes()] for file in files}
-
-
 def key_order(count):
     return [f"k{(7 * index) % count:02d}" for index in range(count)]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "large bytes", "Hugging Face's struct"])
-def test_every_row_is_its_own_image_and_columns(tmp_path, kind):
+def test_every_row_has_its_own_image_and_columns(tmp_path, kind):
     images = [png(seed) for seed in range(10)]
     column = arrow.array(images, arrow.large_binary() if kind == "large bytes" else arrow.binary())
     if kind == "Hugging Face's struct":
@@ -61,7 +46,7 @@ def test_every_row_is_its_own_image_and_columns(tmp_path, kind):
         assert (file.size, file.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
 
 
-def test_rows_are_read_a_group_at_a_time_and_images_not_for_the_listing(tmp_path, monkeypatch):
+def test_images_are_read_one_row_group_at_a_time_and_not_for_the_listing(tmp_path, monkeypatch):
     read = []
     real = parquet.ParquetFile.read_row_group
 
@@ -78,10 +63,10 @@ def test_rows_are_read_a_group_at_a_time_and_images_not_for_the_listing(tmp_path
     assert seeds_of(source, files) == {f"{row:02d}": row for row in range(12)}
     assert read == [(group, ("image",)) for group in range(3)]
     assert seeds_of(source, files[4:]) == {f"{row:02d}": row for row in range(4, 12)}
-    assert len(read) == 3  # the two used last are kept
+    assert len(read) == 3  # the last two groups are cached
 
 
-def test_threads_that_read_at_once_get_their_own_rows(tmp_path):
+def test_concurrent_reads_return_their_own_rows(tmp_path):
     columns = {"key": [f"{row:02d}" for row in range(12)], "image": [png(row) for row in range(12)]}
     source = open_source(table(tmp_path / "a.parquet", columns, row_group_size=2))
     files, wrong = source.listing().files, []
@@ -100,7 +85,7 @@ def test_threads_that_read_at_once_get_their_own_rows(tmp_path):
     assert not wrong
 
 
-def test_threads_that_ask_for_neighbours_wait_for_one_reading(tmp_path, monkeypatch):
+def test_concurrent_reads_of_a_row_group_read_it_once(tmp_path, monkeypatch):
     reads = []
     real = parquet.ParquetFile.read_row_group
 
@@ -117,7 +102,7 @@ def test_threads_that_ask_for_neighbours_wait_for_one_reading(tmp_path, monkeypa
     assert reads == [0]
 
 
-def test_columns_are_json_or_named_as_left_out(tmp_path):
+def test_columns_without_json_values_are_left_out_and_named(tmp_path):
     columns = {
         "key": [1, 2],
         "image": [png(0), png(1)],
@@ -137,7 +122,7 @@ def test_columns_are_json_or_named_as_left_out(tmp_path):
     assert listing.notes == ["columns that are no JSON values are left out: mask, when"]
 
 
-def test_duplicate_keys_over_files_are_kept_apart(tmp_path):
+def test_duplicate_keys_get_a_suffix(tmp_path):
     table(tmp_path / "a-0.parquet", {"id": ["x", "x", "y"], "img": [png(0), png(1), png(2)]})
     table(tmp_path / "a-1.parquet", {"id": ["y"], "img": [png(3)]})
     source = open_source(f"{tmp_path}/a-*.parquet", image_column="img", key_column="id")
@@ -146,7 +131,7 @@ def test_duplicate_keys_over_files_are_kept_apart(tmp_path):
     assert seeds_of(source, listing.files) == {"x": 0, "x~2": 1, "y": 2, "y~2": 3}
 
 
-def test_a_row_without_bytes_is_the_file_it_names_and_no_url(tmp_path):
+def test_a_row_without_bytes_reads_the_file_it_names_but_no_url(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "3.png").write_bytes(png(3))
     paths = ["in/3.png", "https://somewhere/3.png", "file:///etc/passwd", "gone.png", None, "nul\0.png"]
@@ -155,12 +140,12 @@ def test_a_row_without_bytes_is_the_file_it_names_and_no_url(tmp_path):
     files = source.listing().files
     assert seeds_of(source, files[:1]) == {"a": 3}
     expected = ["https:// is off", "file:// is not taken", "No such file", "neither bytes nor a path", "a NUL"]
-    for file, said in zip(files[1:], expected, strict=True):
-        with pytest.raises(ImageError, match=said):
+    for file, message in zip(files[1:], expected, strict=True):
+        with pytest.raises(ImageError, match=message):
             source.read(file)
 
 
-def test_a_table_that_was_changed_gives_no_other_rows_image(tmp_path):
+def test_a_changed_file_is_refused(tmp_path):
     path = table(tmp_path / "a.parquet", {"key": ["a", "b"], "image": [png(0), png(1)]})
     source = open_source(path)
     files = source.listing().files
@@ -173,7 +158,7 @@ def test_a_table_that_was_changed_gives_no_other_rows_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "options", "said"),
+    ("columns", "options", "message"),
     [
         ({"key": ["a"], "picture": [b""]}, {}, r"image_column must be a column of a\.parquet, got 'image', it has"),
         ({"name": ["a"], "image": [b""]}, {}, "key_column must be a column of"),
@@ -183,13 +168,13 @@ def test_a_table_that_was_changed_gives_no_other_rows_image(tmp_path):
         ({"key": arrow.array([], arrow.string()), "image": arrow.array([], arrow.binary())}, {}, "no rows in"),
     ],
 )
-def test_a_table_that_does_not_fit_is_refused_in_words(tmp_path, columns, options, said):
+def test_a_table_without_the_right_columns_is_refused(tmp_path, columns, options, message):
     path = table(tmp_path / "a.parquet", columns)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         open_source(path, **options).listing()
 
 
-def test_a_damaged_table_is_refused_or_its_rows_are(tmp_path):
+def test_a_damaged_file_or_row_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 nothing of the kind PAR1")
     with pytest.raises(ValueError, match=r"a\.parquet is not readable as Parquet"):
@@ -206,102 +191,10 @@ def test_a_damaged_table_is_refused_or_its_rows_are(tmp_path):
     assert caught.value.reason == "decode_error"
 
 
-def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(table_source, "import_module", missing)
+    monkeypatch.setattr(parquet_source, "import_module", missing)
     with pytest.raises(ValueError, match=r"Parquet needs pyarrow: pip install 'fastvae\[data\]'"):
         open_source(tmp_path / "a.parquet")
-
-
-# Manifests
-
-
-def manifest(path, entries):
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return path
-
-
-def test_a_manifest_names_files_beside_it_and_elsewhere(tmp_path):
-    for place in ("in/images", "elsewhere"):
-        (tmp_path / place).mkdir(parents=True)
-    (tmp_path / "in" / "images" / "0.png").write_bytes(png(0))
-    (tmp_path / "elsewhere" / "1.png").write_bytes(png(1))
-    entries = [
-        {"key": "near", "path": "images/0.png", "caption": "c", "more": {"n": [1, None]}},
-        {"key": "far", "uri": str(tmp_path / "elsewhere" / "1.png"), "path": 3},
-        {"key": 7, "path": "../elsewhere/1.png"},
-        {"key": "near", "path": "images/gone.png"},
-    ]
-    path = manifest(tmp_path / "in" / "m.jsonl", entries)
-    path.write_text(path.read_text() + "\n  \n")
-    source = open_source(path)
-    listing = source.listing()
-    assert [file.key for file in listing.files] == ["7", "far", "near", "near~2"]
-    assert seeds_of(source, listing.files[:3]) == {"7": 1, "far": 1, "near": 0}
-    assert [dict(file.columns) for file in listing.files] == [
-        {},
-        {"path": 3},
-        {"caption": "c", "more": {"n": [1, None]}},
-        {},
-    ]
-    assert listing.files[2].size == len(png(0))
-    assert listing.files[2].mtime_ns == (tmp_path / "in" / "images" / "0.png").stat().st_mtime_ns
-    assert listing.duplicates == 1
-    with pytest.raises(ImageError, match="near~2 cannot be read: No such file"):
-        source.read(listing.files[3])
-    named = manifest(tmp_path / "in" / "n.jsonl", [{"file_name": "images/0.png", "text": "t"}])
-    files = open_source(named, image_column="file_name", key_column="file_name").listing().files
-    assert [(file.key, file.columns) for file in files] == [("images/0.png", {"text": "t"})]
-
-
-def test_manifests_of_several_folders_keep_to_their_own(tmp_path):
-    for number in (0, 1):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "x.png").write_bytes(png(number))
-        manifest(tmp_path / str(number) / "m.jsonl", [{"key": f"from {number}", "path": "x.png"}])
-    for src in ([tmp_path / "0" / "m.jsonl", tmp_path / "1" / "m.jsonl"], f"{tmp_path}/*/m.jsonl"):
-        source = open_source(src)
-        assert seeds_of(source, source.listing().files) == {"from 0": 0, "from 1": 1}
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"key": "a", "path": "file:///etc/passwd"}', "m.jsonl line 2: file:// is not taken, write the path alone"),
-        ('{"key": "a", "path": "FILE://x"}', "file:// is not taken"),
-        ('{"key": "a", "uri": "https://x/y.png"}', "m.jsonl line 2: https:// is off; it is taken where schemes names"),
-        ('{"key": "a", "uri": "s3://x/y.png"}', "s3:// is off"),
-        ('{"key": "a"}', "image or path or uri must name an image's file"),
-        ('{"key": "a", "path": ""}', "must name an image's file"),
-        ('{"key": "a", "path": "nul\\u0000.png"}', "must name an image's file"),
-        ('{"path": "a.png"}', "m.jsonl line 2: key must be text or an integer, got None"),
-        ('{"key": "\\ud800", "path": "a.png"}', "half a surrogate pair"),
-        ('{"key": "a", "path": "a.png", "score": NaN}', "line 2 is no JSON: NaN is no JSON"),
-        ('["a", "b"]', "line 2 must be an object"),
-        ("{", "line 2 is no JSON"),
-        ("[" * 100_000, "line 2 is no JSON"),
-    ],
-)
-def test_a_line_that_cannot_be_taken_is_refused_by_its_number(tmp_path, line, said):
-    (tmp_path / "m.jsonl").write_text('{"key": "ok", "path": "ok.png"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=said):
-        open_source(tmp_path / "m.jsonl").listing()
-
-
-def test_a_manifest_that_is_empty_or_missing_says_so(tmp_path):
-    (tmp_path / "m.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no lines in"):
-        open_source(tmp_path / "m.jsonl").listing()
-    with pytest.raises(ValueError, match=r"src names n\.jsonl, which cannot be read"):
-        open_source(tmp_path / "n.jsonl").listing()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
-def test_a_pipe_in_a_manifest_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    source = open_source(manifest(tmp_path / "m.jsonl", [{"key": "a", "path": "pipe.png"}]))
-    (file,) = source.listing().files
-    with pytest.raises(ImageError, match="Not a regular file"):
-        source.read(file)

@@ -1,4 +1,4 @@
-"""Tar shards: every row is its own member, whatever the archive's order, damage or malice."""
+"""Tar archives: every row gets its own member, in any order, and from damaged or hostile archives."""
 
 import io
 import os
@@ -7,26 +7,19 @@ import re
 import tarfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
+from data.sources.numbered_images import png, seeds_of
 from PIL import Image
 from support.small_store import picture
 
 from fastvae.data.images.errors import ImageError
-from fastvae.data.images.read import read_image
 from fastvae.data.sources.open import open_source
 
-wds = pytest.importorskip("webdataset", reason="the real writer of these archives is not installed")
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed, 24, 16).save(buffer, "PNG")
-    return buffer.getvalue()
+wds = pytest.importorskip("webdataset", reason="webdataset, whose writer is tested, is not installed")
 
 
 def archive(path, members, **options):
-    """``members``: (name, bytes), or a TarInfo and its bytes, in this order."""
+    """Write ``members``, (name or TarInfo, bytes), in this order."""
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name) if isinstance(name, str) else name
@@ -39,13 +32,7 @@ def rows(source, **options):
     return {file.key: file for file in source.listing(**options).files}
 
 
-def seeds_of(source, files):
-    """Which picture(seed) each row's bytes are: told by their pixels, not by their names."""
-    known = {np.asarray(picture(seed, 24, 16)).tobytes(): seed for seed in range(12)}
-    return {file.key: known[np.asarray(read_image(source.read(file)).image).tobytes()] for file in files}
-
-
-def test_webdatasets_own_shards_keep_their_captions(tmp_path):
+def test_shards_of_webdatasets_writer_keep_their_captions(tmp_path):
     with wds.ShardWriter(str(tmp_path / "part-%03d.tar"), maxcount=3, verbose=0) as writer:
         for seed in range(7):
             sample = {"__key__": f"dir/{seed:04d}", "png": picture(seed, 24, 16), "cls": seed, "json": {"n": [seed]}}
@@ -66,7 +53,7 @@ def test_webdatasets_own_shards_keep_their_captions(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if not name.endswith(".tar")]
 
 
-def test_members_in_any_order_find_their_own_columns(tmp_path):
+def test_members_in_any_order_get_their_own_columns(tmp_path):
     members = [(f"{seed}.png", png(seed)) for seed in range(6)] + [(f"{seed}.txt", b"%d" % seed) for seed in range(6)]
     random.Random(0).shuffle(members)
     source = open_source(archive(tmp_path / "a.tar", members))
@@ -89,14 +76,14 @@ def test_row_14_duplicates_keep_their_own_images_and_captions(tmp_path):
     assert captions == {"a": "0", "a~3": "1", "a~2": None, "a~4": "3", "b": "4", "b~2": "4"}
 
 
-def test_repeats_in_no_clear_order_have_no_captions_rather_than_anothers(tmp_path):
+def test_ambiguous_repeats_of_a_stem_have_no_columns(tmp_path):
     members = [("a.png", png(0)), ("a.png", png(1)), ("a.txt", b"whose?"), ("a.txt", b"and this?")]
     listing = open_source(archive(tmp_path / "a.tar", members)).listing()
     assert [file.columns for file in listing.files] == [{}, {}]
     assert "no clear order" in listing.notes[0]
 
 
-def test_what_is_no_column_is_left_out_and_said(tmp_path):
+def test_invalid_columns_are_left_out_and_named(tmp_path):
     members = [("a.png", png(0)), ("a.json", b'{"x": NaN}'), ("a.txt", b"x" * (2**20 + 1)), ("a.cls", b"cat")]
     members += [("b.png", png(1)), ("b.txt", b"\xff\xfe"), ("orphan.txt", b"no image"), ("readme", b"words")]
     listing = open_source(archive(tmp_path / "a.tar", members)).listing()
@@ -109,20 +96,20 @@ def test_what_is_no_column_is_left_out_and_said(tmp_path):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names_are_read_by_seek_in_every_format(tmp_path, format):
+def test_long_and_non_ascii_names_in_every_tar_format(tmp_path, format):
     long = "f" * 90 + "/" + "n" * 80 if format == tarfile.USTAR_FORMAT else "f" * 300 + "/ü😀" + "n" * 200
     members = [("plain.png", png(0)), (f"{long}.png", png(1)), ("no suffix", png(2)), ("new\nline.PNG", png(3))]
     source = open_source(archive(tmp_path / "a.tar", members, format=format))
     assert seeds_of(source, source.listing().files) == {"plain": 0, long: 1, "no suffix": 2, "new\nline": 3}
 
 
-def test_a_sparse_member_is_no_row_and_is_named(tmp_path):
-    """Its stored bytes, read by seek, would be another image than the one that tar would unpack."""
+def test_a_sparse_member_is_not_read_and_is_named(tmp_path):
+    """Its stored bytes are not the image that tar unpacks."""
     image = Image.new("RGB", (512, 512))
     image.paste((200, 40, 90), (0, 0, 512, 8))
     image.save(tmp_path / "holes.bmp")
     data = (tmp_path / "holes.bmp").read_bytes()
-    with open(tmp_path / "sparse.bmp", "wb") as file:  # bitmaps begin with their bottom row: zeros, left as a hole
+    with open(tmp_path / "sparse.bmp", "wb") as file:  # a bitmap starts with its bottom row: zeros, a hole
         file.write(data[:512])
         file.seek(len(data) - 16384)
         file.write(data[-16384:])
@@ -153,31 +140,31 @@ def bytes_or_reason(source, file):
         return error.reason
 
 
-def test_a_tar_cut_anywhere_loses_nothing_unseen(tmp_path):
+def test_every_cut_of_a_tar_is_reported(tmp_path):
     members = [(f"{seed}.{kind}", png(seed) if kind == "png" else b"c") for seed in range(4) for kind in ("png", "txt")]
-    whole = archive(tmp_path / "whole.tar", members).read_bytes()
-    places = open_source(tmp_path / "whole.tar").listing().files
+    complete = archive(tmp_path / "complete.tar", members).read_bytes()
+    places = open_source(tmp_path / "complete.tar").listing().files
     ends = {file.key: sum(map(int, file.place.split("@")[1].split("+"))) for file in places}
-    mark = 512 * (whole.rstrip(b"\0").__len__() // 512 + 1)
+    mark = 512 * (complete.rstrip(b"\0").__len__() // 512 + 1)
     path = tmp_path / "cut.tar"
     for cut in [*range(512, mark + 512, 256), *(end - 1 for end in ends.values())]:
-        path.write_bytes(whole[:cut])
+        path.write_bytes(complete[:cut])
         source = open_source(path)
         listing = source.listing()
         assert listing.unreadable, cut
         assert listing.unreadable[0].startswith("cut.tar: it "), cut
         assert all(file.columns in ({}, {"txt": "c"}) for file in listing.files), cut
         found = {file.key: bytes_or_reason(source, file) for file in listing.files}
-        wanted = {str(seed): png(seed) if ends[str(seed)] <= cut else "truncated" for seed in range(4)}
-        assert found == {key: wanted[key] for key in found}, cut
-        assert {key for key, value in wanted.items() if value != "truncated"} <= set(found), cut
-    path.write_bytes(whole[: mark + 512])
+        expected = {str(seed): png(seed) if ends[str(seed)] <= cut else "truncated" for seed in range(4)}
+        assert found == {key: expected[key] for key in found}, cut
+        assert {key for key, value in expected.items() if value != "truncated"} <= set(found), cut
+    path.write_bytes(complete[: mark + 512])
     assert open_source(path).listing().unreadable == []
-    path.write_bytes(whole + whole)
+    path.write_bytes(complete + complete)
     assert "goes on behind its end mark after 4 images" in open_source(path).listing().unreadable[0]
 
 
-def test_an_archive_that_was_changed_gives_no_other_rows_image(tmp_path):
+def test_a_changed_archive_is_refused(tmp_path):
     path = archive(tmp_path / "a.tar", [("a.png", png(0)), ("b.png", png(1))])
     source = open_source(path)
     listed = rows(source)
@@ -192,20 +179,20 @@ def test_an_archive_that_was_changed_gives_no_other_rows_image(tmp_path):
         source.read(listed["a"])
 
 
-def test_flipped_header_bytes_raise_nothing_strange_and_mix_no_rows(tmp_path):
+def test_flipped_header_bytes_raise_only_known_errors(tmp_path):
     options = {"format": tarfile.PAX_FORMAT}
     members = [(f"{seed}ü.png" if seed % 2 else f"{seed}.png", png(seed)) for seed in range(4)]
-    whole = archive(tmp_path / "a.tar", members, **options).read_bytes()
+    complete = archive(tmp_path / "a.tar", members, **options).read_bytes()
     generator, images = random.Random(0), {png(seed) for seed in range(4)}
-    headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
+    headers = [at for at in range(0, len(complete), 512) if complete[at + 257 : at + 262] == b"ustar"]
     read = 0
     for _ in range(150):
-        damaged = bytearray(whole)
+        damaged = bytearray(complete)
         at = generator.choice(headers)
         damaged[at + generator.choice((0, 124, 126, 130, 135, 156, 345, 512, 515))] = generator.randrange(256)
         block = damaged[at : at + 512]
         block[148:156] = b" " * 8
-        damaged[at + 148 : at + 156] = b"%06o\0 " % sum(block)  # a checksum that believes it
+        damaged[at + 148 : at + 156] = b"%06o\0 " % sum(block)  # the right checksum of the changed header
         (tmp_path / "damaged.tar").write_bytes(damaged)
         try:
             source = open_source(tmp_path / "damaged.tar")
@@ -218,10 +205,10 @@ def test_flipped_header_bytes_raise_nothing_strange_and_mix_no_rows(tmp_path):
     assert read > 200
 
 
-# Malice
+# Hostile archives
 
 
-def test_row_13_hostile_members_are_data_and_leave_nothing_behind(tmp_path):
+def test_row_13_hostile_members_write_no_files(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
     members = []
@@ -238,7 +225,7 @@ def test_row_13_hostile_members_are_data_and_leave_nothing_behind(tmp_path):
     listing = source.listing()
     assert len(members) == 200
     assert len(listing.files) == 120
-    assert listing.ignored == 70  # links and devices; ten folders count as nothing
+    assert listing.ignored == 70  # links and devices; ten folders are not counted
     assert seeds_of(source, listing.files)["/absolute/7"] == 7
     assert "../../up3" in {file.key for file in listing.files}
     assert os.listdir(tmp_path) == ["in"]
@@ -253,10 +240,10 @@ def test_row_13_a_name_with_a_nul_in_its_extended_header_is_a_key(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-@pytest.mark.parametrize("stated", [2**62, 2**50, 10**9, -(2**40)])
-def test_a_stated_size_allocates_nothing(tmp_path, stated, kind):
+@pytest.mark.parametrize("size", [2**62, 2**50, 10**9, -(2**40)])
+def test_a_member_size_beyond_the_archive_allocates_nothing(tmp_path, size, kind):
     header = tarfile.TarInfo("huge.png")
-    header.size, header.type = stated, kind
+    header.size, header.type = size, kind
     block = header.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes(
         archive(tmp_path / "b.tar", [("ok.png", png(0))]).read_bytes()[:1536] + block + bytes(4096)
@@ -272,12 +259,12 @@ def test_a_stated_size_allocates_nothing(tmp_path, stated, kind):
             assert caught.value.reason in ("too_large", "truncated")
 
 
-def test_a_size_below_zero_does_not_lead_back_in_a_circle(tmp_path):
-    whole = archive(tmp_path / "b.tar", [("a.png", png(0)), ("b.png", png(1))]).read_bytes()
-    second, end = whole.index(b"b.png"), 512 * (len(whole.rstrip(b"\0")) // 512 + 1)
+def test_a_negative_member_size_ends_the_listing(tmp_path):
+    complete = archive(tmp_path / "b.tar", [("a.png", png(0)), ("b.png", png(1))]).read_bytes()
+    second, end = complete.index(b"b.png"), 512 * (len(complete.rstrip(b"\0")) // 512 + 1)
     header = tarfile.TarInfo("back.png")
     header.size = second - (end + 512)
-    (tmp_path / "a.tar").write_bytes(whole[:end] + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    (tmp_path / "a.tar").write_bytes(complete[:end] + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     source = open_source(tmp_path / "a.tar")
     listing = source.listing()
     assert seeds_of(source, listing.files) == {"a": 0, "b": 1}
@@ -294,10 +281,10 @@ def test_a_member_beyond_the_pixel_limit_is_not_read(tmp_path):
         source.read(huge, max_pixels=1001)
 
 
-# What is no source
+# Refused archives
 
 
-def test_what_cannot_be_a_shard_is_refused_in_words(tmp_path):
+def test_an_unusable_archive_is_refused(tmp_path):
     archive(tmp_path / "words.tar", [("a.txt", b"x")])
     with pytest.raises(ValueError, match=r"no images in .*1 other members passed over"):
         open_source(tmp_path / "words.tar").listing()
