@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+from support.cpu_limit import pytest_runtest_call  # noqa: F401  (a hook: pytest finds it here)
 
 
 def _mend_interpreter():
