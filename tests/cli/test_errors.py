@@ -173,7 +173,7 @@ PRODUCED = {
     "an edited scaling in store.json": edited_scaling,
     "a repair of such a store": lambda p, m: edited_scaling(p, m, "repair", p["in"]),
     "what is neither store nor model": without_store_json,
-    "a folder in the place of a file": folder_for_a_record,
+    "a folder at a file's path": folder_for_a_record,
     "a rebuilt index of a damaged store": rebuilt_while_damaged,
     "an export onto what is there": lambda p, m: ended(["export", p["store"], p["in"], "--to", "wds"]),
     "a store without a row": empty_store,
