@@ -116,9 +116,9 @@ def check_scheme(text: str, allowed: Collection[str], where: str) -> str | None:
     """Return the scheme of ``text``, None for a path; raises ValueError if the scheme is not in ``allowed``."""
     scheme = scheme_of(text)
     if scheme in LOCAL_SCHEMES:
-        raise ValueError(f"{where}: {scheme}:// is not taken, write the path alone")
+        raise ValueError(f"{where}: {scheme}:// is not allowed, write the path alone")
     if scheme is not None and scheme not in allowed:
-        raise ValueError(f"{where}: {scheme}:// is off; it is taken where schemes names {scheme!r}")
+        raise ValueError(f"{where}: {scheme}:// is not allowed unless schemes contains {scheme!r}")
     return scheme
 
 

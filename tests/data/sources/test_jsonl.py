@@ -61,10 +61,13 @@ def test_relative_paths_start_at_each_manifests_folder(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"key": "a", "path": "file:///etc/passwd"}', "m.jsonl line 2: file:// is not taken, write the path alone"),
-        ('{"key": "a", "path": "FILE://x"}', "file:// is not taken"),
-        ('{"key": "a", "uri": "https://x/y.png"}', "m.jsonl line 2: https:// is off; it is taken where schemes names"),
-        ('{"key": "a", "uri": "s3://x/y.png"}', "s3:// is off"),
+        ('{"key": "a", "path": "file:///etc/passwd"}', "m.jsonl line 2: file:// is not allowed, write the path alone"),
+        ('{"key": "a", "path": "FILE://x"}', "file:// is not allowed, write"),
+        (
+            '{"key": "a", "uri": "https://x/y.png"}',
+            "m.jsonl line 2: https:// is not allowed unless schemes contains 'https'",
+        ),
+        ('{"key": "a", "uri": "s3://x/y.png"}', "s3:// is not allowed unless"),
         ('{"key": "a"}', "image or path or uri must name an image's file"),
         ('{"key": "a", "path": ""}', "must name an image's file"),
         ('{"key": "a", "path": "nul\\u0000.png"}', "must name an image's file"),
