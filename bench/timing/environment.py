@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -61,9 +63,65 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def source_hash() -> str:
-    """The hash of every kernel source and tile table, which AUDIT.md carries."""
+def source_hash(sources: Path = SOURCES) -> str:
+    """Return the hash of the kernels' code and tile tables, which AUDIT.md carries.
+
+    It covers every statement at the top of a file, whichever file that is, and what the files import. Comments,
+    docstrings and moves of definitions between files leave it as it is; a change of code does not.
+    """
     digest = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.py"), *(SOURCES / "tuned").glob("*.json")]):
+    for line in [*sorted(_statements(sources)), *sorted(_imports(sources))]:
+        digest.update(line.encode() + b"\0")
+    for path in sorted((sources / "tuned").glob("*.json")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _files(sources: Path) -> dict[str, list[ast.stmt]]:
+    # The statements of every file, by the name that others import it under.
+    return {path.stem: ast.parse(path.read_text()).body for path in sources.rglob("*.py") if path.stem != "__init__"}
+
+
+def _statements(sources: Path) -> list[str]:
+    bodies = _files(sources).values()
+    return [_dump(node) for body in bodies for node in body if not _is_import(node) and not _is_docstring(node)]
+
+
+def _imports(sources: Path) -> set[str]:
+    # Of the package itself only names that an import changes, or that several files define: others mean the one
+    # definition, whichever file it is in.
+    files, found = _files(sources), set()
+    defined = {stem: {name: _dump(node) for node in body for name in _names(node)} for stem, body in files.items()}
+    times = Counter(name for names in defined.values() for name in names)
+    for node in (node for body in files.values() for node in body if _is_import(node)):
+        for alias in node.names:
+            module = getattr(node, "module", None) or ""
+            if not module.startswith(f"{sources.name}"):
+                found.add(f"{module} {alias.name} {alias.asname}")
+            elif alias.asname or times[alias.name] > 1:
+                found.add(f"{defined.get(module.split('.')[-1], {}).get(alias.name)} {alias.name} {alias.asname}")
+    return found
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+
+
+def _is_import(node: ast.stmt) -> TypeGuard[ast.Import | ast.ImportFrom]:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _dump(part: Any) -> str:
+    # Not ast.dump: Python 3.13 leaves out empty fields, and the hash is the same under every Python.
+    if isinstance(part, list):
+        return f"[{', '.join(_dump(each) for each in part if not _is_docstring(each))}]"
+    if not isinstance(part, ast.AST):
+        return repr(part)
+    fields = [f"{name}={_dump(value)}" for name, value in ast.iter_fields(part) if value is not None and value != []]
+    return f"{type(part).__name__}({', '.join(fields)})"
