@@ -7,7 +7,7 @@ divisibility, constants, warps and stages are the launcher's own, and no second 
 
 bench/kernels/audit.py starts this as a process for each version of Triton:
 
-    python bench/kernels/launches.py ROWS.json --triton 3.9.0 --target sm_90 --only residual
+    python -m bench.kernels.launches ROWS.json --triton 3.9.0 --target sm_90 --only residual
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernels.audit import AUDITED, COLUMNS
-from bench.timing.environment import ROOT, SOURCES
+from bench.timing.environment import SOURCES
 
 MATRIX = {
     "wgmma": r"wgmma\.mma_async",
@@ -193,9 +193,8 @@ def main() -> int:
     if triton.__version__ != arguments.triton:
         parser.error(
             f"Triton {arguments.triton} is to compile, and {triton.__version__} is imported: "
-            f"`make audit` lays it in build/triton-{arguments.triton}"
+            f"`make audit` installs it in build/triton-{arguments.triton}"
         )
-    sys.path.insert(0, str(ROOT / "kernels"))
     from fastvae_kernels.shared import tiles
 
     targets = arguments.target or AUDITED

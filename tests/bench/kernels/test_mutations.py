@@ -1,15 +1,11 @@
-"""The list of mutations: of these sources, enough of them, and a change that nobody notices is reported."""
+"""The list of mutations: it is of these sources and covers every kernel; a surviving change is reported."""
 
-import importlib
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "bench"))  # bench/ is no package: its scripts find each other as Python runs them
-mutate = importlib.import_module("mutate")
+from bench.kernels import mutate
+from bench.timing.environment import ROOT
 
 MUTATIONS = mutate.read_list()
 
@@ -23,8 +19,8 @@ def test_every_old_text_stands_once_where_the_list_says():
 def test_every_kernel_function_has_two_mutations_and_more():
     listed = Counter((m.file, m.function) for m in MUTATIONS if not m.equivalent)
     kernels = [
-        (path.name, function)
-        for path in (ROOT / mutate.SOURCES).glob("*.py")
+        (str(path.relative_to(ROOT / mutate.SOURCES)), function)
+        for path in (ROOT / mutate.SOURCES).rglob("*.py")
         for function in mutate.kernel_functions(path.read_text())
     ]
     assert len(kernels) > 40
@@ -85,7 +81,7 @@ def toy(tmp_path, monkeypatch):
     """A repository of one function and its test; returns a call of the script on these changes (name, old, new)."""
     monkeypatch.setattr(mutate, "PRELOADED", ("pytest",))
     for name in ("OMP_NUM_THREADS", "TRITON_INTERPRET"):
-        monkeypatch.setenv(name, "1")  # the script sets them for good
+        monkeypatch.setenv(name, "1")  # the script sets them and does not restore them
     (tmp_path / mutate.SOURCES).mkdir(parents=True)
     (tmp_path / mutate.TESTS).mkdir(parents=True)
     (tmp_path / mutate.SOURCES / "toy.py").write_text(TOY)
@@ -110,14 +106,20 @@ def test_a_change_that_nobody_notices_is_reported(toy, capsys):
     assert "2 mutations, 1 killed, 1 survived" in said
 
 
-def test_a_change_that_is_none_says_why_and_is_no_survivor(toy, tmp_path, capsys):
+def test_an_equivalent_change_has_a_reason_and_is_no_survivor(toy, tmp_path, capsys):
     equal = ("harmless", "2 * x", "x * 2", ", equivalent = 'a product has no order'")
     (tmp_path / "kernels").mkdir(exist_ok=True)
     assert toy(equal, ("wrong", "2 * x", "3 * x", ""), only="") == 0
-    written = (tmp_path / "kernels" / "MUTATIONS.md").read_text()
+    written = (tmp_path / mutate.SUMMARY).read_text()
     assert f"2 mutations, 1 killed, 1 equivalent; sources: `{mutate.source_hash()}`" in written
-    assert "| harmless | toy.py | doubled | test_toy.py test_doubled | equivalent: a product has no order |" in written
-    assert "| wrong | toy.py | doubled | test_toy.py test_doubled | test_toy.py::test_doubled |" in written
+    assert "| `toy.py` | 1 | 2 | 1 | 1 |" in written
+    assert "- `doubled` in `toy.py`, harmless: a product has no order." in written
+    rows = [list(row.values())[:6] for row in mutate.read_rows(tmp_path / mutate.ROWS)]
+    test = "test_toy.py::test_doubled"
+    assert rows == [
+        ["harmless", "toy.py", "doubled", test, "equivalent", "a product has no order"],
+        ["wrong", "toy.py", "doubled", test, "killed", test],
+    ]
     capsys.readouterr()
 
 
@@ -136,10 +138,14 @@ def test_what_proves_nothing_is_refused(toy, capsys, change, words):
     assert words in capsys.readouterr().out
 
 
-def test_the_table_is_of_these_sources():
-    """A change of a kernel asks for a new run, `make mutate`; and the last one left nothing alive or broken."""
-    text = (ROOT / "kernels" / "MUTATIONS.md").read_text()
-    result = next(line for line in text.splitlines() if "sources:" in line)
-    assert mutate.source_hash() in result
-    assert "survived" not in result
-    assert "broken" not in result
+def test_the_summary_is_of_these_sources_and_nothing_survived():
+    """A change of a kernel needs a new run: `make mutate`."""
+    rows = mutate.read_rows()
+    assert (ROOT / mutate.SUMMARY).read_text() == mutate.summarize(rows, mutate.source_hash())
+    assert len((ROOT / mutate.SUMMARY).read_text().splitlines()) <= 60
+    assert {row["verdict"] for row in rows} == {"killed", "equivalent"}
+
+
+def test_the_rows_are_those_of_the_list():
+    listed = [(m.name, m.file, m.function, " ".join(m.tests)) for m in MUTATIONS]
+    assert [tuple(row[name] for name in mutate.COLUMNS[:4]) for row in mutate.read_rows()] == listed
