@@ -1,10 +1,6 @@
-"""Attention's offsets, and its compiled variants: what no test of values at a size that fits can see."""
+"""Attention's offsets beyond 32 bits, which no test of values at a size that fits can see."""
 
 import contextlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +8,6 @@ import torch
 from fastvae_kernels.parts import attention_gradient, attention_products
 from fastvae_kernels.parts.attention_tiles import Round
 from fastvae_kernels.shared.runtime import INTERPRETED
-
-ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
@@ -117,56 +111,3 @@ def test_a_round_that_begins_beyond_32_bits(monkeypatch):
         far = attention_products.attend(query, key, value, 0.2)
         far_grads = attention_gradient.gradients(grad, query, key, value, *near, 0.2)
     assert all(map(torch.equal, (*far, *far_grads), (*near, *near_grads)))
-
-
-VARIANTS = """
-import sys
-sys.path[:0] = [{bench!r}, {kernels!r}]
-import launches, torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime.jit import JITFunction
-from fastvae_kernels import attention
-from fastvae_kernels.shared import tiles
-seen = {{}}
-def take(kernel, *args, grid, warmup, **kwargs):
-    launch = launches.describe(kernel, "", args, kwargs)
-    seen.setdefault(launch.kernel, set()).add(launch.key)
-JITFunction.run, tiles.target_of = take, lambda device: tiles.TARGETS["sm_90"]
-with FakeTensorMode(), torch.device("cuda"):
-    for index in range(30):
-        length = (1 + index) * (30 - index + index % 3) * (1 if index < 20 else 64)
-        query = torch.empty(1 + index % 5, length, {channels}, dtype=torch.{dtype})
-        for value in (query, None):
-            forward = attention.launch_shared if value is None else attention.launch
-            out, lse = forward(query, query, *([] if value is None else [value]), 0.1)
-            attention.launch_backward(out, query, query, value, out, lse, 0.1)
-print(max(len(keys) for keys in seen.values()), *sorted(seen))
-"""
-KERNELS = {
-    "_scores_kernel",
-    "_combine_kernel",
-    "_product_kernel",
-    "_delta_kernel",
-    "_weights_kernel",
-    "_grad_query_kernel",
-    "_grad_keys_kernel",
-}
-
-
-@pytest.mark.parametrize(
-    ("channels", "dtype"),
-    [
-        (512, "bfloat16"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((512, "float32"), (48, "bfloat16"))),
-    ],
-)
-def test_thirty_sizes_compile_at_most_two_variants(channels, dtype):
-    """In a process without the interpreter, on fake tensors: what Triton would key its compilations by."""
-    folders = {name: str(ROOT / name) for name in ("bench", "kernels")}
-    script = VARIANTS.format(**folders, channels=channels, dtype=dtype)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    most, *kernels = done.stdout.split()
-    assert set(kernels) == KERNELS
-    assert int(most) <= 2

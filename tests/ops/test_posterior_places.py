@@ -1,9 +1,4 @@
-"""Where the sampler and the divergence read and write, beyond 32 bits too, and how often their kernels compile."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Offsets that the sampler and the divergence read and write at, beyond 32 bits too."""
 
 import pytest
 import torch
@@ -12,7 +7,6 @@ from fastvae_kernels.parts import moments
 from fastvae_kernels.shared import philox
 from fastvae_kernels.shared.runtime import tl, triton
 
-ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("NCHW", "NHWC")
 # The fast sine of a GPU is off by a little more than numpy's.
@@ -133,45 +127,3 @@ def test_a_stream_beyond_32_bits(stream):
         words = philox.words(philox.split_seed(seed), philox._counter(torch.tensor(0), element))
         expected = philox._normal(words[:, :2])
     assert (normal.cpu() - expected).abs().max() < NOISE_TOLERANCE
-
-
-VARIANTS = """
-import sys
-sys.path[:0] = [{bench!r}, {kernels!r}]
-import launches, torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime.jit import JITFunction
-from fastvae_kernels import divergence, posterior
-seen = {{}}
-def take(kernel, *args, grid, warmup, **kwargs):
-    launched = launches.describe(kernel, "", args, kwargs)
-    draw = tuple(launched.constants.get(name) for name in ("DRAW", "STREAM"))
-    seen.setdefault((launched.kernel, draw, dtype, channels), set()).add(launched.key)
-JITFunction.run = take
-with FakeTensorMode(), torch.device("cuda"):
-    for index in range(32):
-        batch, height, width = 1 + index % 5, 1 + 3 * index, 1 + 5 * (31 - index) + index % 3
-        for dtype in (torch.float32, torch.bfloat16):
-            for channels in (3, 4, 16):
-                for form in (torch.contiguous_format, torch.channels_last):
-                    moments = torch.empty((batch, 2 * channels, height, width), dtype=dtype, memory_format=form)
-                    seeds, threads = torch.empty(batch, dtype=torch.int64), 256 * (1 + 33 * index)
-                    one = torch.empty(1, dtype=torch.int64)
-                    for drawn in ((None, None, 0), (seeds, None, 0), (seeds, seeds, threads), (one, one, threads)):
-                        latents = posterior.launch(moments, *drawn, 0.1 * index, 1.0)
-                        posterior.launch_backward(latents, moments, *drawn, 1.0)
-                    divergence.launch_backward(divergence.launch(moments), moments)
-print(max(len(keys) for keys in seen.values()), len({{key[0] for key in seen}}), len(seen))
-"""
-
-
-def test_thirty_two_sizes_compile_two_variants_one_for_each_memory_format():
-    """In a process without the interpreter, on fake tensors: what Triton would key its compilations by."""
-    script = VARIANTS.format(bench=str(ROOT / "bench"), kernels=str(ROOT / "kernels"))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    most, kernels, cases = map(int, done.stdout.split())
-    assert kernels == 5, "sample, divergence and sum, and two gradients"
-    assert cases == 2 * 3 * (2 * 3 + 3), "dtypes, channels; the sampler's kernels in mode, by row and by stream"
-    assert most == 2
