@@ -41,6 +41,7 @@ COPIED = (
     "kernels",
     "tests/conftest.py",
     "tests/support/accuracy.py",
+    "tests/support/thinned.py",
     "tests/support/traffic.py",
     "tests/ops",
 )

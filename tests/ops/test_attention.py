@@ -8,9 +8,11 @@ from fastvae_kernels.attention import spatial_attention, spatial_attention_backw
 from fastvae_kernels.parts import attention_gradient, attention_products, attention_tiles
 from fastvae_kernels.shared import runtime, tiles
 from support.accuracy import assert_as_accurate
+from support.thinned import thinned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORMS = ["plain", "shared"]
 
 
 def _inputs(images, length, channels, dtype=torch.float32, spread=1.0, count=3):
@@ -65,14 +67,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_forward_against_float64(case, dtype, shared):
+@pytest.mark.parametrize(("case", "dtype", "form"), thinned(CASES, DTYPES, FORMS, keep=2))
+def test_forward_against_float64(case, dtype, form):
     shape, spread = CASES[case]
     query, key, value = _inputs(*shape, dtype, spread)
     scale = shape[2] ** -0.5
-    if shared:
+    if form == "shared":
         _check_forward(spatial_attention_shared(query, key, scale), query, key, key, scale)
     else:
         _check_forward(spatial_attention(query, key, value, scale), query, key, value, scale)
@@ -198,7 +198,7 @@ def test_a_batch_of_eight_is_three_launches_and_memory_is_linear():
 
 
 @pytest.mark.parametrize("images", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_no_bit_hangs_on_how_images_and_queries_go_together(images, monkeypatch):
+def test_the_split_into_rounds_and_chunks_changes_no_bit(images, monkeypatch):
     """Alone and in rounds of 1 to all but one image, the last one smaller; chunks hold whole tiles, as 4096 does."""
     query, key, value, grad = _inputs(images, 150, 48, torch.float16, count=4)
     whole = spatial_attention(query, key, value, 0.2)
@@ -229,13 +229,11 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", GRADIENTS)
-def test_gradients_against_float64(case, dtype, shared, monkeypatch):
+@pytest.mark.parametrize(("case", "dtype", "form"), thinned(GRADIENTS, DTYPES, FORMS, keep=2))
+def test_gradients_against_float64(case, dtype, form, monkeypatch):
     shape, chunk, spread = GRADIENTS[case]
     monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
-    _check_gradients(shape, spread, dtype, shared)
+    _check_gradients(shape, spread, dtype, form == "shared")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -308,7 +306,7 @@ def test_reference_gradients_are_autograds():
         assert torch.allclose(our, their, rtol=1e-12, atol=1e-12)
 
 
-def test_a_row_does_not_hang_on_the_batch():
+def test_a_row_does_not_depend_on_the_batch():
     query, key, value, grad = _inputs(3, 41, 40, count=4)
     out, lse = spatial_attention(query, key, value, 0.2)
     grads = spatial_attention_backward(grad, query, key, value, out, lse, 0.2)
@@ -325,7 +323,7 @@ def test_a_row_does_not_hang_on_the_batch():
             assert torch.equal(left, right[one])
 
 
-def test_shared_keys_give_what_two_copies_give():
+def test_shared_keys_give_the_bits_of_two_copies():
     query, x, _ = _inputs(1, 37, 32)
     for left, right in zip(spatial_attention_shared(query, x, 0.3), spatial_attention(query, x, x, 0.3), strict=True):
         assert torch.equal(left, right)
@@ -363,7 +361,7 @@ def test_nothing_is_written_past_the_end(monkeypatch):
         assert torch.equal(one[1], all_three[1])
 
 
-def test_what_is_not_taken_is_refused_in_words():
+def test_other_arguments_are_refused():
     x = torch.zeros(1, 4, 16, device=DEVICE)
     huge = torch.empty(1, 2**26, 32, device="meta")
     for message, call in {

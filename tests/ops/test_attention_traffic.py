@@ -1,4 +1,4 @@
-"""Attention's bytes and launches as the interpreter counts them, against `attention_products.traffic` and `cost`."""
+"""Attention's bytes and launches, counted in the interpreter, against `attention_products.traffic` and `cost`."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from fastvae_kernels import attention
 from fastvae_kernels.parts import attention_products, attention_tiles
 from fastvae_kernels.shared import tiles
 from fastvae_kernels.shared.runtime import INTERPRETED
-from support.traffic import counted
+from support.thinned import thinned
+from support.traffic import counted, launches_only
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own loads and stores")
 
@@ -22,7 +23,7 @@ CASES = {
 
 @pytest.fixture
 def given(request, monkeypatch):
-    """Query, key and value of a case, with chunks and workspace as small as it wants them."""
+    """Query, key and value of a case, with its small chunks and workspace."""
     shape, rows = CASES[request.param]
     monkeypatch.setattr(attention_tiles, "CHUNK", 128)
     square = tiles.choose("attention_scores", dtype=torch.bfloat16, channels=shape[2], target=tiles.INTERPRETER)
@@ -31,10 +32,10 @@ def given(request, monkeypatch):
     return torch.randn(3, *shape).bfloat16().unbind()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
-@pytest.mark.parametrize("given", CASES, indirect=True)
-def test_programs_move_the_bytes_of_the_formula(given, shared):
+@pytest.mark.parametrize(("given", "form"), thinned(CASES, ["plain", "shared"]), indirect=["given"])
+def test_programs_move_the_bytes_of_the_formula(given, form):
     query, key, value = given
+    shared = form == "shared"
     with counted() as launches:
         attention.launch_shared(query, key, 0.1) if shared else attention.launch(query, key, value, 0.1)
     assert sum(launches) == attention_products.traffic(query, tiles.target_of(query.device))
@@ -46,7 +47,7 @@ def test_programs_move_the_bytes_of_the_formula(given, shared):
 def test_gradients_launch_what_their_cost_says(given, shared):
     query, key, value = given
     out, lse = attention.reference(query, key, value, 0.1)
-    with counted() as launches:
+    with launches_only() as launches:
         attention.launch_backward(out, query, key, None if shared else value, out, lse, 0.1)
     assert len(launches) == attention.backward_cost(query, shared).launches
 
@@ -61,7 +62,7 @@ def test_the_formula_as_the_docstring_writes_it():
     assert attention_products.traffic(query, tiles.TARGETS["sm_90"]) == 8 * (scores + sums + output)
 
 
-def test_memory_a_program_moves_hangs_on_no_other_image():
+def test_the_bytes_of_a_program_do_not_depend_on_other_images():
     one, many = (torch.empty(images, 300, 264, dtype=torch.float16, device="meta") for images in (1, 7))
     once, seven = (attention_products.traffic(query, tiles.TARGETS["sm_90"]) for query in (one, many))
     assert seven == 7 * once

@@ -19,7 +19,7 @@ KERNELS = Path(posterior.__file__).parent
 def test_every_launcher_and_reference_is_guarded():
     """Triton launches on the current device and torch sets none for a custom op: each must set its own."""
     unguarded = []
-    for path in sorted(KERNELS.glob("*.py")):
+    for path in sorted(KERNELS.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.FunctionDef):
                 continue

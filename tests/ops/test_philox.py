@@ -78,7 +78,7 @@ def test_the_first_numbers_of_seed_0():
     assert (philox.normals([0], 12)[0] - torch.tensor(first)).abs().max() < 2e-6
 
 
-def test_a_row_hangs_on_nothing_but_its_seed():
+def test_a_row_depends_on_its_seed_alone():
     alone = philox.normals([2**64 - 1], 1000)
     assert torch.equal(philox.normals([5, 2**64 - 1, 7], 1000)[1], alone[0])
     assert torch.equal(philox.normals(torch.tensor([-1]), 1000), alone)
@@ -172,7 +172,7 @@ def test_moments_to_the_fourth(noise):
 
 
 @pytest.mark.parametrize("neighbour", ["element", "second element", "seed", "step"])
-def test_neighbours_do_not_know_of_each_other(noise, neighbour):
+def test_neighbours_are_uncorrelated(noise, neighbour):
     """A correlation of independent normals has a standard deviation of 1 / sqrt(count)."""
     other = {
         "element": noise[0].roll(1),

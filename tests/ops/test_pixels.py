@@ -90,7 +90,7 @@ def test_the_layout_of_pixels_does_not_matter(as_bytes):
     assert want[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_row_never_sees_its_batch_and_launcher_is_op():
+def test_the_batch_and_the_launcher_change_no_bit():
     given = inputs("channels that fill no block", torch.float32)
     together = pixels_conv_in(*given)
     for one, two in zip(conv_in.launch(*given), together, strict=True):
@@ -162,7 +162,7 @@ def bias():
         ),
     ],
 )
-def test_others_are_refused_in_words(call, words):
+def test_other_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 

@@ -81,7 +81,7 @@ def test_half_precision_has_diffusers_roundings():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_noise_is_the_twins_by_the_logical_index(form):
+def test_the_noise_of_an_element_is_the_twins_by_its_logical_index(form):
     moments = torch.zeros(2, 6, 19, 23, device=DEVICE).contiguous(memory_format=FORMS[form])
     drawn = sample_posterior(moments, _seeds(7, 2**64 - 3)).cpu()
     twin = philox.normals([7, 2**64 - 3], 3 * 19 * 23).view(2, 3, 19, 23)
@@ -219,7 +219,7 @@ def test_divergence_and_its_gradient_against_float64(case, dtype, form):
     assert grads[0][0, -1, 0, 0] == 0
 
 
-def test_divergence_of_a_row_does_not_hang_on_the_batch():
+def test_divergence_of_a_row_does_not_depend_on_the_batch():
     moments = _moments((7, 8, 41, 33))
     whole = kl_divergence(moments)
     assert torch.equal(torch.cat([kl_divergence(row[None]) for row in moments]), whole)
@@ -258,7 +258,7 @@ def test_any_strides_and_offsets_are_taken():
         assert torch.equal(kl_divergence(moments), kl_divergence(plain))
 
 
-def test_what_is_not_taken_is_refused_in_words():
+def test_other_arguments_are_refused():
     moments = _moments((2, 8, 3, 3))
     one = torch.tensor([4], device=DEVICE)
     for message, call in {

@@ -39,7 +39,7 @@ def test_partials_are_as_accurate_as_torch(case, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 32, 48, 128, 512, 1024, 40_000])
-def test_a_chunk_hangs_on_the_channels_alone(channels):
+def test_a_chunk_depends_on_the_channels_alone(channels):
     chunk = statistics.chunk_pixels(channels)
     assert chunk & (chunk - 1) == 0
     assert 32 <= chunk <= 256
@@ -63,7 +63,7 @@ def test_strides_do_not_matter():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(value):
+def test_values_that_are_not_finite_reach_the_statistics(value):
     """A variance of a channel with such a value is no number: GroupNorm's result must show it."""
     x = torch.randn(1, 16, 5, 40)
     x[0, 3, 2, 2] = value
@@ -72,7 +72,7 @@ def test_what_is_not_finite_stays_so(value):
     assert deviations[:, :3].isfinite().all()
 
 
-def test_a_row_never_sees_its_batch():
+def test_a_row_does_not_depend_on_its_batch():
     x = torch.randn(3, 24, 9, 8)
     together = group_norm_statistics(x)
     for row in range(3):
@@ -151,7 +151,7 @@ def test_addresses_beyond_32_bits(image, chunk, pixels, channels):
         ((2, 3, 4, 4), torch.float64, "x must be float32, float16 or bfloat16 on .*, got torch.float64"),
     ],
 )
-def test_others_are_refused_in_words(shape, dtype, words):
+def test_other_arguments_are_refused(shape, dtype, words):
     with pytest.raises(ValueError, match=words):
         group_norm_statistics(torch.zeros(shape, dtype=dtype))
 

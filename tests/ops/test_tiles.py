@@ -66,7 +66,7 @@ def test_as_much_shared_memory_as_there_is(tables):
     assert chosen == {"sm_80": 99, "sm_86": 99, "sm_89": 99, "sm_90": 192, "sm_100": 192, "sm_120": 99, "gfx942": 64}
 
 
-def test_nothing_fitting_is_refused_in_words(tables):
+def test_no_fitting_tile_is_an_error(tables):
     tables("default", {"op": "op", "shared_memory": 99 * 1024})
     with pytest.raises(ValueError, match=r"no tile for op 'op', dtype float32, 8 channels on gfx942 with 65536 bytes"):
         tiles.choose("op", dtype=torch.float32, channels=8, target=tiles.TARGETS["gfx942"])

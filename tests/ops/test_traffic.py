@@ -38,7 +38,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_passes_move_what_they_must_and_hardly_more(case):
+def test_passes_move_the_bytes_of_their_cost(case):
     op, cost, make = CASES[case]
     given = make()
     with counted() as launches:
@@ -48,7 +48,7 @@ def test_passes_move_what_they_must_and_hardly_more(case):
     assert must.bytes * 0.999 <= sum(launches) <= must.bytes * 1.05, f"{sum(launches)} for {must.bytes}"
 
 
-def test_the_backward_moves_what_it_must():
+def test_the_backward_moves_the_bytes_of_its_cost():
     x, dy, weight, bias = image(), image(), *torch.randn(2, 128).bfloat16()
     moments = group_norm_silu.moments_reference(x, 32, 1e-6)
     with counted() as launches:

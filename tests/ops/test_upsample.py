@@ -123,7 +123,7 @@ def test_launcher_strides_and_layout():
         ),
     ],
 )
-def test_others_are_refused_in_words(call, words):
+def test_other_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 

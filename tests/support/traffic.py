@@ -1,4 +1,4 @@
-"""What kernels load and store, counted in Triton's interpreter."""
+"""Loads, stores and launches of kernels, counted in Triton's interpreter."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def counted():
-    """Yields a list; at the end it holds, for each launch, the distinct bytes its programs loaded and stored."""
+    """Yield a list; at the end it has, for each launch, the distinct bytes that its programs loaded and stored."""
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -51,3 +51,21 @@ def counted():
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         builder.set_grid_idx, executor.__call__ = set_index, call
+
+
+@contextlib.contextmanager
+def launches_only():
+    """Yield a list that gets the name of each kernel that is launched; no program of it runs."""
+    from triton.runtime import interpreter
+
+    executor = interpreter.GridExecutor
+    call, launches = executor.__call__, []
+
+    def note(self, *args, **kwargs):
+        launches.append(self.fn.__name__)
+
+    executor.__call__ = note
+    try:
+        yield launches
+    finally:
+        executor.__call__ = call
