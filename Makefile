@@ -72,9 +72,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench/timing -q -rfE -p no:logging --results $(RESULTS)
 	$(BIN)/python -m bench.pages.tables
 
-# README's and docs/performance.md's tables and pictures, from bench/results.
+# Tables and pictures of README and docs, from bench/results and from the imports of the code.
 report: $(VENV)/.dev
 	$(BIN)/python -m bench.pages.tables
+	$(BIN)/python -m bench.pages.architecture_svg
 
 # Times this tree and the commit BASE in turns; fails if an op or the encoder became slower.
 bench-compare: $(VENV)/.bench
