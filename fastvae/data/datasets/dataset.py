@@ -242,7 +242,7 @@ class LatentDataset(torch.utils.data.Dataset):
                 int(self._row_of[number]): (sample_id(self._keys[number]), int(self._variants[number]))
                 for number in own.tolist()
             }
-            if not mapped.holds(listed):
+            if not mapped.has_rows(listed):
                 raise StoreError(f"{path} holds other rows than when it was listed: open the dataset again")
             types = {name: array.dtype for name, array in mapped.arrays.items()}
             if self._types and types != self._types:  # a batch would cast all rows to the type of its first

@@ -25,8 +25,8 @@ from fastvae.data.store.errors import StoreError, StoreLocked
 from fastvae.data.store.layout import DERIVED_NAMES, STORE, check_kinds
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
-from fastvae.data.store.plan import Unit
-from fastvae.data.store.store import Store, latest_units
+from fastvae.data.store.plan import Unit, latest_units
+from fastvae.data.store.store import Store
 from fastvae.data.store.verify import Damage, verify
 from fastvae.system.atomic_files import check_room, synchronise_folder
 from fastvae.system.devices import resolve_device

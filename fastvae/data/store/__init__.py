@@ -1,7 +1,7 @@
 """The folder of latents: what is planned, what is committed, and checks of both.
 
 errors          StoreError, StoreLocked, IdentityMismatch
-layout          names of files and folders, and checks of what is found under them
+layout          names of files and folders, and checks of the files with those names
 identity        digest of the model, numerics and preprocessing that made the latents
 store_json      store.json: reading and checking it
 plan            units and plan files

@@ -1,4 +1,4 @@
-"""What a store's files hold: the units of its plan, its commit records, and why a folder is no store."""
+"""Commit records: one JSON file a unit, written after its shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvae.data.store.store_json import is_count
 
 @dataclass(frozen=True)
 class Failure:
-    """A row that could not be encoded: ``reason`` is one of fastvae.data.images.errors.REASONS."""
+    """A row that could not be encoded; ``reason`` is one of fastvae.data.images.errors.REASONS."""
 
     key: str
     reason: str
@@ -23,9 +23,9 @@ class Failure:
 
 @dataclass
 class Commit:
-    """A commit record. ``shard`` is None when no row of the unit could be encoded.
+    """A commit record. ``shard`` is None if no row of the unit could be encoded.
 
-    ``max_pixels`` is the limit under which files were found too large: a later run with a higher one tries them again.
+    ``max_pixels``: the limit of that run; a later run with a higher limit tries the files that were too large again.
     """
 
     unit: int
@@ -43,7 +43,7 @@ class Commit:
     max_pixels: int | None = None
 
     def belongs_to(self, unit: Unit | None) -> bool:
-        """Whether every row of ``unit`` is here or has failed, as far as the record alone can say."""
+        """Return True if every row of ``unit`` is committed or failed, by the counts and names of the record."""
         if unit is None or self.rows + len(self.failed) != len(unit.rows) or (self.rows > 0) != bool(self.shard):
             return False
         if self.shard not in (None, f"{unit.stem}.safetensors"):
@@ -52,9 +52,10 @@ class Commit:
 
 
 def read_commit(path: Path) -> Commit | None:
-    """The record, or None if it is not one: records appear whole, so it was damaged and its unit is redone.
+    """Read the record at ``path``; return None for a damaged one, whose unit is then encoded again.
 
-    One that the system cannot read, such as a link to itself, is none either; FileNotFoundError where there is nothing.
+    Records are written atomically, so anything else is damage, a file that the system cannot read too, such as a link
+    to itself. Raises FileNotFoundError if there is no file.
     """
     try:
         if not_a_file(path):
@@ -68,7 +69,7 @@ def read_commit(path: Path) -> Commit | None:
         return None
     if not all(is_count(number) for number in (commit.unit, commit.bytes, commit.rows)):
         return None
-    # A shard has its record's own name: a record leads to no other file.
+    # A shard has the name of its record: a record can name no other file.
     own = commit.shard is None or commit.shard == f"{path.stem}.safetensors"
     texts = all(isinstance(text, str) for failure in failed for text in (failure.key, failure.reason, failure.detail))
     return commit if own and texts and path.stem.startswith(f"{commit.unit:06d}-") else None

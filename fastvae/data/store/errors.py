@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class StoreError(ValueError):
-    """A folder that cannot be used as a store, and why."""
+    """A folder that cannot be used as a store; the message says why."""
 
 
 class StoreLocked(StoreError):

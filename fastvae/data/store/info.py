@@ -1,4 +1,4 @@
-"""What a store or a model is, in values that JSON takes: the facts behind ``fastvae info``."""
+"""Facts of a store as JSON values, for ``fastvae info``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 
 def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Rows, units, sizes, failures, identity and scaling of the store at ``path``.
+    """Return rows, units, sizes, failures, identity and scaling of the store at ``path``.
 
-    Raises StoreError if it is none, or says otherwise than its first shard how latents are scaled.
-
-    ``pending_rows``: planned and not committed, as no run has made them or their record cannot be trusted.
-    ``bytes_per_row`` is what the shards take on disk; ``latent_bytes_per_row`` what their latents alone need.
+    ``pending_rows``: rows planned and not committed, because no run has made them or their record is damaged.
+    ``bytes_per_row``: size of the shards on disk; ``latent_bytes_per_row``: size of their latents alone.
+    Raises StoreError if it is not a store, or its first shard has another scaling than store.json.
     """
     from fastvae.data.rows import size_name
     from fastvae.data.store.layout import bucket_of
@@ -23,7 +22,7 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     store = Store.open(Path(path))
     units, commits = store.units(), store.commits()
     index, failures = store.resolve(), store.failures()
-    for shard, _ in list(index.values())[:1]:  # so that no scaling is told that was edited
+    for shard, _ in list(index.values())[:1]:  # an edited scaling must not be reported
         check_shard_metadata(store.path / "shards" / shard, store.facts, bucket_of(shard))
     numerics = store.facts["identity"]["numerics"]
     by_bucket: dict[str, int] = {}
@@ -61,7 +60,7 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _latent_bytes(facts: dict[str, Any], by_bucket: dict[str, int]) -> int:
-    """What the latents alone of so many rows in each bucket need."""
+    """Return the size in bytes of the latents alone, from the number of rows in each bucket."""
     from fastvae.data.rows import parse_size
 
     numerics = facts["identity"]["numerics"]

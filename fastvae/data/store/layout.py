@@ -1,4 +1,4 @@
-"""Names of a store's files and folders, and checks of what is found under them."""
+"""Names of a store's files and folders, and checks of the files with those names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ FOLDERS = ("plan", "shards", "leases")
 LOCK_NAME, CLOCK_NAME = ".lock", ".clock"
 LOCKS = (LOCK_NAME, f"leases/{LOCK_NAME}", f"leases/{CLOCK_NAME}")
 
-
-# Of these names a store makes files; what has another is the user's.
+# Names of the files that a store writes; files with other names are the user's.
 SHARD = r"\d{6,}-\d+x\d+\.safetensors"
 RECORD = r"\d{6,}-\d+x\d+\.json"
 PLAN = r"units-\d{5,}\.jsonl"
@@ -26,34 +25,35 @@ TOP_LEVEL_NAMES = rf"{re.escape(STORE)}|{DERIVED}"
 
 
 def not_a_file(path: Path) -> str | None:
-    """What lies at ``path`` in the place of a file, in words; None for a file. It is not opened: a pipe may never end.
+    """Return "is a folder, not a file" or the like for what is at ``path``, None for a file.
 
-    Raises OSError, FileNotFoundError where there is nothing.
+    Nothing is opened: opening a pipe may block for ever. Raises OSError, FileNotFoundError if nothing is there.
     """
     kind = file_kind(path.stat().st_mode)
-    return None if kind == "a file" else f"is {kind} and no file"
+    return None if kind == "a file" else f"is {kind}, not a file"
 
 
 def file_kind(mode: int) -> str:
-    """What has the ``mode`` that the system gives, in words."""
+    """Return "a file", "a folder", "a link" and so on for the ``mode`` of a stat result."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}
     kinds |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def bucket_of(shard: str) -> Size:
-    """Height and width in pixels, by a shard's name."""
+    """Return height and width in pixels from the name of a shard."""
     return parse_size(shard.removesuffix(".safetensors").rsplit("-", 1)[-1])
 
 
 def matches(name: str, names: str) -> bool:
-    """Whether ``name`` matches the regular expression ``names`` whole."""
+    """Return True if the regular expression ``names`` matches all of ``name``."""
     return re.fullmatch(names, name) is not None
 
 
 def check_kinds(store: Path) -> None:
-    """Raises StoreError where another thing, a link too, lies in the place of a folder or a lock that a run writes to,
-    or a folder in the place of a file that it replaces; a link to a file is replaced as a file is. Opens nothing.
+    """Raise StoreError if plan, shards or leases is not a real folder, a lock is not a regular file (links are refused
+    for both), or a folder has the name of a file that a run replaces. Opens nothing; a link to a replaced file is
+    replaced like a file.
     """
     for name in FOLDERS:
         check_kind(store / name, "a folder")
@@ -68,20 +68,20 @@ def check_kinds(store: Path) -> None:
             raise _wrong_kind(path, "a folder", "a file")
 
 
-def check_kind(path: Path, wanted: str) -> None:
-    """Raises StoreError where something else than ``wanted``, "a file" or "a folder", lies at ``path``."""
+def check_kind(path: Path, expected: str) -> None:
+    """Raise StoreError if something other than ``expected``, "a file" or "a folder", is at ``path``."""
     try:
         kind = file_kind(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return
-    if kind != wanted:
-        raise _wrong_kind(path, kind, wanted)
+    if kind != expected:
+        raise _wrong_kind(path, kind, expected)
 
 
 def open_regular_file(path: Path) -> int:
-    """A descriptor, for reading and writing, of the file ``path``, which is made where there is none.
+    """Open the file ``path`` for reading and writing, and create it if needed; return its descriptor.
 
-    Raises StoreError for what is no file, a link to one among them: it would be written somewhere else.
+    Raises StoreError for anything but a regular file. A link to a file is refused too: writing would change its target.
     """
     check_kind(path, "a file")  # a device may do something when it is opened
     flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))  # Windows has none of them
@@ -93,5 +93,5 @@ def open_regular_file(path: Path) -> int:
     return descriptor
 
 
-def _wrong_kind(path: Path, kind: str, wanted: str) -> StoreError:
-    return StoreError(f"{path} is {kind} in the place of {wanted}: move it away")
+def _wrong_kind(path: Path, kind: str, expected: str) -> StoreError:
+    return StoreError(f"{path} is {kind}, not {expected}: move it away")

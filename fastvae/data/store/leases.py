@@ -1,8 +1,8 @@
-"""Who works on what: leases on units, so that any number of processes share one store and each row is made once.
+"""Leases on units: any number of processes share one store, and each row is encoded once.
 
-A lease is a file OUT/leases/NAME.lease that only one process can create; it says owner, process and host, and its
-modification time is the owner's last heartbeat. A lease is dead when its process is gone (seen on its own host) or its
-heartbeat is STALE seconds old by the file system's own clock; then another process may take it over.
+A lease is a file OUT/leases/NAME.lease that only one process can create. It has owner, process and host; its
+modification time is the owner's last heartbeat. A lease is dead if its process has ended (seen on its own host) or its
+heartbeat is STALE seconds old by the file system's clock; then another process may take it over.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from fastvae.data.store.layout import CLOCK_NAME, check_kind, not_a_file, open_r
 from fastvae.data.store.lock import locked
 from fastvae.system.atomic_files import is_leftover, write_atomically
 
+# In seconds: between heartbeats, until a lease is dead, and until one without content is.
 HEARTBEAT, STALE, EMPTY = 15.0, 60.0, 2.0
 LEASE = r"(?:\d{6,}|run-[0-9a-f]{16})\.lease"
 
 
 class Leases:
-    """The leases of this process in ``folder``, to be used in a ``with``: it beats for them, and gives all back."""
+    """Leases of this process in ``folder``: a context manager with a heartbeat thread, which releases all on exit."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -40,7 +41,7 @@ class Leases:
     def __enter__(self) -> Self:
         check_kind(self.folder, "a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.acquire(f"run-{self.owner}")  # says that this run is there, between its units as well
+        self.acquire(f"run-{self.owner}")  # shows that this run is alive between its units as well
         self._heart.start()
         return self
 
@@ -51,12 +52,12 @@ class Leases:
             self.release(name)
 
     def acquire(self, name: str) -> bool:
-        """Whether the lease ``name`` is now this process's: it was free, or its holder is dead."""
+        """Acquire the lease ``name`` if it is free or its holder is dead; return True if this process now has it."""
         if self._create(name):
             return True
         if self.is_live(name):
             return False
-        with locked(self.folder):  # one at a time looks again and replaces: the file is never missing meanwhile
+        with locked(self.folder):  # check again and replace, one process at a time; the file is never missing
             if self._create(name):
                 return True
             if self.is_live(name):
@@ -66,20 +67,20 @@ class Leases:
         return True
 
     def is_taken(self, name: str) -> bool:
-        """Whether somebody has the lease, a process that died among them."""
+        """Return True if any process, alive or dead, has the lease."""
         return self._path(name).exists()
 
     def deaths(self, name: str) -> int:
-        """How many of the lease's holders died before it was taken over from them."""
+        """Return the number of holders that died and had the lease taken over."""
         deaths = _read(self._path(name)).get("deaths", 0)
         return deaths if isinstance(deaths, int) else 0
 
     def holds(self, name: str) -> bool:
-        """Whether the lease is still this process's: one that was taken for dead may have lost it."""
+        """Return True if this process still has the lease: it is lost if another process found this one dead."""
         return name in self._held and _read(self._path(name)).get("owner") == self.owner
 
     def release(self, name: str) -> None:
-        """Give a lease back, unless another process has taken it over."""
+        """Release a lease, unless another process has taken it over."""
         with self._guard:
             self._held.discard(name)
         with locked(self.folder):
@@ -87,17 +88,17 @@ class Leases:
                 self._path(name).unlink(missing_ok=True)
 
     def live(self) -> list[str]:
-        """The names of the leases that other, living processes hold."""
+        """Return the names of the leases that other, living processes hold."""
         names = [path.stem for path in sorted(self.folder.iterdir()) if re.fullmatch(LEASE, path.name)]
         return [name for name in names if name not in self._held and self.is_live(name)]
 
     def sweep(self, keep: Collection[str] = ()) -> None:
-        """Delete the leases of the dead, but those in ``keep``: whoever takes these over has to know of it."""
+        """Delete the leases of dead processes, except those in ``keep``, which record deaths for the next holder."""
         with locked(self.folder):
             for path in self.folder.iterdir():
-                # Asked now and not before: one that is free may be taken at any time, one of the dead only by the lock.
-                spared = path.stem in self._held or path.stem in keep
-                dead = re.fullmatch(LEASE, path.name) and not spared and not self.is_live(path.stem)
+                # Checked here and not earlier: a free lease may be acquired at any time, a dead one only with the lock.
+                kept = path.stem in self._held or path.stem in keep
+                dead = re.fullmatch(LEASE, path.name) and not kept and not self.is_live(path.stem)
                 if dead or is_leftover(path, LEASE):
                     path.unlink(missing_ok=True)
 
@@ -118,7 +119,7 @@ class Leases:
             self._held.add(name)
 
     def is_live(self, name: str) -> bool:
-        """Whether a living process, this one among them, holds the lease ``name``."""
+        """Return True if a living process, this one included, holds the lease ``name``."""
         try:
             age = self._now() - self._path(name).stat().st_mtime
         except FileNotFoundError:
@@ -126,12 +127,12 @@ class Leases:
         if age > STALE:
             return False
         holder = _read(self._path(name))
-        if not holder:  # it is written right after it was made, unless its process was killed in between
+        if not holder:  # written right after its creation, unless the process was killed in between
             return age < EMPTY
         return holder.get("host") != _host() or _is_running(holder.get("pid"))
 
     def _now(self) -> float:
-        """The time by the file system's clock, by which every host's heartbeats are told."""
+        """Return the time by the file system's clock, which all hosts' heartbeats share."""
         clock = self.folder / CLOCK_NAME
         descriptor = open_regular_file(clock)
         try:
@@ -145,7 +146,7 @@ class Leases:
             with self._guard:
                 for name in self._held:
                     if self.holds(name):
-                        with contextlib.suppress(FileNotFoundError):  # taken over and given back since
+                        with contextlib.suppress(FileNotFoundError):  # taken over and released since
                             os.utime(self._path(name))
 
     def _content(self, deaths: int = 0) -> bytes:
@@ -167,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _host() -> str:
-    """Where a process number means something: a host, and on Linux the namespace of its processes (a container)."""
+    """Return the host and, on Linux, its namespace of process numbers (a container), within which a pid is unique."""
     try:
         return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -175,7 +176,7 @@ def _host() -> str:
 
 
 def _is_running(pid: Any) -> bool:
-    if not isinstance(pid, int) or os.name != "posix":  # elsewhere os.kill does not ask, it ends: the heartbeat tells
+    if not isinstance(pid, int) or os.name != "posix":  # elsewhere os.kill ends the process: rely on the heartbeat
         return True
     try:
         os.kill(pid, 0)

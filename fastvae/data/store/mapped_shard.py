@@ -1,4 +1,4 @@
-"""A shard's tensors as they lie on disk, mapped into memory and checked against what a store promises."""
+"""A shard's tensors, mapped into memory, with their shapes and types checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvae.data.store.errors import StoreError
 from fastvae.system.safetensors_header import SHARD_HEADER, check_header
 
-# What each small column holds: the shape of one row, and its type.
+# Small columns: the shape of one row, and its type.
 SMALL_COLUMNS = {
     "sample_id": ((), (torch.uint64,)),
     "variant": ((), (torch.uint16,)),
@@ -26,32 +26,32 @@ SMALL_COLUMNS = {
 
 @dataclass(frozen=True)
 class MappedShard:
-    """A shard: mean, logvar, logvar_range, alpha as they are stored, not read before they are indexed, and ``about``.
+    """Columns of a shard: mean, logvar, logvar_range and alpha as stored, which are read when indexed, and row_info.
 
-    That is int64 [N, 8], since one gather is cheaper than four: sample_id by its bits, variant, original_hw, crop_tlhw.
+    row_info is int64 [N, 8]: the bits of sample_id, variant, original_hw, crop_tlhw. One gather is cheaper than four.
     """
 
     columns: dict[str, Tensor]
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The columns as NumPy sees them, where a row is had and copied in a microsecond; of a tensor it takes ten."""
+        """The columns as NumPy arrays: indexing and copying a row takes 1 µs, and 10 µs from a tensor."""
         return {name: column.numpy() for name, column in self.columns.items()}
 
-    def holds(self, listed: dict[int, tuple[int, int]]) -> bool:
-        """Whether each row of ``listed`` has the sample_id and the variant that it gives."""
-        there = [(name % 2**64, variant) for name, variant in self.columns["row_info"][:, :2].tolist()]
-        return all(row < len(there) and there[row] == given for row, given in listed.items())
+    def has_rows(self, listed: dict[int, tuple[int, int]]) -> bool:
+        """Return True if each row number of ``listed`` has the listed sample_id and variant."""
+        names = [(number % 2**64, variant) for number, variant in self.columns["row_info"][:, :2].tolist()]
+        return all(row < len(names) and names[row] == name for row, name in listed.items())
 
 
 def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool, with_alpha: bool = False) -> MappedShard:
-    """The columns of the shard at ``path``, whose latents are [L, h, w]; raises StoreError for anything else."""
+    """Map the shard at ``path``, whose rows must be ``latent`` [L, h, w]; raises StoreError for anything else."""
     try:
         check_header(path, SHARD_HEADER)
-        # On a CPU these are views of one private map of the file, however large it is.
+        # On a CPU these are views of one private map of the file, whatever its size.
         with safe_open(os.fspath(path), framework="pt") as shard:
-            there = set(shard.keys())
-            columns = {name: shard.get_tensor(name) for name in _columns_to_read(there, with_logvar, with_alpha)}
+            names = _columns_to_read(set(shard.keys()), with_logvar, with_alpha)
+            columns = {name: shard.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     rows = columns["mean"].shape[0] if columns["mean"].ndim else 0
@@ -65,7 +65,7 @@ def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool, with_alpha
                 f"{[rows, *each]}"
             )
     if with_logvar and columns["logvar"].dtype == torch.uint8 and "logvar_range" not in columns:
-        raise StoreError(f"{path} is damaged: it lacks logvar_range, without which eight bits of logvar mean nothing")
+        raise StoreError(f"{path} is damaged: it lacks logvar_range, which logvar in eight bits needs")
     small = {name: columns.pop(name) for name in SMALL_COLUMNS}
     small["sample_id"] = small["sample_id"].view(torch.int64)
     columns["row_info"] = torch.cat([column.to(torch.int64).view(rows, -1) for column in small.values()], dim=1)
@@ -73,7 +73,7 @@ def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool, with_alpha
 
 
 def _large_columns(latent: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """As SMALL_COLUMNS, of the columns whose size is the latents'."""
+    """Return the same as SMALL_COLUMNS for the columns whose size depends on the latents."""
     return {
         "mean": (latent, (torch.float16, torch.float32)),
         "logvar": (latent, (torch.float16, torch.float32, torch.uint8)),
@@ -86,7 +86,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _columns_to_read(there: set[str], with_logvar: bool, with_alpha: bool) -> list[str]:
+def _columns_to_read(stored: set[str], with_logvar: bool, with_alpha: bool) -> list[str]:
     large = ["mean"] + ["logvar"] * with_logvar + ["alpha"] * with_alpha
-    optional = ["logvar_range"] if with_logvar and "logvar_range" in there else []
+    optional = ["logvar_range"] if with_logvar and "logvar_range" in stored else []
     return [*large, *optional, *SMALL_COLUMNS]

@@ -1,7 +1,7 @@
-"""The work list of a store: plan files, each written once, that say which row is made where.
+"""Plan of a store: files, each written once, that assign every row to a unit.
 
 A line is a row, {"unit", "row", "bucket", "key", "size", "mtime_ns", "place", "columns", "variant", "height", "width"},
-or, with "unit" null, the columns that a file has now.
+or, with "unit" null, new columns of a file.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fastvae.system.strict_json import json_bytes
 
 
 class WorkList:
-    """The plan files in ``folder``."""
+    """Plan files in ``folder``."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._read: dict[str, PlanFile] = {}  # by name: a plan file is never replaced
+        self._read: dict[str, PlanFile] = {}  # cached by name, because a plan file is never replaced
 
     def files(self) -> list[Path]:
-        """The plan files, in order."""
-        there = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in there if matches(path.name, PLAN)), key=_plan_number)
+        """Return the plan files, in order."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in paths if matches(path.name, PLAN)), key=_plan_number)
 
     def units(self) -> list[Unit]:
-        """Every unit, in order; raises StoreError for a plan file that cannot be read."""
+        """Return every unit, in order; raises StoreError for a plan file that cannot be read."""
         units = {}
         for plan in self._plans():
             units |= {number: Unit(number, plan.buckets[number], tuple(rows)) for number, rows in plan.rows.items()}
         return [units[number] for number in sorted(units)]
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """The columns of each key, the latest that were given."""
+        """Return the latest columns of each key."""
         columns: dict[str, dict[str, Any]] = {}
         for plan in self._plans():
             columns |= plan.columns
@@ -53,11 +53,10 @@ class WorkList:
         files: Iterable[SourceFile] = (),
         least: int = 0,
     ) -> list[Unit]:
-        """Append units for the ``fresh`` rows, each with its bucket, one bucket a unit; returns them.
+        """Append units for the ``fresh`` rows, which come with their buckets, one bucket a unit; return the units.
 
-        Their numbers follow those that are planned, and are at least ``least``.
-        ``files``: the source's; the columns of those that are planned and have others now are noted as well. No plan
-        file is ever replaced.
+        Their numbers follow the planned ones, and are at least ``least``. ``files``: files of the source; changed
+        columns of planned ones are recorded as well. No plan file is ever replaced.
         """
         units, plan = self.units(), self.files()
         first = max(least, units[-1].number + 1 if units else 0)
@@ -85,7 +84,7 @@ class WorkList:
 
 @dataclass
 class PlanFile:
-    """What a plan file holds: the rows of units by number, their buckets, and columns that were given later."""
+    """Contents of a plan file: rows and bucket of each unit by its number, and the latest columns of each key."""
 
     rows: dict[int, list[PlannedRow]] = field(default_factory=dict)
     buckets: dict[int, Size] = field(default_factory=dict)
@@ -93,13 +92,13 @@ class PlanFile:
 
 
 def _plan_line(unit: Unit, number: int, row: PlannedRow) -> dict[str, Any]:
-    """The line of a plan file for the ``number``-th row of ``unit``."""
+    """Return the line of a plan file for the ``number``-th row of ``unit``."""
     place = {"unit": unit.number, "row": number, "bucket": size_name(unit.bucket), **_source_line(row.file)}
     return {**place, "variant": row.variant, "height": row.original_hw[0], "width": row.original_hw[1]}
 
 
 def _columns_line(file: SourceFile) -> dict[str, Any]:
-    """The line of a plan file for a file whose columns changed while its image did not: it needs no unit."""
+    """Return the line of a plan file for a file of which only the columns changed, so that it needs no unit."""
     return {"unit": None, **_source_line(file)}
 
 
@@ -111,7 +110,7 @@ def _source_line(file: SourceFile) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """The contents of a plan file; raises StoreError for one that cannot be read."""
+    """Read a plan file; raises StoreError for a damaged one."""
     plan = PlanFile()
     if what := not_a_file(path):
         raise StoreError(f"{path} is damaged: it {what}")
@@ -154,7 +153,7 @@ def _plan_number(path: Path) -> int:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One row to make: an image's file, its variant, and its upright (height, width) by the header, 0 if unreadable."""
+    """A row to encode: file of the image, variant, and upright (height, width) by its header, 0 if unreadable."""
 
     file: SourceFile
     variant: int = 0
@@ -162,13 +161,13 @@ class PlannedRow:
 
     @property
     def name(self) -> tuple[str, int]:
-        """What tells a row from all others: the key and the variant."""
+        """Key and variant, which identify the row."""
         return self.file.key, self.variant
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The work of one shard: its number, its bucket (height, width) in pixels, and its rows, in order."""
+    """Rows of one shard: number of the unit, bucket (height, width) in pixels, and rows, in order."""
 
     number: int
     bucket: Size
@@ -176,10 +175,15 @@ class Unit:
 
     @property
     def stem(self) -> str:
-        """The name of its shard and commit record, without their suffixes."""
+        """Name of its shard and commit record, without their suffixes."""
         return f"{self.number:06d}-{size_name(self.bucket)}"
 
     @property
     def lease(self) -> str:
-        """The name of its lease."""
+        """Name of its lease."""
         return f"{self.number:06d}"
+
+
+def latest_units(units: list[Unit]) -> dict[tuple[str, int], int]:
+    """Return the number of the latest unit of each row, by its name."""
+    return {row.name: unit.number for unit in units for row in unit.rows}

@@ -1,4 +1,4 @@
-"""The space that a store's moments are handed out in: raw, as they are stored, or scaled, ready to train on."""
+"""Scaling of a store's moments: raw, as stored, or scaled, ready to train on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastvae.data.store.errors import StoreError
 
-# The largest of the eight bits that a log-variance may be stored in.
+# Largest value of a log-variance stored in eight bits.
 LAST_LEVEL = 255
 
 
 class LatentScaling:
-    """From raw moments to those of the space; ``scaling`` is what store.json says, ``scaled`` which space.
+    """Conversion of raw moments, by the ``scaling`` of store.json; the identity unless ``scaled``.
 
-    Raises StoreError where the model's scaling is not by channel, or not finite.
+    Raises StoreError if the model's scaling is not by channel, or not finite.
     """
 
     def __init__(self, scaling: dict[str, Any], scaled: bool):
@@ -27,9 +27,9 @@ class LatentScaling:
         self._spread = 2 * self._factor.abs().log()
 
     def mean(self, stored: Tensor, out: Tensor | None = None) -> Tensor:
-        """[B, L, h, w] as stored, or scaled: fp32, shifted and scaled as scale_latents does.
+        """Return means [B, L, h, w] as stored, or scaled: fp32, shifted and scaled as scale_latents does.
 
-        out: fp32 [B, L, h, w] that is filled row by row, each of which stays in the processor's cache meanwhile.
+        out: fp32 [B, L, h, w], filled row by row, so that a row stays in the CPU's cache between the operations.
         """
         if not self.scaled:
             return stored
@@ -41,10 +41,11 @@ class LatentScaling:
         return out
 
     def logvar(self, stored: Tensor, extent: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """[B, L, h, w] in ``dtype``, or scaled, fp32: 2 ln(factor) added, so that drawing and scaling commute.
+        """Return log-variances [B, L, h, w] in ``dtype``, or scaled, fp32: with 2 ln(factor) added, so that drawing and
+        scaling commute.
 
-        extent: fp32 [B, 2], the lowest and highest of each row, where ``stored`` is eight bits between the two. out: as
-        for mean.
+        extent: fp32 [B, 2], minimum and maximum of each row, if ``stored`` is eight bits between the two. out: as for
+        mean.
         """
         if extent is not None:
             low, high = extent[:, 0, None, None, None], extent[:, 1, None, None, None]
@@ -60,7 +61,7 @@ class LatentScaling:
 
 
 def _affine(scaling: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """factor and shift [L or 1, 1, 1] with scaled = (raw - shift) * factor."""
+    """Return factor and shift [L or 1, 1, 1] of scaled = (raw - shift) * factor."""
     if scaling["batch_norm"]:
         advice = "read with scaled=False, and pass what is sampled through fastvae.scale_latents(vae, z)"
         raise StoreError(f"this store's model normalises patches of latents by its batch norm: {advice}")

@@ -1,13 +1,12 @@
-"""The bytes of one shard: a safetensors file whose rows are latents of one size, readable without this package.
+"""Bytes of a shard: a safetensors file whose rows are latents of one size, readable without this package.
 
 Tensors, for N rows: mean [N, L, h, w] F16 or F32 (the draw, for posterior "sample") and, for posterior "dist", logvar
-[N, L, h, w] F16, raw as the model gives them, log-variance clamped to [-30, 20] as every sampler does; or logvar U8
-with logvar_range [N, 2] F32, the row's least and greatest: logvar = least + u8 / 255 (greatest - least). sample_id [N]
-U64, the first 8 bytes, little-endian, of the key's sha256; original_hw [N, 2] I32, after rotation; crop_tlhw [N, 4]
-I32; variant [N] U16; row_crc32 [N] U32 over the row's mean, logvar, logvar_range and alpha bytes; key_utf8 U8 with
-key_offset [N + 1] I64. With alpha="mask" also alpha [N, h, w] U8: how opaque the picture is in each latent, 255 opaque.
-The header is written here and not by the safetensors package, which orders metadata at random: equal rows give equal
-bytes.
+[N, L, h, w] F16, both raw as the model returns them, log-variance clamped to [-30, 20] as every sampler does; or logvar
+U8 with logvar_range [N, 2] F32, the row's minimum and maximum: logvar = min + u8 / 255 (max - min). sample_id [N] U64,
+the first 8 bytes, little-endian, of the key's sha256; original_hw [N, 2] I32, after rotation; crop_tlhw [N, 4] I32;
+variant [N] U16; row_crc32 [N] U32 over the row's mean, logvar, logvar_range and alpha bytes; key_utf8 U8 with
+key_offset [N + 1] I64. With alpha="mask" also alpha [N, h, w] U8: opacity of the image in each latent, 255 opaque.
+The header is written here, because the safetensors package orders metadata at random: equal rows give equal bytes.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ DTYPE_NAMES = {
     "<u2": "U16",
     "|u1": "U8",
 }
-# What names the rows: each of one dimension.
+# Columns with the names of the rows, each of one dimension.
 NAME_COLUMNS = {"key_utf8": "U8", "key_offset": "I64", "variant": "U16"}
-# What a row's checksum covers, in this order; all but the mean may be missing.
+# Arrays in a row's checksum, in this order; all but the mean may be missing.
 SUMMED = ("mean", "logvar", "logvar_range", "alpha")
 HALF_MAXIMUM = 65504.0
-# What the rows of a store hold: mean and log-variance, the mean alone, or one draw.
+# Latents in a row: mean and log-variance, the mean alone, or one draw.
 POSTERIORS = ("dist", "mean", "sample")
 
 
@@ -59,7 +58,7 @@ class ShardRow:
 
 
 def pack(rows: list[ShardRow], metadata: dict[str, str]) -> list[bytes | memoryview]:
-    """The parts of a shard file that holds ``rows``, in order; equal arguments give equal bytes."""
+    """Return the parts of a shard file with ``rows``, in order; equal arguments give equal bytes."""
     keys = [key_bytes(row.key) for row in rows]
     tensors = {
         "mean": np.stack([row.mean for row in rows]),
@@ -93,7 +92,7 @@ def pack(rows: list[ShardRow], metadata: dict[str, str]) -> list[bytes | memoryv
 
 
 def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
-    """The CRC-32 of the bytes of a row's SUMMED, one after another: its mean's, and the others' that are there."""
+    """Return the CRC-32 of the bytes of a row's SUMMED arrays, one after another, without those that are None."""
     checksum = 0
     for array in (mean, *others):
         if array is not None:
@@ -102,20 +101,21 @@ def row_checksum(mean: np.ndarray, *others: np.ndarray | None) -> int:
 
 
 def row_damage(key: str, values: Sequence[np.ndarray | None], checksum: int, number: int) -> str | None:
-    """What is wrong with a row as its shard has it, in words: its SUMMED ``values``, None for those that are not there,
-    its checksum, and its number modulo 2^64; None for a sound one.
+    """Return why a row is damaged (checksum, NaN or infinity, sample_id), or None.
+
+    ``values``: its SUMMED arrays, None for missing ones. ``number``: its sample_id, modulo 2^64.
     """
     if row_checksum(*values) != checksum:  # type: ignore[arg-type]
         return "has another checksum than it says"
     if not all(np.isfinite(part).all() for part in values if part is not None):
         return "is not finite"
-    return None if number % 2**64 == sample_id(key) else "has another number than its key"
+    return None if number % 2**64 == sample_id(key) else "has another sample_id than its key"
 
 
 def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
-    """(key, variant) of each row of a shard, in order.
+    """Return (key, variant) of each row of a shard, in order.
 
-    Raises SafetensorError, ValueError or TypeError for a file that is no shard, whose keys are not one after another.
+    Raises SafetensorError, ValueError or TypeError for a file that is not a shard, or whose keys overlap.
     """
     from safetensors import safe_open
 
@@ -123,7 +123,7 @@ def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
     with safe_open(os.fspath(path), framework="np") as shard:
         columns = {name: _read_column(shard, name, dtype) for name, dtype in NAME_COLUMNS.items()}
     text, offsets = columns["key_utf8"].tobytes(), columns["key_offset"].tolist()
-    # Each byte belongs to one key: of overlapping ones a small file could ask for all memory.
+    # Each byte belongs to one key: with overlapping keys a small file could fill all memory.
     if offsets[:1] != [0] or offsets[-1] != len(text) or any(start > end for start, end in pairwise(offsets)):
         raise ValueError("its keys do not follow one another")
     names = (key_text(text[start:end]) for start, end in pairwise(offsets))
@@ -131,7 +131,7 @@ def read_names(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What the shard states of itself; raises OSError, SafetensorError or ValueError for a file that is no shard."""
+    """Return the metadata in a shard's header; raises OSError, SafetensorError or ValueError for anything else."""
     from safetensors import safe_open
 
     check_header(path, SHARD_HEADER)
@@ -149,9 +149,9 @@ def _read_column(shard: Any, name: str, dtype: str) -> np.ndarray:
 def row_bytes(
     latent_channels: int, height: int, width: int, store_dtype: str, logvar: str | None, with_alpha: bool = False
 ) -> int:
-    """About how many bytes one row takes: its tensors, of latents ``height`` by ``width``, and 200 for its columns.
+    """Return about the bytes of one row: its tensors, of latents ``height`` by ``width``, and 200 for its columns.
 
-    ``logvar``: "fp16", "u8", or None where it is not stored.
+    ``logvar``: "fp16", "u8", or None if it is not stored.
     """
     elements = latent_channels * height * width
     widths = {"fp32": 4, "fp16": 2, "u8": 1}

@@ -1,7 +1,7 @@
-"""What a shard states of itself in its metadata, and in what store.json says something else.
+"""The metadata in a shard's header, and its differences from store.json.
 
-Each shard carries what a reader needs of store.json: the scaling, the space, the identity's digest, its bucket and the
-shape of its latents. Both are written once, so where they differ one of the two was changed since.
+Each shard repeats what a reader needs of store.json: the scaling, the space, the digest of the identity, its bucket and
+the shape of its latents. Both are written once, so a difference shows that one of the two was changed since.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
 from fastvae.data.store.store_json import SHARD_ONLY_METADATA, is_count
 
-MAX_TEXT = 4096  # of a value in a sentence
+MAX_TEXT = 4096  # characters of a value in a message
 SHAPE = ("latent_channels", "downsample_factor")
-# By field of store.json: what it says, and what a shard states.
+# By field of store.json: its value there, and its value in a shard.
 Differences = dict[str, tuple[str, str]]
 
 
 def metadata_of(facts: Mapping[str, Any], bucket: Size, latent: Sequence[int]) -> dict[str, str]:
-    """The metadata of a shard of ``bucket`` whose latents are [L, h, w], by the ``facts`` of store.json."""
+    """Return the metadata of a shard of ``bucket``, from the ``facts`` of store.json; ``latent`` is [L, h, w]."""
     own = {"bucket": size_name(bucket), "latent_shape": json.dumps([*latent])}
     return {**facts["metadata"], "identity": facts["identity_digest"], **own}
 
 
-def metadata_differences(facts: Mapping[str, Any], bucket: Size, stated: Mapping[str, str]) -> Differences:
-    """The fields in which ``stated``, the metadata of a shard of ``bucket``, is not what store.json's ``facts`` say."""
+def metadata_differences(facts: Mapping[str, Any], bucket: Size, metadata: Mapping[str, str]) -> Differences:
+    """Return the fields in which the ``metadata`` of a shard of ``bucket`` differs from the ``facts`` of store.json."""
     pairs: dict[str, tuple[str | None, str | None]] = {
-        "identity_digest": (facts["identity_digest"], stated.get("identity")),
-        "bucket": (size_name(bucket), stated.get("bucket")),
+        "identity_digest": (facts["identity_digest"], metadata.get("identity")),
+        "bucket": (size_name(bucket), metadata.get("bucket")),
     }
     scaling = facts["scaling"]
-    pairs |= {f"scaling.{name}": (json.dumps(scaling[name]), stated[name]) for name in scaling if name in stated}
-    told = [name for name in {**facts["metadata"], **stated} if name not in SHARD_ONLY_METADATA]
-    pairs |= {f"metadata.{name}": (facts["metadata"].get(name), stated.get(name)) for name in told}
-    shape = _shape(stated.get("latent_shape"))
+    pairs |= {f"scaling.{name}": (json.dumps(scaling[name]), metadata[name]) for name in scaling if name in metadata}
+    shared = [name for name in {**facts["metadata"], **metadata} if name not in SHARD_ONLY_METADATA]
+    pairs |= {f"metadata.{name}": (facts["metadata"].get(name), metadata.get(name)) for name in shared}
+    shape = _shape(metadata.get("latent_shape"))
     if shape is None or not 0 < bucket[0] // shape[1] == bucket[1] // shape[2]:
         sides = [side // facts["downsample_factor"] for side in bucket]
-        pairs["latent_shape"] = (json.dumps([facts["latent_channels"], *sides]), stated.get("latent_shape"))
+        pairs["latent_shape"] = (json.dumps([facts["latent_channels"], *sides]), metadata.get("latent_shape"))
     else:
         found = (shape[0], bucket[0] // shape[1])
         pairs |= {name: (str(facts[name]), str(value)) for name, value in zip(SHAPE, found, strict=True)}
-    return {field: (_one_line(said), _one_line(there)) for field, (said, there) in pairs.items() if said != there}
+    return {field: (_one_line(ours), _one_line(shards)) for field, (ours, shards) in pairs.items() if ours != shards}
 
 
 def edited_fields(of_shards: Sequence[Differences]) -> Differences:
-    """The fields in which all shards, of which these are the differences, state one value and store.json another."""
+    """Return the fields in which all shards have one value and store.json another, from the differences of each."""
     if not of_shards:
         return {}
     first, *others = of_shards
@@ -63,25 +63,25 @@ def edited_fields(of_shards: Sequence[Differences]) -> Differences:
 
 
 def check_shard_metadata(path: Path, facts: Mapping[str, Any], bucket: Size) -> None:
-    """Raises StoreError where the shard at ``path`` cannot be read, or states anything else than store.json says."""
+    """Raise StoreError if the shard at ``path`` cannot be read, or its metadata differs from store.json."""
     try:
-        stated = read_metadata(path)
+        metadata = read_metadata(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
-    for field, (said, there) in metadata_differences(facts, bucket, stated).items():
+    for field, (ours, shards) in metadata_differences(facts, bucket, metadata).items():
         raise StoreError(
-            f"{path} states {field} {there}, and store.json says {said}: one of them was changed, and fastvae verify "
-            "tells which"
+            f"{path} has {field} {shards}, and store.json has {ours}: one of them was changed, and fastvae verify "
+            "says which"
         )
 
 
 def _one_line(text: str | None) -> str:
-    """A stranger's text, which may not look like a line of ours."""
+    """Return text of a file on one line, so that it cannot look like an output line of ours."""
     return "nothing" if text is None else " ".join(text[:MAX_TEXT].split())
 
 
 def _shape(text: str | None) -> tuple[int, int, int] | None:
-    """L, h and w, none of them 0, of a shard's latent_shape; None for anything else."""
+    """Return L, h and w, none of them 0, of a shard's latent_shape; None for anything else."""
     try:
         channels, height, width = json.loads(text or "")
     except (ValueError, TypeError, RecursionError):

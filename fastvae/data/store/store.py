@@ -1,14 +1,14 @@
-"""A folder of latents that is always consistent: identity, frozen work list, shards, and commit records written last.
+"""A folder of latents that is consistent at any time: identity, plan, shards, and commit records, written last.
 
     store.json                      identity and layout, written once
-    plan/units-00000.jsonl          the work list; later files only ever append units
+    plan/units-00000.jsonl          the plan; later files only append units
     shards/000017-256x256.safetensors
     shards/000017-256x256.json      the commit record; a shard without one does not exist
-    leases/000017.lease             a unit that a running process works on
+    leases/000017.lease             a unit that a running process encodes
     failures.jsonl, index.jsonl     derived from the commit records
 
-A key in a later unit replaces the same key of an earlier one, as soon as it is planned: that is how an edited image is
-encoded again, and its old latents are served no more.
+A key in a later unit replaces the same key of an earlier one as soon as it is planned: so an edited image is encoded
+again, and its old latents are no longer served.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastvae.data.store.commits import Commit, Failure, read_commit
 from fastvae.data.store.errors import IdentityMismatch, StoreError
 from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_kinds, matches
 from fastvae.data.store.leases import Leases
-from fastvae.data.store.plan import PlannedRow, Unit, WorkList
+from fastvae.data.store.plan import PlannedRow, Unit, WorkList, latest_units
 from fastvae.data.store.shard import ShardRow, pack, read_names
 from fastvae.data.store.shard_metadata import metadata_of
 from fastvae.data.store.store_json import check_store_json, read_store_json
@@ -42,7 +42,7 @@ __all__ = ["Commit", "Failure", "IdentityMismatch", "Store", "StoreError", "Unit
 
 
 class Store:
-    """A latent store at ``path``; ``facts`` is its store.json."""
+    """A latent store at ``path``; ``facts`` is the content of its store.json."""
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path = path
@@ -51,7 +51,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """The store at ``path``; raises StoreError if there is none, or it is damaged or of another format."""
+        """Open the store at ``path``; raises StoreError if there is none, or it is damaged or of another format."""
         path = Path(path)
         try:
             facts = read_store_json(path / "store.json")
@@ -59,15 +59,15 @@ class Store:
             raise StoreError(f"{path} is not a latent store: it has no store.json") from None
         check_store_json(facts, path / "store.json")
         if identities.digest(facts["identity"]) != facts["identity_digest"]:
-            raise StoreError(f"{path / 'store.json'} was edited: its identity does not have the digest it states")
+            raise StoreError(f"{path / 'store.json'} was edited: its identity does not have its identity_digest")
         return cls(path, facts)
 
     @classmethod
     def check(cls, path: str | Path, identity: dict[str, Any]) -> Store | None:
-        """The store at ``path`` if latents of ``identity`` can be added to it, None if one can be made; writes nothing.
+        """Return the store at ``path`` if it takes latents of ``identity``, None if one can be made; writes nothing.
 
-        One of another identity without a commit is as good as none. Raises IdentityMismatch for one with commits,
-        StoreError for a folder with other things in it, or with others in the places of a store's own.
+        A store of another identity that has no commits can be replaced. Raises IdentityMismatch for one with commits,
+        StoreError for a folder with other files in it, or with the wrong kind of file under a name of a store.
         """
         path = Path(path)
         if (path / "store.json").exists():
@@ -83,7 +83,7 @@ class Store:
             )
         if path.exists() and not path.is_dir():
             raise StoreError(f"the output must be a folder, {path} is a file")
-        if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_ours(entry))):
+        if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_own_name(entry))):
             raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
         check_kinds(path)
         return None
@@ -92,10 +92,10 @@ class Store:
     def create_or_open(
         cls, path: str | Path, identity: dict[str, Any], layout: dict[str, Any], leases: Leases
     ) -> Store:
-        """The store at ``path``, made if it is not there; ``layout`` is what readers need beside the identity.
+        """Open the store at ``path``, or create it; ``layout``: fields of store.json beside the identity.
 
-        Raises as check does, and IdentityMismatch where another process is making a store of another identity. To be
-        called by the holder of the folder's lock, inside its ``leases``.
+        Raises as check does, and IdentityMismatch if another process is making a store of another identity there. The
+        caller holds the folder's lock, and is inside its ``leases``.
         """
         path = Path(path)
         store = cls.check(path, identity)
@@ -115,17 +115,17 @@ class Store:
         store._sweep(leases)
         (path / "plan").mkdir(exist_ok=True)
         (path / "shards").mkdir(exist_ok=True)
-        # Else a power cut could take a folder away with every record in it, however well those were synchronised.
+        # Otherwise a power cut could remove a folder and every record in it, although the records were synchronised.
         synchronise_folder(path)
         synchronise_folder(path.parent)
         return store
 
     def units(self) -> list[Unit]:
-        """The work list of every plan file, in order; raises StoreError for one that cannot be read."""
+        """Return the units of every plan file, in order; raises StoreError for a damaged one."""
         return self._work.units()
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """The columns that came with each key, such as its caption, as they were when the plan was last extended."""
+        """Return the columns of each key, such as its caption, as of the latest change of the plan."""
         return self._work.columns()
 
     def extend_plan(
@@ -134,41 +134,41 @@ class Store:
         rows_per_unit: Callable[[Size], int],
         files: Iterable[SourceFile] = (),
     ) -> list[Unit]:
-        """See WorkList.extend. No unit gets the number of a record whose plan was lost: it would speak for it."""
+        """Extend the plan, see WorkList.extend, without numbers of records whose plan was lost: they would match."""
         numbers = [int(path.name.split("-")[0]) for path in self.records()]
         return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1)
 
     def records(self) -> list[Path]:
-        """The commit records that lie in the store, whether they can be trusted or not."""
+        """Return the paths of all commit records, trusted or not."""
         return self._files("shards", RECORD)
 
     def files_to_encode(
         self, files: Iterable[SourceFile], again: Callable[[Failure, Commit], bool] = lambda failure, commit: False
     ) -> list[SourceFile]:
-        """Those of ``files`` that need a unit: new, other than planned (see is_same_as), or to be tried again.
+        """Return those of ``files`` that need a unit: new, changed since the plan (see is_same_as), or to be retried.
 
-        ``again`` is asked for each failure that the latest unit of a file committed.
+        ``again``: returns True for a failure, of the latest unit of its file, that is to be retried.
         """
         planned = {row.file.key: row.file for unit in self.units() for row in unit.rows}
         retried = {failure.key for failure, commit in self.latest_failures() if again(failure, commit)}
         return [file for file in files if not file.is_same_as(planned.get(file.key)) or file.key in retried]
 
     def latest_failures(self) -> list[tuple[Failure, Commit]]:
-        """Every failure that the latest unit of its row committed, and that unit's record."""
+        """Return every failure in the latest unit of its row, with that unit's record."""
         latest = latest_units(self.units())
-        told = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
-        return [pair for pair in told if latest[pair[0].key, pair[0].variant] == pair[1].unit]
+        failures = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
+        return [pair for pair in failures if latest[pair[0].key, pair[0].variant] == pair[1].unit]
 
     def pending(self) -> int:
-        """Rows that are planned and not committed: no run has made them yet, or their record cannot be trusted."""
+        """Return the number of rows planned and not committed: not encoded yet, or their record is not trusted."""
         commits = self.commits()
         return sum(unit not in commits for unit in latest_units(self.units()).values())
 
     def commits(self, with_keys: bool = False) -> dict[int, Commit]:
-        """The commit records that can be trusted, by unit.
+        """Return the trusted commit records, by unit.
 
-        They are readable, of this identity, speak of as many rows as their unit has, and their shard has the stated
-        size; with ``with_keys`` its keys are read as well, and a shard that is damaged there counts as not committed.
+        A trusted record is readable, has this identity and the number of rows of its unit, and its shard has the size
+        in the record; ``with_keys`` reads the shard's keys as well, and does not trust a record with wrong ones.
         """
         trusted = {}
         for unit in self.units():
@@ -178,7 +178,7 @@ class Store:
         return trusted
 
     def commit_of(self, unit: Unit, with_keys: bool = False) -> Commit | None:
-        """The commit record of ``unit`` if it is there and can be trusted, as in commits."""
+        """Return the commit record of ``unit`` if there is one and it is trusted, see commits."""
         try:
             commit = read_commit(self.path / "shards" / f"{unit.stem}.json")
         except FileNotFoundError:
@@ -187,17 +187,17 @@ class Store:
             return None
         if commit.shard is not None:
             try:
-                there = (self.path / "shards" / commit.shard).stat()
-            except OSError:  # another process may be taking it away
+                found = (self.path / "shards" / commit.shard).stat()
+            except OSError:  # another process may delete it now
                 return None
-            if not stat.S_ISREG(there.st_mode) or there.st_size != commit.bytes:
+            if not stat.S_ISREG(found.st_mode) or found.st_size != commit.bytes:
                 return None
             if with_keys and not self._has_rows_of(commit, unit):
                 return None
         return commit
 
     def commit(self, unit: Unit, rows: list[ShardRow], **facts: Any) -> Commit:
-        """Write the shard of ``unit`` and then its commit record; ``facts`` are the record's other fields."""
+        """Write the shard of ``unit`` and then its commit record; ``facts``: other fields of the record."""
         shard, size, digest = None, 0, None
         if rows:
             shard = f"{unit.stem}.safetensors"
@@ -207,19 +207,19 @@ class Store:
             unit.number, shard, size, digest, len(rows), self.facts["identity_digest"], host=platform.node(), **facts
         )
         write_atomically(self.path / "shards" / f"{unit.stem}.json", [json_bytes(asdict(commit), indent=1)])
-        if shard is None:  # what an earlier try left is of no record now
+        if shard is None:  # an earlier try may have left one, which no record names now
             (self.path / "shards" / f"{unit.stem}.safetensors").unlink(missing_ok=True)
         return commit
 
     def write_derived(self) -> None:
-        """Write index.jsonl (key, variant, shard, row of each row served) and failures.jsonl where they are not so."""
+        """Write index.jsonl (key, variant, shard, row of each served row) and failures.jsonl if they have changed."""
         for name, lines in self.derived().items():
             path = self.path / name
             if not path.is_file() or path.read_bytes() != b"".join(lines):
                 write_atomically(path, lines)
 
     def derived(self) -> dict[str, list[bytes]]:
-        """The lines of each file that write_derived writes."""
+        """Return the lines of each file that write_derived writes."""
         index, failures = self._index_and_failures()
         rows = [
             json_bytes({"key": key, "variant": variant, "shard": shard, "row": row}) + b"\n"
@@ -229,14 +229,14 @@ class Store:
         return {"index.jsonl": rows, "failures.jsonl": lines}
 
     def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
-        """Where each row is: (key, variant) to (shard, row). The latest unit that a row was planned in decides.
+        """Return (shard, row) of each (key, variant), in the latest unit that the row was planned in.
 
         Raises StoreError for a committed shard that cannot be read.
         """
         return self._index_and_failures()[0]
 
     def failures(self) -> dict[tuple[str, int], Failure]:
-        """Which rows failed in the latest unit that they were planned in, by (key, variant)."""
+        """Return the failures in the latest unit of each row, by (key, variant)."""
         return self._index_and_failures()[1]
 
     def _index_and_failures(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
@@ -253,7 +253,7 @@ class Store:
         shard = self.path / "shards" / str(commit.shard)
         try:
             names = read_names(shard)
-        # ValueError: offsets that are no numbers of bytes. TypeError: a tensor of another type.
+        # ValueError: offsets that are not numbers of bytes. TypeError: a tensor of another type.
         except (SafetensorError, ValueError, TypeError) as error:
             raise StoreError(f"{shard} is damaged: {error}; fastvae repair makes it again") from error
         if len(names) != commit.rows:
@@ -278,26 +278,21 @@ class Store:
         return bool(self.records())
 
     def _sweep(self, leases: Leases) -> None:
-        """Delete what killed runs left, but not what the holder of a live lease is writing."""
-        for folder, names in ((".", TOP_LEVEL_NAMES), ("plan", PLAN)):  # written by the lock's holder alone
+        """Delete temporary files of killed runs, but not those that the holder of a live lease is writing."""
+        for folder, names in ((".", TOP_LEVEL_NAMES), ("plan", PLAN)):  # only the lock's holder writes them
             if (self.path / folder).is_dir():
                 sweep(self.path / folder, names)
         shards = self.path / "shards"
         for path in shards.iterdir() if shards.is_dir() else ():
-            # Asked now and not before: whoever writes took the lease first.
+            # Checked here and not earlier: a process takes the lease before it writes.
             if is_leftover(path, f"{SHARD}|{RECORD}") and not leases.is_live(path.name.split("-")[0]):
                 path.unlink(missing_ok=True)
 
     def _delete_uncommitted(self) -> None:
-        """Delete the plan, and shards without a record, of a store that never had a commit."""
+        """Delete the plan and the shards of a store that never had a commit."""
         for path in (*self._files(".", DERIVED), *self._files("shards", SHARD), *self._work.files()):
             path.unlink()
 
 
-def _is_ours(path: Path) -> bool:
+def _is_own_name(path: Path) -> bool:
     return path.name in (LOCK_NAME, "leases") or is_leftover(path, TOP_LEVEL_NAMES)
-
-
-def latest_units(units: list[Unit]) -> dict[tuple[str, int], int]:
-    """The number of the latest unit of each row."""
-    return {row.name: unit.number for unit in units for row in unit.rows}

@@ -12,12 +12,12 @@ from fastvae.system.strict_json import json_value
 
 FORMAT = 1
 MAX_DIMENSION = 2**20  # far above any model's channels or downsampling
-# Metadata of a shard alone: store.json has none of these names.
+# Names of metadata that only a shard has, never store.json.
 SHARD_ONLY_METADATA = ("identity", "bucket", "latent_shape")
 
 
 def read_store_json(path: Path) -> Any:
-    """The JSON of ``path``, which has no NaN in it; raises StoreError for anything else."""
+    """Return the JSON value of ``path``; raises StoreError for anything else, NaN included."""
     if what := not_a_file(path):
         raise StoreError(f"{path} is damaged: it {what}")
     try:
@@ -27,40 +27,42 @@ def read_store_json(path: Path) -> Any:
 
 
 def check_store_json(facts: Any, path: Path) -> None:
-    """Raises StoreError unless ``facts``, read from ``path``, has what every reader of a store needs."""
+    """Raise StoreError unless ``facts``, read from ``path``, has every field that readers of a store need."""
     if not isinstance(facts, dict) or facts.get("fvl") != FORMAT:
         raise StoreError(f'{path} must have "fvl": {FORMAT}')
     kinds = {"identity": dict, "identity_digest": str, "buckets": list, "latent_channels": int}
     kinds |= {"downsample_factor": int}
     kinds |= {"scaling": dict, "metadata": dict, "source": dict, "created_by": str}
-    wrong = [name for name in kinds if name not in facts]
-    if not wrong and (others := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]):
-        raise StoreError(f"{path} is damaged: {', '.join(others)} cannot be what it says")
-    if not wrong:
+    missing = [name for name in kinds if name not in facts]
+    if not missing and (others := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]):
+        raise StoreError(f"{path} is damaged: {', '.join(others)} cannot have this value")
+    if not missing:
         identity = facts["identity"]
         parts = {"model": identity.get("model"), "preprocess": identity.get("preprocess")}
-        wrong += [f"identity.{name}" for name, part in parts.items() if not isinstance(part, dict)]
-        if not wrong:
-            wrong += [] if "encoder_weights_sha256" in identity["model"] else ["identity.model.encoder_weights_sha256"]
+        missing += [f"identity.{name}" for name, part in parts.items() if not isinstance(part, dict)]
+        if not missing:
+            missing += (
+                [] if "encoder_weights_sha256" in identity["model"] else ["identity.model.encoder_weights_sha256"]
+            )
         numerics = identity.get("numerics")
         given = numerics if isinstance(numerics, dict) else {}
-        wrong += [f"identity.numerics.{name}" for name in ("dtype", "posterior", "mean") if name not in given]
+        missing += [f"identity.numerics.{name}" for name in ("dtype", "posterior", "mean") if name not in given]
         names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm")
-        wrong += [f"scaling.{name}" for name in names if name not in facts["scaling"]]
-        wrong += [] if "vae" in facts["source"] else ["source.vae"]
-    if wrong:
-        raise StoreError(f"{path} is damaged: it lacks {', '.join(wrong)}")
+        missing += [f"scaling.{name}" for name in names if name not in facts["scaling"]]
+        missing += [] if "vae" in facts["source"] else ["source.vae"]
+    if missing:
+        raise StoreError(f"{path} is damaged: it lacks {', '.join(missing)}")
     if wrong := _impossible_fields(facts):
-        raise StoreError(f"{path} is damaged: {', '.join(wrong)} cannot be what it says")
+        raise StoreError(f"{path} is damaged: {', '.join(wrong)} cannot have this value")
 
 
 def keeps_alpha(facts: Mapping[str, Any]) -> bool:
-    """Whether the rows of a store with these ``facts`` hold how opaque their images are, beside the latents."""
+    """Return True if the rows of a store with these ``facts`` have the opacity of their images, beside the latents."""
     return facts["identity"]["preprocess"].get("alpha") == "mask"
 
 
 def _impossible_fields(facts: dict[str, Any]) -> list[str]:
-    """The names of the facts that no store has: what readers compute with, so that none of them fails on it."""
+    """Return the names of the fields with impossible values, among those that readers compute with."""
     scaling, numerics = facts["scaling"], facts["identity"]["numerics"]
     channels = facts["latent_channels"]
     right = {
@@ -68,7 +70,7 @@ def _impossible_fields(facts: dict[str, Any]) -> list[str]:
         for name in ("latent_channels", "downsample_factor")
     }
     right |= {f"identity.numerics.{name}": isinstance(numerics[name], str) for name in ("dtype", "posterior", "mean")}
-    factor = scaling["scaling_factor"]  # a model that normalises patches has none
+    factor = scaling["scaling_factor"]  # None for a model that normalises patches
     right["scaling.scaling_factor"] = _is_number(factor) or (factor is None and scaling["batch_norm"] is True)
     right["scaling.shift_factor"] = scaling["shift_factor"] is None or _is_number(scaling["shift_factor"])
     for name in ("latents_mean", "latents_std"):
@@ -92,5 +94,5 @@ def _is_number(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether ``value`` is a whole number that is not negative."""
+    """Return True if ``value`` is an integer of 0 or more, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -170,7 +170,7 @@ def test_row_27_a_store_whose_facts_cannot_be_is_a_store_error(tmp_path, case):
     facts = merged(json.loads((out / "store.json").read_text()), change)
     facts["identity_digest"] = digest(facts["identity"])
     (out / "store.json").write_text(json.dumps(facts))
-    with pytest.raises(StoreError, match=rf"store\.json is damaged: {re.escape(name)} cannot be what it says"):
+    with pytest.raises(StoreError, match=rf"store\.json is damaged: {re.escape(name)} cannot have this value"):
         LatentDataset(out, scaled=True)
 
 

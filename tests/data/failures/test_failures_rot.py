@@ -89,11 +89,11 @@ DAMAGE = {
     "a record of noise": (lambda shard, record: record.write_text("[]"), "is no commit record"),
     "a record of another store": (
         lambda shard, record: record.write_text(json.dumps(json.loads(record.read_text()) | {"identity": "0" * 64})),
-        "is of another identity",
+        "has another identity",
     ),
     "a record of other rows": (
         lambda shard, record: record.write_text(json.dumps(json.loads(record.read_text()) | {"rows": 3})),
-        "speaks of other rows than its unit has",
+        "lists other rows than its unit",
     ),
     "a shard that is gone": (lambda shard, record: shard.unlink(), "cannot be read: No such file"),
     "a shard that is cut": (lambda shard, record: shard.write_bytes(shard.read_bytes()[:-1]), "bytes, and its record"),

@@ -60,9 +60,9 @@ def test_row_13_a_lock_that_is_no_file_is_refused_by_its_name(made, tmp_path, ow
     KINDS[kind](out / name, own)
     before = state(out / "shards") | state(out / "plan")
     next((out / "shards").glob("*.json")).unlink()
-    with pytest.raises(StoreError, match=rf"{name} is {kind} in the place of a file: move it away"):
+    with pytest.raises(StoreError, match=rf"{name} is {kind}, not a file: move it away"):
         encode(made / "in", out, vae=small_vae(), **FIXED)
-    with pytest.raises(StoreError, match=rf"{name} is {kind} in the place of a file"):
+    with pytest.raises(StoreError, match=rf"{name} is {kind}, not a file"):
         repair(out, **OPTIONS)
     assert own.read_text() == "mine"
     assert own.stat().st_mtime == 1e9
@@ -79,7 +79,7 @@ def test_row_13_a_folder_that_is_none_is_refused_by_its_name(made, tmp_path, nam
     else:
         KINDS[kind](out / name, elsewhere)
     before = state(elsewhere)
-    words = rf"{name} is {kind} in the place of a folder: move it away"
+    words = rf"{name} is {kind}, not a folder: move it away"
     for dry_run in (True, False):
         with pytest.raises(StoreError, match=words):
             encode(made / "in", out, vae=small_vae(), dry_run=dry_run, **FIXED)
@@ -92,7 +92,7 @@ def test_row_13_an_index_is_rebuilt_through_no_link(made, tmp_path, own):
     out = shutil.copytree(made / "out", tmp_path / "out")
     (out / ".lock").unlink()
     (out / ".lock").symlink_to(own)
-    with pytest.raises(StoreError, match=r"\.lock is a link in the place of a file"):
+    with pytest.raises(StoreError, match=r"\.lock is a link, not a file"):
         rebuild_index(out)
     assert own.read_text() == "mine"
 
@@ -107,7 +107,7 @@ def test_row_13_a_lock_that_is_another_name_of_a_file_locks_and_writes_nothing(t
 def test_row_13_what_was_put_there_since_is_refused_by_whoever_opens_it(tmp_path, own):
     with Leases(tmp_path / "leases") as leases:
         (tmp_path / "leases" / ".clock").symlink_to(own)
-        with pytest.raises(StoreError, match=r"\.clock is a link in the place of a file"):
+        with pytest.raises(StoreError, match=r"\.clock is a link, not a file"):
             leases.is_live(f"run-{leases.owner}")
     assert own.stat().st_mtime == 1e9
 

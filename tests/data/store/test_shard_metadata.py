@@ -81,7 +81,7 @@ EDITS = {
 def test_an_edited_store_json_is_found_and_neither_mended_read_nor_added_to(made, tmp_path, field):
     value, said, stated = EDITS[field]
     edit(made, field, value)
-    what = f"says {field} {said}, and each of its 3 shards states {stated}"
+    what = f"says {field} {said}, and each of its 3 shards has {stated}"
     assert damages(made, deep=False) == damages(made, deep=True) == [("store.json", what)]
     for scaled in (False, True):
         with pytest.raises(StoreError, match="batch norm" if scaled and field.endswith("batch_norm") else field):
@@ -103,16 +103,16 @@ def test_metadata_that_store_json_lacks_is_found(made):
     del facts["metadata"]["space"]
     (made / "store.json").write_text(json.dumps(facts))
     assert damages(made, deep=False) == [
-        ("store.json", "says metadata.space nothing, and each of its 3 shards states raw")
+        ("store.json", "says metadata.space nothing, and each of its 3 shards has raw")
     ]
-    with pytest.raises(StoreError, match=r"states metadata\.space raw, and store\.json says nothing"):
+    with pytest.raises(StoreError, match=r"has metadata\.space raw, and store\.json has nothing"):
         LatentDataset(made)[0]
 
 
 @pytest.mark.parametrize("field", ["metadata.bucket", "metadata.latent_shape", "metadata.identity"])
 def test_metadata_that_is_a_shards_own_is_none_of_store_jsons(made, field):
     edit(made, field, f"{SIDE}x{SIDE}")
-    with pytest.raises(StoreError, match=r"store\.json is damaged: metadata cannot be what it says"):
+    with pytest.raises(StoreError, match=r"store\.json is damaged: metadata cannot have this value"):
         verify(made, progress=False)
 
 
@@ -122,7 +122,7 @@ def test_the_store_json_of_another_store_is_found_and_no_latent_is_replaced(made
     digest = json.loads((made / "store.json").read_text())["identity_digest"]
     shutil.copy(tmp_path / "other" / "store.json", made / "store.json")
     other = json.loads((made / "store.json").read_text())["identity_digest"]
-    what = f"says identity_digest {other}, and each of its 3 records states {digest}"
+    what = f"says identity_digest {other}, and each of its 3 records has {digest}"
     assert damages(made, deep=False) == damages(made, deep=True) == [("store.json", what)]
     before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
     with pytest.raises(StoreError, match="set it back to that, nothing was repaired"):
@@ -133,7 +133,7 @@ def test_the_store_json_of_another_store_is_found_and_no_latent_is_replaced(made
 @pytest.mark.parametrize("value", ["4", 4.0, True])
 def test_a_field_of_another_type_is_there_and_cannot_be_what_it_says(made, value):
     edit(made, "latent_channels", value)
-    with pytest.raises(StoreError, match=r"store\.json is damaged: latent_channels cannot be what it says"):
+    with pytest.raises(StoreError, match=r"store\.json is damaged: latent_channels cannot have this value"):
         LatentDataset(made)
 
 
@@ -142,11 +142,11 @@ def test_an_edited_store_json_is_exit_code_1_of_every_verb(made, tmp_path):
     found = CliRunner().invoke(cli, ["verify", str(made), "-q"])
     assert found.exit_code == 1
     assert found.stdout.splitlines()[0] == (
-        "damaged store.json says scaling.scaling_factor 0.5, and each of its 3 shards states 0.18215"
+        "damaged store.json says scaling.scaling_factor 0.5, and each of its 3 shards has 0.18215"
     )
     told = CliRunner().invoke(cli, ["info", str(made), "-q"])
     assert (told.exit_code, told.stdout) == (1, "")
-    assert "states scaling.scaling_factor 0.18215, and store.json says 0.5: one of them was changed" in told.stderr
+    assert "has scaling.scaling_factor 0.18215, and store.json has 0.5: one of them was changed" in told.stderr
     mended = CliRunner().invoke(cli, ["repair", str(made), str(tmp_path / "in"), "-q"])
     assert (mended.exit_code, mended.stdout) == (1, "")
     assert "set it back to that, nothing was repaired" in mended.stderr
@@ -159,18 +159,18 @@ def test_every_edited_field_is_told_at_once_and_other_damage_beside_it(made, tmp
     shard.write_bytes(shard.read_bytes()[:-1])
     found = damages(made, deep=True)
     assert sorted(file for file, _ in found) == [f"shards/{shard.name}", "store.json", "store.json"]
-    assert all("each of its 2 shards states" in what for file, what in found if file == "store.json")
+    assert all("each of its 2 shards has" in what for file, what in found if file == "store.json")
     with pytest.raises(StoreError, match=r"says scaling\.scaling_factor 0\.5, .*; says latent_channels 8, "):
         repair(made, tmp_path / "in", vae=small_vae(), device="cpu", progress=False)
 
 
 STATED = {
-    "scaling_factor": ("0.5", "scaling.scaling_factor 0.5, and store.json says 0.18215"),
-    "space": ("scaled", "metadata.space scaled, and store.json says raw"),
+    "scaling_factor": ("0.5", "scaling.scaling_factor 0.5, and store.json has 0.18215"),
+    "space": ("scaled", "metadata.space scaled, and store.json has raw"),
     "identity": ("0" * 64, "identity_digest " + "0" * 64),
-    "bucket": ("64x64", "bucket 64x64, and store.json says 32x32"),
-    "latent_shape": ("[8, 4, 4]", "latent_channels 8, and store.json says 4"),
-    "fvl": (None, "metadata.fvl nothing, and store.json says 1"),
+    "bucket": ("64x64", "bucket 64x64, and store.json has 32x32"),
+    "latent_shape": ("[8, 4, 4]", "latent_channels 8, and store.json has 4"),
+    "fvl": (None, "metadata.fvl nothing, and store.json has 1"),
 }
 
 
@@ -182,10 +182,10 @@ def test_a_shard_that_states_otherwise_than_the_others_is_damaged_and_not_read(m
     for deep in (False, True):
         ((file, what),) = damages(made, deep)
         assert file == f"shards/{shard.name}"
-        assert what.startswith(f"states {words}")
+        assert what.startswith(f"has {words}")
     rows = LatentDataset(made)
     assert rows[0]["mean"].shape == (4, 4, 4)
-    with pytest.raises(StoreError, match=rf"{shard.name} states "):
+    with pytest.raises(StoreError, match=rf"{shard.name} has "):
         rows[len(rows.shards()[0][1])]
 
 
@@ -224,4 +224,4 @@ def test_the_only_shard_of_a_store_is_believed_by_its_hash(tmp_path):
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS)
     edit(tmp_path / "out", "scaling.scaling_factor", 0.5)
     (found,) = verify(tmp_path / "out", progress=False).damaged
-    assert found.what == "says scaling.scaling_factor 0.5, and its only shard states 0.18215"
+    assert found.what == "says scaling.scaling_factor 0.5, and its only shard has 0.18215"

@@ -63,7 +63,7 @@ def test_verify_names_it(made, tmp_path, kind, name):
     for deep in (False, True):
         with within(20):
             found = verify(out, deep=deep, progress=False).damaged
-        assert [(damage.file, damage.what) for damage in found] == [(name, f"is {kind} and no file")]
+        assert [(damage.file, damage.what) for damage in found] == [(name, f"is {kind}, not a file")]
 
 
 def test_a_record_that_is_a_link_to_itself_ends_no_verb(tmp_path):
@@ -90,7 +90,7 @@ def test_a_run_leaves_a_folder_to_its_owner_before_anything_is_written(tmp_path,
     replace(out / name, "a folder")
     before = state(out)
     for dry_run in (True, False):
-        with pytest.raises(StoreError, match=rf"{name} is a folder in the place of a file: move it away"):
+        with pytest.raises(StoreError, match=rf"{name} is a folder, not a file: move it away"):
             encode(tmp_path / "in", out, dry_run=dry_run, **options)
     assert state(out) == before
     (out / name).rmdir()
@@ -103,7 +103,7 @@ def test_a_run_leaves_a_folder_to_its_owner_before_anything_is_written(tmp_path,
 def test_without_store_json_or_plan_there_is_nothing_to_verify(made, tmp_path, kind, name):
     out = shutil.copytree(made, tmp_path / "out")
     replace(out / name, kind)
-    with within(20), pytest.raises(StoreError, match=rf"{name} is damaged: it is {kind} and no file"):
+    with within(20), pytest.raises(StoreError, match=rf"{name} is damaged: it is {kind}, not a file"):
         verify(out, progress=False)
 
 
@@ -125,5 +125,5 @@ def test_a_repair_takes_the_place_of_a_pipe_and_leaves_a_folder_to_its_owner(tmp
     for name in (RECORD, SHARD, "index.jsonl"):
         shutil.copytree(whole, tmp_path / name.replace("/", " "))
         replace(tmp_path / name.replace("/", " ") / name, "a folder")
-        with pytest.raises(StoreError, match=rf"{name} is a folder in the place of a file: move it away"):
+        with pytest.raises(StoreError, match=rf"{name} is a folder, not a file: move it away"):
             repair(tmp_path / name.replace("/", " "), tmp_path / "in", vae=small_vae(), **options)
