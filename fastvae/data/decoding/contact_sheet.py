@@ -23,19 +23,19 @@ CAPTION_HEIGHT = 16
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 [H, W, C] as a picture: C = 1 grey, 3 RGB, 4 RGBA."""
+    """Return uint8 [H, W, C] as a Pillow image: C = 1 grey, 3 RGB, 4 RGBA."""
     from PIL import Image
 
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def printed(key: str) -> str:
-    """A key as a picture's caption: what is not printable ASCII as a question mark."""
+    """Return a key as a caption, with question marks instead of all but printable ASCII."""
     return re.sub(r"[^ -~]", "?", key)
 
 
 def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str | os.PathLike[str]) -> None:
-    """A PNG of (caption, original, reconstruction) triples, uint8 [H, W, C] of one size: each pair side by side."""
+    """Write a PNG of (caption, original, reconstruction), uint8 [H, W, C] of one size: each pair side by side."""
     from PIL import Image, ImageDraw
 
     if not pairs:
@@ -54,9 +54,9 @@ def write_sheet(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str |
 
 
 def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathLike[str]) -> None:
-    """A PNG of (caption, picture) pairs in rows, about as many across as down; the file appears whole or not at all.
+    """Write a PNG of (caption, picture) pairs in a square grid; the file appears complete or not at all.
 
-    Raises ValueError for no pictures, OSError where the file cannot be written.
+    Raises ValueError for no pictures, OSError if the file cannot be written.
     """
     from PIL import Image, ImageDraw
 
@@ -70,6 +70,6 @@ def write_contact_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str |
     for index, (caption, image) in enumerate(pictures):
         left, top = index % across * width, index // across * height
         sheet.paste(image, (left, top + CAPTION_HEIGHT))
-        # A long name ends where its picture does: about 6 pixels a letter.
+        # Cut a caption at the width of its picture, at about 6 pixels a letter.
         draw.text((left + 2, top + 2), caption[: width // 6 - 1], fill=(0, 0, 0))
     replace_atomically(Path(path), functools.partial(sheet.save, format="PNG"))

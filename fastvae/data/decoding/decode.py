@@ -1,4 +1,4 @@
-"""A store's rows back to images: PNG files, and a sheet of originals beside reconstructions."""
+"""Decoding of a store's rows to PNG files and a contact sheet."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def decode(
     sheet: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> list[tuple[str, Path]]:
-    """Decode the means (of a store of draws, these) of ``rows`` into PNG files in the folder ``out``: (key, file) each.
+    """Decode the means (or the draws) of ``rows`` to PNG files in the folder ``out``; return (key, file) of each.
 
-    ``vae`` is what encode takes; by default what the store says it was made with, which is said on stderr before it is
-    opened, and refused if its weights are others by now. If it is given, another model is taken with a warning. File
-    names are the row's number and a harmless form of its key. sheet: a PNG file for all of them at a glance, each at
-    most 256 pixels a side. progress: a plan line on stderr. Every file appears whole or not at all. Raises StoreError
-    for a path that is no store, ValueError for rows that are not there or a model that cannot decode them to 1, 3 or 4
-    channels, OSError where a file cannot be written, ENOSPC when the disk is full.
+    vae: as for encode; default: the model in store.json, printed on stderr before it is opened, and refused if its
+    weights have changed. A given model with other weights is used with a warning. A file name is the row's number and a
+    safe form of its key. sheet: a PNG file of all images, each at most 256 pixels a side. progress: a plan line on
+    stderr. Every file appears complete or not at all. Raises StoreError for a path that is not a store, ValueError for
+    rows that do not exist or a model that cannot decode them to 1, 3 or 4 channels, OSError if a file cannot be
+    written, ENOSPC if the disk is full.
     """
     from fastvae.data.datasets.dataset import LatentDataset
     from fastvae.data.store.store import Store
@@ -69,7 +69,7 @@ def decode(
     written, thumbnails = [], []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{number:06d}-{harmless(key)}.png"
+        path = folder / f"{number:06d}-{safe_name(key)}.png"
         image = as_image(pixels)
         replace_atomically(path, functools.partial(image.save, format="PNG"))
         written.append((key, path))
@@ -89,7 +89,7 @@ def decoded_rows(
     revision: str | None = None,
     device: Any = None,
 ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(row, key, uint8 [H, W, C]) of the rows' means or draws, one by one; C: the model's out_channels, 1, 3 or 4."""
+    """Yield (row, key, uint8 [H, W, C]) of the rows' means or draws; C: the model's out_channels, 1, 3 or 4."""
     import torch
 
     from fastvae.latents.convert import decode_latents
@@ -119,14 +119,16 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
     if isinstance(vae, torch.nn.Module):
         _check_channels(dataset, vae)
         if getattr(vae, "encoder", None) is not None:
-            _compare(dataset, lambda: vae, type(vae).__name__, is_given)
+            _check_weights(dataset, lambda: vae, type(vae).__name__, is_given)
         return vae
     vae, subfolder, revision = named_model(Store.open(dataset.path), vae, subfolder, revision)
     name = os.fspath(vae)
     model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",))
     _check_channels(dataset, model)
     if not _has_same_files(dataset, model):
-        _compare(dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",)), name, is_given)
+        _check_weights(
+            dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",)), name, is_given
+        )
     model = model.requires_grad_(False).to(device=place, memory_format=torch.channels_last)
     return model if place.type == "cpu" else accelerate(model, freeze=True)
 
@@ -146,8 +148,8 @@ def _has_same_files(dataset: LatentDataset, model: Any) -> bool:
     return bool(stored) and weight_files(model) == stored
 
 
-def _compare(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_given: bool) -> None:
-    """Refuse a model whose encoder has other weights than the store's; warn of it if it ``is_given``."""
+def _check_weights(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_given: bool) -> None:
+    """Raise ValueError for a model whose encoder has other weights than the store's; only warn if it ``is_given``."""
     from fastvae.data.encoding.model import model_identity
 
     if model_identity(encoder())["encoder_weights_sha256"] == dataset.encoder_weights:
@@ -160,13 +162,13 @@ def _compare(dataset: LatentDataset, encoder: Callable[[], Any], name: str, is_g
     warnings.warn(f"{name} is another model than the one {dataset.path} was made with", stacklevel=2)
 
 
-def harmless(key: str) -> str:
-    """The last part of a key as a file name that any system takes: at most 80 letters, digits, dots, dashes."""
+def safe_name(key: str) -> str:
+    """Return the last part of a key as a file name for any system: at most 80 letters, digits, dots, dashes."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", key.rsplit("/", 1)[-1]).lstrip(".")[:80] or "image"
 
 
 def parse_rows(text: str) -> slice:
-    """The rows of "a:b", "a:", ":b" or "a", none negative; raises ValueError otherwise."""
+    """Parse "a:b", "a:", ":b" or "a", none negative; raises ValueError otherwise."""
     match = re.fullmatch(r"(\d*)(:?)(\d*)", text, re.ASCII)
     if not match or not (match[1] or match[2]) or (match[3] and not match[2]):
         raise ValueError(f"rows must look like 0:16, got {text!r}")

@@ -1,4 +1,4 @@
-"""scikit-image's photographs to latents and back: what ``fastvae demo`` does."""
+"""scikit-image's photographs to latents and back, for ``fastvae demo``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastvae.data.encoding.report import EncodeReport
 
-# Photographs that come inside scikit-image's wheel; none of them is in the embedded model's training data.
+# Photographs in scikit-image's wheel; none of them is in the embedded model's training data.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 SIDE = 256
 
 
 @dataclass
 class DemoReport:
-    """Where the demo's files are, how good the reconstructions are (dB), and how fast the encoding was."""
+    """Result of the demo: paths of its files, PSNR of the reconstructions (dB), and the report of encode."""
 
     photographs: str
     store: str
@@ -26,12 +26,12 @@ class DemoReport:
     encode: EncodeReport
 
     def facts(self) -> dict[str, Any]:
-        """The demonstration as values for strict_json, which writes an infinite PSNR as null."""
+        """Return the report as values for strict_json, which writes an infinite PSNR as null."""
         return {**asdict(self), "images_per_second": self.encode.images_per_second}
 
 
 def write_photographs(folder: Path) -> list[Path]:
-    """The photographs as JPEG files in ``folder``; raises ImportError naming the extra if scikit-image is missing."""
+    """Write the photographs as JPEG files; raises ImportError, which names the extra, if scikit-image is missing."""
     try:
         from skimage import data
     except ImportError:
@@ -49,7 +49,7 @@ def write_photographs(folder: Path) -> list[Path]:
 
 
 def demonstrate(out: Path, *, vae: Any = "tiny", progress: bool = True) -> DemoReport:
-    """Write photographs, encode them into a store, decode it, and lay originals beside reconstructions, all in ``out``.
+    """Write photographs, a store of their latents, and a sheet of originals beside reconstructions to ``out``.
 
     Raises what encode and decode raise, and ImportError without scikit-image.
     """

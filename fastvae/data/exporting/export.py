@@ -1,4 +1,4 @@
-"""A store's rows in the layouts that other trainers read: kohya's npz, WebDataset, Parquet, Hugging Face datasets."""
+"""Export of a store's rows: kohya's npz, WebDataset, Parquet, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from fastvae.system.strict_json import json_bytes
 from fastvae.system.terminal import format_bytes, print_stderr
 
 FORMATS = ("npz-kohya", "wds", "parquet", "hf")
-# Rows that are read together; they are of one shard, so of one size.
+# Rows read together; they are of one shard, so of one size.
 ROWS_AT_ONCE = 64
-KOHYA_FAMILY = "sdxl"  # unless another is given
+KOHYA_FAMILY = "sdxl"  # the default
 EXPORT_RECORD = "export.json"
-# In the temporary folder: what becomes DST, and who is writing it.
+# In the temporary folder: the future DST, and the lease of its writer.
 CONTENT, LEASES = "content", "leases"
 
 
 @dataclass
 class ExportReport:
-    """What an export wrote: the folder, rows, files and bytes, and ``about``, what export.json says of the latents.
+    """Result of an export: the folder, rows, files and bytes, and ``about``, the content of export.json.
 
-    ``pending``: rows that are planned in the store and were not exported, since they are not committed.
+    ``pending``: rows planned in the store and not exported, because they are not committed.
     """
 
     path: str
@@ -60,19 +60,18 @@ def export(
     shard_mb: float = 256,
     progress: bool = True,
 ) -> ExportReport:
-    """Write every committed row of the latent store into the new folder ``dst``, which appears whole or not at all.
+    """Write every committed row of the latent store into the new folder ``dst``, which appears complete or not at all.
 
-    Rows that are planned and not committed are left out, and counted as ``pending`` in the result, in export.json and
-    on stderr.
+    Rows planned and not committed are left out, and counted as ``pending`` in the result, in export.json and on stderr.
     to: "npz-kohya", one file an image, as sd-scripts caches them; "wds", tar shards for WebDataset; "parquet"; or "hf",
-    a folder that datasets.load_dataset takes. posterior: "dist", mean and logvar [L, h, w], the default; "mean"; or
-    "sample", one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant). kohya's
-    caches hold one latent an image: "sample", their default, or "mean". scaled: as scale_latents gives them, in fp32,
-    else raw as stored; ``family``, of kohya's alone ("sd", "sdxl", "sd3", "flux"; by default "sdxl"), decides that for
-    its caches: raw but for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
-    Raises FileExistsError if ``dst`` is there, ValueError for another argument, for keys that the format cannot hold or
-    for several crops of an image in kohya's layout, StoreError for what is no store or cannot be scaled, OSError,
-    ENOSPC where it does not fit, ImportError without pyarrow where it is needed.
+    a folder for datasets.load_dataset. posterior: "dist", mean and logvar [L, h, w], the default; "mean"; or "sample",
+    one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant). kohya's caches have
+    one latent an image: "sample", their default, or "mean". scaled: as scale_latents returns them, in fp32, else raw as
+    stored. family: for kohya's caches alone ("sd", "sdxl", "sd3", "flux"; default "sdxl"), whose latents are raw except
+    for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
+    Raises FileExistsError if ``dst`` exists, ValueError for another argument, for keys that the format cannot have or
+    for several crops of an image in kohya's layout, StoreError for a folder that is not a store or cannot be scaled,
+    OSError, ENOSPC if the disk is too small, ImportError if pyarrow is needed and missing.
     """
     _check(to, posterior, scaled, family, shard_mb)
     out = Path(dst)
@@ -85,7 +84,7 @@ def export(
     opened = Store.open(Path(store))
     stored = opened.facts["identity"]["numerics"]["posterior"]
     if stored == "sample" or (stored == "mean" and posterior == "dist"):
-        posterior = stored  # one draw, or one mean: there is nothing else to take
+        posterior = stored  # the store has one draw, or one mean, and nothing else
     rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
     about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
     columns = opened.columns()
@@ -100,13 +99,13 @@ def export(
     content = temporary / CONTENT
     content.mkdir(parents=True)
     try:
-        # Says that this process lives, so that no other export sweeps what it is writing.
+        # Shows that this process is alive, so that no other export deletes the folder.
         with Leases(temporary / LEASES):
             with _writer(to, content, about, opened, int(shard_mb * 1e6)) as writer:
                 for row in _rows(rows, columns):
                     writer.add(row)
             write_atomically(content / EXPORT_RECORD, [json_bytes(about, indent=1)])
-            written = _synchronised(content)
+            written = _synchronise_files(content)
             _take_name(content, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +113,7 @@ def export(
 
 
 def _take_name(content: Path, out: Path) -> None:
-    """Rename the finished folder; raises FileExistsError where ``out`` came up meanwhile and is not empty."""
+    """Rename the finished folder; raises FileExistsError if another process made ``out`` and it is not empty."""
     try:
         os.rename(content, out)
     except OSError as error:
@@ -125,16 +124,16 @@ def _take_name(content: Path, out: Path) -> None:
 
 
 def _sweep(out: Path) -> None:
-    """Delete what exports to ``out`` left that were killed: their folders, where no lease in them is alive."""
+    """Delete the folders of killed exports to ``out``: those without a living lease."""
     folder = out.absolute().parent
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_symlink() or not path.is_dir() or not is_leftover(path, re.escape(out.name)):
             continue
-        with contextlib.suppress(FileNotFoundError):  # its own process is removing it
+        with contextlib.suppress(FileNotFoundError):  # its own process may delete it now
             age = time.time() - path.stat().st_mtime
             leases = Leases(path / LEASES)
             begun = leases.folder.is_dir() and any(leases.folder.glob("*.lease"))
-            # Without a lease it has just begun, or was killed then.
+            # Without a lease the export has just begun, or was killed at its start.
             dead = not leases.live() if begun else age > STALE
             if dead and {*os.listdir(path)} <= {CONTENT, LEASES}:
                 shutil.rmtree(path, ignore_errors=True)
@@ -177,7 +176,7 @@ def _about(store: Store, rows: LatentDataset, to: str, posterior: str, seed: int
 
 
 def _rows(rows: LatentDataset, columns: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every row: arrays and numbers by name, the key, and the source's columns."""
+    """Yield every row: arrays and numbers by name, the key, and the source columns."""
     for _, numbers in rows.shards():
         for part in numbers.split(ROWS_AT_ONCE):
             for item in rows.__getitems__(part.tolist()):
@@ -194,7 +193,7 @@ def _rows(rows: LatentDataset, columns: dict[str, dict[str, Any]]) -> Iterator[d
 
 
 def _size(rows: LatentDataset) -> int:
-    """About how many bytes the latents and masks are, by the first row of each shard."""
+    """Return about the bytes of latents and masks, from the first row of each shard."""
     total = 0
     for _, numbers in rows.shards():
         item = rows[int(numbers[0])]
@@ -211,8 +210,8 @@ def _writer(to: str, folder: Path, about: dict[str, Any], store: Store, size: in
     return Parquet(folder, about, size, card=to == "hf")
 
 
-def _synchronised(folder: Path) -> list[int]:
-    """The size of every file below ``folder``, each synchronised."""
+def _synchronise_files(folder: Path) -> list[int]:
+    """Synchronise every file in ``folder``, and return their sizes."""
     sizes = []
     for parent, _, names in os.walk(folder):
         for name in names:

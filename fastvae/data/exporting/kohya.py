@@ -16,7 +16,7 @@ from fastvae.data.exporting.writer import Writer
 
 @dataclass(frozen=True)
 class Family:
-    """How sd-scripts caches a family's latents: ``scaled`` as the model wants them, and with the size in each name."""
+    """Cache layout of a model family in sd-scripts: scaled or raw, and with the latents' size in array names or not."""
 
     scaled: bool
     several_sizes: bool
@@ -34,8 +34,8 @@ class Kohya(Writer):
     """NAME_WIDTHxHEIGHT_FAMILY.npz in the folder of each image's key, as sd-scripts' load_latents_from_disk reads it.
 
     fp32 ``latents`` [L, h, w], ``original_size`` (width, height), ``crop_ltrb``, and ``latents_flipped`` for variant 1
-    of a store with mirrored rows; for SD3 and FLUX each name ends in _HxW of the latents. Of a store with masks also
-    ``alpha_mask``, fp32 from 0 to 1, at the bucket's size in pixels, which the trainer mirrors by itself.
+    of a store with mirrored rows; for SD3 and FLUX each name ends in _HxW of the latents. For a store with masks also
+    ``alpha_mask``, fp32 from 0 to 1, at the bucket's size in pixels, which the trainer mirrors itself.
     """
 
     def __init__(self, folder: Path, family: str, flip: bool):
@@ -45,7 +45,7 @@ class Kohya(Writer):
         self._written: dict[Path, str] = {}
 
     def add(self, row: dict[str, Any]) -> None:
-        """One image's file, or the mirrored half of one; raises ValueError for a key that is no relative path."""
+        """Write one image's file, or add its mirrored latent; raises ValueError for a key that is no relative path."""
         height, width = row["original_hw"]
         key = _relative(row["key"])
         path = self.folder / key.with_name(f"{key.stem}_{width:04d}x{height:04d}_{self._family}.npz")
@@ -55,9 +55,9 @@ class Kohya(Writer):
             raise ValueError(f"to must be another than npz-kohya, which holds one crop: {row['key']} has several")
         if row["variant"] == 1:
             if self._written.get(path) != row["key"]:
-                raise ValueError(f"to must be another than npz-kohya: {row['key']} is there mirrored alone")
-            with np.load(path) as there:
-                arrays = {name: there[name] for name in there.files}
+                raise ValueError(f"to must be another than npz-kohya: {row['key']} has only a mirrored row")
+            with np.load(path) as cache:
+                arrays = {name: cache[name] for name in cache.files}
             arrays[f"latents_flipped{ending}"] = values
         elif path in self._written:
             raise ValueError(f"{self._written[path]} and {row['key']} would share the file {path.name}: rename one")
@@ -72,10 +72,10 @@ class Kohya(Writer):
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """What np.savez writes, but with masks deflated.
+    """Write the same file as np.savez, but with deflated masks.
 
-    Their equal pixels are sixteen times the bytes of SDXL's latents: 4 MiB, of which 47 KiB are left in 7 ms of one
-    core of an AMD EPYC; NumPy's own compressed form takes 80 ms a file.
+    Uncompressed masks have sixteen times the bytes of SDXL's latents: 4 MiB. Deflating to 47 KiB takes 7 ms on one core
+    of an AMD EPYC; np.savez_compressed takes 80 ms a file.
     """
     with zipfile.ZipFile(path, "w") as file:
         for name, array in arrays.items():
@@ -86,10 +86,10 @@ def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def crop_ltrb(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the whole picture, (width, height), as it would lie inside its bucket.
+    """Return left, top, right, bottom of the whole picture, (width, height), fitted inside its bucket.
 
-    That is what sd-scripts stores: its trainer takes left and top of it as the crop, and the bucket's width less right
-    as the left of a mirrored image.
+    sd-scripts stores these: its trainer takes left and top as the crop, and the bucket's width minus right as the left
+    of a mirrored image.
     """
     aspect = size[0] / size[1]
     if bucket[0] / bucket[1] > aspect:
@@ -101,16 +101,16 @@ def crop_ltrb(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, fl
 
 
 def alpha_mask(alpha: np.ndarray, bucket: list[int]) -> np.ndarray:
-    """fp32 [H, W] from 0 to 1 of uint8 [h, w]: each latent's level at all of its pixels in ``bucket``, (H, W).
+    """Return fp32 [H, W] from 0 to 1 for uint8 [h, w]: each latent's level at all of its pixels in ``bucket``, (H, W).
 
-    sd-scripts stacks masks at that size, and weighs its loss by their means over each latent: these levels again.
+    sd-scripts stacks masks at that size, and weights its loss by their mean over each latent, which is this level.
     """
     down, across = (side // count for side, count in zip(bucket, alpha.shape, strict=True))
     return (alpha.astype(np.float32) / 255).repeat(down, 0).repeat(across, 1)
 
 
 def _relative(key: str) -> PurePosixPath:
-    """The key as a path inside a folder; raises ValueError for one that leads out of it or that no file can have."""
+    """Return the key as a path inside a folder; raises ValueError for one outside it, or that no file can have."""
     path = PurePosixPath(key)
     if not path.name or path.is_absolute() or ".." in path.parts or re.search(r"[\x00-\x1f\x7f\\:]", key):
         raise ValueError(

@@ -9,15 +9,15 @@ from typing import Any
 from fastvae.data.datasets.dataset import ARRAYS
 from fastvae.data.exporting.writer import PLACES, Writer
 
-# Rows of one Parquet row group, which a reader of one row has to read whole.
+# Rows of one Parquet row group; a reader of one row reads the whole group.
 GROUP = 64
 
 
 class Parquet(Writer):
     """rows-00000.parquet and so on; with ``card``, data/train-00000.parquet and a README.md for datasets.load_dataset.
 
-    A row's latents are flat lists of their own dtype, in the order [L, h, w], with ``latent_shape`` beside them; of a
-    store with masks so is ``alpha``, with ``alpha_shape``.
+    A row's latents are flat lists of their own dtype, in the order [L, h, w], with ``latent_shape``; so is ``alpha`` of
+    a store with masks, with ``alpha_shape``.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], size: int, card: bool):
@@ -38,7 +38,7 @@ class Parquet(Writer):
             (folder / "README.md").write_text(_card(about), "utf-8")
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep one row until a row group is full; raises ValueError for a key that is not UTF-8."""
+        """Add one row, written when a row group is full; raises ValueError for a key that is not UTF-8."""
         try:
             row["key"].encode("utf-8")
         except UnicodeEncodeError:
@@ -65,7 +65,7 @@ class Parquet(Writer):
         self._writer, self._bytes = None, 0
 
     def abandon(self) -> None:
-        """Without the footer, which a writer that counts as open would write when it is collected."""
+        """Close the file without a footer, which an open writer would write when it is garbage collected."""
         if self._writer is not None:
             self._writer.is_open = False
         if self._sink is not None:
@@ -87,19 +87,19 @@ class Parquet(Writer):
 
     def _schema(self, row: dict[str, Any]) -> Any:
         arrow = self._arrow
-        whole = arrow.list_(arrow.int32())
-        fields = [("key", arrow.string()), ("variant", arrow.int32()), *((name, whole) for name in PLACES)]
-        fields += [("columns", arrow.string()), ("latent_shape", whole)]
-        fields += [("alpha_shape", whole)] if "alpha" in row else []
+        integers = arrow.list_(arrow.int32())
+        fields = [("key", arrow.string()), ("variant", arrow.int32()), *((name, integers) for name in PLACES)]
+        fields += [("columns", arrow.string()), ("latent_shape", integers)]
+        fields += [("alpha_shape", integers)] if "alpha" in row else []
         fields += [(name, arrow.list_(arrow.from_numpy_dtype(row[name].dtype))) for name in ARRAYS if name in row]
         return arrow.schema(fields, metadata={"fastvae": json.dumps(self._about)})
 
 
 def _card(about: dict[str, Any]) -> str:
-    """The README.md that tells datasets.load_dataset which files are rows, and people what they hold."""
+    """Return README.md: the data files for datasets.load_dataset, and a description for people."""
     configs = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n---\n"
     return (
         f"{configs}\n# Latents\n\n{about['rows']} rows, posterior {about['posterior']}, {about['space']}; reshape each "
-        "to its latent_shape, and alpha, where it is there, to its alpha_shape: 255 is opaque. export.json has the "
+        "to its latent_shape, and alpha, if there is one, to its alpha_shape: 255 is opaque. export.json has the "
         "scaling factor, the shift and the identity of the store.\n"
     )

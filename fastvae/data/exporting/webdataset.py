@@ -15,11 +15,10 @@ from fastvae.system.strict_json import json_bytes
 
 
 class Tar(Writer):
-    """latents-000000.tar and so on, for webdataset.WebDataset: NNNNNNNNN.mean.npy, .logvar.npy or .latents.npy, .json.
+    """latents-000000.tar and so on, for webdataset.WebDataset: NNNNNNNNN.mean.npy, .logvar.npy or .latents.npy, .json,
+    and .alpha.npy for a store with masks.
 
-    And .alpha.npy of a store with masks.
-
-    A sample's name is its number, since WebDataset splits names at dots: the key is in its JSON.
+    A sample's name is its number, because WebDataset splits names at dots; its key is in the JSON.
     """
 
     def __init__(self, folder: Path, size: int):
@@ -28,7 +27,7 @@ class Tar(Writer):
         self._tar: tarfile.TarFile | None = None
 
     def add(self, row: dict[str, Any]) -> None:
-        """The members of one row."""
+        """Write the members of one row."""
         if self._tar is None or self._tar.offset >= self._size:
             self.close()
             self._tar = tarfile.TarFile(self.folder / f"latents-{self._files:06d}.tar", "w", None, tarfile.USTAR_FORMAT)
@@ -47,7 +46,7 @@ class Tar(Writer):
             self._tar.close()
 
     def abandon(self) -> None:
-        """Without the end that a tar has."""
+        """Close the file without the end of a tar."""
         if self._tar is not None and self._tar.fileobj is not None:
             self._tar.fileobj.close()
 

@@ -1,4 +1,4 @@
-"""Writers of exports, one a layout: each takes rows by ``add`` and leaves whole files in its folder."""
+"""Base class of the writers of exports, one a layout, which take rows by ``add`` and write files to a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLACES = ("original_hw", "crop_tlhw", "bucket")
 
 
 class Writer:
-    """What all layouts share: a folder, and a ``with`` that finishes the last file, or after an error gives it back."""
+    """A folder, and a context manager that finishes the last file, or after an error closes it unfinished."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -23,11 +23,11 @@ class Writer:
         if kind is None:
             self.close()
             return
-        with contextlib.suppress(OSError):  # the disk is full for these last bytes as well; the first error counts
+        with contextlib.suppress(OSError):  # a full disk refuses these last bytes too; raise the first error
             self.abandon()
 
     def close(self) -> None:
         """Finish the last file."""
 
     def abandon(self) -> None:
-        """Give the system its file back as it is."""
+        """Close the last file unfinished."""

@@ -10,7 +10,7 @@ from support.small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.decoding.contact_sheet import write_sheet
-from fastvae.data.decoding.decode import decode, harmless, parse_rows
+from fastvae.data.decoding.decode import decode, safe_name, parse_rows
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.report import EncodeReport, parse_limit
 
@@ -113,7 +113,7 @@ def test_other_rows_are_refused(text):
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "a/b\n\x1b[31m.png", "..", "", "x" * 300, "con\0.png"])
 def test_row_13_no_key_leaves_the_folder(key):
-    name = harmless(key)
+    name = safe_name(key)
     assert 0 < len(name) <= 80
     assert name[0] != "."
     assert not set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
