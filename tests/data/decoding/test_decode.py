@@ -10,7 +10,7 @@ from support.small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.decoding.contact_sheet import write_sheet
-from fastvae.data.decoding.decode import decode, safe_name, parse_rows
+from fastvae.data.decoding.decode import decode, parse_rows, safe_name
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.report import EncodeReport, parse_limit
 
