@@ -1,13 +1,13 @@
-"""Config, files and names to tensors and back; presets. Knows no model. Every name is loaded when it is first used.
+"""Config, files and tensor names to tensors and back; presets. No model is imported. Names load at their first use.
 
-files         a directory, a Hub repository or a single file: where its files are
+files         finds the files of a directory, a Hub repository or a single file
 config        the config of a model, frozen and checked
 config_rules  values that a config may have
 presets       known models as data
 names         tensor names of other layouts to diffusers' names
-tensors       tensors out of files: checked, converted, placed
-loading       what a user names to a checked config and an open checkpoint
-report        what a load did, kept as `load_report`
+tensors       reads tensors from files: checked, converted, placed
+loading       a source that a user names to a checked config and an open checkpoint
+report        record of a load, kept as `load_report`
 saving        a model directory as diffusers writes it
 """
 

@@ -1,4 +1,4 @@
-"""The configuration of a model: frozen once built, checked before anything is allocated."""
+"""Configuration of a model: checked before anything is allocated, then frozen."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: The largest config in use has two kilobytes.
+#: Largest config.json that is read, in bytes. The largest config in use has two kilobytes.
 MAX_BYTES = 2**20
 
-#: Class names that older or converted repositories write for a model of the class on the right.
+#: Class names in older or converted repositories, and the class of the model.
 CLASS_ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}
 
 
 class FrozenConfig(dict):
-    """Config values, read by attribute or by item, never written; ``json.dumps``, ``deepcopy`` and ``pickle`` work.
+    """Config values, read by attribute or by item; ``json.dumps``, ``deepcopy`` and ``pickle`` work.
 
-    ``hasattr(config, key)`` and ``key in config`` agree. ``dict(config)`` is the way to a copy that can be changed.
-    Raises TypeError on any attempt to change it. Source: diffusers.configuration_utils.FrozenDict.
+    ``hasattr(config, key)`` and ``key in config`` agree. ``dict(config)`` is a copy that can be changed. Raises
+    TypeError on any attempt to change it. Source: diffusers.configuration_utils.FrozenDict.
     """
 
     def __init__(self, *args: Any, **values: Any) -> None:
@@ -76,7 +76,7 @@ class FrozenConfig(dict):
         def __getattr__(self, name: str) -> Any: ...
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        """Raises TypeError: a config is not changed in place."""
+        """Raise TypeError: a config is not changed in place."""
         raise TypeError("the config is frozen: use model.register_to_config(key=value), or dict(config) for a copy")
 
     __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _refuse
@@ -87,10 +87,10 @@ class FrozenConfig(dict):
 
 
 def check_class_name(config: Mapping[str, Any], class_name: str, source: str) -> None:
-    """Refuse a config that belongs to another model class.
+    """Raise ValueError, which names the class to use, for a config of another model class.
 
-    A config without ``_class_name``, and one with a name that no diffusers class has (a subclass of a user's own),
-    pass: names and shapes of the weights still have to fit. Raises ValueError that names the class to use.
+    A config passes if it has no ``_class_name``, or one that no diffusers class has (a user's own subclass). The names
+    and shapes of the weights are checked later.
     """
     found = config.get("_class_name")
     if found is None:
@@ -107,7 +107,7 @@ def check_class_name(config: Mapping[str, Any], class_name: str, source: str) ->
 
 
 def unknown_keys(config: Mapping[str, Any], class_name: str) -> tuple[str, ...]:
-    """The keys of ``config`` that ``class_name`` does not take, sorted, without those that start with ``_``."""
+    """Return the keys of ``config`` that ``class_name`` does not take, sorted, without those that start with ``_``."""
     known = CONFIG_DEFAULTS[class_name]
     return tuple(sorted(str(key) for key in config if key not in known and not str(key).startswith("_")))
 
@@ -115,9 +115,9 @@ def unknown_keys(config: Mapping[str, Any], class_name: str) -> tuple[str, ...]:
 def validate_config(config: Mapping[str, Any], class_name: str, source: str) -> dict[str, Any]:
     """Check a config and return the constructor's arguments, defaults filled in, lists as tuples.
 
-    Keys that start with ``_`` and keys the class does not know are left out (``unknown_keys`` lists the latter).
-    Nothing is allocated, whatever the values say. Raises ValueError naming ``source``, the key, what came and what
-    is taken. Source: the constructors of diffusers' AutoencoderKL and AutoencoderKLFlux2.
+    Keys that start with ``_`` and keys that the class does not take are left out (``unknown_keys`` lists the latter).
+    Nothing is allocated, whatever the values. Raises ValueError, which names ``source``, the key, the value and the
+    values that are taken. Source: the constructors of diffusers' AutoencoderKL and AutoencoderKLFlux2.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"{source}: a config must be a JSON object, got {type(config).__name__}")
@@ -130,7 +130,7 @@ def validate_config(config: Mapping[str, Any], class_name: str, source: str) -> 
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read a config.json; raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
+    """Read a config.json. Raises FileNotFoundError or ValueError, which name the file and the fault."""
     path = Path(path)
     try:
         with path.open("rb") as file:

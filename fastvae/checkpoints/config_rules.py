@@ -1,7 +1,7 @@
-"""What a config value may be. Every rule is arithmetic on the values: no tensor and no long list is ever made.
+"""Rules for config values. Every rule is arithmetic on the values: no tensor and no long list is made.
 
-The bounds stand far above every known model (the largest, CogView4, has 406 million parameters, 1024 channels and
-three layers per block) and far below what would exhaust a machine.
+The bounds are far above every known model (the largest, CogView4, has 406 million parameters, 1024 channels and three
+layers per block) and far below what would exhaust a machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_BLOCKS = 16
 MAX_SIZE = 1_048_576
 MAX_PARAMETERS = 4_000_000_000
 
-#: The blocks of an encoder and of a decoder, by diffusers' class names.
+#: Blocks of an encoder and of a decoder, by diffusers' class names.
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 #: act_fn in lower case and the class of torch.nn it names (diffusers.models.activations.ACT2CLS).
@@ -28,7 +28,7 @@ _FOREIGN_SUFFIXES = ("Transformer2DModel", "Transformer3DModel", "Pipeline", "Sc
 
 
 def is_foreign_class(name: str) -> bool:
-    """Whether ``name`` is (by its shape) one of diffusers' other classes rather than a user's own subclass."""
+    """Return True if ``name`` looks like another class of diffusers, not like a user's own subclass."""
     return name.startswith(_FOREIGN_PREFIXES) or name.endswith(_FOREIGN_SUFFIXES)
 
 
@@ -49,7 +49,7 @@ def check(values: Mapping[str, Any], source: str) -> None:
 
 
 def parameter_count(values: Mapping[str, Any]) -> int:
-    """The number of parameters of encoder, decoder, quant convolutions and batch norm, by arithmetic alone.
+    """Return the number of parameters of encoder, decoder, quant convolutions and batch norm, by arithmetic alone.
 
     Source: the layers of diffusers.models.autoencoders.vae (Encoder, Decoder) and their blocks.
     """
@@ -62,7 +62,7 @@ def parameter_count(values: Mapping[str, Any]) -> int:
     total += _conv(latents, decoder[0]) + 2 * decoder[-1] + _conv(decoder[-1], values["out_channels"])
     total += _stack(decoder, values["up_block_types"], layers + 1) + _middle(decoder[0], with_attention)
     total += _conv(2 * latents, 2 * latents, 1) if values["use_quant_conv"] else 0
-    # Running mean and variance: buffers to torch, and as large as a hostile patch_size makes them.
+    # Running mean and variance are buffers, but a hostile patch_size makes them arbitrarily large.
     total += 2 * latents * math.prod(values["patch_size"]) if "patch_size" in values else 0
     return total + (_conv(latents, latents, 1) if values["use_post_quant_conv"] else 0)
 
@@ -210,5 +210,5 @@ class _Shown(reprlib.Repr):
 
 
 def _refusal(source: str, key: str, value: Any, taken: str) -> ValueError:
-    # The value comes from a file: a megabyte of it would bury the sentence.
+    # The value comes from a file and may be a megabyte long: shortened, so that the message stays readable.
     return ValueError(f"{source}: {key} must be {taken}, got {_Shown().repr(value)}")

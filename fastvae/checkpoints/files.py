@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a directory, a Hub repository, a single file or its Hub address.
+"""Finding a checkpoint's files: in a directory, a Hub repository, or as a single file or its Hub address.
 
 Downloads go through huggingface_hub, which honours HF_ENDPOINT, HF_HUB_OFFLINE and its cache. Source of the file
 names: diffusers.models.modeling_utils and diffusers.utils.hub_utils.
@@ -25,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Repository:
-    """A directory or a Hub repository, and how to get a file out of it."""
+    """A directory or a Hub repository, and the options of its downloads."""
 
     source: str
     subfolder: str | None = None
@@ -36,20 +36,20 @@ class Repository:
 
     @property
     def directory(self) -> Path | None:
-        """The local folder that holds the files, or None for a Hub repository."""
+        """Local folder that holds the files, or None for a Hub repository."""
         root = Path(self.source).expanduser()
         return root / (self.subfolder or "") if root.is_dir() else None
 
     @property
     def is_offline(self) -> bool:
-        """Whether files of a Hub repository can come from the local cache alone."""
+        """True if files of a Hub repository can come from the local cache alone."""
         from huggingface_hub import constants
 
         return self.local_files_only or constants.HF_HUB_OFFLINE
 
     @property
     def searched(self) -> str:
-        """Where a file of a Hub repository was looked for, to end a message with; nothing for a directory."""
+        """End of a message that says where a file of a Hub repository was searched for; "" for a directory."""
         if self.directory is not None:
             return ""
         if self.is_offline:
@@ -57,25 +57,25 @@ class Repository:
         return " in that repository" + (f" at revision {self.revision!r}" if self.revision else "")
 
     def where(self, name: str) -> str:
-        """The file's full name for messages."""
+        """Return the file's full name for messages."""
         return str(self.directory / name) if self.directory else str(PurePosixPath(self.source, self._inside(name)))
 
     def find(self, name: str) -> Path | None:
-        """The local path of a file, downloaded where needed, or None where the repository has none of that name."""
+        """Return the local path of a file, downloaded if needed, or None if the repository has no such file."""
         if self.directory is not None:
             path = self.directory / name
             return path if path.is_file() else None
         return _download(self, self._inside(name))
 
     def need(self, name: str) -> Path:
-        """As ``find``, but raises FileNotFoundError in words."""
+        """Return the local path of a file as ``find`` does. Raises FileNotFoundError if there is no such file."""
         path = self.find(name)
         if path is None:
             raise FileNotFoundError(f"{self.where(name)}: no such file{self.searched}")
         return path
 
     def pinned(self, path: Path) -> Repository:
-        """This repository at the commit that ``path`` came from, so that all its files come from one commit."""
+        """Return this repository at the commit that ``path`` came from, so that all files come from one commit."""
         commit = commit_of(path)
         return replace(self, revision=commit) if commit and self.directory is None else self
 
@@ -85,7 +85,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights of one model: one file, or shards with the index that says which tensor lies where."""
+    """Weights of one model: one file, or shards with an index that maps each tensor to its shard."""
 
     repository: Repository
     single: Path | None = None
@@ -93,7 +93,7 @@ class WeightFiles:
     index: Path | None = None
 
     def shard(self, name: str) -> Path:
-        """The local path of a shard; raises FileNotFoundError naming the shard and the index that asks for it."""
+        """Return the local path of a shard. Raises FileNotFoundError, which names the shard and the index."""
         path = self.repository.find(name)
         if path is None:
             raise FileNotFoundError(f"{self.repository.where(name)}: missing, but {self.index} lists this shard")
@@ -101,17 +101,17 @@ class WeightFiles:
 
 
 def weights_name(variant: str | None = None, suffix: str = ".safetensors", shard: str = "") -> str:
-    """diffusers' name of a weights file, as in diffusion_pytorch_model.fp16-00001-of-00002.safetensors."""
+    """Return diffusers' name of a weights file, as in diffusion_pytorch_model.fp16-00001-of-00002.safetensors."""
     return WEIGHTS_STEM + (f".{variant}" if variant else "") + shard + suffix
 
 
 def index_name(variant: str | None = None) -> str:
-    """diffusers' name of a shard index, as in diffusion_pytorch_model.safetensors.index.fp16.json."""
+    """Return diffusers' name of a shard index, as in diffusion_pytorch_model.safetensors.index.fp16.json."""
     return f"{WEIGHTS_STEM}.safetensors.index" + (f".{variant}" if variant else "") + ".json"
 
 
 def find_config(repository: Repository) -> Path:
-    """The config.json of a model; raises FileNotFoundError or ValueError that says what to pass instead."""
+    """Return the path of a model's config.json. Raises FileNotFoundError or ValueError, which say what to pass."""
     source = Path(repository.source).expanduser()
     if source.is_file():
         raise ValueError(f"{source}: this is a file; a model directory is taken here, from_single_file takes files")
@@ -124,16 +124,16 @@ def find_config(repository: Repository) -> Path:
             raise ValueError(f'{directory}: this is a whole pipeline; pass subfolder="vae" to load its VAE')
     path = repository.find(CONFIG_NAME)
     is_hub_root = repository.directory is None and not repository.subfolder
-    # A repository that answers and has no config at its root is most often a pipeline.
+    # A repository that exists and has no config at its root is most often a pipeline.
     if path is None and is_hub_root and repository.find("model_index.json") is not None:
         raise ValueError(f'{repository.source}: this is a whole pipeline; pass subfolder="vae" to load its VAE')
     return path or repository.need(CONFIG_NAME)
 
 
 def find_weights(repository: Repository, variant: str | None = None, allow_pickle: bool = False) -> WeightFiles:
-    """The weights of a model, an index with shards before a single file, as diffusers looks for them.
+    """Find the weights of a model in diffusers' order: an index with shards before a single file.
 
-    Raises FileNotFoundError naming the file that is missing, and ValueError for a pickle without ``allow_pickle``.
+    Raises FileNotFoundError, which names the missing file, and ValueError for a pickle without ``allow_pickle``.
     """
     legacy = (f"{WEIGHTS_STEM}.safetensors.{variant}.index.json",) if variant else ()
     for name in (index_name(variant), *legacy):
@@ -155,7 +155,7 @@ def find_weights(repository: Repository, variant: str | None = None, allow_pickl
 
 
 def check_pickle(path: Path, allow_pickle: bool) -> None:
-    """Raise ValueError for a pickle file unless the caller allows it."""
+    """Raise ValueError for a pickle file unless ``allow_pickle``."""
     if path.suffix in PICKLE_SUFFIXES and not allow_pickle:
         raise ValueError(
             f"{path}: this is a pickle file, which can run code when it is read; safetensors is taken, or "
@@ -164,10 +164,10 @@ def check_pickle(path: Path, allow_pickle: bool) -> None:
 
 
 def find_single_file(source: str, repository: Repository) -> Path:
-    """The local path of a single-file checkpoint given as a path or as a Hub address, as diffusers takes it.
+    """Return the local path of a single-file checkpoint, given as a path or as a Hub address.
 
-    Addresses: https://huggingface.co/owner/repo/blob/main/x.safetensors, the same under HF_ENDPOINT's own address,
-    without the scheme, or owner/repo/x.safetensors. Raises FileNotFoundError or ValueError naming ``source``.
+    Addresses, as in diffusers: https://huggingface.co/owner/repo/blob/main/x.safetensors, the same under HF_ENDPOINT,
+    without the scheme, or owner/repo/x.safetensors. Raises FileNotFoundError or ValueError, which name ``source``.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -209,7 +209,7 @@ def parse_address(address: str) -> tuple[str, str | None, str] | None:
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit a cached Hub file belongs to, read off its snapshot folder; None for other files."""
+    """Return the commit of a cached Hub file, from the name of its snapshot folder; None for other files."""
     parts = path.parts
     for folder, commit in itertools.pairwise(parts):
         if folder == "snapshots" and _COMMIT.fullmatch(commit):
@@ -238,7 +238,7 @@ def _download(repository: Repository, name: str) -> Path | None:
             local_files_only=repository.local_files_only,
         )
     except errors.LocalEntryNotFoundError as error:
-        # Offline, "not in the cache" is the only answer there is. Online it means that the Hub did not answer.
+        # Offline it means that the file is not in the cache, online that the Hub did not answer.
         if repository.is_offline:
             return None
         raise ConnectionError(f"{source}/{name}: the Hub did not answer and the file is not cached") from error
@@ -266,9 +266,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f'{path}: not a shard index (a JSON object with a "weight_map" is taken)') from None
     for tensor, shard in entries:
         if not isinstance(shard, str) or not shard or "/" in shard or "\\" in shard or shard in (".", ".."):
-            raise ValueError(f"{path}: {tensor} lies in {shard!r}; only plain file names beside the index are taken")
+            raise ValueError(f"{path}: {tensor} is in {shard!r}; only plain file names beside the index are taken")
         if not shard.endswith(".safetensors"):
-            raise ValueError(f"{path}: {tensor} lies in {shard!r}; only safetensors shards are taken")
+            raise ValueError(f"{path}: {tensor} is in {shard!r}; only safetensors shards are taken")
     return dict(entries)
 
 

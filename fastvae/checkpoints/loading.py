@@ -1,4 +1,4 @@
-"""From what a user names to a checked config and an open checkpoint; the model itself is built elsewhere."""
+"""From a source that a user names to a checked config and an open checkpoint. Models are built in fastvae.models."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _PLAYGROUND_SCALING_FACTOR = 0.5
 
 
 def locate(source: str | Path, **options: Any) -> Repository:
-    """The repository of a directory, a Hub id or "tiny"; ``options`` are Repository's other fields.
+    """Return the repository of a directory, a Hub id or "tiny"; ``options`` are the other fields of Repository.
 
-    A directory called tiny is reached as ./tiny. Raises FileNotFoundError where this installation has no tiny model.
+    A directory named tiny is given as ./tiny. Raises FileNotFoundError if this installation has no tiny model.
     """
     if str(source) != TINY:
         return Repository(str(source), **options)
@@ -41,16 +41,16 @@ def locate(source: str | Path, **options: Any) -> Repository:
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Repository, Path]:
-    """The raw config of a model, the repository pinned to the commit it came from, and the file."""
+    """Return a model's config as it is in the file, the repository at the commit of that file, and the file."""
     path = find_config(repository)
     return read_config_file(path), repository.pinned(path), path
 
 
 def model_class_name(source: str | Path, **options: Any) -> str:
-    """The class a model directory or Hub repository wants, "AutoencoderKL" or "AutoencoderKLFlux2".
+    """Return the class of a model directory or Hub repository, "AutoencoderKL" or "AutoencoderKLFlux2".
 
-    ``options``: subfolder, revision, token, cache_dir, local_files_only. A config without a name is an AutoencoderKL.
-    Raises as ``from_pretrained`` does, and ValueError for a class that fastvae does not have.
+    ``options``: subfolder, revision, token, cache_dir, local_files_only. A config without a class name is that of an
+    AutoencoderKL. Raises as ``from_pretrained`` does, and ValueError for a class that fastvae does not have.
     """
     config, _, path = read_config(locate(source, **options))
     name = config.get("_class_name") or "AutoencoderKL"
@@ -63,7 +63,7 @@ def model_class_name(source: str | Path, **options: Any) -> str:
 def open_pretrained(
     repository: Repository, class_name: str, variant: str | None, allow_pickle: bool
 ) -> tuple[dict[str, Any], Checkpoint, tuple[str, ...]]:
-    """Constructor arguments, checkpoint and unused config keys of a model in diffusers' layout."""
+    """Return the constructor's arguments, the checkpoint and the unused config keys of a model in diffusers' layout."""
     raw, repository, path = read_config(repository)
     config = validate_config(raw, class_name, str(path))
     checkpoint = Checkpoint(find_weights(repository, variant, allow_pickle), allow_pickle)
@@ -78,10 +78,13 @@ def open_single_file(
     config: Mapping[str, Any] | str | Path | None,
     allow_pickle: bool,
 ) -> tuple[dict[str, Any], Checkpoint, tuple[str, ...]]:
-    """Constructor arguments, checkpoint and notes on how the config was chosen, for a single file or its address."""
+    """Open a single file, given as a path or a Hub address.
+
+    Returns the constructor's arguments, the checkpoint, and notes on how the config was chosen.
+    """
     if preset is not None and config is not None:
         raise ValueError("preset and config were both given; one of them is taken")
-    # The names are checked before a file is fetched for them.
+    # A wrong preset is refused before a file is downloaded.
     chosen = find_preset(preset, class_name) if preset is not None else None
     path = find_single_file(str(source), repository)
     checkpoint = Checkpoint(WeightFiles(repository, single=path), allow_pickle)
@@ -102,15 +105,15 @@ def open_single_file(
         chosen = chosen or _choose(renamed, class_name, bool(statistics), path)
         raw, origin = chosen.config, str(path)
         notes = (f"preset {chosen.name!r} ({chosen.source})" + ("" if by_name else ", chosen by what the file holds"),)
-    # A config that states its own statistics knows better than the file; a preset's are the file's own, rounded.
-    is_stated = config is not None and raw.get("latents_mean") is not None
-    values = validate_config(raw if is_stated else {**raw, **statistics}, class_name, origin)
+    # Statistics of a given config override those of the file; those of a preset are the file's, rounded.
+    has_own_statistics = config is not None and raw.get("latents_mean") is not None
+    values = validate_config(raw if has_own_statistics else {**raw, **statistics}, class_name, origin)
     _check_fit(values, renamed, path)
     return values, checkpoint, notes
 
 
 def new_report(source: object, class_name: str, parts: tuple[str, ...], dtype: object, device: object) -> LoadReport:
-    """A report to fill in; ``dtype`` None stands for the file's own."""
+    """Return an empty report; ``dtype`` None means that of the file."""
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     return LoadReport(str(source), class_name, parts, name, str(device))
 
@@ -135,9 +138,9 @@ def _choose(shapes: Mapping[str, tuple[int, ...]], class_name: str, has_statisti
 def _check_fit(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     wrong = {key: seen for key, seen in structure(shapes).items() if values.get(key) != seen}
     if wrong:
-        wanted = _shown({key: values.get(key) for key in wrong})
+        expected = _shown({key: values.get(key) for key in wrong})
         fitting = ", ".join(preset.name for preset in candidates(shapes)) or "none"
-        message = f"the file holds {_shown(wrong)}, the config says {wanted}; presets that fit: {fitting}"
+        message = f"the file holds {_shown(wrong)}, the config says {expected}; presets that fit: {fitting}"
         raise ValueError(f"{path}: {message}")
 
 
@@ -153,15 +156,15 @@ def _given_config(config: Mapping[str, Any] | str | Path, repository: Repository
 
 
 def _latent_statistics(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
-    """Playground's edm_mean and edm_std as config values (diffusers: create_vae_diffusers_config_from_ldm)."""
-    wanted = {"edm_mean": "latents_mean", "edm_std": "latents_std"}
-    if not set(wanted) <= set(checkpoint.names):
+    """Return Playground's edm_mean and edm_std as config values (diffusers: create_vae_diffusers_config_from_ldm)."""
+    keys = {"edm_mean": "latents_mean", "edm_std": "latents_std"}
+    if not set(keys) <= set(checkpoint.names):
         return {}
     found: dict[str, Any] = {}
-    for name, tensor in checkpoint.read(wanted):
+    for name, tensor in checkpoint.read(keys):
         if not tensor.is_floating_point() or tensor.numel() > 1024:
             raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}; one number per latent channel is taken")
-        found[wanted[name]] = tuple(tensor.double().flatten().tolist())
+        found[keys[name]] = tuple(tensor.double().flatten().tolist())
     return {**found, "scaling_factor": _PLAYGROUND_SCALING_FACTOR}
 
 

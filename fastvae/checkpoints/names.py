@@ -1,7 +1,7 @@
-"""Tensor names of other layouts to diffusers' names: pure functions on strings, no tensor in sight.
+"""Renaming of tensors from other layouts to diffusers' names: pure functions on strings.
 
-Three layouts occur: diffusers' own, diffusers' before its attention was renamed (query, key, value, proj_attn), and
-the original latent-diffusion code's (LDM), bare or inside a whole checkpoint under a prefix. Source:
+Three layouts occur: that of diffusers, that of diffusers before its attention was renamed (query, key, value,
+proj_attn), and that of the original latent-diffusion code (LDM), bare or in a whole checkpoint under a prefix. Source:
 diffusers.loaders.single_file_utils and diffusers.models.modeling_utils.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Prefixes under which a whole checkpoint keeps its VAE, in the order they are looked for; the last is a bare VAE.
+#: Prefixes of the VAE's tensors in a whole checkpoint, in the order of the search; the last is that of a bare VAE.
 PREFIXES = ("first_stage_model.", "vae.", "")
 
-#: The first word of every tensor name of a VAE, by the half it belongs to.
+#: First words of the tensor names of each half of a VAE.
 PART_ROOTS = {"encoder": ("encoder", "quant_conv", "bn"), "decoder": ("decoder", "post_quant_conv", "bn")}
 _ROOTS = tuple(dict.fromkeys(root for roots in PART_ROOTS.values() for root in roots))
 
@@ -24,28 +24,28 @@ _LDM_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsa
 _LDM_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block|attn)_(\d+)\.(.+)")
 _ATTENTION_WEIGHT = re.compile(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
-# FLUX.2's own file keeps the 1x1 convolutions inside the half they belong to.
+# In FLUX.2's original file each 1x1 convolution is inside the half that it belongs to.
 _MOVED_ROOTS = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
 
 
 def is_attention_weight(name: str) -> bool:
-    """Whether a diffusers name is an attention projection, which LDM stores as a 1x1 convolution [C, C, 1, 1]."""
+    """Return True if a diffusers name is an attention projection, which LDM stores as a convolution [C, C, 1, 1]."""
     return _ATTENTION_WEIGHT.fullmatch(name) is not None
 
 
 def is_vae_name(name: str) -> bool:
-    """Whether a name (without prefix) lies in one of the roots of a VAE."""
+    """Return True if the first word of a name (without prefix) is that of a VAE's tensor."""
     return name.split(".", 1)[0] in _ROOTS
 
 
 def part_of(name: str, parts: Iterable[str]) -> bool:
-    """Whether a diffusers name belongs to one of ``parts`` ("encoder", "decoder"); batch statistics belong to both."""
+    """Return True if a diffusers name is of one of ``parts`` ("encoder", "decoder"); batch statistics are of both."""
     root = name.split(".", 1)[0]
     return any(root in PART_ROOTS[part] for part in parts)
 
 
 def find_prefix(names: Iterable[str]) -> str | None:
-    """The prefix under which the VAE lies, "" for a bare VAE, or None where there is no VAE at all."""
+    """Return the prefix of the VAE's tensors: "" for a bare VAE, None if there is no VAE."""
     names = list(names)
     for prefix in PREFIXES:
         if any(name.startswith((f"{prefix}encoder.", f"{prefix}decoder.")) for name in names):
@@ -56,8 +56,8 @@ def find_prefix(names: Iterable[str]) -> str | None:
 def rename_table(names: Iterable[str]) -> dict[str, str]:
     """Map each of a VAE's tensor names to diffusers' name; names outside the VAE are left out.
 
-    Works for any number of blocks and layers, and for a file that holds only one half. Raises ValueError where two
-    names end up the same.
+    Works for any number of blocks and layers, and for a file with one half alone. Raises ValueError if two names become
+    the same.
     """
     names = list(names)
     prefix = find_prefix(names)
@@ -65,7 +65,7 @@ def rename_table(names: Iterable[str]) -> dict[str, str]:
         return {}
     stripped = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
     stripped = {name: short for name, short in stripped.items() if is_vae_name(short)}
-    # LDM counts the decoder's blocks from the image inwards, diffusers in the order the data meets them.
+    # LDM counts the decoder's blocks from the image inwards, diffusers in the order of the computation.
     levels = [int(match.group(1)) for match in map(_LDM_UP.match, stripped.values()) if match]
     up_blocks = max(levels, default=-1) + 1
     table = {name: rename(short, up_blocks) for name, short in stripped.items()}
@@ -78,7 +78,10 @@ def rename_table(names: Iterable[str]) -> dict[str, str]:
 
 
 def rename(name: str, up_blocks: int) -> str:
-    """diffusers' name of one tensor (without prefix) of a decoder with ``up_blocks`` blocks; others come back as is."""
+    """Return diffusers' name of one tensor (without prefix) of a VAE whose decoder has ``up_blocks`` blocks.
+
+    A name of another layout is returned unchanged.
+    """
     for old, new in _MOVED_ROOTS.items():
         if name.startswith(old):
             return new + name[len(old) :]

@@ -1,8 +1,8 @@
-"""Known models as data, and which of them the shapes in a file could be.
+"""Known models as data, and the search for those that fit the shapes in a file.
 
-Shapes cannot tell every model apart (SD and SDXL, SD3 and FLUX.1 hold the same tensors and scale their latents
-differently), so a single file takes a preset by name wherever more than one fits. CogView3-Plus is left out: it has
-CogView4's tensors, but diffusers' own conversion script and the original configuration disagree on its scaling.
+Shapes do not distinguish every model: SD and SDXL, and SD3 and FLUX.1, have the same tensors and scale their latents
+differently. So from_single_file needs the name of a preset if more than one fits. CogView3-Plus is left out: it has
+CogView4's tensors, but diffusers' conversion script and the original configuration disagree on its scaling.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fastvae.checkpoints.config import CONFIG_DEFAULTS
 
 @dataclass(frozen=True)
 class Preset:
-    """A known model: its config, where the values come from, and whether they were read there.
+    """A known model: its config and the source of the values.
 
-    ``verified`` False: from memory, not checked against the model's own config.json.
+    ``verified`` is False for values from memory, not checked against the model's config.json.
     """
 
     name: str
@@ -170,14 +170,14 @@ _ALL = (
     ),
 )
 
-#: What changes no latent: the size that tiling starts at, and what a pipeline does in half precision.
+#: Keys that change no latent: the size above which an image is tiled, and a pipeline's use of fp32 for decoding.
 HINTS = ("sample_size", "force_upcast")
 #: Every preset by name.
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
 def find_preset(name: str, class_name: str) -> Preset:
-    """The preset of that name; raises ValueError that names the known ones, or the class that the preset is for."""
+    """Return the preset of that name. Raises ValueError, which names the known presets, or the class of the preset."""
     preset = PRESETS.get(name)
     if preset is None:
         close = difflib.get_close_matches(str(name), PRESETS, 1)
@@ -191,7 +191,7 @@ def find_preset(name: str, class_name: str) -> Preset:
 
 
 def matching(config: Mapping[str, Any], class_name: str) -> tuple[Preset, ...]:
-    """The presets of this config, to the last value; where there is none, those that differ in HINTS alone."""
+    """Return the presets that have this config exactly; if there is none, those that differ in HINTS alone."""
 
     def agrees(preset: Preset, but: Collection[str]) -> bool:
         return preset.class_name == class_name and all(
@@ -207,9 +207,9 @@ def _as_list(value: Any) -> Any:
 
 
 def structure(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The config values that shapes do decide, from diffusers' names; keys that cannot be seen are left out.
+    """Return the config values that the shapes of tensors, by diffusers' names, decide; other keys are left out.
 
-    One half is enough: a file with no encoder or no decoder yields what the other half shows.
+    A file without encoder or decoder gives the values that the other half decides.
     """
     seen: dict[str, Any] = {}
     for half, stack, layers_more in (("decoder", "up_blocks", 1), ("encoder", "down_blocks", 0)):
@@ -231,7 +231,7 @@ def structure(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def candidates(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Preset, ...]:
-    """The presets whose tensors would have these shapes, given under diffusers' names."""
+    """Return the presets whose tensors have these shapes, given by diffusers' names."""
     seen = structure(shapes)
     if not seen:
         return ()

@@ -1,4 +1,4 @@
-"""What a load did, kept on the model as ``load_report``."""
+"""Record of a load, kept on the model as ``load_report``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastvae.system.terminal import first_few
 
 @dataclass
 class LoadReport:
-    """What was read from where: nothing is renamed, converted or left out without a line here.
+    """Record of a load: every tensor that was renamed, converted or left out is in it.
 
-    ``loaded`` and the values of ``renamed`` are diffusers' tensor names; ``dropped`` are names as the file has them
-    that the model does not hold; ``not_read`` those of the half that was not asked for. ``dtypes`` counts the loaded
-    tensors by the file's dtype, ``dtype`` is what they became ("auto": as in the file).
+    ``loaded`` and the values of ``renamed`` are diffusers' tensor names. ``dropped`` are names in the file of tensors
+    that the model does not have; ``not_read`` those of the half that was not requested. ``dtypes`` counts the loaded
+    tensors by their dtype in the file; ``dtype`` is that in the model ("auto": as in the file).
     """
 
     source: str

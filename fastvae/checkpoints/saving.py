@@ -1,4 +1,4 @@
-"""A model directory as diffusers writes it: config.json and safetensors, each file complete or not there at all.
+"""Writing a model directory in diffusers' layout: config.json and safetensors, each file complete or absent.
 
 Source of the layout: diffusers.models.modeling_utils.ModelMixin.save_pretrained.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvae.checkpoints.files import CONFIG_NAME, index_name, weights_name
 from fastvae.system.atomic_files import replace_together
 
-#: The diffusers release whose layout is written.
+#: Release of diffusers whose layout is written.
 DIFFUSERS_VERSION = "0.42.1"
 
 
@@ -29,12 +29,12 @@ def save_model(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Write a state dict and its config to ``directory``, which is made if needed; stock diffusers loads it.
+    """Write a state dict and its config to ``directory``, which is created if needed. diffusers loads the result.
 
-    state: tensors [...] of any shape, by diffusers' names. Everything is written beside its final name first, then
-    renamed over it, and files of an earlier save of the same variant that the new one would not use are removed. Raises
-    ValueError for a file in the directory's place, a variant that is no plain word, weights on the meta device, or a
-    shard size that is no size.
+    state: tensors [...] of any shape, by diffusers' names. Each file is written under a temporary name and renamed.
+    Files of an earlier save of the same variant that the new one does not use are removed. Raises ValueError if
+    ``directory`` is a file, and for a variant that is not a plain word, weights on the meta device, or a bad shard
+    size.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -55,7 +55,7 @@ def save_model(
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: on the CPU, contiguous, each with memory of its own."""
+    """Return the tensors as safetensors takes them: on the CPU, contiguous, each with its own memory."""
     storable: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
@@ -84,7 +84,7 @@ def _shards(
         split = split_torch_state_dict_into_shards(
             dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
         )
-    except (ValueError, OverflowError):  # the splitter reads the text, and has no other argument to refuse
+    except (ValueError, OverflowError):  # the splitter parses the text, and refuses nothing else
         raise refusal from None
     shards = {file: {name: tensors[name] for name in inside} for file, inside in split.filename_to_tensors.items()}
     if not split.is_sharded:
@@ -93,7 +93,7 @@ def _shards(
 
 
 def _is_above_zero(size: Any) -> bool:
-    # The splitter takes a size of nothing, and makes a file of every tensor.
+    # The splitter takes a size of zero, and writes each tensor to its own file.
     if isinstance(size, str):
         return re.match(r"\s*[0.]*[1-9]", size) is not None
     return isinstance(size, int) and not isinstance(size, bool) and size > 0
@@ -109,7 +109,7 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _superseded(directory: Path, variant: str | None, keep: set[str]) -> list[Path]:
-    """Weights and index of an earlier save of this variant: diffusers would prefer an old index to a new file."""
+    """Return weights and index of an earlier save of this variant: diffusers loads an old index before a new file."""
     stem = re.escape(weights_name(variant, suffix=""))
     own = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index_name(variant))}")
     return [path for path in directory.iterdir() if own.fullmatch(path.name) and path.name not in keep]

@@ -1,4 +1,4 @@
-"""Tensors out of checkpoint files: only those that are wanted, each checked, converted and placed as it is read."""
+"""Reading tensors from checkpoint files: only those that the model needs, each checked, converted and placed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastvae.system.terminal import first_few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What torch's weights-only unpickler raises on bytes that are no pickle at all.
-_GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, struct.error)
+# Errors of torch's weights-only unpickler for bytes that are not a pickle.
+_NOT_A_PICKLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, struct.error)
 
 
 class Checkpoint:
-    """The tensors of one checkpoint by the names its files use; a shard is fetched when a tensor of it is wanted."""
+    """Tensors of one checkpoint, by their names in the files. A shard is downloaded when one of its tensors is read."""
 
     def __init__(self, weights: WeightFiles, allow_pickle: bool = False) -> None:
         self._weights = weights
@@ -45,38 +45,38 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """The file (or index) to name in messages."""
+        """File or index to name in messages."""
         return str(self._weights.single or self._weights.index)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, from the headers alone."""
+        """Return the shape of every tensor, from the headers alone."""
         if self._pickled is not None:
             return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
         found = {}
-        for path, wanted in self._by_file(self.names):
+        for path, inside in self._by_file(self.names):
             with _opened(path) as file:
-                found.update((name, tuple(_slice(file, name, path).get_shape())) for name in wanted)
+                found.update((name, tuple(_slice(file, name, path).get_shape())) for name in inside)
         return found
 
-    def read(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) file by file; the tensor may be a view of the mapped file, so copy what is kept."""
+    def read(self, tensor_names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor), file by file. A tensor may be a view of the mapped file: copy those that are kept."""
         if self._pickled is not None:
-            for name in wanted:
+            for name in tensor_names:
                 yield name, self._pickled[name]
             return
-        for path, inside in self._by_file(wanted):
+        for path, inside in self._by_file(tensor_names):
             self.opened.append(path)
             with _opened(path) as file:
                 for name in inside:
                     _slice(file, name, path)
                     yield name, file.get_tensor(name)
 
-    def _by_file(self, wanted: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
+    def _by_file(self, tensor_names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
         if self._weights.single is not None:
-            yield self._weights.single, list(wanted)
+            yield self._weights.single, list(tensor_names)
             return
         groups: dict[str, list[str]] = {}
-        for name in wanted:
+        for name in tensor_names:
             groups.setdefault((self._weights.weight_map or {})[name], []).append(name)
         for shard, inside in groups.items():
             yield self._weights.shard(shard), inside
@@ -90,35 +90,35 @@ def read_tensors(
     device: torch.device,
     strict: bool = True,
 ) -> dict[str, Tensor]:
-    """Read the tensors ``expected`` (diffusers' name -> shape) on ``device``; fills in ``report``.
+    """Read the tensors ``expected`` (diffusers' name -> shape) to ``device``, and fill in ``report``.
 
-    Only the parts that ``report`` names are looked for, and no tensor of the other half is read. ``dtype`` None keeps
-    each tensor's own; integers are never converted. Every tensor is a copy, so that a file replaced later changes
-    nothing. Raises ValueError for missing tensors, tensors of a wrong shape or of integers, and tensors inside the
-    VAE that the model does not have; outside the VAE too if ``strict``.
+    Only tensors of ``report.parts`` are read. ``dtype`` None keeps that of each tensor; integers are never converted.
+    Every tensor is a copy, so that replacing the file later changes nothing. Raises ValueError for missing tensors,
+    tensors of a wrong shape or of integers, and tensors of the VAE that the model does not have; if ``strict``, for
+    tensors outside the VAE too.
     """
     table = names.rename_table(checkpoint.names)
-    wanted = {name: shape for name, shape in expected.items() if names.part_of(name, report.parts)}
+    needed = {name: shape for name, shape in expected.items() if names.part_of(name, report.parts)}
     old_names = {new: old for old, new in table.items()}
-    _sort_out(checkpoint, table, expected, wanted, report, strict)
-    absent = [name for name in wanted if name not in old_names]
-    # A counter of training steps, which converted FLUX.2 files leave out; nothing that is computed depends on it.
+    _record_unread(checkpoint, table, expected, needed, report, strict)
+    absent = [name for name in needed if name not in old_names]
+    # Counter of training steps, absent from converted FLUX.2 files; no result depends on it.
     counters = [name for name in absent if name.endswith(".num_batches_tracked")]
     missing = [name for name in absent if name not in counters]
     if missing:
         raise ValueError(
-            f"{checkpoint.source}: {len(missing)} of {len(wanted)} tensors are missing: {first_few(missing)}"
+            f"{checkpoint.source}: {len(missing)} of {len(needed)} tensors are missing: {first_few(missing)}"
         )
     tensors = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counters}
     found_dtypes: Counter[str] = Counter()
     reshaped = []
-    for old, tensor in checkpoint.read([old_names[name] for name in wanted if name in old_names]):
+    for old, tensor in checkpoint.read([old_names[name] for name in needed if name in old_names]):
         new = table[old]
-        shaped = _shaped(tensor, new, wanted[new])
+        shaped = _shaped(tensor, new, needed[new])
         if shaped is None:
-            got, taken = list(tensor.shape), list(wanted[new])
+            got, taken = list(tensor.shape), list(needed[new])
             raise ValueError(f"{checkpoint.source}: {old} has shape {got}, expected {taken} for {new}")
-        # The counter of training steps is the one integer that a model holds.
+        # The counter of training steps is the only integer of a model.
         if not tensor.is_floating_point() and not new.endswith(".num_batches_tracked"):
             raise ValueError(f"{checkpoint.source}: {old} is {_short(tensor.dtype)}; floating-point numbers are taken")
         reshaped += [new] if shaped.shape != tensor.shape else []
@@ -137,10 +137,10 @@ def read_tensors(
 def convertible_dtype(
     torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None = None
 ) -> torch.dtype | None:
-    """The dtype to convert to: None means float32, as in diffusers, and "auto" (returned as None) the file's own.
+    """Return the dtype to convert to: None means float32, as in diffusers; "auto", returned as None, that of the file.
 
-    ``dtype`` is the newer name of the same argument. Raises ValueError where both are given and differ, and for
-    anything else that is not a floating-point torch.dtype.
+    ``dtype`` is the newer name of the same argument. Raises ValueError if both are given and differ, and for anything
+    else that is not a floating-point torch.dtype.
     """
     if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
         raise ValueError(f"torch_dtype and dtype are one argument, got {torch_dtype} and {dtype}: give one of them")
@@ -155,26 +155,26 @@ def convertible_dtype(
 
 
 def check_parts(parts: Iterable[str]) -> tuple[str, ...]:
-    """``parts`` as a tuple in one order; raises ValueError unless it names "encoder", "decoder" or both."""
+    """Return ``parts`` as a tuple in a fixed order. Raises ValueError unless they are "encoder", "decoder" or both."""
     given = (parts,) if isinstance(parts, str) else tuple(parts)
     if not given or not set(given) <= set(names.PART_ROOTS):
         raise ValueError(f'parts must name "encoder", "decoder" or both, got {parts!r}')
     return tuple(part for part in names.PART_ROOTS if part in given)
 
 
-def _sort_out(
+def _record_unread(
     checkpoint: Checkpoint,
     table: Mapping[str, str],
     expected: Shapes,
-    wanted: Shapes,
+    needed: Shapes,
     report: LoadReport,
     strict: bool,
 ) -> None:
-    """Note what will not be read, and refuse what the model should hold and does not."""
+    """Record the tensors that are not read. Raises ValueError for tensors of the VAE that the model does not have."""
     unknown, dropped, not_read = [], [], []
     for old in checkpoint.names:
         new = table.get(old)
-        if new in wanted:
+        if new in needed:
             continue
         if new in expected:
             not_read.append(old)
@@ -192,7 +192,7 @@ def _sort_out(
 
 
 def _is_fused_copy(name: str, table: Mapping[str, str]) -> bool:
-    # diffusers leaves to_qkv beside to_q, to_k, to_v after fuse_qkv_projections, and ignores it on load.
+    # After fuse_qkv_projections diffusers saves to_qkv as well as to_q, to_k, to_v, and ignores it on load.
     return ".to_qkv." in name and name.replace(".to_qkv.", ".to_q.") in table.values()
 
 
@@ -208,7 +208,7 @@ def _slice(file, name: str, path: Path):
     try:
         return file.get_slice(name)
     except safetensors.SafetensorError:
-        raise ValueError(f"{path}: the index says that {name} lies here, and it does not") from None
+        raise ValueError(f"{path}: the index says that {name} is here, and it is not") from None
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds something other than weights, and none of it was run") from None
-    except _GARBAGE as error:
+    except _NOT_A_PICKLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable pickle of weights ({reason})") from None
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

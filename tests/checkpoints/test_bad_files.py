@@ -155,7 +155,7 @@ def test_an_index_that_lies_is_named(model, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps(index))
     message = refusal(tmp_path)
     assert index["weight_map"]["decoder.conv_out.weight"] in message
-    assert "the index says that encoder.conv_in.weight lies here" in message
+    assert "the index says that encoder.conv_in.weight is here" in message
 
 
 class _Payload:
