@@ -1,4 +1,4 @@
-"""Images to latents that are ready to train on, and back, for any VAE of this shape.
+"""Images to scaled latents for training, and back, for any VAE with the interface of diffusers' AutoencoderKL.
 
 autoencoder   the protocol of a VAE, its device and dtype
 pixels        any image to NCHW in [-1, 1], and back

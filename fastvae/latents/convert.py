@@ -1,7 +1,6 @@
-"""Images to latents that are ready to train on, and back, for any autoencoder of this shape, ours or diffusers'.
+"""Images to scaled latents for training, and back, for fastvae's and diffusers' autoencoders.
 
-A latent is "raw" as the encoder gives it and "scaled" as a diffusion model sees it; scale_latents and unscale_latents
-are the one place where the two meet.
+An encoder returns raw latents; a diffusion model takes scaled ones. scale_latents and unscale_latents convert them.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastvae.latents.autoencoder import ACCELERATED, Autoencoder, _beside_weights, check_finite, like_weights
-from fastvae.latents.pixels import _fit, _to_pil, pixels_from_images
+from fastvae.latents.autoencoder import ACCELERATED, Autoencoder, check_finite, like_weights, to_device_of
+from fastvae.latents.pixels import fit_to_multiple, pil_from_bytes, pixels_from_images
 from fastvae.latents.sampling import check_noise, sample_posterior
 from fastvae.latents.scaling import (
-    _check_latents,
-    _patch,
+    check_latents,
     downsample_factor,
+    patch_size,
     pixel_multiple,
     scale_latents,
     unscale_latents,
@@ -39,13 +38,13 @@ def encode_latents(
     pad: Literal["error", "crop", "reflect"] = "error",
     layout: Literal["auto", "NCHW", "NHWC"] = "auto",
 ) -> Tensor:
-    """Images to scaled latents, [B, L, H / f, W / f] in the model's dtype and on its device.
+    """Encode images to scaled latents, [B, L, H / f, W / f], in the model's dtype and on its device.
 
     images: uint8 0..255 or floats in [-1, 1], tensor or array, [B, C, H, W] or [B, H, W, C], or PIL images of one size.
-    posterior: a draw, or the mode (the mean). seeds: one unsigned 64-bit integer an image, so that an image's latents
-    depend on its own seed alone; generator: torch generators instead, as diffusers uses them. pad: what to do with
-    sides that are no multiple of f: refuse, crop the right and bottom, or reflect there up to the next multiple.
-    Raises ValueError for any other shape, dtype, range or non-finite pixel, and for latents that are not finite.
+    posterior: a draw, or the mode (the mean). seeds: one unsigned 64-bit integer for each image, on which alone its
+    noise depends; generator: torch generators instead, as in diffusers. pad: for sides that are not multiples of f:
+    "error" refuses, "crop" cuts the right and bottom, "reflect" extends them to the next multiple. Raises ValueError
+    for any other shape, dtype, range or non-finite pixel, and for latents that are not finite.
     """
     if posterior not in ("sample", "mode"):
         raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
@@ -53,7 +52,7 @@ def encode_latents(
         raise ValueError("the mode has no noise: leave out seeds and generator, or say posterior='sample'")
     fast = vars(vae).get(ACCELERATED)
     pixels = pixels_from_images(vae, images, layout=layout, keep_bytes=fast is not None)
-    pixels = _fit(pixels, pixel_multiple(vae), pad)
+    pixels = fit_to_multiple(pixels, pixel_multiple(vae), pad)
     check_noise(pixels.shape[0], seeds, generator)
     if pixels.shape[0] == 0:
         f = downsample_factor(vae)
@@ -71,55 +70,56 @@ def encode_latents(
 
 @torch.no_grad()
 def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
-    """Raw mean and log-variance, unsplit, [B, 2L, H / f, W / f], of images; images and errors as in encode_latents."""
-    moments = _encode_pixels(vae, _pixels_that_fit(vae, images), again_in_fp32=True)
+    """Return raw mean and log-variance, unsplit, [B, 2L, H / f, W / f]; images and errors as in encode_latents."""
+    moments = _encode_pixels(vae, _checked_pixels(vae, images), again_in_fp32=True)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
 
 @torch.no_grad()
 def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
-    """moments_of_images, [B, 2L, H / f, W / f], without a wait for a GPU: who calls this looks whether they are finite.
+    """Return moments_of_images, [B, 2L, H / f, W / f], without waiting for a GPU: the caller checks if they are finite.
 
-    Rows that half precision leaves not finite are not done again: see mended_moments. Errors as in encode_latents, for
-    the images alone.
+    Rows that are not finite in half precision are not computed again: see mended_moments. Errors as in encode_latents,
+    for the images alone.
     """
-    return _encode_pixels(vae, _pixels_that_fit(vae, images), again_in_fp32=False)
+    return _encode_pixels(vae, _checked_pixels(vae, images), again_in_fp32=False)
 
 
 @torch.no_grad()
 def mended_moments(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
-    """What moments_of_images gives, [B, 2L, H / f, W / f], from the ``moments`` that the unchecked function gave.
+    """Return moments_of_images, [B, 2L, H / f, W / f], from the ``moments`` of unchecked_moments_of_images.
 
-    Rows that half precision left not finite are made again in fp32, and no others. Raises ValueError where one still is
-    not finite.
+    Only rows that are not finite in half precision are computed again, in fp32. Raises ValueError if one of them is
+    still not finite.
     """
     fast = vars(vae).get(ACCELERATED)
     if fast is not None:
-        moments = fast.mended(vae, _as_taken(vae, _pixels_that_fit(vae, images)), moments)
+        moments = fast.mended(vae, _like_input(vae, _checked_pixels(vae, images)), moments)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
 
-def _pixels_that_fit(vae: Autoencoder, images: Any) -> Tensor:
+def _checked_pixels(vae: Autoencoder, images: Any) -> Tensor:
     pixels = pixels_from_images(vae, images, keep_bytes=vars(vae).get(ACCELERATED) is not None)
-    return _fit(pixels, pixel_multiple(vae), "error")
+    return fit_to_multiple(pixels, pixel_multiple(vae), "error")
 
 
 def _encode_pixels(vae: Autoencoder, pixels: Tensor, again_in_fp32: bool) -> Tensor:
-    """Moments of what pixels_from_images gives. mend: do rows that half precision leaves not finite again in fp32."""
+    """Return the moments of pixels; ``again_in_fp32`` repeats rows that are not finite in half precision in fp32."""
     fast = vars(vae).get(ACCELERATED)
     if fast is None:
         return vae.encode(like_weights(vae, pixels)).latent_dist.parameters
-    return fast.moments(vae, _as_taken(vae, pixels), again_in_fp32=again_in_fp32)
+    return fast.moments(vae, _like_input(vae, pixels), again_in_fp32=again_in_fp32)
 
 
-def _as_taken(vae: Autoencoder, pixels: Tensor) -> Tensor:
-    return _beside_weights(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
+def _like_input(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    # The fast path takes bytes, and maps them to [-1, 1] in its first kernel.
+    return to_device_of(vae, pixels) if pixels.dtype == torch.uint8 else like_weights(vae, pixels)
 
 
 def encode_moments(vae: Autoencoder, x: Tensor) -> Tensor:
-    """Mean and log-variance of the posterior, unsplit, [B, 2L, H / f, W / f], of pixels x [B, C, H, W] in [-1, 1].
+    """Return mean and log-variance of the posterior, unsplit, [B, 2L, H / f, W / f], of x [B, C, H, W] in [-1, 1].
 
     The same as ``vae.encode(x).latent_dist.parameters``; an accelerated VAE folds its last two convolutions into one.
     """
@@ -135,14 +135,15 @@ def decode_latents(
     output: Literal["uint8", "float", "pil"] = "uint8",
     size: tuple[int, int] | None = None,
 ) -> Tensor | list[Image.Image]:
-    """Scaled latents to images: uint8 or float [B, C, H, W] (0..255, or about [-1, 1]), or a list of PIL images.
+    """Decode scaled latents to images: uint8 or float [B, C, H, W] (0..255, or about [-1, 1]), or a list of PIL images.
 
-    size: (height, width) of the images before ``pad="reflect"``; what was added is cut off again. Raises ValueError for
-    another shape, dtype or output, for latents or images that are not finite, and for a size larger than the images.
+    size: (height, width) of the images before ``pad="reflect"``, to which the decoded images are cut. Raises ValueError
+    for another shape, dtype or output, for latents or images that are not finite, and for a size larger than the
+    images.
     """
     if output not in ("uint8", "float", "pil"):
         raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
-    _check_latents(z, vae.config.latent_channels * _patch(vae) ** 2)
+    check_latents(z, vae.config.latent_channels * patch_size(vae) ** 2)
     check_finite("z", z, "as given")
     height, width = (side * pixel_multiple(vae) for side in z.shape[2:])
     if size is not None and not (
@@ -161,4 +162,4 @@ def decode_latents(
         return images.contiguous()
     # As diffusers' VaeImageProcessor: to [0, 1], clamped, times 255, rounded.
     images = (images.float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).contiguous()
-    return images if output == "uint8" else _to_pil(images)
+    return images if output == "uint8" else pil_from_bytes(images)

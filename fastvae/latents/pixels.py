@@ -1,4 +1,4 @@
-"""Pixels: any image to NCHW in [-1, 1], and back to uint8, float or PIL."""
+"""Pixels: images of any kind to NCHW in [-1, 1], and bytes to PIL images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# Floats beyond this are not images in [-1, 1]; resampling overshoots by less.
+# Floats with a larger magnitude are not images in [-1, 1]; resampling overshoots by less.
 LARGEST_PIXEL = 1.5
 
 
 def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", keep_bytes: bool = False) -> Tensor:
-    """Any accepted images as floats [B, C, H, W] in [-1, 1], checked where they lie; errors as in encode_latents.
+    """Return images as floats [B, C, H, W] in [-1, 1], on the device that they are on; errors as in encode_latents.
 
-    keep_bytes: leave uint8 as it is, for who maps it to [-1, 1] later.
+    keep_bytes: leave uint8 unchanged, for a caller that maps it to [-1, 1] later.
     """
     images = _as_tensor(images)
     channels = vae.config.in_channels
@@ -40,7 +40,7 @@ def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", k
 
 
 def normalized(pixels: Tensor) -> Tensor:
-    """uint8 pixels of any shape, [...] in 0..255, as the fp32 in [-1, 1] that an encoder takes."""
+    """Return uint8 pixels of any shape, [...] in 0..255, as fp32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
 
 
@@ -53,20 +53,20 @@ def _as_tensor(images: Any) -> Tensor:
     if not pictures:
         raise ValueError("images must be a batch, got an empty list: give an empty tensor [0, C, H, W] for no images")
     if not all(hasattr(picture, "convert") for picture in pictures):
-        raise ValueError(f"images must be a tensor, an array or PIL images, got {_described(pictures[0])} in a list")
+        raise ValueError(f"images must be a tensor, an array or PIL images, got {described(pictures[0])} in a list")
     return _from_pil(pictures)
 
 
 def _from_array(array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise ValueError(f"images must be uint8 or floating point, got an array of {array.dtype}")
-    # torch takes neither negative strides nor foreign byte orders, and warns of memory it may not write.
+    # torch takes neither negative strides nor foreign byte orders, and warns about read-only memory.
     plain = array.astype(array.dtype.newbyteorder("="), order="C", copy=not array.flags.writeable)
     return torch.from_numpy(plain)
 
 
 def _from_pil(pictures: list[Image.Image]) -> Tensor:
-    import numpy as np  # here, because PIL images alone need it
+    import numpy as np  # here: only PIL images need it
 
     sizes = {picture.size for picture in pictures}
     modes = {picture.mode for picture in pictures}
@@ -82,20 +82,21 @@ def _to_nchw(images: Tensor, channels: int, layout: str) -> Tensor:
     if layout not in ("auto", "NCHW", "NHWC"):
         raise ValueError(f"layout must be 'auto', 'NCHW' or 'NHWC', got {layout!r}")
     if images.ndim != 4:
-        raise ValueError(f"images must have 4 dimensions, [B, C, H, W] or [B, H, W, C], got {_described(images)}")
+        raise ValueError(f"images must have 4 dimensions, [B, C, H, W] or [B, H, W, C], got {described(images)}")
     first, last = images.shape[1] == channels, images.shape[3] == channels
     if layout == "auto" and first and last:
         raise ValueError(f"images of shape {tuple(images.shape)} can be read both ways: say layout='NCHW' or 'NHWC'")
     if layout == "NHWC" or (layout == "auto" and last):
         images = images.permute(0, 3, 1, 2)
     if images.shape[1] != channels:
-        raise ValueError(f"images must have {channels} channels, got {_described(images)}")
+        raise ValueError(f"images must have {channels} channels, got {described(images)}")
     if 0 in images.shape[2:]:
-        raise ValueError(f"images must have at least one pixel, got {_described(images)}")
+        raise ValueError(f"images must have at least one pixel, got {described(images)}")
     return images
 
 
-def _fit(pixels: Tensor, multiple: int, pad: str) -> Tensor:
+def fit_to_multiple(pixels: Tensor, multiple: int, pad: str) -> Tensor:
+    """Return pixels [B, C, H, W] with sides that are multiples of ``multiple``; pad and errors as in encode_latents."""
     height, width = pixels.shape[2:]
     more = (-height % multiple, -width % multiple)
     if pad not in ("error", "crop", "reflect"):
@@ -114,11 +115,12 @@ def _fit(pixels: Tensor, multiple: int, pad: str) -> Tensor:
         return pixels.new_empty(0, pixels.shape[1], height + more[0], width + more[1])
     if more[0] >= height or more[1] >= width:
         raise ValueError(f"an image of {height} x {width} is too small to be reflected up to multiples of {multiple}")
-    pixels = normalized(pixels) if pixels.dtype == torch.uint8 else pixels  # torch reflects no bytes
+    pixels = normalized(pixels) if pixels.dtype == torch.uint8 else pixels  # torch's reflection takes no uint8
     return F.pad(pixels, (0, more[1], 0, more[0]), mode="reflect")
 
 
-def _to_pil(images: Tensor) -> list[Image.Image]:
+def pil_from_bytes(images: Tensor) -> list[Image.Image]:
+    """Return uint8 images [B, C, H, W] as PIL images. Raises ValueError unless they have 1, 3 or 4 channels."""
     from PIL import Image
 
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -127,7 +129,8 @@ def _to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return the shape of a tensor, or the type of another value, for messages."""
     if isinstance(value, Tensor):
         return f"shape {tuple(value.shape)}"
     return f"a {type(value).__module__}.{type(value).__name__}"

@@ -1,7 +1,8 @@
-"""The reparameterised sample: noise by seed or by torch's generators, for the posterior that moments describe.
+"""The reparameterised sample of a posterior: noise by seed or by torch's generators.
 
-By seed it is the fused op's, on every device the same to the accuracy of its sine; by a generator of a GPU the op draws
-what torch would, bit for bit; by one of the CPU torch draws itself. Source: diffusers.utils.torch_utils.randn_tensor.
+By seed the fused op draws: the same noise on every device, to the accuracy of its sine. By a generator of a GPU the op
+draws the noise of torch, bit for bit; by one of the CPU torch draws it. Source:
+diffusers.utils.torch_utils.randn_tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def sample_posterior(
     *,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """mean + std * noise from moments [B, 2L, h, w]: raw latents [B, L, h, w], differentiable.
+    """Return mean + std * noise from moments [B, 2L, h, w]: raw latents [B, L, h, w], differentiable.
 
-    With logvar [B, L, h, w], ``moments`` is the mean alone, [B, L, h, w]: the two as a latent store's batches have
-    them, in whose space the latents are then. seeds, generator and errors as in DiagonalGaussianDistribution.sample.
+    With logvar [B, L, h, w], ``moments`` is the mean alone, [B, L, h, w]: a batch of a latent store has the two, and
+    the latents are scaled as they are. seeds, generator and errors as in DiagonalGaussianDistribution.sample.
     """
     if logvar is not None:
         if moments.shape != logvar.shape:
@@ -40,12 +41,12 @@ def sample_posterior(
     # Views of the moments, as in diffusers, so that the result has the same strides as there.
     mean, logvar = moments.chunk(2, dim=1)
     numbers, generators = check_noise(moments.shape[0], seeds, generator, moments.device)
-    # A gradient goes through torch's own operations, where it can be taken twice: the op then gives the noise alone.
+    # For a gradient torch's operations compute the sample, so that it can be differentiated twice: the op draws noise.
     wants_gradient = torch.is_grad_enabled() and moments.requires_grad
     if numbers is not None and not wants_gradient:
         return _strided_as_eager(posterior_op(moments, numbers), mean)
-    if not wants_gradient and (on_card := _card_generators(mean, generators)):
-        return _strided_as_eager(posterior_op(moments, *_reserved(on_card, mean)), mean)
+    if not wants_gradient and (on_cuda := _cuda_generators(mean, generators)):
+        return _strided_as_eager(posterior_op(moments, *_reserved(on_cuda, mean)), mean)
     if numbers is None:
         noise = _randn_rows(mean, generators)
     else:
@@ -56,9 +57,9 @@ def sample_posterior(
 def check_noise(
     rows: int, seeds: Any, generator: Any, device: torch.device | str = "cpu"
 ) -> tuple[Tensor | None, Sequence[torch.Generator | None]]:
-    """Seeds as the int64 [rows] of their bits, or None, and the generators: one for the batch, or one for each row.
+    """Return seeds as the int64 [rows] of their bits, or None, and generators: one for the batch, or one for each row.
 
-    Raises ValueError for both at once, for another number of either, and for what is no seed or generator.
+    Raises ValueError for both at once, for another number of either, and for a bad seed or generator.
     """
     if seeds is not None:
         if generator is not None:
@@ -71,22 +72,22 @@ def check_noise(
     for one in generators:
         if one is not None and not isinstance(one, torch.Generator):
             raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(one).__name__}")
-    # diffusers takes a list of one as that one, for the whole batch.
+    # As in diffusers, the generator of a list of one is that of the whole batch.
     if len(generators) not in (1, rows):
         raise ValueError(f"generator must be one, or one for each of the {rows} rows, got {len(generators)}")
     return None, generators
 
 
-def _card_generators(mean: Tensor, generators: Sequence[torch.Generator | None]) -> list[torch.Generator]:
-    """The CUDA generators whose numbers the op draws itself, bit for bit; none of them where torch.randn must."""
-    # A compiled or captured graph would keep the offset read today for ever; torch.randn reads it at every replay.
+def _cuda_generators(mean: Tensor, generators: Sequence[torch.Generator | None]) -> list[torch.Generator]:
+    """Return the CUDA generators whose numbers the op draws, bit for bit; an empty list if torch.randn has to draw."""
+    # A compiled or captured graph would keep the offset that is read now; torch.randn reads it at every replay.
     if torch.compiler.is_compiling() or mean.device.type != "cuda" or not torch.cuda.is_initialized():
         return []
-    # Without Triton the op is its reference, which would draw on the CPU.
+    # Without Triton the op runs its reference, which draws on the CPU.
     if "cuda" not in KERNEL_DEVICES or torch.cuda.is_current_stream_capturing():
         return []
-    # Float64 takes two words a normal, ROCm has other normals, and 2 GiB and more are drawn in several launches;
-    # autocast takes the exponential, and all that follows, to fp32.
+    # Float64 takes two words for each normal, ROCm draws other normals, and torch draws 2 GiB and more in several
+    # launches. Under autocast the exponential and all that follows are fp32.
     drawn_alike = mean.dtype in (torch.float32, torch.float16, torch.bfloat16) and torch.version.hip is None
     if not drawn_alike or not 0 < mean.numel() * mean.itemsize < 2**31 or torch.is_autocast_enabled("cuda"):
         return []
@@ -95,16 +96,16 @@ def _card_generators(mean: Tensor, generators: Sequence[torch.Generator | None])
 
 
 def _reserved(generators: list[torch.Generator], mean: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(seeds, offsets, threads) of the next normals of CUDA generators, one for the batch or one for each row."""
-    card = torch.cuda.get_device_properties(mean.device)
+    """Return (seeds, offsets, threads) of the next normals of CUDA generators, one for the batch or for each row."""
+    device = torch.cuda.get_device_properties(mean.device)
     count = mean.numel() // len(generators)
-    limits = card.multi_processor_count, card.max_threads_per_multi_processor
+    limits = device.multi_processor_count, device.max_threads_per_multi_processor
     seeds, offsets, threads = zip(*(philox.reserve(one, count, *limits) for one in generators), strict=True)
     return philox.seed_tensor(seeds, mean.device), philox.int64_tensor(offsets, mean.device), threads[0]
 
 
 def _randn_rows(mean: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-    """What diffusers' randn_tensor draws for mean [B, ...]. Source: diffusers.utils.torch_utils.randn_tensor."""
+    """Return the noise of diffusers' randn_tensor for mean [B, ...]: diffusers.utils.torch_utils.randn_tensor."""
     for one in generators:
         if one is not None and one.device.type not in ("cpu", mean.device.type):
             raise ValueError(f"a generator on {one.device} cannot draw noise for {mean.device}: take one on the CPU")
@@ -120,7 +121,7 @@ def _randn_rows(mean: Tensor, generators: Sequence[torch.Generator | None]) -> T
 
 
 def _strided_as_eager(z: Tensor, mean: Tensor) -> Tensor:
-    """z in the strides that ``mean + noise`` has: the op writes NCHW and channels_last alone."""
+    """Return z with the strides of ``mean + noise``: the op writes only NCHW and channels_last."""
     like = torch.empty(mean.shape, dtype=mean.dtype, device="meta")
     if not mean.is_contiguous():
         like = torch.empty_strided(mean.shape, mean.stride(), dtype=mean.dtype, device="meta") + like

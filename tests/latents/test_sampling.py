@@ -122,7 +122,7 @@ class CudaGenerator(torch.Generator):
 
 
 @pytest.fixture
-def a_card(monkeypatch):
+def cuda_device(monkeypatch):
     """torch.cuda answers as on a GPU of one multiprocessor with 512 threads; its default generator is returned."""
     default, card = CudaGenerator(99, 40), SimpleNamespace(multi_processor_count=1, max_threads_per_multi_processor=512)
     for name, value in {
@@ -137,12 +137,12 @@ def a_card(monkeypatch):
 
 
 @pytest.fixture
-def drawn_on_the_card(a_card, monkeypatch):
-    """CPU moments take the way of a GPU's: what _card_generators answers is tested by itself below."""
+def drawn_by_the_op(cuda_device, monkeypatch):
+    """CPU moments take the way of a GPU's: what _cuda_generators answers is tested by itself below."""
     monkeypatch.setattr(
-        sampling, "_card_generators", lambda mean, given: [a_card if one is None else one for one in given]
+        sampling, "_cuda_generators", lambda mean, given: [cuda_device if one is None else one for one in given]
     )
-    return a_card
+    return cuda_device
 
 
 def stream_rows(shape, drawn, threads=512):
@@ -166,19 +166,19 @@ SHAPE = (3, 4, 11, 13)  # 1716 elements: one launch of 512 threads takes four la
     ],
     ids=["the default", "one", "a list of one", "one a row", "the default twice"],
 )
-def test_a_cuda_generator_draws_torchs_stream_and_moves_on(given, drawn, advance, form, drawn_on_the_card):
+def test_a_cuda_generator_draws_torchs_stream_and_moves_on(given, drawn, advance, form, drawn_by_the_op):
     moments = torch.zeros(3, 8, 11, 13).contiguous(memory_format=form)
-    generator = given(drawn_on_the_card)
+    generator = given(drawn_by_the_op)
     latents_ = sample_posterior(moments, generator=generator)
     assert (latents_ - stream_rows(SHAPE, drawn)).abs().max() < 2e-6
     assert latents_.stride() == eager(moments, torch.zeros(SHAPE)).stride()
-    assert drawn_on_the_card.offset == 40 + advance.get(0, 0)
+    assert drawn_by_the_op.offset == 40 + advance.get(0, 0)
     own = [one for one in (generator if isinstance(generator, list) else [generator]) if one is not None]
     begun = [offset for seed, offset in drawn if seed != 99]
     assert [one.offset for one in own] == [offset + 4 for offset in begun]
 
 
-def test_a_second_draw_goes_on_where_the_first_ended(drawn_on_the_card):
+def test_a_second_draw_goes_on_where_the_first_ended(drawn_by_the_op):
     generator, moments = CudaGenerator(5), torch.zeros(1, 8, 23, 29)  # 2668 elements: two iterations of 512 threads
     for offset in (0, 8):
         noise = stream_rows((1, 4, 23, 29), [(5, offset)])
@@ -191,11 +191,11 @@ def fake_mean(dtype=torch.float32, device="cuda:0", shape=(2, 4, 3, 3)):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def test_the_op_draws_from_cuda_generators_alone(a_card):
+def test_the_op_draws_from_cuda_generators_alone(cuda_device):
     one, elsewhere = CudaGenerator(1), CudaGenerator(1, device="cuda:1")
     for dtype in DTYPES:
-        assert sampling._card_generators(fake_mean(dtype), [None]) == [a_card]
-    assert sampling._card_generators(fake_mean(), [one, None]) == [one, a_card]
+        assert sampling._cuda_generators(fake_mean(dtype), [None]) == [cuda_device]
+    assert sampling._cuda_generators(fake_mean(), [one, None]) == [one, cuda_device]
     for case, mean, given in (
         ("a CPU's moments", fake_mean(device="cpu"), [None]),
         ("a CPU's generator", fake_mean(), [torch.Generator()]),
@@ -205,11 +205,11 @@ def test_the_op_draws_from_cuda_generators_alone(a_card):
         ("no element", fake_mean(shape=(0, 4, 3, 3)), []),
         ("2 GiB: several launches", fake_mean(shape=(2**13, 4, 128, 128)), [one]),
     ):
-        assert sampling._card_generators(mean, given) == [], case
+        assert sampling._cuda_generators(mean, given) == [], case
 
 
 @pytest.mark.parametrize("state", ["not initialised", "capturing", "compiling", "ROCm", "autocast", "no Triton"])
-def test_where_torch_must_draw_itself(state, a_card, monkeypatch):
+def test_where_torch_must_draw_itself(state, cuda_device, monkeypatch):
     name, value = {
         "not initialised": ("torch.cuda.is_initialized", lambda: False),
         "capturing": ("torch.cuda.is_current_stream_capturing", lambda: True),
@@ -218,9 +218,9 @@ def test_where_torch_must_draw_itself(state, a_card, monkeypatch):
         "autocast": ("torch.is_autocast_enabled", lambda kind: kind == "cuda"),
         "no Triton": ("fastvae.latents.sampling.KERNEL_DEVICES", ()),
     }[state]
-    assert sampling._card_generators(fake_mean(), [None]) == [a_card]
+    assert sampling._cuda_generators(fake_mean(), [None]) == [cuda_device]
     monkeypatch.setattr(name, value)
-    assert sampling._card_generators(fake_mean(), [None]) == []
+    assert sampling._cuda_generators(fake_mean(), [None]) == []
 
 
 @on_a_gpu
