@@ -1,7 +1,7 @@
-"""Blended tiling: which tiles cover an image, and how their overlaps are mixed, to diffusers' last bit.
+"""Blended tiling: plans of tiles that cover an image, and the mixture of their overlaps, bit for bit as in diffusers.
 
-Along each axis a tile starts at every stride; of each result ``limit`` rows are kept, and its first ``blend`` rows are
-a linear mixture with the last rows of the tile before. Source: AutoencoderKL._tiled_encode and tiled_decode of
+Along each axis a tile starts at every stride. ``limit`` rows of each result are kept; its first ``blend`` rows are a
+linear mixture with the last rows of the tile before. Source: AutoencoderKL._tiled_encode and tiled_decode of
 diffusers.models.autoencoders.autoencoder_kl.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How an axis is cut: ``tile`` and ``stride`` in input elements, ``blend`` and ``limit`` in output elements."""
+    """Tiles of one axis: ``tile`` and ``stride`` in input elements, ``blend`` and ``limit`` in output elements."""
 
     tile: int
     stride: int
@@ -26,9 +26,9 @@ class TilePlan:
 
     @classmethod
     def of(cls, tile: int, output_tile: int, overlap_factor: float, slivers: bool = True) -> TilePlan:
-        """The plan for tiles of ``tile`` elements that become ``output_tile``, overlapping by ``overlap_factor``.
+        """Return the plan for tiles of ``tile`` elements that become ``output_tile``, overlap ``overlap_factor``.
 
-        Raises ValueError where such tiles would not advance.
+        Raises ValueError if such tiles do not advance.
         """
         stride = int(tile * (1 - overlap_factor))
         blend = int(output_tile * overlap_factor)
@@ -40,9 +40,9 @@ class TilePlan:
         return cls(tile, stride, blend, output_tile - blend, slivers)
 
     def starts(self, size: int) -> list[int]:
-        """Where tiles start on an axis of ``size`` elements.
+        """Return the starts of the tiles on an axis of ``size`` elements.
 
-        Without slivers, a tile that lies wholly in the one before is left out, so that every tile is wider than the
+        Without slivers, a tile that is wholly inside the one before is left out, so that every tile is wider than the
         overlap.
         """
         starts = list(range(0, size, self.stride))
@@ -52,7 +52,7 @@ class TilePlan:
 
 
 def apply_tiled(function: Callable[[Tensor], Tensor], x: Tensor, plan: TilePlan) -> Tensor:
-    """``function`` over overlapping tiles of ``x`` [B, C, H, W], blended into one result [B, C', H', W']."""
+    """Apply ``function`` to overlapping tiles of ``x`` [B, C, H, W], and blend them into one result [B, C', H', W']."""
     tops, lefts = plan.starts(x.shape[2]), plan.starts(x.shape[3])
     bands: list[Tensor] = []
     above: list[Tensor] = []
@@ -72,23 +72,26 @@ def apply_tiled(function: Callable[[Tensor], Tensor], x: Tensor, plan: TilePlan)
 
 
 def blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """``tile`` [B, C, H, W], its first ``extent`` rows (dim=2) or columns (dim=3) faded in over ``before``'s last."""
+    """Return ``tile`` [B, C, H, W], its first ``extent`` rows (dim 2) or columns (dim 3) faded in over those before.
+
+    ``before``: the tile whose last rows or columns overlap them.
+    """
     extent = min(before.shape[dim], tile.shape[dim], extent)
     if extent == 0:
         return tile
     fade = torch.arange(extent, dtype=torch.float64, device=tile.device) / extent
     fade = fade.view([-1 if axis == dim else 1 for axis in range(tile.ndim)])
-    # Half-precision products are rounded before the sum, with weights in fp32: torch does so for a Python scalar.
+    # Half-precision products are rounded before the sum, with weights in fp32, as torch does for a Python scalar.
     wide = torch.promote_types(tile.dtype, torch.float32)
     old = (before.narrow(dim, before.shape[dim] - extent, extent).to(wide) * (1 - fade).to(wide)).to(tile.dtype)
     new = (tile.narrow(dim, 0, extent).to(wide) * fade.to(wide)).to(tile.dtype)
-    # A copy keeps the tile's strides, and what is computed from the moments later keeps its last bits with them.
+    # A copy has the tile's strides, on which the last bits of later computations depend.
     blended = tile.clone()
     blended.narrow(dim, 0, extent).copy_(old + new)
     return blended
 
 
 def _kept(tile: Tensor, plan: TilePlan, dim: int, last: bool) -> Tensor:
-    # With slivers the tiles that follow hold what lies beyond the limit; without them the last tile keeps it all.
+    # With slivers the next tiles have the rows beyond the limit; without them the last tile keeps all of its rows.
     limit = tile.shape[dim] if last and not plan.slivers else min(plan.limit, tile.shape[dim])
     return tile.narrow(dim, 0, limit)

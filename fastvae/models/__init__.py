@@ -9,7 +9,7 @@ upsampling           the doubling between decoder blocks
 activations          activation functions by name
 modeling_outputs     results, by attribute, key and position
 modeling_utils       config, loading, saving, dtype, device and checkpointing of every model
-in_pipelines         what a diffusers pipeline needs of its `vae`
+in_pipelines         behaviour of a model as the `vae` of a diffusers pipeline
 """
 
 from fastvae.models.attention_processor import (

@@ -1,4 +1,4 @@
-"""The activation functions a VAE config may name (diffusers.models.activations)."""
+"""Activation functions by name (diffusers.models.activations)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fastvae.checkpoints import ACTIVATIONS
 
 
 def get_activation(act_fn: str) -> nn.Module:
-    """The activation module that a config's ``act_fn`` names, in any case.
+    """Return the activation module that ``act_fn`` names, in upper or lower case.
 
-    Raises ValueError for a name that is none of fastvae.checkpoints.ACTIVATIONS.
+    Raises ValueError for a name that is not in fastvae.checkpoints.ACTIVATIONS.
     Source: diffusers.models.activations.get_activation.
     """
     name = ACTIVATIONS.get(act_fn.lower())

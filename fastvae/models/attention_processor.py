@@ -1,4 +1,4 @@
-"""Self-attention over pixels, and its exchangeable processors (diffusers.models.attention_processor)."""
+"""Self-attention over pixels, and its processors, which users can replace (diffusers.models.attention_processor)."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ class Attention(nn.Module):
         self.set_processor(AttnProcessor2_0() if processor is None else processor)
 
     def set_processor(self, processor: AttentionProcessor) -> None:
-        """Let ``processor(attn, hidden_states)`` compute this layer from now on. Raises ValueError for diffusers'."""
+        """Compute this layer by ``processor(attn, hidden_states)``. Raises ValueError for a processor of diffusers."""
         if type(processor).__module__.startswith("diffusers."):
             raise ValueError(
                 f"processor must be one of fastvae.models', or yours, got diffusers' {type(processor).__name__}: it "
                 "computes the layers of diffusers' AutoencoderKL alone, which fastvae.accelerate takes as well"
             )
-        # A processor that is a module was registered as one; another value under that name must replace it.
+        # torch registers a processor that is a module, and then refuses one that is none under its name.
         self._modules.pop("processor", None)
         self.processor = processor
 
     def get_processor(self) -> AttentionProcessor:
-        """The processor that computes this layer."""
+        """Return the processor that computes this layer."""
         return self.processor
 
     @torch.no_grad()
     def fuse_projections(self, fuse: bool = True) -> None:
-        """Join to_q, to_k and to_v into one to_qkv; ``fuse=False`` takes it away again, key and all.
+        """Join to_q, to_k and to_v into one to_qkv; ``fuse=False`` removes it, and its keys of the state dict.
 
-        The three keep their weights, as in diffusers, so that going back loses nothing.
+        The three keep their weights, as in diffusers, so that nothing is lost.
         """
         self.fused_projections = fuse
         if not fuse:
@@ -95,7 +95,7 @@ class AttnProcessor2_0:
 
 
 class AttnProcessor(AttnProcessor2_0):
-    """The same, under the name that set_default_attn_processor gives it in diffusers."""
+    """AttnProcessor2_0, under the name that set_default_attn_processor sets in diffusers."""
 
 
 class FusedAttnProcessor2_0:
@@ -108,7 +108,7 @@ class FusedAttnProcessor2_0:
 def _attend(attn: Attention, hidden_states: Tensor, project: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
     residual = hidden_states
     batch, channels, height, width = hidden_states.shape
-    # group_norm is handed [B, C, tokens], as diffusers hands it: the bits depend on it.
+    # group_norm takes [B, C, tokens], as in diffusers: the bits of its result depend on the shape.
     tokens = attn.group_norm(hidden_states.view(batch, channels, height * width)).transpose(1, 2)
     heads = (batch, height * width, attn.heads, attn.inner_dim // attn.heads)
     query, key, value = (part.view(heads).transpose(1, 2) for part in project(tokens))
@@ -121,7 +121,7 @@ def _attend(attn: Attention, hidden_states: Tensor, project: Callable[[Tensor], 
 
 
 class AttentionMixin(nn.Module):
-    """The processors of all attention layers of a model, read and set together (diffusers: AttentionMixin)."""
+    """Processors of all attention layers of a model, read and set together (diffusers: AttentionMixin)."""
 
     original_attn_processors: dict[str, AttentionProcessor] | None = None
 
@@ -130,13 +130,13 @@ class AttentionMixin(nn.Module):
 
     @property
     def attn_processors(self) -> dict[str, AttentionProcessor]:
-        """Each attention layer's processor, by ``<module name>.processor``."""
+        """Processor of each attention layer, by ``<module name>.processor``."""
         return {name: layer.get_processor() for name, layer in self._attention_layers().items()}
 
     def set_attn_processor(self, processor: AttentionProcessor | dict[str, AttentionProcessor]) -> None:
         """Set one processor for all layers, or a dict with one for each name in ``attn_processors``.
 
-        Raises ValueError when the dict does not name exactly the layers there are, and for a processor of diffusers'.
+        Raises ValueError if the names of the dict are not those of the layers, and for a processor of diffusers.
         """
         layers = self._attention_layers()
         if isinstance(processor, dict):
@@ -151,7 +151,7 @@ class AttentionMixin(nn.Module):
                 layer.set_processor(processor)
 
     def set_default_attn_processor(self) -> None:
-        """Go back to the built-in processor; raises ValueError where a foreign one stands (as diffusers does)."""
+        """Set the built-in processor. Raises ValueError, as diffusers does, if another processor is not built in."""
         for name, processor in self.attn_processors.items():
             if not isinstance(processor, (AttnProcessor2_0, FusedAttnProcessor2_0)):
                 raise ValueError(
@@ -169,7 +169,7 @@ class AttentionMixin(nn.Module):
         self.set_attn_processor(FusedAttnProcessor2_0())
 
     def unfuse_qkv_projections(self) -> None:
-        """Undo fuse_qkv_projections, leaving no key behind; without a fuse before, nothing happens."""
+        """Undo fuse_qkv_projections and remove its keys; without a fuse before, do nothing."""
         if self.original_attn_processors is None:
             return
         for layer in self._attention_layers().values():

@@ -1,4 +1,4 @@
-"""The stride-2 convolution between encoder blocks (diffusers.models.downsampling)."""
+"""Stride-2 convolution between encoder blocks (diffusers.models.downsampling)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model of ours needs to be a diffusers pipeline's ``vae``: offload hooks are heard, and losses are refused.
+"""Behaviour of a model as the ``vae`` of a diffusers pipeline: offload hooks run, and silent failures are refused.
 
 Source: diffusers.utils.accelerate_utils.apply_forward_hook.
 """
@@ -15,23 +15,23 @@ Result = TypeVar("Result")
 
 REFUSALS = {
     "save_pretrained": (
-        "a pipeline saves diffusers' classes alone and would leave this vae out: put diffusers' AutoencoderKL in its "
-        "place (fastvae.accelerate makes it as fast), or save this one by itself, with vae.save_pretrained"
+        "a pipeline saves only diffusers' classes and would leave this vae out: use diffusers' AutoencoderKL instead "
+        "(fastvae.accelerate makes it as fast), or save this one separately, with vae.save_pretrained"
     ),
     "maybe_raise_or_warn": (
         "a pipeline's from_pretrained takes diffusers' AutoencoderKL as vae and not fastvae's: load it without one and "
         "call fastvae.accelerate on it, or set its vae afterwards"
     ),
 }
-"""By the function of diffusers' pipelines that finds no use for a class of ours."""
+"""Messages by the function of diffusers' pipelines that does not support fastvae's classes."""
 
 
 class InPipelines:
-    """A model that refuses in words where diffusers' pipelines would go on without it."""
+    """Mixin that raises ValueError for calls of diffusers' pipelines that would leave the model out."""
 
     def __format__(self, specification: str) -> str:
-        # Those functions ask nothing of a class that they do not know: one logs a line and saves the rest, the other
-        # names two classes in an error. Both put the model into their text first, and that is where we are told.
+        # These functions call nothing of a class that they do not know: one logs a line and saves the rest, the other
+        # names two classes in an error. Both format the model into their text first, which is the only call to catch.
         caller = sys._getframe(1)
         if caller.f_globals.get("__name__", "").startswith("diffusers.pipelines.") and (
             refusal := REFUSALS.get(caller.f_code.co_name)
@@ -41,7 +41,7 @@ class InPipelines:
 
 
 def heeds_offload(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Let accelerate's offload hook bring the model to its device before ``method``, as it does before ``forward``."""
+    """Return ``method`` preceded by accelerate's offload hook, which moves the model to its device, as for forward."""
 
     @functools.wraps(method)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:

@@ -1,4 +1,4 @@
-"""Results that answer by attribute, by key and by position (diffusers.utils.BaseOutput)."""
+"""Results with values by attribute, by key and by position (diffusers.utils.BaseOutput)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 
 class BaseOutput:
-    """A dataclass whose values can be had as ``out.name``, ``out["name"]`` and ``out[0]``.
+    """Dataclass with values by attribute, key and position: ``out.name``, ``out["name"]`` and ``out[0]``.
 
     Source: diffusers.utils.outputs.BaseOutput.
     """
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values in their order, without those that are None."""
+        """Return the values in their order, without those that are None."""
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         return tuple(value for value in values if value is not None)
 
     def keys(self) -> tuple[str, ...]:
-        """The names of the values that are not None."""
+        """Return the names of the values that are not None."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
 
     def __getitem__(self, key: str | int | slice) -> Any:
@@ -36,6 +36,7 @@ class BaseOutput:
 
 @dataclass
 class AutoencoderKLOutput(BaseOutput):
-    """What encode returns: ``latent_dist``, the posterior over latents."""
+    """Result of encode: ``latent_dist``, the posterior over latents."""
 
-    latent_dist: DiagonalGaussianDistribution  # noqa: F821 # type: ignore # naming the class would import back up
+    # By name, as in diffusers: vae.py, which has the class, imports this module.
+    latent_dist: DiagonalGaussianDistribution  # noqa: F821 # type: ignore[name-defined]

@@ -1,4 +1,4 @@
-"""What every model here shares: a frozen config, loading and saving, dtype and device, gradient checkpointing.
+"""Base of every model: a frozen config, loading and saving, dtype and device, gradient checkpointing.
 
 Source: diffusers.models.modeling_utils.ModelMixin and diffusers.configuration_utils.ConfigMixin.
 """
@@ -25,7 +25,7 @@ BOTH_PARTS = ("encoder", "decoder")
 
 
 def register_to_config(init):
-    """Keep a constructor's arguments, checked and with defaults, as the frozen ``config`` of the instance.
+    """Wrap a constructor: check its arguments, with defaults, and keep them as the frozen ``config`` of the instance.
 
     Source: diffusers.configuration_utils.register_to_config.
     """
@@ -44,14 +44,14 @@ def register_to_config(init):
 
 
 class ModelMixin(InPipelines, nn.Module):
-    """A module that knows its config, its dtype and device, and how to checkpoint gradients.
+    """Module with a config, loading and saving, dtype and device, and gradient checkpointing.
 
     Source: diffusers.models.modeling_utils.ModelMixin.
     """
 
     _config: FrozenConfig
     load_report: LoadReport | None = None
-    """What the last load read, renamed and left out; None for a model that was not loaded."""
+    """Record of what the load read, renamed and left out; None for a model that was not loaded."""
 
     @classmethod
     def from_pretrained(
@@ -73,10 +73,10 @@ class ModelMixin(InPipelines, nn.Module):
     ) -> Self:
         """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
 
-        ``torch_dtype`` (or ``dtype``) None means float32, "auto" the file's own. ``parts=("encoder",)`` reads no tensor
-        of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``, which
-        pipelines pass, may not be False without it). ``load_report`` says what was done. Raises FileNotFoundError,
-        ConnectionError or ValueError naming the file, key or tensor.
+        ``torch_dtype`` (or ``dtype``) None means float32, "auto" that of the file. ``parts=("encoder",)`` reads no
+        tensor of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``,
+        which pipelines pass, may not be False without it). ``load_report`` records the load. Raises FileNotFoundError,
+        ConnectionError or ValueError, which name the file, key or tensor.
         Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
         """
         if use_safetensors is False and not allow_pickle:
@@ -114,11 +114,11 @@ class ModelMixin(InPipelines, nn.Module):
         cache_dir: str | Path | None = None,
         allow_pickle: bool = False,
     ) -> Self:
-        """Load the VAE out of one file, given as a path or a Hub address, under original (LDM) or diffusers' names.
+        """Load the VAE from one file, given as a path or a Hub address, with original (LDM) or diffusers' names.
 
         Scaling is not in the file, so ``preset`` (see ``fastvae.checkpoints.PRESETS``) or ``config`` (values, a file,
-        a directory or Hub id with ``subfolder``) names it, unless what the file holds leaves one known model. The rest
-        is as in from_pretrained. Raises ValueError that lists the presets that fit.
+        a directory or Hub id with ``subfolder``) gives it, unless the tensors fit only one known model. The other
+        arguments are those of from_pretrained. Raises ValueError, which lists the presets that fit.
         Source: diffusers.loaders.single_file_model.FromOriginalModelMixin.from_single_file.
         """
         parts = check_parts(parts)
@@ -142,11 +142,11 @@ class ModelMixin(InPipelines, nn.Module):
         device: torch.device | str = "cpu",
         parts: Iterable[str] = BOTH_PARTS,
     ) -> Self:
-        """A known model's architecture and scaling with random weights, in eval mode.
+        """Return a model of a known architecture and scaling with random weights, in eval mode.
 
-        The same ``seed`` gives the same weights on every device and leaves torch's generators where they were; None
-        draws from the global one. Raises ValueError listing the presets for an unknown ``name``, and as
-        from_pretrained does for ``torch_dtype`` (or ``dtype``).
+        The same ``seed`` gives the same weights on every device and does not change torch's generators; None draws from
+        the global one. Raises ValueError, which lists the presets, for an unknown ``name``, and as from_pretrained does
+        for ``torch_dtype`` (or ``dtype``).
         """
         parts = check_parts(parts)
         target = convertible_dtype(torch_dtype, dtype) or torch.float32  # no file here: "auto" is fp32
@@ -157,9 +157,9 @@ class ModelMixin(InPipelines, nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path) -> Self:
-        """A model with random weights from a config: values (``vae.config`` too), a directory, or a Hub id.
+        """Return a model with random weights from a config: values (``vae.config`` too), a directory, or a Hub id.
 
-        Raises ValueError naming the key for values that are not legal, before anything is allocated.
+        Raises ValueError, which names the key, for values that are not legal, before anything is allocated.
         """
         source = "config" if isinstance(config, Mapping) else str(config)
         values = config if isinstance(config, Mapping) else cls.load_config(config)
@@ -167,7 +167,7 @@ class ModelMixin(InPipelines, nn.Module):
 
     @classmethod
     def load_config(cls, source: str | Path, **options: Any) -> dict[str, Any]:
-        """The config.json of a directory, a Hub id or "tiny", as it stands there.
+        """Return the config.json of a directory, a Hub id or "tiny", unchanged.
 
         ``options``: subfolder, revision, token, cache_dir, local_files_only. Raises as from_pretrained does.
         """
@@ -182,11 +182,12 @@ class ModelMixin(InPipelines, nn.Module):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write config.json and safetensors that from_pretrained and stock diffusers load.
+        """Write config.json and safetensors that from_pretrained and diffusers load.
 
-        Files appear whole or not at all. ``is_main_process=False`` writes nothing, for all ranks but one of a
-        distributed run. Raises ValueError for half a model or ``safe_serialization=False`` (pickles are not written),
-        and as checkpoints.save_model does. Source: diffusers.models.modeling_utils.ModelMixin.save_pretrained.
+        Each file is written completely or not at all. ``is_main_process=False`` writes nothing, for all ranks but one
+        of a distributed run. Raises ValueError for half a model or ``safe_serialization=False`` (pickles are not
+        written), and as checkpoints.save_model does. Source:
+        diffusers.models.modeling_utils.ModelMixin.save_pretrained.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: weights are written as safetensors alone")
@@ -201,7 +202,7 @@ class ModelMixin(InPipelines, nn.Module):
 
     @classmethod
     def _class_name(cls) -> str:
-        # A user's subclass is saved and loaded as the class it extends, so that diffusers knows it.
+        # A user's subclass is saved and loaded under the name of the class it extends, which diffusers has.
         return next(base.__name__ for base in cls.__mro__ if base.__name__ in CONFIG_DEFAULTS)
 
     @classmethod
@@ -228,7 +229,7 @@ class ModelMixin(InPipelines, nn.Module):
     def _seeded(cls, config: Mapping[str, Any], seed: int | None) -> Self:
         if seed is None:
             return cls(**config)
-        # The CPU's generator alone: torch.manual_seed would reseed every GPU as well, and fork_rng put none back.
+        # Only the CPU's generator: torch.manual_seed reseeds every GPU too, and fork_rng does not restore those here.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return cls(**config)
@@ -241,13 +242,13 @@ class ModelMixin(InPipelines, nn.Module):
 
     @property
     def config(self) -> FrozenConfig:
-        """The constructor's arguments, read-only, by attribute and by item."""
+        """Arguments of the constructor, read-only, by attribute and by item."""
         return self._config
 
     def register_to_config(self, **changes: Any) -> None:
         """Replace config values, as pipelines do (diffusers: ConfigMixin.register_to_config).
 
-        Raises ValueError naming the key for a value that no config may have.
+        Raises ValueError, which names the key, for a value that is not legal.
         """
         changed = {**self._config, **changes}
         checked = validate_config(changed, self._class_name(), type(self).__name__)
@@ -255,17 +256,17 @@ class ModelMixin(InPipelines, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
+        """Dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter."""
+        """Device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether any block recomputes its activations in the backward pass."""
+        """True if any block recomputes its activations in the backward pass."""
         return any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
 
     def enable_gradient_checkpointing(self) -> None:
@@ -273,7 +274,7 @@ class ModelMixin(InPipelines, nn.Module):
         self._set_gradient_checkpointing(True)
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep activations for the backward pass again."""
+        """Keep activations for the backward pass."""
         self._set_gradient_checkpointing(False)
 
     def _set_gradient_checkpointing(self, enabled: bool) -> None:

@@ -1,4 +1,4 @@
-"""The residual block (diffusers.models.resnet), without the time embedding that a VAE never has."""
+"""Residual block (diffusers.models.resnet), without time embedding, which a VAE does not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastvae.models.activations import get_activation
 
 
 class ResnetBlock2D(nn.Module):
-    """x + conv2(act(norm2(conv1(act(norm1(x)))))), with a 1x1 convolution on x where the channels change.
+    """x + conv2(act(norm2(conv1(act(norm1(x)))))), with a 1x1 convolution on x if the number of channels changes.
 
     Shapes: [B, in_channels, H, W] -> [B, out_channels, H, W].
     Source: diffusers.models.resnet.ResnetBlock2D with temb_channels=None and output_scale_factor=1.

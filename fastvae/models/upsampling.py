@@ -1,4 +1,4 @@
-"""The doubling between decoder blocks (diffusers.models.upsampling)."""
+"""Doubling of height and width between decoder blocks (diffusers.models.upsampling)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Upsample2D(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # torch's channels_last upsampling counts elements in 32 bits (pytorch#141831) and has failed for batches of
-        # 64 and more; the contiguous one does not. diffusers compares twice the input's size, but the output has
-        # four times its elements.
+        # 64 and more; the contiguous one has not. diffusers compares twice the number of input elements with the
+        # limit, but the output has four times as many.
         if hidden_states.shape[0] >= 64 or 4 * hidden_states.numel() >= 2**31:
             hidden_states = hidden_states.contiguous()
         return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back, beside what a thumbnail and a linear map would give."""
+"""Baselines for an autoencoder's reconstructions: a thumbnail and the best linear map of blocks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from PIL import Image
 from torch import Tensor
 
 
-def square(picture: np.ndarray, side: int) -> Tensor:
-    """The centred square of a picture [H, W, 3], scaled to ``side`` pixels: uint8 [3, side, side]."""
-    short = min(picture.shape[:2])
-    top, left = (picture.shape[0] - short) // 2, (picture.shape[1] - short) // 2
-    cropped = Image.fromarray(picture[top : top + short, left : left + short])
+def square(image: np.ndarray, side: int) -> Tensor:
+    """Return the centred square of an image [H, W, 3], scaled to ``side`` pixels: uint8 [3, side, side]."""
+    short = min(image.shape[:2])
+    top, left = (image.shape[0] - short) // 2, (image.shape[1] - short) // 2
+    cropped = Image.fromarray(image[top : top + short, left : left + short])
     scaled = np.asarray(cropped.resize((side, side), Image.Resampling.LANCZOS))
     return torch.from_numpy(scaled.copy()).permute(2, 0, 1)
 
 
 def thumbnail_baseline(image: Tensor, factor: int = 8) -> Tensor:
-    """``image``, uint8 [3, H, W], made ``factor`` times smaller and enlarged again, both bicubic."""
+    """Return ``image``, uint8 [3, H, W], reduced by ``factor`` and enlarged again, both bicubic."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     small = picture.resize((picture.width // factor, picture.height // factor), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(small.resize(picture.size, Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
 
 
 class LinearBaseline:
-    """The best linear map of 8x8 blocks to ``numbers`` numbers and back: a principal component analysis of blocks.
+    """Best linear map of 8x8 blocks to ``numbers`` numbers and back: a principal component analysis of blocks.
 
-    images: uint8 [B, 3, H, W] batches to learn from.
+    images: uint8 [B, 3, H, W] batches, from which the map is computed.
     """
 
     def __init__(self, images: Iterable[Tensor], numbers: int = 4, block: int = 8):
@@ -41,7 +41,7 @@ class LinearBaseline:
         self.basis = torch.linalg.eigh(covariance).eigenvectors[:, -numbers:]
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The reconstruction of ``image``, uint8 [3, H, W], whose sides are multiples of the block."""
+        """Return the reconstruction of ``image``, uint8 [3, H, W], whose sides are multiples of the block."""
         blocks = self._blocks(image[None]) - self.mean
         restored = blocks @ self.basis @ self.basis.T + self.mean
         columns = restored.view(1, -1, restored.shape[1]).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The training step and the loop around it: EMA weights, a schedule, checkpoints, exact resume, a progress bar."""
+"""Training step and loop: EMA weights, a schedule, checkpoints, exact resume, a progress bar."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CHECKPOINT = "training.pt"
 
 
 class BatchSource(Protocol):
-    """Where training images come from: uint8 [B, 3, crop, crop], decided by its arguments alone."""
+    """Source of training images, uint8 [B, 3, crop, crop], which depend on the arguments alone."""
 
     def batch(self, step: int, *, batch_size: int, crop: int, seed: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run with one crop size: ``steps`` batches of ``batch_size`` squares of ``crop`` pixels.
+    """Part of a run with one crop size: ``steps`` batches of ``batch_size`` squares of ``crop`` pixels.
 
     Raises ValueError for a number below 1.
     """
@@ -48,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run does: its phases, its losses and its optimiser; a run resumes only under the plan it began with.
+    """Phases, losses and optimiser of a run, which resumes only with the plan that it began with.
 
     Raises ValueError for a seed outside [0, 2^31).
     """
@@ -69,11 +69,11 @@ class TrainingPlan:
 
     @property
     def steps(self) -> int:
-        """The number of steps of all phases."""
+        """Number of steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def phase_at(self, step: int) -> Phase:
-        """The phase that ``step`` (from 0) belongs to; raises ValueError for a step after the last."""
+        """Return the phase of ``step`` (from 0). Raises ValueError for a step after the last."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase
@@ -81,7 +81,7 @@ class TrainingPlan:
         raise ValueError(f"the plan has {self.steps} steps, there is no step {step + self.steps}")
 
     def learning_rate_at(self, step: int) -> float:
-        """A linear rise over ``warmup`` steps, then half a cosine down to zero at the last step."""
+        """Return the rate: a linear rise over ``warmup`` steps, then half a cosine to zero at the last step."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
@@ -90,10 +90,10 @@ class TrainingPlan:
 def training_step(
     vae: AutoencoderKL, optimizer: torch.optim.Optimizer, images: Tensor, plan: TrainingPlan, step: int
 ) -> float:
-    """One optimiser step on images [B, C, H, W] in [-1, 1]; returns the loss before it.
+    """Take one optimiser step on images [B, C, H, W] in [-1, 1], and return the loss before it.
 
-    The forward pass runs under bf16 autocast, the latents are drawn from the posterior with a generator seeded by
-    (plan.seed, step). Raises FloatingPointError where the loss is not finite.
+    The forward pass runs under bf16 autocast; the latents are drawn from the posterior with a generator seeded by
+    (plan.seed, step). Raises FloatingPointError if the loss is not finite.
     """
     generator = torch.Generator(images.device).manual_seed(plan.seed << 32 | step)
     for group in optimizer.param_groups:
@@ -122,9 +122,9 @@ def train(
 ) -> AutoencoderKL:
     """Train ``vae`` in place by ``plan``, and return a copy with the averaged (EMA) weights.
 
-    directory: where the run's state is kept; a run that was stopped goes on from there, to the same bits on the same
-    machine. checkpoint_every: in steps. Raises ValueError where the state there is damaged or belongs to another plan
-    or model, and for checkpoint_every below 1; FloatingPointError as training_step does.
+    directory: holds the run's state; a run that was stopped resumes from it, to the same bits on the same machine.
+    checkpoint_every: in steps. Raises ValueError if the state is damaged or belongs to another plan or model, and for
+    checkpoint_every below 1; FloatingPointError as training_step does.
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")

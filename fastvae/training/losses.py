@@ -1,4 +1,4 @@
-"""What a VAE is trained to do well: give the image back, and keep its latents near a standard normal."""
+"""Losses of a VAE: reconstruction, edges, and the divergence of its latents from a standard normal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def vae_loss(
     kl_weight: float = 1e-6,
     edge_weight: float = 0.0,
 ) -> Tensor:
-    """Squared error + edge_weight * edge_loss + kl_weight * KL divergence, each per image element: a scalar, fp32.
+    """Return squared error + edge_weight * edge_loss + kl_weight * KL divergence, per image element: a scalar, fp32.
 
     image and reconstruction: [B, C, H, W] in [-1, 1]. Dividing the KL divergence by the image's elements gives
     kl_weight the meaning it has in latent diffusion (Rombach et al., arXiv:2112.10752, where both terms are sums).
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     if image.shape != reconstruction.shape:
         raise ValueError(
@@ -36,9 +36,10 @@ def vae_loss(
 
 
 def edge_loss(image: Tensor, reconstruction: Tensor, scales: int = 3) -> Tensor:
-    """Mean absolute error of the differences between neighbouring pixels, at ``scales`` halvings: a scalar.
+    """Return the mean absolute error of the differences between neighbouring pixels, at ``scales`` scales: a scalar.
 
-    Squared error alone is content with blur; edges in the wrong place cost here. image, reconstruction: [B, C, H, W].
+    Squared error alone accepts blur; this loss counts blurred and misplaced edges. Each scale is half the one before.
+    image, reconstruction: [B, C, H, W].
     """
     error = reconstruction - image
     total = error.new_zeros(())

@@ -135,18 +135,18 @@ def test_crops_are_decided_by_seed_and_step(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     source = CropSource(tmp_path, short_sides=(32, 40))
     assert source.count == 2
-    assert len(source.pictures) == 4
+    assert len(source.images) == 4
     batch = source.batch(3, batch_size=5, crop=16, seed=1)
     assert batch.shape == (5, 3, 16, 16)
     assert batch.dtype == torch.uint8
     assert torch.equal(batch, CropSource(tmp_path, short_sides=(32, 40)).batch(3, batch_size=5, crop=16, seed=1))
     assert not torch.equal(batch, source.batch(4, batch_size=5, crop=16, seed=1))
-    with pytest.raises(ValueError, match="crop must be at most 32, the shortest side of a picture, got 33"):
+    with pytest.raises(ValueError, match="crop must be at most 32, the shortest side of an image, got 33"):
         source.batch(0, batch_size=1, crop=33, seed=1)
-    with pytest.raises(ValueError, match="holds no picture of 200 pixels"):
+    with pytest.raises(ValueError, match="holds no image of 200 pixels"):
         CropSource(tmp_path, short_sides=(200,))
     (tmp_path / "c.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"c\.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"c\.png cannot be read as an image"):
         CropSource(tmp_path)
     with pytest.raises(ValueError, match="batch_size of a phase must be at least 1, got 0"):
         Phase(1, 0, 16)

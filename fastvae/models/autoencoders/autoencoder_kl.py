@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: pixels to a Gaussian over latents, and latents to pixels.
+"""Autoencoder of latent diffusion: pixels to a Gaussian over latents, and latents to pixels.
 
 Source: diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
-    """What AutoencoderKL and AutoencoderKLFlux2 share: encode, decode, tiling, slicing, latents in one call."""
+    """Base of AutoencoderKL and AutoencoderKLFlux2: encode, decode, tiling, slicing, latents in one call."""
 
     encoder: Encoder | None
     decoder: Decoder | None
@@ -39,29 +39,29 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
 
     def _set_tile_sizes(self) -> None:
         sample_size = self.config.sample_size
-        # A (height, width) pair counts by its height, as diffusers takes it for the latents.
+        # The height of a (height, width) pair, which diffusers takes for the latents.
         self.tile_sample_min_size = sample_size if isinstance(sample_size, int) else sample_size[0]
         self.tile_latent_min_size = int(self.tile_sample_min_size / self.downsample_factor)
         self.tile_overlap_factor = 0.25
 
     @property
     def downsample_factor(self) -> int:
-        """How many pixels one latent spans in each direction: 8 for Stable Diffusion."""
+        """Number of pixels that one latent spans in each direction: 8 for Stable Diffusion."""
         return latents.downsample_factor(self)
 
     @heeds_offload
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The posterior of ``x`` [B, in_channels, H, W], floats in [-1, 1], as ``.latent_dist``.
+        """Return the posterior of ``x`` [B, in_channels, H, W], floats in [-1, 1], as ``.latent_dist``.
 
-        Raises ValueError for another rank, number of channels or dtype, RuntimeError for a model loaded without its
-        encoder. Values are not looked at (encode_latents does).
+        Raises ValueError for another rank, number of channels or dtype, and RuntimeError for a model loaded without its
+        encoder. Values are not checked; encode_latents checks them.
         """
         self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
         posterior = DiagonalGaussianDistribution(self._sliced(self._encode, x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def encode_moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the posterior of ``x``, unsplit: [B, 2L, H / f, W / f]. Errors as in encode."""
+        """Return mean and log-variance of the posterior of ``x``: [B, 2L, H / f, W / f]. Errors as in encode."""
         self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
         return latents.encode_moments(self, x)
 
@@ -69,9 +69,9 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """The images of unscaled latents ``z`` [B, L, h, w], about [-1, 1], as ``.sample`` [B, out_channels, f h, f w].
+        """Return images of raw latents ``z`` [B, L, h, w], about [-1, 1], as ``.sample`` [B, out_channels, f h, f w].
 
-        ``generator`` is taken and not used, as in diffusers. Raises ValueError as encode does.
+        ``generator`` is not used, as in diffusers. Raises as encode does.
         """
         self._check_input("z", z, self.config.latent_channels, self.decoder, "decoder")
         sample = self._sliced(self._decode, z)
@@ -86,7 +86,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Encode and decode ``sample`` [B, in_channels, H, W]: a draw from the posterior, or its mode."""
         posterior = self.encode(sample).latent_dist  # type: ignore[union-attr]
-        # The mode as a view of the moments, as diffusers hands it on: a convolution's last bits depend on the layout.
+        # The mode is a view of the moments, as in diffusers: a convolution's last bits depend on the layout.
         z = posterior.sample(generator=generator) if sample_posterior else posterior.parameters.chunk(2, dim=1)[0]
         return self.decode(z, return_dict=return_dict)
 
@@ -125,23 +125,23 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         return apply_tiled(self._decode_whole, z, plan)
 
     def tiled_encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """encode ``x`` [B, in_channels, H, W] in blended tiles, whatever the size and the switch; errors as there."""
+        """Encode ``x`` [B, in_channels, H, W] in blended tiles, for any size and without enable_tiling; see encode."""
         self._check_input("x", x, self.config.in_channels, self.encoder, "encoder")
         posterior = DiagonalGaussianDistribution(self._tiled_encode(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """decode ``z`` [B, L, h, w] in blended tiles, whatever the size and the switch; errors as there."""
+        """Decode ``z`` [B, L, h, w] in blended tiles, for any size and without enable_tiling; see decode."""
         self._check_input("z", z, self.config.latent_channels, self.decoder, "decoder")
         sample = self._tiled_decode(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """``b`` [B, C, H, W] faded in below ``a`` over ``blend_extent`` rows, as a new tensor."""
+        """Return ``b`` [B, C, H, W] faded in below ``a`` over ``blend_extent`` rows, as a new tensor."""
         return blend(a, b, blend_extent, dim=2)
 
     def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """``b`` [B, C, H, W] faded in to the right of ``a`` over ``blend_extent`` columns, as a new tensor."""
+        """Return ``b`` [B, C, H, W] faded in to the right of ``a`` over ``blend_extent`` columns, as a new tensor."""
         return blend(a, b, blend_extent, dim=3)
 
     def _check_input(self, name: str, x: Tensor, channels: int, part: nn.Module | None, part_name: str) -> None:
@@ -155,11 +155,11 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}: encode_latents takes uint8 images")
         weight: torch.dtype = part.conv_in.weight.dtype  # type: ignore
-        # Weights of one byte are stored so and computed in another dtype (diffusers' layerwise casting).
+        # Weights of one byte are stored in it and computed in another dtype (diffusers' layerwise casting).
         if x.dtype != weight and weight.itemsize > 1 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must have the model's dtype {weight}, got {x.dtype}")
 
-    # Latents in one call: fastvae.latents.convert holds these for any VAE object; see there for arguments and errors.
+    # Latents in one call: fastvae.latents.convert has these functions for any VAE, with their arguments and errors.
 
     def encode_latents(
         self,
@@ -171,7 +171,7 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         pad: Literal["error", "crop", "reflect"] = "error",
         layout: Literal["auto", "NCHW", "NHWC"] = "auto",
     ) -> Tensor:
-        """Images to scaled latents [B, L, h, w], ready to train on: fastvae.encode_latents(self, images, ...)."""
+        """Encode images to scaled latents [B, L, h, w]: fastvae.encode_latents(self, images, ...)."""
         return latents.encode_latents(
             self, images, posterior=posterior, seeds=seeds, generator=generator, pad=pad, layout=layout
         )
@@ -183,25 +183,25 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
         output: Literal["uint8", "float", "pil"] = "uint8",
         size: tuple[int, int] | None = None,
     ) -> Tensor | list[Image.Image]:
-        """Scaled latents [B, L, h, w] to images [B, C, H, W]: fastvae.decode_latents(self, z, ...)."""
+        """Decode scaled latents [B, L, h, w] to images [B, C, H, W]: fastvae.decode_latents(self, z, ...)."""
         return latents.decode_latents(self, z, output=output, size=size)
 
     def scale_latents(self, z: Tensor) -> Tensor:
-        """Latents [B, L, h, w] as encode gives them to what a diffusion model sees: fastvae.scale_latents(self, z)."""
+        """Scale raw latents [B, L, h, w] to those of a diffusion model: fastvae.scale_latents(self, z)."""
         return latents.scale_latents(self, z)
 
     def unscale_latents(self, z: Tensor) -> Tensor:
-        """The inverse of scale_latents, to [B, L, h, w]: fastvae.unscale_latents(self, z)."""
+        """Invert scale_latents, to [B, L, h, w]: fastvae.unscale_latents(self, z)."""
         return latents.unscale_latents(self, z)
 
 
 class AutoencoderKL(AutoencoderKLBase):
     """The autoencoder of Stable Diffusion, SDXL, SD3, FLUX.1, CogView and many more; arguments as in diffusers.
 
-    in_channels, out_channels: of the images. block_out_channels: one entry for each block, each but the last halving
-    the image. latent_channels: L. scaling_factor, shift_factor, latents_mean, latents_std: how pipelines normalise
-    latents. sample_size: the image size in training, and of a tile. force_upcast: whether pipelines decode in fp32.
-    Raises ValueError for a block type or activation that no such model has.
+    in_channels, out_channels: of the images. block_out_channels: one entry for each block; each but the last halves the
+    image. latent_channels: L. scaling_factor, shift_factor, latents_mean, latents_std: the scaling of latents in
+    pipelines. sample_size: the image size in training, and of a tile. force_upcast: True if pipelines decode in fp32.
+    Raises ValueError for an unknown block type or activation.
     Source: diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL; Rombach et al., arXiv:2112.10752.
     """
 
@@ -243,5 +243,5 @@ class AutoencoderKL(AutoencoderKLBase):
 
     @property
     def scaling_factor(self) -> float:
-        """What scale_latents multiplies by, so that latents have about unit variance."""
+        """Factor by which scale_latents multiplies, so that latents have about unit variance."""
         return self.config.scaling_factor

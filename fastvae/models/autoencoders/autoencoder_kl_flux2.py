@@ -1,4 +1,4 @@
-"""FLUX.2's autoencoder: AutoencoderKL whose latents are normalised by the running statistics of a batch norm.
+"""Autoencoder of FLUX.2: AutoencoderKL with latents normalised by the running statistics of a batch norm.
 
 Source: diffusers.models.autoencoders.autoencoder_kl_flux2.AutoencoderKLFlux2.
 """
@@ -19,7 +19,7 @@ from fastvae.models.modeling_utils import register_to_config
 class AutoencoderKLFlux2(AutoencoderKLBase):
     """The autoencoder of FLUX.2; arguments as in diffusers.
 
-    ``bn`` holds the mean and variance of the latents, gathered in patches of ``patch_size``; scale_latents and
+    ``bn`` has the mean and variance of the latents, gathered in patches of ``patch_size``; scale_latents and
     unscale_latents apply them. decoder_block_out_channels: for a decoder smaller than the encoder.
     """
 

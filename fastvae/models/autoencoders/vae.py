@@ -17,7 +17,7 @@ from fastvae.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, 
 
 @dataclass
 class DecoderOutput(BaseOutput):
-    """What decode returns: ``sample``, [B, out_channels, H, W]."""
+    """Result of decode: ``sample``, [B, out_channels, H, W]."""
 
     sample: Tensor
 
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         self.layers_per_block = layers_per_block
         channels = block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        # Before the mid block, as in diffusers: optimisers number parameters in this order.
+        # up_blocks before mid_block, as in diffusers: optimisers number parameters in this order.
         self.up_blocks = nn.ModuleList()
         self.mid_block = UNetMidBlock2D(
             in_channels=channels,
@@ -149,10 +149,10 @@ class Decoder(nn.Module):
 
 
 class DiagonalGaussianDistribution:
-    """The posterior over latents that an encoder's moments describe: a mean and a log-variance per element.
+    """Posterior over latents: a mean and a log-variance per element.
 
-    ``parameters`` is [B, 2L, h, w], mean and log-variance; it alone is kept, and everything else is computed on access
-    in its dtype. The log-variance is clamped to [-30, 20]. With ``deterministic=True`` the deviation is zero.
+    ``parameters``, [B, 2L, h, w], are mean and log-variance. Only they are kept; everything else is computed on access,
+    in their dtype. The log-variance is clamped to [-30, 20]. With ``deterministic=True`` the deviation is zero.
     Source: diffusers.models.autoencoders.vae.DiagonalGaussianDistribution.
     """
 
@@ -166,22 +166,22 @@ class DiagonalGaussianDistribution:
 
     @property
     def mean(self) -> Tensor:
-        """The mean, [B, L, h, w]: a contiguous copy, so that it saves at its own size."""
+        """Mean, [B, L, h, w]: a contiguous copy, so that torch.save writes it without the log-variance."""
         return self.parameters.chunk(2, dim=1)[0].clone(memory_format=torch.contiguous_format)
 
     @property
     def logvar(self) -> Tensor:
-        """The log-variance, [B, L, h, w], within [-30, 20]."""
+        """Log-variance, [B, L, h, w], within [-30, 20]."""
         return self.parameters.chunk(2, dim=1)[1].clamp(*LOGVAR_RANGE).contiguous()
 
     @property
     def std(self) -> Tensor:
-        """The standard deviation, [B, L, h, w]; zero where the distribution is deterministic."""
+        """Standard deviation, [B, L, h, w]; zero if the distribution is deterministic."""
         return self._spread(0.5)
 
     @property
     def var(self) -> Tensor:
-        """The variance, [B, L, h, w]; above a log-variance of 11.09 it is infinite in half precision."""
+        """Variance, [B, L, h, w]; infinite in fp16 for a log-variance above 11.09."""
         return self._spread(1.0)
 
     def _spread(self, power: float) -> Tensor:
@@ -194,25 +194,25 @@ class DiagonalGaussianDistribution:
         *,
         seeds: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """mean + std * noise, [B, L, h, w], differentiable.
+        """Return mean + std * noise, [B, L, h, w], differentiable.
 
-        ``generator``: one, or one for each row; what diffusers draws from them, bit for bit. ``seeds``: one unsigned
-        64-bit integer for each row instead, and row i depends on seeds[i] alone. Raises ValueError for a number of
-        generators or seeds other than B, for both at once, and for a CUDA generator on CPU parameters.
+        ``generator``: one, or one for each row; the noise is that of diffusers, bit for bit. ``seeds``: one unsigned
+        64-bit integer for each row instead; the noise of row i depends on seeds[i] alone. Raises ValueError for a
+        number of generators or seeds other than B, for both at once, and for a CUDA generator on CPU parameters.
         """
         drawn = sample_posterior(self.parameters, seeds=seeds, generator=generator)
-        # Drawn even where it is not used: a generator then stands where diffusers leaves it.
+        # Drawn even if it is not used: the generator has then the state that diffusers leaves.
         return self.mean if self.deterministic else drawn
 
     def mode(self) -> Tensor:
-        """The most likely latents, [B, L, h, w]: the mean."""
+        """Return the most likely latents, [B, L, h, w]: the mean."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal, or from ``other``: [B], in nats.
+        """Return the Kullback-Leibler divergence from the standard normal, or from ``other``: [B], in nats.
 
-        Summed in fp32 where the parameters are in half precision, whose range a variance or a sum soon leaves; zero
-        for a deterministic distribution.
+        Summed in fp32 for half-precision parameters, since variances and sums overflow fp16; zero for a deterministic
+        distribution.
         """
         mean, logvar = self._wide()
         if self.deterministic:
@@ -227,7 +227,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * torch.sum(terms, dim=(1, 2, 3))
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Negative log-likelihood of ``sample``, [B, L, h, w], summed over ``dims``, in nats; precision as in kl."""
+        """Return the negative log-likelihood of ``sample``, [B, L, h, w], summed over ``dims``, in nats, as kl is."""
         mean, logvar = self._wide()
         if self.deterministic:
             return mean.new_zeros(mean.shape[0])
@@ -240,29 +240,29 @@ class DiagonalGaussianDistribution:
 
 
 class AutoencoderMixin:
-    """Slicing and tiling, switched on and off (diffusers: AutoencoderMixin)."""
+    """Switches of slicing and tiling (diffusers: AutoencoderMixin)."""
 
     use_slicing: bool = False
     use_tiling: bool = False
     tile_slivers: bool = True
 
     def enable_slicing(self) -> None:
-        """Encode and decode one image after another, for less memory."""
+        """Encode and decode the images of a batch one by one, for less memory."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Encode and decode whole batches again."""
+        """Encode and decode a batch at once."""
         self.use_slicing = False
 
     def enable_tiling(self, *, slivers: bool = True) -> None:
         """Encode and decode large images in overlapping, blended tiles, as diffusers does.
 
         diffusers starts a tile at every stride, so the last one can be a few pixels wide; ``slivers=False`` leaves out
-        the tiles that lie wholly in the one before.
+        tiles that are wholly inside the one before.
         """
         self.use_tiling = True
         self.tile_slivers = slivers
 
     def disable_tiling(self) -> None:
-        """Encode and decode images whole again."""
+        """Encode and decode each image whole."""
         self.use_tiling = False

@@ -1,4 +1,4 @@
-"""The blocks of encoder and decoder: residual blocks, attention between them, one change of size at the end.
+"""Blocks of encoder and decoder: residual blocks, attention between them, one change of size at the end.
 
 Source: diffusers.models.unets.unet_2d_blocks, without time embeddings.
 """
@@ -19,7 +19,7 @@ from fastvae.models.upsampling import Upsample2D
 
 
 class _Block(nn.Module):
-    """``num_layers`` residual blocks, each followed by attention where ``attention_head_dim`` says its width."""
+    """``num_layers`` residual blocks, each followed by attention unless ``attention_head_dim`` is None."""
 
     attentions: nn.ModuleList | None
 
@@ -35,7 +35,7 @@ class _Block(nn.Module):
         attention_head_dim: int | None = None,
     ):
         super().__init__()
-        # Attention first, as in diffusers: optimisers number parameters in this order.
+        # attentions before resnets, as in diffusers: optimisers number parameters in this order.
         self.attentions = None
         if attention_head_dim is not None:
             self.attentions = _attentions(out_channels, num_layers, attention_head_dim, resnet_eps, resnet_groups)
@@ -51,7 +51,7 @@ class _Block(nn.Module):
             for i in range(num_layers)
         )
 
-    def _through_the_stack(self, hidden_states: Tensor) -> Tensor:
+    def _run_layers(self, hidden_states: Tensor) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             hidden_states = resnet(hidden_states)
             if self.attentions is not None:
@@ -78,7 +78,7 @@ class DownEncoderBlock2D(_Block):
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels)]) if add_downsample else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self._through_the_stack(hidden_states)
+        hidden_states = self._run_layers(hidden_states)
         for downsampler in self.downsamplers or ():
             hidden_states = downsampler(hidden_states)
         return hidden_states
@@ -103,7 +103,7 @@ class UpDecoderBlock2D(_Block):
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if add_upsample else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self._through_the_stack(hidden_states)
+        hidden_states = self._run_layers(hidden_states)
         for upsampler in self.upsamplers or ():
             hidden_states = upsampler(hidden_states)
         return hidden_states
@@ -171,12 +171,12 @@ UP_BLOCKS = dict(zip(UP_BLOCK_TYPES, (UpDecoderBlock2D, AttnUpDecoderBlock2D), s
 
 
 def get_down_block(down_block_type: str, *, attention_head_dim: int, **kwargs) -> DownEncoderBlock2D:
-    """The encoder block that a config names; raises ValueError for a name that no AutoencoderKL has."""
+    """Return the encoder block of that name. Raises ValueError for a name that no AutoencoderKL has."""
     return _get_block(DOWN_BLOCKS, "down_block_types", down_block_type, attention_head_dim, kwargs)
 
 
 def get_up_block(up_block_type: str, *, attention_head_dim: int, **kwargs) -> UpDecoderBlock2D:
-    """The decoder block that a config names; raises ValueError for a name that no AutoencoderKL has."""
+    """Return the decoder block of that name. Raises ValueError for a name that no AutoencoderKL has."""
     return _get_block(UP_BLOCKS, "up_block_types", up_block_type, attention_head_dim, kwargs)
 
 
