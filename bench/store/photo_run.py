@@ -101,7 +101,7 @@ def _shard_mb(vae: str, buckets: str, rows: int) -> float:
     from fastvae.data.store.shard import row_bytes
 
     model = fastvae.AutoencoderKL.from_pretrained(vae, parts=("encoder",))
-    sizes = Buckets.named(buckets, model.downsample_factor).sizes
+    sizes = Buckets.parse(buckets, model.downsample_factor).sizes
     area = max(height * width for height, width in sizes) // model.downsample_factor**2
     return rows * row_bytes(int(model.config.latent_channels), area, 1, "fp16", "fp16") / 1e6
 

@@ -170,7 +170,7 @@ def table(data: bytes) -> None:
     path = SCRATCH / "table.json"
     path.write_bytes(data)
     with contextlib.suppress(ValueError):
-        Buckets.named(path, 8)
+        Buckets.parse(path, 8)
 
 
 def structure(data: bytes) -> None:

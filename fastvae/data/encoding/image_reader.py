@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvae.data.images.buckets import Buckets
-from fastvae.data.images.crop import Variants, opacity_in_cells
+from fastvae.data.images.crop import Variants, pool_opacity
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import Picture, image_size, read_image
 from fastvae.data.rows import Size, SourceFile
@@ -44,7 +44,7 @@ class ImageReader:
 
     def bucket_of(self, original_hw: Size) -> Size:
         """The bucket of an image; of one whose size is not known, the table's first."""
-        return self.buckets.of(original_hw) if all(original_hw) else self.buckets.sizes[0]
+        return self.buckets.nearest(original_hw) if all(original_hw) else self.buckets.sizes[0]
 
     def picture(self, file: SourceFile, bucket: Size) -> Picture:
         """The image of ``file`` for ``bucket``; raises ImageError for one that cannot be used.
@@ -64,7 +64,7 @@ class ImageReader:
         """The opacity of each latent of a row, uint8 [h, w], under the policy that keeps it; else None."""
         if self.alpha != "mask":
             return None
-        return opacity_in_cells(picture, bucket, self.factor, self.variants, variant, key)
+        return pool_opacity(picture, bucket, self.factor, self.variants, variant, key)
 
     def opens(self, file: SourceFile) -> bool:
         """Whether the bytes of ``file`` can be had now."""

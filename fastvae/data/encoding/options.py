@@ -18,7 +18,7 @@ from fastvae.data.encoding.report import parse_limit
 from fastvae.data.encoding.row_format import LOGVARS, RowFormat
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.images.buckets import Buckets
-from fastvae.data.images.crop import CROPS, Variants, checked_variants
+from fastvae.data.images.crop import CROPS, Variants, make_variants
 from fastvae.data.images.read import ALPHAS, ANIMATED
 from fastvae.data.store.shard import POSTERIORS
 from fastvae.latents.scaling import downsample_factor, pixel_multiple
@@ -55,14 +55,14 @@ class LatentOptions:
 
     def crops(self) -> Variants:
         """Return the crops of each image; raises ValueError for options that contradict each other."""
-        return checked_variants(self.crop, self.variants, self.flip, self.seed)
+        return make_variants(self.crop, self.variants, self.flip, self.seed)
 
     def settings(self, model: Any, device: torch.device) -> Settings:
         """Return the settings of a store made with ``model``, their dtype as asked for, which may be None."""
         return Settings(
             self.dtype,
             RowFormat(self.posterior, self.store_dtype, self.logvar, self.seed),
-            Buckets.named(self.buckets, pixel_multiple(model)),
+            Buckets.parse(self.buckets, pixel_multiple(model)),
             self.crops(),
             self.alpha,
             downsample_factor(model),

@@ -14,7 +14,7 @@ from fastvae._version import __version__
 from fastvae.data.encoding.model import _commit, model_identity, weight_files
 from fastvae.data.encoding.row_format import RowFormat
 from fastvae.data.images.buckets import Buckets
-from fastvae.data.images.crop import Variants, checked_variants, preprocess_identity
+from fastvae.data.images.crop import Variants, make_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
 from fastvae.data.rows import Size
 from fastvae.data.store.errors import StoreError
@@ -87,8 +87,8 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
         return Settings(
             numerics["dtype"],
             RowFormat(numerics["posterior"], numerics["mean"], logvar, seed),
-            Buckets.of_names(preprocess.get("buckets"), pixel_multiple(model)),
-            checked_variants(crop, preprocess.get("variants"), preprocess.get("flip"), seed),
+            Buckets.from_names(preprocess.get("buckets"), pixel_multiple(model)),
+            make_variants(crop, preprocess.get("variants"), preprocess.get("flip"), seed),
             preprocess["alpha"],
             downsample_factor(model),
             int(model.config.latent_channels),

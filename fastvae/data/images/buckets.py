@@ -30,7 +30,7 @@ class Buckets:
     sizes: tuple[Size, ...]
 
     @classmethod
-    def named(cls, spec: str | int | os.PathLike[str], multiple: int) -> Buckets:
+    def parse(cls, spec: str | int | os.PathLike[str], multiple: int) -> Buckets:
         """Return the table that ``spec`` names: a side, "sdxl", "flux" or a JSON file; "@side" scales a table.
 
         ``multiple``: the model's pixels per latent, which must divide both sides; sizes of a scaled table are rounded
@@ -38,8 +38,8 @@ class Buckets:
         """
         text = str(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
         if text.isascii() and text.isdigit():
-            side = _side(text)
-            return cls(text, _checked([(side, side)], multiple, text))
+            side = _parse_side(text)
+            return cls(text, _check_sizes([(side, side)], multiple, text))
         name, at, scaled = text.rpartition("@")
         if not at:
             name, scaled = text, ""
@@ -52,22 +52,22 @@ class Buckets:
         else:
             raise ValueError(f"buckets must be {ACCEPTED}, got {text!r}")
         sizes, side = _read_table(path)
-        if scaled and _side(scaled) < multiple:
+        if scaled and _parse_side(scaled) < multiple:
             raise ValueError(
                 f"buckets must be scaled to a side of at least the model's {multiple} pixels, got {text!r}"
             )
         if scaled:
-            sizes = _scaled(sizes, _side(scaled), side, multiple)
-        return cls(text, _checked(sizes, multiple, text))
+            sizes = _scale_sizes(sizes, _parse_side(scaled), side, multiple)
+        return cls(text, _check_sizes(sizes, multiple, text))
 
     @classmethod
-    def of_names(cls, names: Any, multiple: int) -> Buckets:
-        """Return the table of a store from its sizes' names; raises ValueError as ``named`` does."""
+    def from_names(cls, names: Any, multiple: int) -> Buckets:
+        """Return the table of a store from its sizes' names; raises ValueError as ``parse`` does."""
         if not isinstance(names, list) or not names:
             raise ValueError(f"buckets must be a list of sizes, got {names!r:.80}")
-        return cls("of the store", _checked([parse_size(name) for name in names], multiple, "the store's"))
+        return cls("of the store", _check_sizes([parse_size(name) for name in names], multiple, "the store's"))
 
-    def of(self, original_hw: Size) -> Size:
+    def nearest(self, original_hw: Size) -> Size:
         """Return the size of nearest aspect ratio, by logarithm; of equally near ones the larger, then the first."""
         height, width = original_hw
 
@@ -101,14 +101,14 @@ def _read_table(path: Path) -> tuple[list[Size], int]:
     return [(height, width) for height, width in sizes], side
 
 
-def _scaled(sizes: list[Size], side: int, original: int, multiple: int) -> list[Size]:
+def _scale_sizes(sizes: list[Size], side: int, original: int, multiple: int) -> list[Size]:
     def scaled(length: int) -> int:
         return max(1, (2 * length * side + original * multiple) // (2 * original * multiple)) * multiple
 
     return list(dict.fromkeys((scaled(height), scaled(width)) for height, width in sizes))
 
 
-def _checked(sizes: list[Size], multiple: int, name: str) -> tuple[Size, ...]:
+def _check_sizes(sizes: list[Size], multiple: int, name: str) -> tuple[Size, ...]:
     if len(set(sizes)) != len(sizes):
         raise ValueError(f"buckets must be different sizes, got one of them twice in {name!r}")
     for height, width in sizes:
@@ -120,7 +120,7 @@ def _checked(sizes: list[Size], multiple: int, name: str) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
-def _side(text: str) -> int:
+def _parse_side(text: str) -> int:
     if len(text) > len(str(LARGEST_BUCKET)) or int(text) > LARGEST_BUCKET:
         raise ValueError(f"buckets must be at most {LARGEST_BUCKET}, got {text[:20]}")
     return int(text)

@@ -57,7 +57,7 @@ class Variants:
 SINGLE = Variants()
 
 
-def checked_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
+def make_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
     """Return the variants of a run; raises ValueError for an impossible number of them."""
     most = 2**15  # a variant's number, mirrored ones included, is stored in 16 bits
     if isinstance(crops, bool) or not isinstance(crops, int) or not 1 <= crops <= most:
@@ -80,7 +80,7 @@ def to_bucket(
     return np.array(cropped), crop
 
 
-def opacity_in_cells(
+def pool_opacity(
     picture: Picture, bucket: Size | int, factor: int, variants: Variants = SINGLE, variant: int = 0, key: str = ""
 ) -> np.ndarray:
     """Return the opacity of the crop of to_bucket, uint8 [H / factor, W / factor], 255 for opaque.

@@ -102,13 +102,13 @@ def read_image(
     cover = (at_least, at_least) if isinstance(at_least, int) else at_least
     if cover is not None and (len(cover) != 2 or min(cover) < 1):
         raise ValueError(f"at_least must be a length or (height, width) in pixels, got {at_least!r}")
-    name = _name_of(source, name)
+    name = _display_name(source, name)
     if isinstance(source, bytes):
         data = source
     else:
-        with _opened(source, name, max_pixels) as file, unreadable(name):
+        with _open_file(source, name, max_pixels) as file, unreadable(name):
             data = file.read()
-    image_format = _format_of(data[:4096], name)
+    image_format = _detect_format(data[:4096], name)
     with quiet_pillow():
         return _decode(data, image_format, name, alpha, animated, max_pixels, cover)
 
@@ -121,18 +121,18 @@ def image_size(
     Pixels are decoded only for a PNG whose orientation comes after them. Damage after the header is not detected.
     Raises ImageError if read_image would refuse the header.
     """
-    name = _name_of(source, name)
-    with io.BytesIO(source) if isinstance(source, bytes) else _opened(source, name, max_pixels) as file:
+    name = _display_name(source, name)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, name, max_pixels) as file:
 
         def all_bytes() -> bytes:
             file.seek(0)
             return file.read()
 
         with unreadable(name):
-            image_format = _format_of(file.read(4096), name)
+            image_format = _detect_format(file.read(4096), name)
             file.seek(0)
         with quiet_pillow(), _parsing(all_bytes, image_format, name):
-            image = _open(file, image_format, name)
+            image = _open_image(file, image_format, name)
             width, height = image.size
             check_size(width, height, name, max_pixels)
             if image_format == "PNG" and has_late_png_text(file):
@@ -141,11 +141,11 @@ def image_size(
     return (width, height) if orientation >= 5 else (height, width)
 
 
-def _name_of(source: str | os.PathLike[str] | bytes, name: str | None) -> str:
+def _display_name(source: str | os.PathLike[str] | bytes, name: str | None) -> str:
     return name or ("these bytes" if isinstance(source, bytes) else os.fspath(source))
 
 
-def _format_of(head: bytes, name: str) -> str:
+def _detect_format(head: bytes, name: str) -> str:
     if not head:
         raise ImageError("empty", f"{name} holds no bytes")
     image_format = identify(head)
@@ -173,7 +173,7 @@ def quiet_pillow() -> Iterator[None]:
                 _quiet_filters.close()
 
 
-def _opened(path: str | os.PathLike[str], name: str, max_pixels: int) -> BinaryIO:
+def _open_file(path: str | os.PathLike[str], name: str, max_pixels: int) -> BinaryIO:
     with unreadable(name):
         check_bytes(Path(path).stat().st_size, max_pixels, name)
         return Path(path).open("rb")
@@ -190,7 +190,7 @@ def _decode(
 ) -> Picture:
     flags: list[str] = []
     with _parsing(lambda: data, image_format, name):
-        image = _open(io.BytesIO(data), image_format, name)
+        image = _open_image(io.BytesIO(data), image_format, name)
     width, height = image.size
     check_size(width, height, name, max_pixels)
     if ends_early(image_format, data):
@@ -254,7 +254,7 @@ def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError("too_thin", f"{name} is {width}x{height}, thinner than 1:{LARGEST_ASPECT}")
 
 
-def _open(file: BinaryIO, image_format: str, name: str) -> Image.Image:
+def _open_image(file: BinaryIO, image_format: str, name: str) -> Image.Image:
     """Open ``file`` by Pillow's plugin of this format, so that no other plugin and no global limit applies."""
     from PIL import Image
 

@@ -140,7 +140,7 @@ class Launches:
 def reader(tmp_path):
     write_pictures(tmp_path / "in", 7)
     (tmp_path / "in" / "003.png").write_bytes(b"spoilt")
-    return ImageReader(open_source(tmp_path / "in"), Buckets.named(SIDE, 8), Variants(), "white", 8, 10**6)
+    return ImageReader(open_source(tmp_path / "in"), Buckets.parse(SIDE, 8), Variants(), "white", 8, 10**6)
 
 
 @pytest.fixture

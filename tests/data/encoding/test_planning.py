@@ -26,7 +26,7 @@ from fastvae.data.store.store import Store
 from fastvae.latents.cpu_sampling import draw
 
 OPTIONS = {"buckets": "sdxl@64", "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.004, "workers": 1}
-TABLE = Buckets.named("sdxl@64", 8)
+TABLE = Buckets.parse("sdxl@64", 8)
 SIZES = ((60, 60), (90, 40), (40, 90), (64, 48), (120, 30), (33, 200))
 
 
@@ -80,7 +80,7 @@ def test_every_row_is_its_own_image_in_the_nearest_bucket(tmp_path):
     for (key, _), row in rows.items():
         with Image.open(tmp_path / "in" / key) as image:
             original = (image.height, image.width)
-        bucket = TABLE.of(original)
+        bucket = TABLE.nearest(original)
         assert row["bucket"] == size_name(bucket)
         assert row["original_hw"].tolist() == list(original)
         mean, logvar, crop = moments(vae, tmp_path / "in" / key, bucket)
@@ -102,7 +102,7 @@ def test_the_plan_says_what_each_row_will_be(tmp_path):
         assert (line["size"], line["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
         width, height = SIZES[keys.index(line["key"])]
         assert (line["height"], line["width"]) == (height, width)
-        assert line["bucket"] == size_name(TABLE.of((height, width)))
+        assert line["bucket"] == size_name(TABLE.nearest((height, width)))
     of_unit = {line["unit"]: line["bucket"] for line in lines}
     assert all(of_unit[line["unit"]] == line["bucket"] for line in lines)
     shards = {path.stem for path in (tmp_path / "out" / "shards").glob("*.safetensors")}
@@ -146,7 +146,7 @@ def test_row_14_keys_that_differ_only_by_folder_or_extension_stay_apart(tmp_path
     rows = rows_of(tmp_path / "out")
     assert sorted(rows) == [("a.png", 0), ("a.webp", 0), ("b.a.png", 0), ("b/a.png", 0)]
     for (key, _), row in rows.items():
-        assert_half_equal(row["mean"], moments(vae, folder / key, TABLE.of((40, 48)))[0])
+        assert_half_equal(row["mean"], moments(vae, folder / key, TABLE.nearest((40, 48)))[0])
     assert len({row["mean"].tobytes() for row in rows.values()}) == 4
 
 
@@ -164,7 +164,7 @@ def test_row_26_an_edited_images_old_latent_is_not_served_from_the_plan_on(tmp_p
             encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
     assert sorted(rows_of(out)) == [(key, 0) for key in keys[1:]]
     assert encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS).ok == 1
-    mean, _, _ = moments(small_vae(), tmp_path / "in" / keys[0], TABLE.of((60, 61)))
+    mean, _, _ = moments(small_vae(), tmp_path / "in" / keys[0], TABLE.nearest((60, 61)))
     assert_half_equal(rows_of(out)[keys[0], 0]["mean"], mean)
 
 
@@ -178,7 +178,7 @@ def test_variants_are_encoded_and_not_computed(tmp_path, crop):
     for (key, variant), row in rows.items():
         assert row["variant"] == variant
         height, width = row["original_hw"].tolist()
-        mean, _, where = moments(vae, tmp_path / "in" / key, TABLE.of((height, width)), variants, variant, key)
+        mean, _, where = moments(vae, tmp_path / "in" / key, TABLE.nearest((height, width)), variants, variant, key)
         assert row["crop_tlhw"].tolist() == list(where)
         assert_half_equal(row["mean"], mean)
     plain, mirrored = rows[keys[0], 0]["mean"], rows[keys[0], 1]["mean"]
@@ -294,7 +294,7 @@ def alone(tmp_path_factory):
     vae, sizes = small_vae(), SIZES + SIZES[:2]
     keys, kinds = write_sizes(folder, sizes), Variants(flip=True)
     return folder, {
-        (key, variant): moments(vae, folder / key, TABLE.of(size[::-1]), kinds, variant, key)[0]
+        (key, variant): moments(vae, folder / key, TABLE.nearest(size[::-1]), kinds, variant, key)[0]
         for key, size in zip(keys, sizes, strict=True)
         for variant in (0, 1)
     }

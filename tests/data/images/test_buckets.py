@@ -16,7 +16,7 @@ from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import LARGEST_ASPECT, SMALLEST_SIDE, Picture, check_size
 from fastvae.data.rows import parse_size, size_name
 
-TABLES = {name: Buckets.named(name, 8) for name in ("sdxl", "flux", "sdxl@256", "flux@128", "512")}
+TABLES = {name: Buckets.parse(name, 8) for name in ("sdxl", "flux", "sdxl@256", "flux@128", "512")}
 
 
 def test_the_built_in_tables():
@@ -34,24 +34,24 @@ def test_the_built_in_tables():
 def test_a_scaled_table_keeps_its_aspect_ratios():
     small = TABLES["sdxl@256"].sizes
     assert small == tuple((height // 4, width // 4) for height, width in TABLES["sdxl"].sizes)
-    rounded = Buckets.named("sdxl@100", 16).sizes
+    rounded = Buckets.parse("sdxl@100", 16).sizes
     assert all(side % 16 == 0 for size in rounded for side in size)
     assert len(set(rounded)) == len(rounded) < 41
 
 
 def test_sizes_are_multiples_of_the_models_pixels():
-    assert Buckets.named("flux", 16).sizes == TABLES["flux"].sizes
+    assert Buckets.parse("flux", 16).sizes == TABLES["flux"].sizes
     with pytest.raises(ValueError, match="buckets must be a multiple of the model's 32 pixels, got 688 in 'flux'"):
-        Buckets.named("flux", 32)
+        Buckets.parse("flux", 32)
 
 
 def test_a_table_from_a_file(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"sizes": [[64, 128], [96, 96]]}))
-    assert Buckets.named(path, 8).sizes == Buckets.named(str(path), 8).sizes == ((64, 128), (96, 96))
-    assert Buckets.named(f"{path}@48", 8).sizes == ((32, 64), (48, 48))  # without "side": the root of the largest area
+    assert Buckets.parse(path, 8).sizes == Buckets.parse(str(path), 8).sizes == ((64, 128), (96, 96))
+    assert Buckets.parse(f"{path}@48", 8).sizes == ((32, 64), (48, 48))  # without "side": the root of the largest area
     path.write_text(json.dumps({"side": 64, "sizes": [[64, 128], [96, 96]]}))
-    assert Buckets.named(f"{path}@32", 8).sizes == ((32, 64), (48, 48))
+    assert Buckets.parse(f"{path}@32", 8).sizes == ((32, 64), (48, 48))
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_a_table_from_a_file(tmp_path):
 def test_a_file_that_is_no_table_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match="buckets"):
-        Buckets.named(tmp_path / "x.json", 8)
+        Buckets.parse(tmp_path / "x.json", 8)
 
 
 @pytest.mark.parametrize("spec", ["256x512", "sd", "-8", "٢٥٦", 12, 0, 4, "65544", "9" * 30, "sdxl@", "sdxl@x", "@64"])
 def test_a_spec_that_names_no_table_is_refused(spec):
     with pytest.raises(ValueError, match="buckets must be"):
-        Buckets.named(spec, 8)
+        Buckets.parse(spec, 8)
 
 
 @given(st.sampled_from(sorted(TABLES)), st.integers(1, 20_000), st.integers(1, 20_000), st.booleans())
@@ -82,7 +82,7 @@ def test_row_11_any_size_is_refused_by_name_or_covers_the_nearest_bucket(name, h
         return
     check_size(width, height, "x", 20_000**2)
     table = TABLES[name]
-    size = table.of((height, width))
+    size = table.nearest((height, width))
     away = {other: abs(math.log(height / width) - math.log(other[0] / other[1])) for other in table.sizes}
     assert away[size] <= min(away.values()) * (1 + 1e-9) + 1e-12  # rounding of logarithms in float64
     scaled = scaled_size((height, width), size)
@@ -97,9 +97,9 @@ def test_row_11_any_size_is_refused_by_name_or_covers_the_nearest_bucket(name, h
 
 
 def test_a_tie_goes_to_the_larger_area_and_then_to_the_first():
-    assert Buckets("x", ((64, 64), (128, 128), (32, 32))).of((50, 50)) == (128, 128)
-    assert Buckets("x", ((64, 128), (128, 64))).of((90, 90)) == (64, 128)
-    assert Buckets("x", ((128, 64), (64, 128))).of((90, 90)) == (128, 64)
+    assert Buckets("x", ((64, 64), (128, 128), (32, 32))).nearest((50, 50)) == (128, 128)
+    assert Buckets("x", ((64, 128), (128, 64))).nearest((90, 90)) == (64, 128)
+    assert Buckets("x", ((128, 64), (64, 128))).nearest((90, 90)) == (128, 64)
 
 
 def test_the_centre_crop_of_an_oblong_bucket():
