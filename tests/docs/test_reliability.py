@@ -1,4 +1,4 @@
-"""docs/reliability.md and the tests say the same: every failure mode has its row, and every row its tests."""
+"""Every failure mode has a row in docs/reliability.md, and every row has tests."""
 
 import re
 from pathlib import Path
@@ -29,13 +29,12 @@ def test_every_failure_mode_has_a_row_and_every_row_a_test():
     assert numbers_tested() == set(range(1, LAST + 1)) - ON_A_GPU
 
 
-def test_what_is_not_held_is_said():
-    """A row without a figure says why."""
+def test_a_row_without_a_figure_gives_the_reason():
     for number, text in rows().items():
         assert re.search(r"\d|not |GPU", text.split("|")[-1]), number
 
 
-def test_the_threats_name_rows_that_there_are():
+def test_rows_that_security_names_exist():
     named = {int(number) for number in re.findall(r"row_(\d\d)", (ROOT / "SECURITY.md").read_text())}
     assert named
     assert named <= numbers_tested()

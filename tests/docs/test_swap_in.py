@@ -1,4 +1,4 @@
-"""docs/swap-in.md says what there is: every reason, every pipeline of diffusers', the presets, the refusals."""
+"""docs/swap-in.md lists every reason, pipeline and preset, and the models that accelerate refuses."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ OF_THIS_SHAPE = re.compile(r"\b(AutoencoderKL|AutoencoderKLFlux2|AsymmetricAutoe
 
 
 def table(heading):
-    """The rows of the table whose head starts so, each a list of its cells."""
+    """Return the rows of the table whose head starts with ``heading``, each a list of its cells."""
     lines = PAGE[PAGE.index(f"| {heading}") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
@@ -37,7 +37,7 @@ def test_every_reason_is_explained():
 
 
 def pipelines():
-    """{folder of diffusers.pipelines: classes} of those whose ``vae`` is annotated as one of this shape."""
+    """Return {folder of diffusers.pipelines: classes} of those whose ``vae`` is annotated as one of this shape."""
     root, found = Path(diffusers.__file__).parent / "pipelines", {}
     for path in root.rglob("*.py"):
         text = path.read_text()
@@ -57,16 +57,16 @@ def _hints(node):
                     yield ast.unparse(argument.annotation)
 
 
-def test_every_pipeline_has_its_row_and_no_row_is_made_up():
+def test_every_pipeline_has_a_row_and_every_row_a_pipeline():
     listed = set().union(*(names(cells[1]) for cells in table("VAE (preset)")))
     assert listed == set(pipelines())
 
 
-def test_what_is_said_to_be_run_is_run():
-    """Each folder beside a case of the tests, and each case in a folder that is said to be run."""
-    said = set().union(*(names(cells[1]) for cells in table("VAE (preset)") if cells[2]))
+def test_pipelines_marked_as_run_have_a_case():
+    """Each marked folder has a case, and each case is in a marked folder."""
+    marked = set().union(*(names(cells[1]) for cells in table("VAE (preset)") if cells[2]))
     built = [tiny_pipelines.build(case) for case in tiny_pipelines.CASES]
-    assert said == {type(pipe).__module__.split(".")[2] for pipe in built}
+    assert marked == {type(pipe).__module__.split(".")[2] for pipe in built}
 
 
 def test_every_preset_is_named_and_those_from_memory_are_marked():
@@ -76,7 +76,7 @@ def test_every_preset_is_named_and_those_from_memory_are_marked():
 
 
 def autoencoders():
-    """Every model of diffusers' that stands in its folder of autoencoders and can be built without arguments."""
+    """Yield every model in diffusers' folder of autoencoders that can be built without arguments."""
     for name, kind in vars(diffusers.models.autoencoders).items():
         if inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin):
             taken = list(inspect.signature(kind.__init__).parameters.values())[1:]
@@ -125,15 +125,5 @@ def test_a_gradient_of_a_gradient_is_refused(monkeypatch):
 
 
 def _attention(query, key, value, **options):
-    """In torch's plain operators: its own has no second derivative on a CPU."""
+    """Compute attention by plain operators: torch's own has no second derivative on a CPU."""
     return torch.softmax(query @ key.mT / query.shape[-1] ** 0.5, dim=-1) @ value
-
-
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGE)
-    assert len(links) > 5
-    for target, anchor in links:
-        path = ROOT / "docs" / target
-        assert path.exists(), target
-        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
-        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
