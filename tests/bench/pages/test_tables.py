@@ -52,6 +52,21 @@ def test_the_encoders_table(tmp_path):
     assert tables.with_results(text, tmp_path) == text
 
 
+def test_the_short_table_has_the_cases_in_bf16_that_all_three_ran(tmp_path):
+    wide = RESULT["networks"]["one"]
+    ours = wide["contestants"]["fastvae"]
+    rows = {**wide["contestants"], "fastvae, frozen": ours | {"median_seconds": 0.5, "times_diffusers": 2.2}}
+    cases = {
+        "wide": wide | {"contestants": rows},
+        "half": wide | {"part": "decoder", "dtype": "bfloat16", "contestants": rows},
+        "left out": wide | {"dtype": "bfloat16", "contestants": rows | {"fastvae": {"left_out": "no time"}}},
+    }
+    text = written(tmp_path, RESULT | {"networks": cases}, "networks")
+    assert "| decode 1 x 256² | 1100 | 550 | 2.00 | 500 | 2.20 |" in text
+    assert "| encode" not in text
+    assert text.count("commit 0123456789ab") == 2
+
+
 def test_a_table_older_than_its_data_is_seen(tmp_path):
     text = written(tmp_path, RESULT)
     newer = json.loads(json.dumps(RESULT))
