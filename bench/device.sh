@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command on a machine with torch, triton, pytest and pytest-benchmark alone:
+# Runs all tests and benchmarks that need a GPU. The machine needs only torch, triton, pytest and pytest-benchmark.
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
 #   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader or tune (may be repeated; tune only when named)
 #   bench/device.sh --seconds N     all parts within N seconds instead of 575
-#   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter where there is no GPU
-# Each part may take its share of the time that is left, so fewer parts have longer. A contestant that is not installed
-# is left out by name. results.json (merge.py: a part run again replaces its own data), logs.txt and summary.txt go to
-# $OUT, else to bench/results/<device>; `make report` writes the pages' tables and pictures from it. Exits non-zero when a
-# part failed, and names it.
+#   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter without a GPU
+# Each part gets its share of the time that is left, so fewer parts have more time each. A contestant that is not
+# installed is left out by name. results.json (merge_parts.py: a part run again replaces its own data), logs.txt and
+# summary.txt are written to $OUT, or else to bench/results/<device>; `make report` writes the pages' tables and pictures
+# from them. Exits non-zero if a part failed, and names it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
-parts=() dry=() whole=575 # all parts together end inside ten minutes
+parts=() dry=() budget=575 # seconds of all parts together
 while (($#)); do
     case $1 in
         --dry) dry=(--dry) ;;
@@ -22,7 +22,7 @@ while (($#)); do
             esac ;;
         --seconds)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number, got '${2:-}'" >&2 && exit 2; }
-            whole=$2 && shift ;;
+            budget=$2 && shift ;;
         *) echo "unknown argument '$1': known are --dry, --only PART and --seconds N" >&2 && exit 2 ;;
     esac
     shift
@@ -42,12 +42,12 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -p no:randomly -p no:logging -p no:hypothesispytest --benchmark-columns=median,iqr,rounds --color=no)
 tested=(tests/ops tests/gpu --durations=15)
-# A kernel's tests spend their time in compiling, which takes a core each.
+# The kernels' tests mostly compile, on one core each.
 "$PYTHON" -c 'import xdist' 2>/dev/null && tested+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 ((${#dry[@]})) && tested=(tests/ops/test_tiles.py)
 without=()
 if ((${#dry[@]})); then
-    # Rivals on a CPU alone, which a machine with a GPU need not have.
+    # These rivals run on a CPU only; a machine with a GPU need not have them.
     without=(--without diffusers --without "ONNX Runtime" --without OpenVINO)
 elif ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("diffusers") is None)'; then
     without=(--without diffusers)
@@ -58,11 +58,11 @@ failed=() lines=() statuses=() ahead=0
 for name in "${parts[@]}"; do ((ahead += share[$name])); done
 part() { # name, command
     local name=$1 begin=$SECONDS status limit
-    limit=$(((whole - SECONDS) * share[$name] / ahead))
+    limit=$(((budget - SECONDS) * share[$name] / ahead))
     ((limit > 5)) || limit=5
     ((ahead -= share[$name]))
     shift
-    # Interrupted rather than killed: pytest then still writes what it has.
+    # Interrupted, not killed, so that pytest still writes its results.
     timeout --foreground -s INT -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
     status=$?
     case $status in
@@ -75,7 +75,7 @@ part() { # name, command
     lines+=("$(printf '%-8s %-22s %4d s   %s' "$name" "$status" $((SECONDS - begin)) "$(grep -oE '[0-9]+ (passed|failed|error).* in [0-9.]+s' "$out/$name.log" | tail -1)")")
 }
 
-measure() { # name, file, further words
+measure() { # name, file, more arguments
     local name=$1 file=$2
     shift 2
     part "$name" "${pytest[@]}" "bench/timing/$file.py" "$@" "${dry[@]}" --results "$out/$name.json" -q -rfE
@@ -91,21 +91,21 @@ for name in "${parts[@]}"; do
     esac
 done
 "$PYTHON" -m bench.pages.merge_parts "$out" "${statuses[@]}" "${dry[@]}" || failed+=(merge)
-# Few files come back: the logs are one.
-declare -A said=()
+# All logs become one file.
+declare -A logs=()
 for name in "${parts[@]}"; do
-    said[$name]=$(cat "$out/$name.log")
-    printf '===== %s\n%s\n\n' "$name" "${said[$name]}"
+    logs[$name]=$(cat "$out/$name.log")
+    printf '===== %s\n%s\n\n' "$name" "${logs[$name]}"
     rm "$out/$name.log"
 done >"$out/logs.txt"
 
 {
     for name in "${parts[@]}"; do
         case $name in
-            ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' <<<"${said[ops]}" ;;
-            encoder | decoder | profile | loader) grep -E '^(encoder|decoder) |^FAILED' <<<"${said[$name]}" | grep -v 'left out: \(takes\|this case\)' ;;
-            tests | philox) grep -E '^(FAILED|ERROR)' <<<"${said[$name]}" | cut -c1-200 | head -40 ;;
-            tune) tail -40 <<<"${said[tune]}" ;;
+            ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' <<<"${logs[ops]}" ;;
+            encoder | decoder | profile | loader) grep -E '^(encoder|decoder) |^FAILED' <<<"${logs[$name]}" | grep -v 'left out: \(takes\|compiling\|this case\)' ;;
+            tests | philox) grep -E '^(FAILED|ERROR)' <<<"${logs[$name]}" | cut -c1-200 | head -40 ;;
+            tune) tail -40 <<<"${logs[tune]}" ;;
         esac
     done
     echo

@@ -1,7 +1,7 @@
-"""Bars of results as SVG: the medians of a network's contestants with their intervals, and where a pass's time goes.
+"""Bar charts of results as SVG: medians of a network's contestants with their intervals, and profiles of a pass.
 
-Written by hand rather than by a plotting library: the bytes hang on the figures alone, so a test holds each picture to
-its data on any machine, and a picture is a few kilobytes. Colours follow the reader's light or dark scheme.
+The SVG is written here and not by a plotting library: its bytes depend only on the results, so a test compares each
+picture with its data on any machine, and a picture has a few kilobytes. Colours follow the light or dark scheme.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from xml.sax.saxutils import escape, quoteattr
 
 from bench.timing import profiles
 
-WIDTH, LABELS, NUMBERS = 760, 190, 70  # pixels: the whole, left of the bars, right of them
+WIDTH, LABELS, NUMBERS = 760, 190, 70  # pixels: total, left of the bars, right of them
 LINE, BAR, GAP = 22, 15, 26
-# Hues that stay apart for the colour-blind too (after Okabe and Ito); a group has its colour in every bar.
+# Hues that colour-blind readers can distinguish (Okabe and Ito); a group has the same colour in every bar.
 COLOURS = {
     "convolution": "#56708a", "convolution + residual": "#8aa4bd", "GroupNorm": "#d55e00", "SiLU": "#e69f00",
     "attention and products": "#cc79a7", "residual and bias": "#b8a300", "copies": "#999999", "upsampling": "#7a5195",
@@ -29,47 +29,47 @@ text { font: 12px sans-serif; fill: #24292f } .title { font-weight: bold } .ours
 
 
 class Drawing:
-    """Lines of an SVG from top to bottom."""
+    """An SVG that is drawn line by line, from top to bottom. label: its description for screen readers."""
 
-    def __init__(self, told: str):
-        self.told, self.parts, self.y = told, [], 8
+    def __init__(self, label: str):
+        self.label, self.parts, self.y = label, [], 8
 
     def text(self, x: float, words: str, kind: str = "") -> None:
-        """Words on the current line."""
+        """Add text on the current line."""
         self.parts.append(f'<text x="{x:.1f}" y="{self.y + 12}" class="{kind}">{escape(words)}</text>')
 
     def bar(self, x: float, width: float, look: str, says: str) -> None:
-        """A bar on the current line, with what it says under the mouse."""
+        """Add a bar on the current line; ``says`` is its tooltip."""
         place = f'x="{x:.1f}" y="{self.y}" width="{width:.1f}" height="{BAR}"'
         self.parts.append(f"<rect {place} {look}><title>{escape(says)}</title></rect>")
 
     def whisker(self, low: float, high: float) -> None:
-        """An interval, from end to end."""
+        """Add an interval on the current line."""
         middle = self.y + BAR / 2
         for x1, x2, y1, y2 in ((low, high, middle, middle), *((x, x, middle - 3, middle + 3) for x in (low, high))):
             self.parts.append(f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1}" y2="{y2}"/>')
 
     def done(self) -> str:
-        """The SVG."""
+        """Return the SVG."""
         size = f'width="{WIDTH}" height="{self.y}" viewBox="0 0 {WIDTH} {self.y}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label={quoteattr(self.told)}>'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label={quoteattr(self.label)}>'
         return "\n".join([head, STYLE, *self.parts, "</svg>"]) + "\n"
 
 
 def title(entry: Mapping[str, Any]) -> str:
-    """The case of a network or a profile in words."""
+    """Return the title of a network's case or a profile."""
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[entry["dtype"]]
     return f"{entry['part']}, {entry['preset']}, {entry['batch']} x {entry['side']}², {dtype}"
 
 
 def milliseconds(seconds: float) -> str:
-    """In three digits."""
+    """Return milliseconds with three digits."""
     value = 1e3 * seconds
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def medians(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A panel for each case: a bar for the median of every contestant that has one, with its 95 % interval."""
+    """Draw a panel for each case: a bar for the median of every timed contestant, with its 95 % interval."""
     drawing = Drawing("Medians and 95 % intervals in milliseconds, shorter is faster")
     for entry in entries:
         timed = {name: row for name, row in entry["contestants"].items() if "median_seconds" in row}
@@ -94,8 +94,8 @@ def medians(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stacks(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A panel for each profile: one bar a contestant, made of its groups; the legend is below."""
-    drawing = Drawing("Where the time of a pass goes, in milliseconds, by groups of operators or kernels")
+    """Draw a panel for each profile: one stacked bar a contestant, with a legend below."""
+    drawing = Drawing("Time of a pass in milliseconds, by groups of operators or kernels")
     panels = [(entry, profiles.shown(entry["contestants"])) for entry in entries]
     names = list(dict.fromkeys(name for _, rows in panels for groups in rows.values() for name in groups))
     fused = sorted(name for name in names if name.startswith(profiles.FUSED))

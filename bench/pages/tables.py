@@ -1,4 +1,4 @@
-"""The tables and pictures of results in README.md and docs/, written from the results themselves.
+"""Write the tables and pictures of results into README.md and docs/.
 
     python -m bench.pages.tables          (make report)
 
@@ -26,7 +26,7 @@ NOT_YET = "Not measured yet."
 
 
 def _milliseconds(value: float) -> str:
-    """Milliseconds in three digits or more."""
+    """Return milliseconds with three digits or more."""
     return f"{1e3 * value:.{0 if value >= 0.1 else 1 if value >= 0.01 else 3}f}"
 
 
@@ -43,7 +43,7 @@ def _why_not(row: Mapping[str, Any]) -> str:
 
 
 def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
-    """For each case of an encoder or decoder: contestant, median, interval, times diffusers, error, share of floor."""
+    """Return a table for each case of an encoder or decoder: median, interval, ratio, error, share of floor."""
     lines: list[str] = []
     for entry in result.get("networks", {}).values():
         if entry["part"] != part:
@@ -70,12 +70,12 @@ def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
 
 
 def _share(error: float) -> str:
-    """An rms error as a share of the result's spread."""
+    """Return an rms error, given as a share of the standard deviation, as text."""
     return f"{100 * error:.2f} %" if error >= 1e-4 else f"{error:.1e}"
 
 
 def ops_table(result: Mapping[str, Any]) -> list[str]:
-    """Each op: median of ours, the roof's share, and eager by layout."""
+    """Return a row for each op: median of ours, share of the roof, and ratios to eager by layout."""
     if not result.get("cases"):
         return []
     lines = ["| op | ours | median, ms | share of the roof | times eager |", "|---|---|---|---|---|"]
@@ -89,7 +89,7 @@ def ops_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def pipeline_table(result: Mapping[str, Any]) -> list[str]:
-    """A folder of photographs to latents on disk: images a second."""
+    """Return the table of photographs to latents on disk, in images a second."""
     entry = result.get("pipeline")
     if not entry:
         return []
@@ -107,7 +107,7 @@ def pipeline_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def profile_table(result: Mapping[str, Any]) -> list[str]:
-    """Where the time of a pass goes: a row for each group of operators or kernels, a column for each contestant."""
+    """Return a table for each profile: a row for each group of operators or kernels, a column for each contestant."""
     lines: list[str] = []
     for entry in result.get("profiles", {}).values():
         columns = profiles.shown(entry["contestants"])
@@ -120,8 +120,8 @@ def profile_table(result: Mapping[str, Any]) -> list[str]:
         ]
         for group in next(iter(columns.values())):
             cells = (
-                f"{_milliseconds(told[group])} ({100 * told[group] / totals[name]:.0f} %)"
-                for name, told in columns.items()
+                f"{_milliseconds(seconds[group])} ({100 * seconds[group] / totals[name]:.0f} %)"
+                for name, seconds in columns.items()
             )
             lines.append(f"| {group} | {' | '.join(cells)} |")
         lines += [f"| together | {' | '.join(map(_milliseconds, totals.values()))} |", ""]
@@ -150,7 +150,7 @@ def networks_origin(result: Mapping[str, Any]) -> str:
 
 
 def origin(result: Mapping[str, Any], table: str) -> str:
-    """Where the numbers come from: device, versions, commit; those of the part, where parts were run one by one."""
+    """Return device, versions and commit of a result; those of the part if parts were run separately."""
     part = result.get("parts", {}).get(table, {})
     facts = {**result, **part}
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS if facts["versions"].get(name))
@@ -178,7 +178,7 @@ TABLES = {
 
 
 def _drawn(result: Mapping[str, Any], table: str) -> str:
-    """The SVG that belongs to a table; "" where there is nothing to draw."""
+    """Return the SVG of a table, or "" if it has none."""
     if table == "profile":
         entries = list(result.get("profiles", {}).values())
         return pictures.stacks(entries) if entries else ""
@@ -188,7 +188,7 @@ def _drawn(result: Mapping[str, Any], table: str) -> str:
 
 
 def section(path: Path, result: Mapping[str, Any], table: str) -> list[str]:
-    """A table, its picture if it has one, and where its numbers come from; nothing where nothing was measured."""
+    """Return a table, its picture if it has one, and its origin; no lines if nothing was measured."""
     lines = TABLES[table](result)
     if not lines:
         return []
@@ -205,7 +205,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _devices(root: Path, pattern: str) -> list[str]:
-    """All tables of every GPU, each under its name."""
+    """Return all tables of every GPU, each GPU under a heading."""
     lines: list[str] = []
     for path in sorted(root.glob(pattern)):
         result = json.loads(path.read_text())
@@ -217,9 +217,9 @@ def _devices(root: Path, pattern: str) -> list[str]:
 
 
 def with_results(text: str, root: Path = ROOT) -> str:
-    """``text`` with every section of results written anew; where there is no result yet, it says so.
+    """Return ``text`` with every section of results rewritten; a section without a result says that.
 
-    Raises ValueError for a result of a dry run, and for a table that is none.
+    Raises ValueError for the results of a dry run and for an unknown table.
     """
 
     def written(found: re.Match) -> str:
@@ -236,7 +236,7 @@ def with_results(text: str, root: Path = ROOT) -> str:
 
 
 def drawings(root: Path = ROOT) -> dict[str, str]:
-    """Name -> SVG of every picture that the results give."""
+    """Return name -> SVG of every picture of the results."""
     made = {}
     for path in sorted(root.glob(RESULTS)):
         result = json.loads(path.read_text())
@@ -247,7 +247,7 @@ def drawings(root: Path = ROOT) -> dict[str, str]:
 
 
 def write(root: Path = ROOT) -> list[str]:
-    """Write the tables of every page and the pictures; the names of what changed."""
+    """Write the tables of every page and the pictures; return the names of changed files."""
     made = {name: with_results((root / name).read_text(), root) for name in PAGES} | drawings(root)
     changed = []
     for name, new in made.items():
@@ -260,4 +260,4 @@ def write(root: Path = ROOT) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("written: " + (", ".join(write()) or "nothing, all tables are as their results"))
+    print("written: " + (", ".join(write()) or "nothing, all tables agree with their results"))

@@ -1,4 +1,4 @@
-"""Photographs as they come to a training set: some as they are, the others in every format and form that is taken."""
+"""Photographs in every image format that is read: every other file is converted, the others are copied."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".webp"}
-# Converted pictures are at most so long: a folder of them is made in a minute.
+# Longest side of converted pictures, so that a folder of them is written in a minute.
 LONGEST = 1600
-# Pictures of 16x16 that differ by less, in levels of 255, are of one photograph.
+# Two files show one photograph if they differ by less at 16x16, in levels of 255.
 ALIKE = 8
 ORIENTATION = 0x0112
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -21,15 +21,15 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 @dataclass(frozen=True)
 class Form:
-    """How a picture is written, and ``seen``: what the file shows, from the picture."""
+    """A format. write: saves a picture; seen: returns the picture that a viewer shows of the file."""
 
     suffix: str
     write: Callable[[Image.Image, Path], None]
     seen: Callable[[Image.Image], Image.Image] = lambda picture: picture
 
 
-def jpeg_on_its_side(picture: Image.Image, path: Path) -> None:
-    """Stored lying down, with the EXIF orientation that a phone writes."""
+def rotated_jpeg(picture: Image.Image, path: Path) -> None:
+    """Write a rotated JPEG with the EXIF orientation that a phone sets."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     picture.transpose(Image.Transpose.ROTATE_90).save(path, quality=92, exif=exif)
@@ -44,7 +44,7 @@ def grey_in_16_bits(picture: Image.Image, path: Path) -> None:
 
 
 def _opacity(picture: Image.Image) -> Image.Image:
-    """Opaque but for one corner, a quarter of each side."""
+    """Return an alpha channel that is 0 in one corner, a quarter of each side, and 255 elsewhere."""
     opacity = np.full((picture.height, picture.width), 255, np.uint8)
     opacity[: picture.height // 4, : picture.width // 4] = 0
     return Image.fromarray(opacity)
@@ -61,7 +61,7 @@ def white_corner(picture: Image.Image) -> Image.Image:
 
 
 FORMS = {
-    "JPEG lying down, by EXIF": Form(".jpg", jpeg_on_its_side),
+    "JPEG rotated by EXIF": Form(".jpg", rotated_jpeg),
     "JPEG in CMYK": Form(".jpg", lambda picture, path: picture.convert("CMYK").save(path, quality=95)),
     "JPEG with an ICC profile": Form(".jpeg", lambda picture, path: picture.save(path, quality=90, icc_profile=SRGB)),
     "progressive JPEG, grey": Form(
@@ -79,7 +79,7 @@ FORMS = {
 
 
 def photographs_in(folder: Path, count: int) -> list[Path]:
-    """``count`` photographs, evenly from all in ``folder``; one that is there in several sizes or files comes once."""
+    """Return ``count`` photographs, evenly chosen from ``folder``; one that has several files or sizes comes once."""
     found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PHOTOGRAPHS and path.is_file()]
     paths: list[Path] = []
     looks = np.empty((0, 16 * 16 * 3))
@@ -93,9 +93,9 @@ def photographs_in(folder: Path, count: int) -> list[Path]:
 
 
 def write_mixed(photographs: Iterable[Path], folder: Path) -> dict[str, tuple[Path, str]]:
-    """The photographs in ``folder``, every other one in one of FORMS: by key, the original and the form.
+    """Write the photographs into ``folder``, every other one in one of FORMS; return key -> (original, form).
 
-    The key is the path in ``folder``. Names tell nothing: a file's suffix is one that cameras and browsers give.
+    The key is the path in ``folder``. Suffixes are those that cameras and browsers write.
     """
     made, forms = {}, list(FORMS)
     for number, path in enumerate(photographs):
@@ -103,7 +103,7 @@ def write_mixed(photographs: Iterable[Path], folder: Path) -> dict[str, tuple[Pa
             form = forms[number // 2 % len(forms)]
             suffix = FORMS[form].suffix
         else:
-            form, suffix = f"{path.suffix[1:].upper()}, as it is", path.suffix.lower()
+            form, suffix = f"{path.suffix[1:].upper()}, unchanged", path.suffix.lower()
         key = f"{number // 25}/{number:03}{suffix}"
         target = folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,13 +116,13 @@ def write_mixed(photographs: Iterable[Path], folder: Path) -> dict[str, tuple[Pa
 
 
 def as_seen(path: Path, form: str, longest: int) -> Image.Image:
-    """What the file that write_mixed made of the photograph at ``path`` shows."""
+    """Return the picture that the file shows which write_mixed made of the photograph at ``path``."""
     picture = plain(path, longest)
     return FORMS[form].seen(picture) if form in FORMS else picture
 
 
 def plain(path: Path, longest: int) -> Image.Image:
-    """A photograph as any viewer opens it, upright RGB over white, at most ``longest`` pixels a side."""
+    """Return a photograph as a viewer shows it: upright RGB over white, at most ``longest`` pixels a side."""
     with Image.open(path) as opened:
         opened.draft("RGB", (longest, longest))
         upright = ImageOps.exif_transpose(opened)

@@ -1,18 +1,17 @@
-"""A folder of photographs through the whole of `fastvae encode`: killed twice, resumed, checked, decoded, trained on.
+"""Encode a folder of photographs, kill the run twice, resume it, verify and decode the store, and train on it.
 
     python -m bench.store.photo_run PHOTOGRAPHS WORK [--vae tiny] [--buckets sdxl@256] [--count 100] [--batch 4]
 
-WORK must not exist; the mixed formats, the store, the contact sheet and result.json are left in it. Every check is an
+WORK must not exist; the mixed formats, the store, the contact sheet and result.json stay in it. Every check is an
 assertion: the run ends at the first that fails.
 
-1. Every other photograph is written in another format or form (mixed_formats.py), the others lie as they are.
-2. `fastvae encode` runs in a process of its own and is killed with SIGKILL twice, when a third and two thirds of the
-   rows are committed; the third run ends it. `fastvae verify --deep` must be content.
-3. Each row must have its own key and the bits, size and crop of its image encoded alone, in a store of its own.
-4. Each row must be nearest, of all rows of its bucket, to the photograph that it was made from, opened by Pillow alone
-   and encoded in fp32, by diffusers where --vae is a folder, else by fastvae's own model: no two rows have changed
-   places, and no format lost its picture.
-5. `fastvae decode --sheet` draws them all, and examples/train_loop.py's loop reads one epoch and trains.
+1. Every other photograph is converted to another format (mixed_formats.py), the others are copied.
+2. `fastvae encode` runs in another process and is killed with SIGKILL twice, when a third and two thirds of the rows
+   are committed; the third run completes the store. `fastvae verify --deep` must pass.
+3. Each row must have its key, and the bits, size and crop of its image encoded alone into another store.
+4. Each row must be nearer than all rows of its bucket to its photograph, opened by Pillow and encoded in fp32 by
+   diffusers if --vae is a folder, else by fastvae's model: no two rows are swapped, and no format changed its picture.
+5. `fastvae decode --sheet` draws all rows, and the loop of examples/train_loop.py reads one epoch and trains.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from bench.store.mixed_formats import as_seen, photographs_in, write_mixed
 from fastvae.report.machine import processor
 
 ROOT = Path(__file__).parents[2]
-LOOK = 0.005
-LONGEST_OPENED = 2048  # of an original, in pixels, where it is compared
+POLL_SECONDS = 0.005
+LONGEST_OPENED = 2048  # pixels of an original when it is compared
 COMPARED = ("mean", "logvar", "original_hw", "crop_tlhw", "bucket", "variant", "sample_id", "noise_key")
 
 
@@ -46,24 +45,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--vae", default="tiny", help="a folder, or tiny; 'sd15' makes one of that size at random")
+    parser.add_argument("--vae", default="tiny", help="a folder, or tiny; 'sd15' has that size and random weights")
     parser.add_argument("--buckets", default="sdxl@256")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--batch", default="4")
     parser.add_argument("--rows-per-shard", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100, help="of training, after the epoch that is only read")
-    asked = parser.parse_args()
-    asked.work.mkdir(parents=True)
-    vae = _model(asked.vae, asked.work)
-    mixed, out = asked.work / "photographs", asked.work / "latents"
-    made = write_mixed(photographs_in(asked.photographs, asked.count), mixed)
-    result: dict[str, Any] = {"photographs": len(made), "model": asked.vae, "buckets": asked.buckets}
+    parser.add_argument("--steps", type=int, default=100, help="steps of training, after the epoch that is only read")
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True)
+    vae = _model(chosen.vae, chosen.work)
+    mixed, out = chosen.work / "photographs", chosen.work / "latents"
+    made = write_mixed(photographs_in(chosen.photographs, chosen.count), mixed)
+    result: dict[str, Any] = {"photographs": len(made), "model": chosen.vae, "buckets": chosen.buckets}
     result |= {"processor": processor(), "threads": torch.get_num_threads()}
     result["forms"] = dict(Counter(form for _, form in made.values()))
     result["pixels"] = _extent(mixed)
 
-    options = ["--vae", vae, "--buckets", asked.buckets, "--batch", asked.batch, "--deterministic"]
-    options += ["--shard-mb", str(_shard_mb(vae, asked.buckets, asked.rows_per_shard))]
+    options = ["--vae", vae, "--buckets", chosen.buckets, "--batch", chosen.batch, "--deterministic"]
+    options += ["--shard-mb", str(_shard_mb(vae, chosen.buckets, chosen.rows_per_shard))]
     result["runs"] = [_killed(mixed, out, options, len(made) * third // 3) for third in (1, 2)]
     result["runs"].append(_finished(mixed, out, options, len(made)))
     result["rows"] = dict(Counter("x".join(map(str, bucket)) for bucket in _buckets(out)))
@@ -72,9 +71,11 @@ def main() -> None:
 
     result["bits"] = compare_with_single_encodes(mixed, out, vae, options)
     result["nearest"] = compare_with_originals(made, out, vae)
-    _command("decode", str(out), str(asked.work / "decoded"), "--rows", "0:", "--sheet", str(asked.work / "sheet.png"))
-    result["training"] = train(out, asked.steps)
-    (asked.work / "result.json").write_text(json.dumps(result, indent=1))
+    _command(
+        "decode", str(out), str(chosen.work / "decoded"), "--rows", "0:", "--sheet", str(chosen.work / "sheet.png")
+    )
+    result["training"] = train(out, chosen.steps)
+    (chosen.work / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
 
@@ -86,7 +87,7 @@ def _model(name: str, work: Path) -> str:
 
 
 def _extent(folder: Path) -> str:
-    """Width and height of the photographs of fewest and of most pixels, and the bytes of all."""
+    """Return the sizes of the smallest and the largest photograph, and the bytes of all, as text."""
     from fastvae.data.images.read import image_size
 
     paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -96,7 +97,7 @@ def _extent(folder: Path) -> str:
 
 
 def _shard_mb(vae: str, buckets: str, rows: int) -> float:
-    """The size of a shard of so many rows of the table's largest bucket."""
+    """Return the MB of a shard of ``rows`` rows in the largest bucket."""
     from fastvae.data.images.buckets import Buckets
     from fastvae.data.store.shard import row_bytes
 
@@ -113,24 +114,24 @@ def _command(*words: str) -> str:
 
 
 def _committed(out: Path) -> int:
-    """The rows of every commit record, read as anybody would."""
+    """Return the rows of all commit records."""
     records = (out / "shards").glob("*.json") if (out / "shards").is_dir() else ()
     return sum(json.loads(path.read_text())["rows"] for path in records)
 
 
 def _killed(source: Path, out: Path, options: list[str], rows: int) -> dict[str, Any]:
-    """Begin to encode, and kill the process as soon as ``rows`` are committed."""
+    """Start to encode, and kill the process once ``rows`` rows are committed."""
     before, started = _committed(out), time.perf_counter()
     command = [sys.executable, "-m", "fastvae", "encode", str(source), str(out), *options, "-q"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while _committed(out) < rows and process.poll() is None:
-        time.sleep(LOOK)
+        time.sleep(POLL_SECONDS)
     process.kill()
-    code, said = process.wait(), process.communicate()[1]
-    assert code == -9, f"encode ended with {code} before {rows} rows were committed: {said!r}"
-    told = {"killed_at": _committed(out), "found": before, "seconds": round(time.perf_counter() - started, 1)}
-    print(told, flush=True)
-    return told
+    code, errors = process.wait(), process.communicate()[1]
+    assert code == -9, f"encode ended with {code} before {rows} rows were committed: {errors!r}"
+    facts = {"killed_at": _committed(out), "found": before, "seconds": round(time.perf_counter() - started, 1)}
+    print(facts, flush=True)
+    return facts
 
 
 def _finished(source: Path, out: Path, options: list[str], count: int) -> dict[str, Any]:
@@ -139,10 +140,10 @@ def _finished(source: Path, out: Path, options: list[str], count: int) -> dict[s
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (report["resumed"], report["ok"], report["failed"]) == (before, count - before, 0), report
     names = ("ok", "resumed", "seconds", "decode_seconds", "encode_seconds", "dtype", "dtype_error", "flags")
-    told = {name: report[name] for name in names} | {"images_per_s": round(report["ok"] / report["seconds"], 1)}
-    told["process_cpu_seconds"] = round(after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime, 1)
-    print(told, flush=True)
-    return told
+    facts = {name: report[name] for name in names} | {"images_per_s": round(report["ok"] / report["seconds"], 1)}
+    facts["process_cpu_seconds"] = round(after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime, 1)
+    print(facts, flush=True)
+    return facts
 
 
 def _buckets(out: Path) -> list[tuple[int, int]]:
@@ -150,12 +151,12 @@ def _buckets(out: Path) -> list[tuple[int, int]]:
 
 
 def compare_with_single_encodes(source: Path, out: Path, vae: str, options: list[str]) -> dict[str, int]:
-    """Each row beside the only row of a store of its image alone, under its own key: nothing may differ in any bit."""
+    """Compare each row, bit for bit, with the only row of a store of its image alone."""
     buckets = options[options.index("--buckets") + 1]
     model = fastvae.AutoencoderKL.from_pretrained(vae)
     rows, alone = fastvae.LatentDataset(out), out.parent / "alone"
-    there = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    assert sorted(rows.keys()) == sorted(there), "the keys are other than the files"
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert sorted(rows.keys()) == sorted(files), "the keys are not the files"
     values = 0
     for number in range(len(rows)):
         row, key = rows[number], rows.keys()[number]
@@ -168,15 +169,15 @@ def compare_with_single_encodes(source: Path, out: Path, vae: str, options: list
         (other,) = fastvae.LatentDataset(single)
         assert other["key"] == row["key"] == key
         for name in COMPARED:
-            assert torch.equal(row[name], other[name]), f"{key}: {name} is another than in a store of its own"
+            assert torch.equal(row[name], other[name]), f"{key}: {name} differs from a store of this image alone"
         values += row["mean"].numel() + row["logvar"].numel()
-    print(f"{len(rows)} rows have the bits of their image alone", flush=True)
+    print(f"{len(rows)} rows have the bits of their image encoded alone", flush=True)
     return {"rows": len(rows), "values": values, "differing": 0}
 
 
 @torch.no_grad()
 def compare_with_originals(made: dict[str, tuple[Path, str]], out: Path, vae: str) -> dict[str, Any]:
-    """Each original, opened by Pillow and encoded in fp32, beside all rows of its image's bucket."""
+    """Compare each original, opened by Pillow and encoded in fp32, with all rows of its bucket."""
     model: Any = fastvae.AutoencoderKL.from_pretrained(vae)
     if Path(vae).is_dir():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -214,7 +215,7 @@ def _rows_of(rows: fastvae.LatentDataset, bucket: list[int]) -> list[int]:
 
 
 def _covering(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """A picture scaled to cover the bucket, cut at its centre: uint8 [height, width, 3]."""
+    """Scale a picture to cover the bucket, and crop its centre: uint8 [height, width, 3]."""
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)).copy()
 
 
@@ -223,7 +224,7 @@ def _rms(values: torch.Tensor) -> float:
 
 
 def train(out: Path, steps: int) -> dict[str, Any]:
-    """One epoch read, each row once; then so many steps of the example's denoiser on the stored latents."""
+    """Read one epoch, each row once; then train the example's denoiser on the stored latents for ``steps`` steps."""
     sys.path.insert(0, str(ROOT / "examples"))
     import train_loop  # type: ignore[import-not-found]
 

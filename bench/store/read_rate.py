@@ -1,12 +1,12 @@
-"""How many SDXL-sized rows a second one process reads from a warm page cache, beside a copy of as many bytes.
+"""Rate at which one process reads SDXL-sized rows from a warm page cache, beside a copy of as many bytes.
 
     python -m bench.store.read_rate [--rows 4096] [--rounds 7] [--folder DIR] [--results bench/results/cpu/reading.json]
 
-A row is [4, 128, 128] of mean and log-variance in fp16, 256 KiB. Rows come in a random order through a DataLoader of
-no workers, BucketBatchSampler and collate, and every byte of them lies in a tensor of its batch. The copy gathers the
-same rows from ordinary memory into a tensor that is there already: what this machine's memory gives at best. Both take
-turns, and medians are given, by wall time and by CPU seconds, of which others on the machine take none. Then the same
-of ``scaled=True``, in fp32, and of ``posterior="sample"``, which draws every row on the CPU.
+A row is [4, 128, 128] of mean and log-variance in fp16, 256 KiB. Rows come in random order through a DataLoader without
+workers, BucketBatchSampler and collate, and every byte is copied into a tensor of its batch. The copy gathers the same
+rows from ordinary memory into an existing tensor: the highest rate of this machine's memory. Both take turns. Results
+are medians by wall time and by CPU seconds, which other processes do not change much. The same is measured with
+``scaled=True``, in fp32, and with ``posterior="sample"``, which draws every row on the CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAYOUT = {
     },
     "metadata": {"fvl": "1"},
     "source": {"vae": "generated"},
-    "created_by": "bench/store/read_rate.py",
+    "created_by": "bench.store.read_rate",
 }
 IDENTITY = {
     "model": {"encoder_weights_sha256": "0"},
@@ -55,7 +55,7 @@ IDENTITY = {
 
 
 def write_store(path: Path, rows: int) -> None:
-    """Generated moments in shards of 1,000 rows, about 256 MB, as an encode leaves them."""
+    """Write generated moments in shards of 1,000 rows, about 256 MB, as encode writes them."""
     generator = torch.Generator().manual_seed(0)
     bucket = (8 * SIDE, 8 * SIDE)
     path.mkdir()
@@ -70,8 +70,8 @@ def write_store(path: Path, rows: int) -> None:
             )
 
 
-def reading(path: Path, batch: int, **options: Any) -> Callable[[], int]:
-    """One epoch over the store; returns how many rows it gave."""
+def read_epoch(path: Path, batch: int, **options: Any) -> Callable[[], int]:
+    """Return a function that reads one epoch and returns the number of its rows."""
     dataset = fastvae.LatentDataset(path, **options)
     sampler = fastvae.BucketBatchSampler(dataset, batch, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=fastvae.collate)
@@ -83,8 +83,8 @@ def reading(path: Path, batch: int, **options: Any) -> Callable[[], int]:
     return epoch
 
 
-def copying(rows: int, batch: int) -> Callable[[], int]:
-    """The bytes of as many rows, gathered at random from memory into a tensor that is used again."""
+def copy_rows(rows: int, batch: int) -> Callable[[], int]:
+    """Return a function that gathers as many rows, at random, from memory into one tensor."""
     source = torch.zeros((rows, 2, CHANNELS, SIDE, SIDE), dtype=torch.float16).fill_(1)
     target = torch.zeros((batch, *source.shape[1:]), dtype=torch.float16)
 
@@ -97,7 +97,7 @@ def copying(rows: int, batch: int) -> Callable[[], int]:
 
 
 def measured(ways: dict[str, Callable[[], int]], rows: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Rows a second of each way, in turns: medians and bests, by wall time and by CPU time."""
+    """Return rows a second of each way, measured in turns: median and best, by wall and by CPU time."""
     rates: dict[str, list[list[float]]] = {name: [] for name in ways}
     for name, way in list(ways.items()) * (rounds + 1):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -119,23 +119,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="where the store is written for a while; default: the system's")
-    parser.add_argument("--results", type=Path, help="a JSON file of what was found")
-    asked = parser.parse_args()
+    parser.add_argument("--folder", help="folder of the temporary store; default: the system's")
+    parser.add_argument("--results", type=Path, help="write the results to this JSON file")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"rows": asked.rows, "bytes_per_row": 4 * CHANNELS * SIDE * SIDE} | surroundings()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    found: dict[str, Any] = {"rows": chosen.rows, "bytes_per_row": 4 * CHANNELS * SIDE * SIDE} | surroundings()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         store, few = Path(folder) / "store", Path(folder) / "few"
-        write_store(store, asked.rows)
+        write_store(store, chosen.rows)
         write_store(few, 256)
         for batch in (16, 64):
-            ways = {"read": reading(store, batch), "copy": copying(asked.rows, batch)}
-            found[f"batch {batch}"] = measured(ways, asked.rows, asked.rounds)
-        found["scaled"] = measured({"read": reading(store, 64, scaled=True)}, asked.rows, asked.rounds)
-        found["sample"] = measured({"read": reading(few, 64, posterior="sample")}, 256, asked.rounds)
+            ways = {"read": read_epoch(store, batch), "copy": copy_rows(chosen.rows, batch)}
+            found[f"batch {batch}"] = measured(ways, chosen.rows, chosen.rounds)
+        found["scaled"] = measured({"read": read_epoch(store, 64, scaled=True)}, chosen.rows, chosen.rounds)
+        found["sample"] = measured({"read": read_epoch(few, 64, posterior="sample")}, 256, chosen.rounds)
     print(json.dumps(found, indent=1))
-    if asked.results:
-        asked.results.write_text(json.dumps(found, indent=1) + "\n")
+    if chosen.results:
+        chosen.results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

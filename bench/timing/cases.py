@@ -1,6 +1,6 @@
-"""What is timed: one table of cases from the Stable Diffusion autoencoder, for the ops and for the whole network.
+"""Cases of the benchmarks: shapes and dtypes of the Stable Diffusion autoencoder, for the ops and for whole networks.
 
-Each has a table for a GPU, one for a CPU, and a dry one that runs in seconds on tiny shapes.
+Each kind has a table for a GPU, one for a CPU, and a dry one of tiny shapes that runs in seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from bench.timing.operations import Case
 
 @dataclass(frozen=True)
 class Network:
-    """An encoder or a decoder at one shape. preset: whose configuration, or TINY; side: of the square images.
+    """An encoder or a decoder at one shape. preset: name of the configuration, or TINY; side: of the square images.
 
-    compiled: torch.compile takes part, which takes a minute or more; exported: so do ONNX Runtime and OpenVINO.
+    compiled: torch.compile takes part, which takes a minute or more; exported: ONNX Runtime and OpenVINO take part.
     """
 
     part: str
@@ -27,24 +27,24 @@ class Network:
 
     @property
     def name(self) -> str:
-        words = f"{self.part} {self.preset} {self.batch}x{self.side}x{self.side} {self.dtype}"
-        return f"{words} compiled" if self.compiled else words
+        label = f"{self.part} {self.preset} {self.batch}x{self.side}x{self.side} {self.dtype}"
+        return f"{label} compiled" if self.compiled else label
 
 
 def encoder_stages(side: int) -> list[tuple[int, ...]]:
-    """What the norms of an encoder at side x side see."""
+    """Return the shapes that the norms of an encoder of side x side images get."""
     return [(1, 128, side, side), (1, 256, side // 2, side // 2), (1, 512, side // 4, side // 4),
             (1, 512, side // 8, side // 8)]  # fmt: skip
 
 
 def decoder_stages(side: int) -> list[tuple[int, ...]]:
-    """What the norms of a decoder see beyond the encoder's: the first of a level has the channels of the one before."""
+    """Return the shapes of a decoder's norms that an encoder lacks: a level's first norm has the channels before it."""
     return [(1, 256, side, side), (1, 512, side // 2, side // 2)]
 
 
 SIDES = (256, 512, 1024, 2048)
 POINTWISE = ("group_norm_silu_measured", "group_norm_statistics", "scale_shift_silu", "residual_add")
-# The norm that published kernels are compared on: [1, 128, 20, 256, 256], its frames laid below each other.
+# The shape of published comparisons of GroupNorm kernels, [1, 128, 20, 256, 256], with the frames in one column.
 TALL = (1, 128, 20 * 256, 256)
 _TABLE = [
     *(Case("group_norm_silu", shape) for side in SIDES for shape in encoder_stages(side) + decoder_stages(side)),
@@ -72,9 +72,9 @@ _TABLE = [
     Case("kl_divergence", (8, 8, 64, 64), layout="NCHW"),
     Case("kl_divergence", (8, 8, 256, 256), layout="NCHW"),
 ]  # fmt: skip
-# Levels of neighbouring sizes meet: each shape once.
+# Levels of neighbouring sizes share shapes: each shape once.
 CASES = list(dict.fromkeys(_TABLE))
-# Every op once, as the encoder sees it at 256 x 256. Without a GPU the ops are their references.
+# Every op once, at the encoder's shapes for 256 x 256. Without a GPU the ops are their references.
 CPU = [
     *(Case("group_norm_silu", (1, 128, 256, 256), dtype) for dtype in ("float32", "bfloat16")),
     *(Case(op, (1, 128, 256, 256), "float32") for op in (*POINTWISE, "residual_add_padded")),
@@ -85,7 +85,7 @@ CPU = [
     Case("upsample_conv", (1, 512, 32, 32), "float32"),
     *(Case(op, (8, 8, 32, 32), "float32", layout="NCHW") for op in ("sample_posterior", "kl_divergence")),
 ]
-# Tiny, and every op once: what the interpreter runs in seconds.
+# Every op once at a tiny size: seconds in the interpreter.
 DRY = [
     Case("group_norm_silu", (1, 64, 4, 5)),
     Case("group_norm_silu_measured", (1, 64, 4, 5), "float32"),
@@ -106,9 +106,9 @@ DRY = [
 ]
 OPS = {"cuda": CASES, "cpu": CPU, "dry": DRY}
 
-# A model of the same make in miniature, for dry runs.
+# The preset of a miniature model with the same layers, for dry runs.
 TINY = "tiny"
-# (preset, side, batch), the most telling first: a run that is cut short has those. A preset is its shapes alone.
+# (preset, side, batch), the most important first: a run that is stopped early has those. A preset gives shapes only.
 _SHAPES = [
     ("sd15", 512, 8), ("sd15", 512, 1), ("sd15", 256, 1), ("sd15", 1024, 1), ("sdxl", 1024, 4), ("flux", 1024, 1),
     ("sd15", 256, 32), ("flux", 512, 32), ("sd15", 2048, 1),
@@ -118,7 +118,7 @@ _SHAPES = [
 def _on_a_gpu(part: str) -> list[Network]:
     named = [Network(part, *shape) for shape in _SHAPES]
     half = Network(part, "sd15", 512, 8, "float16")
-    # Last: compiling takes as long as all the others together.
+    # Last, since compiling takes as long as all other cases together.
     return [*named[:1], half, *named[1:], Network(part, "sd15", 512, 8, compiled=True)]
 
 
@@ -134,13 +134,13 @@ DECODERS = {
     "cpu": [Network("decoder", "sd15", 256, dtype="float32", exported=True)],
     "dry": [Network("decoder", TINY, 4, dtype="float32")],
 }
-# Whose time is taken apart, kernel by kernel.
+# Networks that are profiled, kernel by kernel.
 PROFILES = {
     "cuda": [Network(part, "sd15", 512, 8) for part in ("encoder", "decoder")],
     "cpu": [Network("encoder", "sd15", 256, dtype=dtype) for dtype in ("bfloat16", "float32")],
     "dry": [Network("encoder", TINY, 4, dtype="float32")],
 }
-# Encoding in the training loop; a CPU's loader is held to its steps by tests/data.
+# Encoding in the training loop. On a CPU tests/data check the steps of the loader.
 LOADERS = {
     "cuda": [Network("encoder", "sd15", side, batch, "float16") for side, batch in ((256, 32), (512, 8))],
     "cpu": [],

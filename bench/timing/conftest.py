@@ -1,4 +1,4 @@
-"""Options, the device, its measured roof, and the results file of the benchmarks."""
+"""Options and fixtures of the benchmarks: the device, its measured peak rates, and the results file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Read by torch at its first allocation, for every contestant that is torch's: large tensors on 2 MiB pages. Fresh
-# memory in pages of 4 KiB was a fifth of a bf16 encode on two cores.
+# torch reads this at its first allocation: large tensors use 2 MiB pages, for every contestant that runs in torch. With
+# pages of 4 KiB, new memory took a fifth of the time of a bf16 encode on two cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ruff: noqa: E402
@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_addoption(parser):
     parser.addoption("--results", default="", help="write the results to this JSON")
-    parser.addoption("--dry", action="store_true", help="a few tiny cases: whether it runs, not how fast")
+    parser.addoption("--dry", action="store_true", help="run a few tiny cases without measuring their speed")
     parser.addoption("--without", action="append", default=[], help="leave this contestant out (may be repeated)")
 
 
@@ -43,8 +43,8 @@ def pytest_configure(config):
     data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "roof")
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
-        # The tests' own settings: the interpreter where there is no GPU, and what mends it. Before the kernels are
-        # imported; a measurement on a CPU has its own threads, and no interpreter.
+        # The settings of the tests, before the kernels are imported: the interpreter if there is no GPU, and its
+        # fixes. A measurement on a CPU keeps its own threads and uses no interpreter.
         path = ROOT / "tests" / "conftest.py"
         specification = importlib.util.spec_from_file_location("settings_of_the_tests", path)
         assert specification is not None
@@ -55,7 +55,7 @@ def pytest_configure(config):
 def pytest_runtest_logreport(report):
     if report.failed:
         _config.results["failed"].append(report.nodeid.split("::")[-1])
-    if report.when == "teardown":  # what is killed in the next case has this one's
+    if report.when == "teardown":  # the file has this case even if the next one is killed
         _write(_config, passed=False)
 
 
@@ -72,28 +72,28 @@ _surroundings = functools.cache(surroundings)
 
 
 def _write(config, passed):
-    """The results file as it stands; ``passed``: whether that is all, and well."""
+    """Write the results so far. passed: the run has ended and no test failed."""
     path = config.getoption("results")
     if path:
-        whole = _surroundings() | {"dry": config.getoption("dry"), "passed": passed} | config.results
-        Path(f"{path}.tmp").write_text(json.dumps(whole, indent=1) + "\n")
+        content = _surroundings() | {"dry": config.getoption("dry"), "passed": passed} | config.results
+        Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
         os.replace(f"{path}.tmp", path)
 
 
-def said(row: dict[str, Any], dry: bool) -> str:
-    """One contestant's row in words."""
+def row_text(row: dict[str, Any], dry: bool) -> str:
+    """Return one contestant's row as text."""
     if "median_seconds" not in row:
         return "; ".join(f"{key.replace('_', ' ')}: {row[key]}" for key in ("left_out", "failed") if key in row)
     if dry:
         return "right"
-    words = [f"{1e3 * row['median_seconds']:9.2f} ms"]
+    parts = [f"{1e3 * row['median_seconds']:9.2f} ms"]
     if row["interval"]:
-        words.append("[{:.2f}, {:.2f}]".format(*(1e3 * end for end in row["interval"])))
+        parts.append("[{:.2f}, {:.2f}]".format(*(1e3 * end for end in row["interval"])))
     if row["times_diffusers"]:
-        words.append(f"x{row['times_diffusers']:.2f} diffusers")
+        parts.append(f"x{row['times_diffusers']:.2f} diffusers")
     if row.get("share_of_floor"):
-        words.append(f"{100 * row['share_of_floor']:.0f} % of the floor")
-    return ", ".join(words)
+        parts.append(f"{100 * row['share_of_floor']:.0f} % of the floor")
+    return ", ".join(parts)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -113,9 +113,9 @@ def pytest_terminal_summary(terminalreporter):
         )
     for name, entry in results["networks"].items():
         for contestant, row in entry["contestants"].items():
-            terminalreporter.write_line(f"{name:44} {contestant:28} {said(row, dry)}")
+            terminalreporter.write_line(f"{name:44} {contestant:28} {row_text(row, dry)}")
     for contestant, row in results["pipeline"].get("contestants", {}).items():
-        terminalreporter.write_line(f"{'pipeline':44} {contestant:28} {said(row, dry)}")
+        terminalreporter.write_line(f"{'pipeline':44} {contestant:28} {row_text(row, dry)}")
     for name, entry in results["profiles"].items():
         for contestant, row in entry["contestants"].items():
             ranked = sorted(row["groups"].items(), key=lambda item: -item[1])
@@ -123,8 +123,8 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{name:44} {contestant:28} {'right' if dry else f'ms: {spent}'}")
     for name, row in results["loader"].items():
         rates = ", ".join(f"{who} {rate:.1f} images/s" for who, rate in row["images_per_second"].items())
-        words = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
-        terminalreporter.write_line(f"{name:44} {words}")
+        text = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
+        terminalreporter.write_line(f"{name:44} {text}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 
@@ -156,9 +156,9 @@ def results(request):
 
 @pytest.fixture(scope="session")
 def roof(device, dry, stopwatch, results):
-    """What this device does at best, measured now: bytes copied a second, and products of each dtype."""
+    """Peak rates of this device, measured in this run: bytes a second of a copy, FLOP/s of a product in each dtype."""
 
-    # A CPU has a hundredth of a GPU's rates, and 256 MB exceed its caches as 1 GB does a GPU's.
+    # A CPU has a hundredth of a GPU's rates; 256 MB exceed its caches as 1 GB exceeds a GPU's.
     elements, side = (2**20, 128) if dry else (2**29, 8192) if device.type == "cuda" else (2**27, 2048)
 
     def copy() -> dict[str, Any]:
@@ -173,12 +173,12 @@ def roof(device, dry, stopwatch, results):
     made = {"bytes": copy}
     dtypes = ["bfloat16", "float16", "float32"]
     if device.type == "cpu" and not dry:
-        dtypes.remove("float16")  # no case has it there
+        dtypes.remove("float16")  # no case uses it on a CPU
     made |= {name: lambda name=name: product(getattr(torch, name)) for name in dtypes}
     for name, make in made.items():
         measured = make()
         seconds = stopwatch.interleaved({"roof": [measured["call"]]})["roof"]
-        # What it does at best: the fastest round.
+        # A peak rate is that of the fastest round.
         results["roof"][name] = {"rate": measured["work"] / min(seconds), "seconds": seconds}
         del measured
     return {name: value["rate"] for name, value in results["roof"].items()}

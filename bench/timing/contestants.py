@@ -1,8 +1,7 @@
-"""Who is timed on an encoder or a decoder: a name for each, and what makes it ready from the same weights.
+"""Contestants of an encoder or a decoder: the name of each, and the function that prepares it from the same weights.
 
-Everybody has the same weights, dtype, inputs and threads, and is used as its own documentation says: fastvae by
-`accelerate`, diffusers at its defaults, torch.compile on channels_last, ONNX Runtime and OpenVINO on one exported
-graph.
+All have the same weights, dtype, inputs and threads, and are used as their documentation says: fastvae by `accelerate`,
+diffusers with its defaults, torch.compile on channels_last, ONNX Runtime and OpenVINO on one exported graph.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from torch import Tensor, nn
 
 from bench.timing.cases import TINY, Network
 
-# One level and two groups (a program each): Triton's interpreter is through with it in a second.
+# One level and two groups (one program each): Triton's interpreter needs a second.
 TINY_CONFIG = {"block_out_channels": (32,), "layers_per_block": 1, "norm_num_groups": 2}
 
 
 class LeftOut(Exception):
-    """Why a contestant takes no part in a case on purpose: the table shows it, and the run stays green."""
+    """Reason why a contestant takes no part in a case; the table shows it, and the run does not fail."""
 
 
 @dataclass
 class Ready:
-    """A contestant that can be timed: what it is called with for an input, its call, and the tensor of a result."""
+    """A contestant that can be timed. given: converts an input for ``run``; result: converts its result to a tensor."""
 
     run: Callable[[Any], Any]
     given: Callable[[Tensor], Any] = torch.Tensor.contiguous
@@ -39,7 +38,7 @@ class Ready:
 
 
 class Job:
-    """One case's model, inputs and exported graph; the model is fastvae's own, not accelerated."""
+    """Model, inputs and exported graph of a case. The model is fastvae's, not accelerated."""
 
     def __init__(self, case: Network, device: torch.device, scratch: Path):
         import fastvae
@@ -54,7 +53,7 @@ class Job:
         self.vae: Any = vae.eval().requires_grad_(False).to(device, self.dtype)
 
     def inputs(self) -> Tensor:
-        """Random pictures in [-1, 1], or random latents, never zeros; NCHW."""
+        """Return random pictures in [-1, 1], or random normal latents; NCHW."""
         side, batch, config = self.case.side, self.case.batch, self.vae.config
         generator = torch.Generator().manual_seed(1)
         if self.case.part == "encoder":
@@ -65,24 +64,24 @@ class Job:
         return values.to(self.device, self.dtype)
 
     def copy(self) -> Any:
-        """A model of its own for a contestant that changes it."""
+        """Return a copy of the model, for a contestant that changes it."""
         return copy.deepcopy(self.vae)
 
     def call(self, vae: Any) -> Callable[[Tensor], Tensor]:
-        """What everybody computes: moments [B, 2L, h, w] of pictures, or pictures of latents."""
+        """Return the function that is timed: moments [B, 2L, h, w] of pictures, or pictures of latents."""
         if self.case.part == "encoder":
             return lambda x: vae.encode(x).latent_dist.parameters
         return lambda z: vae.decode(z).sample
 
     @functools.cached_property
     def graph(self) -> Path:
-        """The network as an ONNX file in fp32, its weights those of the case's dtype; exported once."""
+        """Path of the network as an ONNX file in fp32, with weights rounded to the case's dtype; exported once."""
         if not self.case.exported:
             raise LeftOut("this case exports no graph")
         path = self.scratch / "network.onnx"
         x = self.inputs().float()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the exporter deprecates in itself
+            warnings.simplefilter("ignore")  # the exporter calls its own deprecated functions
             torch.onnx.export(
                 _Graph(self.call(self.copy().float())), (x,), str(path), input_names=["x"], output_names=["y"],
                 dynamo=True, verbose=False,
@@ -100,19 +99,19 @@ class _Graph(nn.Module):
 
 
 def channels_last(x: Any) -> Any:
-    """A tensor, or a model's weights, in channels_last."""
+    """Return a tensor, or a model with its weights, in channels_last."""
     if isinstance(x, Tensor):
         return x.contiguous(memory_format=torch.channels_last)
     return x.to(memory_format=torch.channels_last)
 
 
 def fastvae_accelerated(job: Job) -> Ready:
-    """One line, and channels_last images."""
+    """Prepare `accelerate` with its defaults; images in channels_last."""
     return _fastvae(job)
 
 
 def fastvae_frozen(job: Job) -> Ready:
-    """With both promises that a service can make: weights that stay, shapes that come again (for CUDA graphs)."""
+    """Prepare `accelerate` for fixed weights and repeated shapes: freeze=True, graphs=True."""
     return _fastvae(job, freeze=True, graphs=True)
 
 
@@ -124,17 +123,17 @@ def _fastvae(job: Job, **promises: Any) -> Ready:
 
 
 def eager(job: Job) -> Ready:
-    """torch as it comes: NCHW."""
+    """Prepare eager torch in NCHW."""
     return Ready(job.call(job.vae))
 
 
 def eager_channels_last(job: Job) -> Ready:
-    """torch with weights and images in channels_last."""
+    """Prepare eager torch with weights and images in channels_last."""
     return Ready(job.call(channels_last(job.copy())), channels_last)
 
 
 def diffusers_default(job: Job) -> Ready:
-    """diffusers' own class and its defaults, in the case's dtype."""
+    """Prepare diffusers' class with its defaults, in the case's dtype."""
     kind = importlib.import_module("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
     vae = kind.from_config(dict(job.vae.config))
     vae.load_state_dict(job.vae.state_dict())
@@ -142,29 +141,29 @@ def diffusers_default(job: Job) -> Ready:
 
 
 def compiled(job: Job, mode: str) -> Ready:
-    """torch.compile of the channels_last model, for this one shape."""
+    """Prepare torch.compile of the channels_last model, for this one shape."""
     if not job.case.compiled:
-        raise LeftOut("takes a minute or more to compile, which another case spends")
+        raise LeftOut("compiling takes a minute or more: another case does it")
     call = torch.compile(job.call(channels_last(job.copy())), mode=mode, dynamic=False)
     return Ready(call, channels_last)
 
 
 def onnx_runtime(job: Job) -> Ready:
-    """ONNX Runtime's CPU provider, on as many threads as torch."""
+    """Prepare ONNX Runtime's CPU provider with torch's number of threads."""
     _cpu_alone(job)
     if job.dtype != torch.float32:
         raise LeftOut("ONNX Runtime's CPU provider has no bf16 convolution")
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # Its threads would otherwise spin into the next contestant's turn.
+    # Without this its threads spin while the next contestant runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = runtime.InferenceSession(str(job.graph), options, providers=["CPUExecutionProvider"])
     return Ready(lambda x: session.run(None, {"x": x})[0], lambda x: x.contiguous().numpy(), torch.from_numpy)
 
 
 def openvino(job: Job) -> Ready:
-    """OpenVINO's CPU device, on as many threads as torch. In bf16 by its hint; images and moments go in as fp32."""
+    """Prepare OpenVINO's CPU device with torch's number of threads; bf16 by a hint, inputs and outputs in fp32."""
     _cpu_alone(job)
     library = importlib.import_module("openvino")
     core = library.Core()
@@ -186,7 +185,7 @@ def _cpu_alone(job: Job) -> None:
         raise LeftOut("takes part on a CPU")
 
 
-# torch's own come first: their error is what the others may err by. Speed is compared with diffusers'.
+# The eager ones come first: their error sets the tolerance of the others. Ratios of speed are over COMPARED.
 EAGER, COMPARED = ("eager, NCHW", "eager, channels_last"), "diffusers"
 CONTESTANTS: dict[str, Callable[[Job], Ready]] = {
     EAGER[0]: eager,

@@ -1,4 +1,4 @@
-"""What a result must carry to be worth anything later: commit, sources, versions, device, driver."""
+"""Commit, sources, versions, device and driver of a result."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _version(name: str) -> str | None:
 
 
 def surroundings() -> dict[str, Any]:
-    """The facts of this tree and this machine, as they stand in a results file."""
+    """Return the facts of this tree and this machine that a results file records."""
     from fastvae.report.machine import processor
 
     versions = {name: _version(name) for name in VERSIONS}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
-    # "-dirty" where files differ from the commit.
+    # It ends in "-dirty" if files differ from the commit.
     described = _command("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     found: dict[str, Any] = {
         "commit": os.environ.get("COMMIT") or described,

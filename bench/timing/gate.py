@@ -1,4 +1,4 @@
-"""Gate before every measurement: the derived tolerance (tests/support/accuracy.py), and inputs no cache holds."""
+"""Check of accuracy before every measurement (tests/support/accuracy.py), and inputs that exceed the cache."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from support.accuracy import assert_as_accurate  # pyright: ignore[reportMissing
 
 from bench.timing import operations
 
-# From here on a truth in float64 would take longer than the measurement; fp32 takes its place.
+# Above this a truth in float64 would take longer than the measurement: it is computed in fp32.
 MOST_FLOPS_IN_FLOAT64 = 10**12
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
-    """The tensors of an op's result."""
+    """Return the tensors of an op's result."""
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def truth_dtype(elements: int, flops: int, device: torch.device, most: int = MOST_FLOPS_IN_FLOAT64) -> torch.dtype:
-    """float64, or fp32 where a GPU has no memory for a dozen float64 tensors of so many elements, or no time."""
+    """Return float64, or fp32 for more than ``most`` FLOPs or without GPU memory for 12 float64 tensors."""
     if device.type == "cpu":
         return torch.float64
-    torch.cuda.empty_cache()  # what the cases before left cached counts as free
+    torch.cuda.empty_cache()  # memory cached by earlier cases counts as free
     fits = 12 * 8 * elements < torch.cuda.mem_get_info(device)[0]
     return torch.float64 if fits and flops <= most else torch.float32
 
 
 def in_full(call: Callable[[], Any]) -> list[torch.Tensor]:
-    """A truth's tensors in float64. One computed in fp32 must be fp32: cuDNN would take tf32."""
+    """Return a truth's tensors in float64. An fp32 truth is computed without tf32, which cuDNN would use."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         return [value.double() for value in tensors_of(call())]
 
@@ -47,12 +47,12 @@ def check(
 
 
 def sets_beyond_cache(size: int, device: torch.device) -> int:
-    """How many inputs of so many bytes exceed the L2 cache three times; two at least, so that none is found there."""
+    """Return how many inputs of ``size`` bytes fill the L2 cache three times, from 2 to 64."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     return min(64, max(2, math.ceil(3 * cache / size)))
 
 
 def input_sets(inputs: tuple, layout: str | None, device: torch.device) -> list[tuple]:
-    """Copies of an op's inputs, as many as exceed the cache."""
+    """Return copies of an op's inputs that together exceed the cache."""
     size = sum(value.numel() * value.element_size() for value in inputs)
     return [operations.copied(inputs, layout) for _ in range(sets_beyond_cache(size, device))]

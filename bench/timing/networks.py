@@ -1,7 +1,7 @@
-"""One encoder or decoder case: every contestant checked, then all timed in turns, as a row each of the results.
+"""Measurement of an encoder or decoder case: checks every contestant, then times all in turns; one row each.
 
-A contestant that is missing, fails or is wrong has a row with its reason and no time, and the case is red at its end;
-one that is left out on purpose has a row with its reason too.
+A contestant that is missing, fails or is wrong has a row with the reason and no time, and the case fails at its end.
+One that takes no part has a row with the reason, and the case passes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from bench.timing.contestants import COMPARED, CONTESTANTS, EAGER, Job, LeftOut,
 from bench.timing.gate import in_full, sets_beyond_cache, truth_dtype
 from bench.timing.stopwatch import CLOCK, Stopwatch, interval, median
 
-# A case is measured for about so long, but never in fewer rounds than an interval of 95 % needs.
+# A case is measured for about this long, but in no fewer rounds than an interval of 95 % needs.
 CASE_SECONDS, FEWEST_ROUNDS = 50.0, 7
-# float64 on a GPU, for the two rows that are compared.
+# Limit for a truth in float64 on a GPU: at most two rows are compared.
 MOST_FLOPS_IN_FLOAT64 = 10**13
 
 
 class Line:
-    """Those who take part in one case; made ready and checked one after the other."""
+    """Contestants of one case, prepared and checked one after the other."""
 
     def __init__(self, job: Job, costs: Sequence[Cost]):
         self.job, self.rows, self.calls = job, {}, {}
         self.inputs = job.inputs()
-        self.picked = sorted({0, job.case.batch - 1})  # the rows that are compared
+        self.picked = sorted({0, job.case.batch - 1})  # rows that are compared
         flops = sum(cost.flops for cost in costs) * len(self.picked) // job.case.batch
         widest = 128 * job.case.side**2 * len(self.picked)
         self.wide = truth_dtype(widest, flops, job.device, MOST_FLOPS_IN_FLOAT64)
@@ -45,34 +45,34 @@ class Line:
         return torch.cat([in_full(lambda i=i: call(self.inputs[i : i + 1].to(self.wide)))[0] for i in self.picked])
 
     def admit(self, name: str, factory: Callable[[Job], Ready]) -> None:
-        """Make it ready, check it, and note its error and memory, or the reason why it has none."""
+        """Prepare and check a contestant; record its error and memory, or the reason why it has no time."""
         before = self._memory(reset=True)
         try:
             ready = factory(self.job)
             result = ready.result(ready.run(ready.given(self.inputs)))[self.picked].to(self.inputs.device)
             error = self._error(result)
             if name in EAGER and (self.yardstick is None or error > self._error(self.yardstick)):
-                # What the others may err by: torch's own error, in the layout where it is larger.
+                # The tolerance of the others: eager's error, in the layout where it is larger.
                 self.yardstick = result
             assert self.yardstick is not None, "there is no eager result to compare with"
             assert_as_accurate(result, self.yardstick, self.truth)
             peak = self._peak(ready, before)
         except LeftOut as reason:
             self.rows[name] = {"left_out": str(reason)}
-        except Exception as error:  # noqa: BLE001  whatever it dies of is its row's reason, and the run is red
-            said = str(error).strip().splitlines() or ["no words"]
-            self.rows[name] = {"failed": f"{type(error).__name__}: {said[0]}"[:300]}
+        except Exception as error:  # noqa: BLE001  any failure is the reason in its row, and the run fails
+            lines = str(error).strip().splitlines() or ["no message"]
+            self.rows[name] = {"failed": f"{type(error).__name__}: {lines[0]}"[:300]}
         else:
             self.rows[name] = {"error": error, "peak_bytes": peak}
             given = [ready.given(self.inputs.clone()) for _ in range(self.sets)]
             self.calls[name] = [lambda x=x: ready.run(x) for x in given]
 
     def _error(self, result: torch.Tensor) -> float:
-        """The rms error as a share of the truth's spread."""
+        """Return the rms error as a share of the truth's standard deviation."""
         return ((result.double() - self.truth).square().mean().sqrt() / self.truth.std()).item()
 
     def _peak(self, ready: Ready, before: int | None) -> int | None:
-        """Bytes that it needs, its weights and graphs included. On a CPU torch does not count them."""
+        """Return the bytes that a call needs, with weights and graphs; None on a CPU, where torch does not count."""
         if before is None:
             return None
         x = ready.given(self.inputs)
@@ -94,7 +94,7 @@ def measure(
     case: Network, device: torch.device, roof: Mapping[str, float], stopwatch: Stopwatch, benchmark: Any, scratch: Path,
     without: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The case's entry in the results file; its "failed" names those who are red."""
+    """Return the case's entry in the results file; rows of failed contestants have "failed"."""
     from bench.timing import roofline
 
     torch._dynamo.reset()
@@ -107,7 +107,7 @@ def measure(
         else:
             line.admit(name, factory)
     seconds = timed(line.calls, stopwatch, benchmark) if line.calls else {}
-    # A CPU's caches hold an image's activations: there only the arithmetic bounds it.
+    # A CPU's caches hold an image's activations: only arithmetic sets the floor.
     bandwidth = roof["bytes"] if device.type == "cuda" else float("inf")
     floor = roofline.floor(costs, bandwidth, roof[case.dtype])
     total = sum(costs, Cost(0, 0, 0))
@@ -130,7 +130,7 @@ def measure(
 
 
 def timed(calls: Mapping[str, Sequence[Callable[[], Any]]], stopwatch: Stopwatch, benchmark: Any) -> dict[str, list]:
-    """Seconds of each in turns, one sample a round, for about CASE_SECONDS."""
+    """Return seconds of each contestant in turns, one sample a round, for about CASE_SECONDS."""
     stopwatch.warm_up(calls)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     shown = "fastvae" if "fastvae" in calls else next(iter(calls))
@@ -149,5 +149,5 @@ def timed(calls: Mapping[str, Sequence[Callable[[], Any]]], stopwatch: Stopwatch
 
 
 def failures(entry: Mapping[str, Any]) -> list[str]:
-    """Those without a time who should have one, with their reasons."""
+    """Return the contestants that should have a time and have none, with their reasons."""
     return [f"{name}: {row['failed']}" for name, row in entry["contestants"].items() if "failed" in row]

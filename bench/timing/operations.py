@@ -1,8 +1,8 @@
-"""How each op runs: its inputs, ours, the same in plain torch, and the truth that both are held to.
+"""Calls of each op: its inputs, ours, the same in plain torch, and the truth that both are compared with.
 
-An operation makes its inputs and binds them to calls: ours (the launcher), reference (what the op is without a GPU),
-eager (what a model in plain torch runs), plain (the same function as ours, in the same dtype, for the gate; eager where
-not said) and truth (the same in a wider dtype; plain where not said). Its cost is the op's own.
+An operation makes its inputs and binds them to calls: ours (the launcher), reference (the op without a GPU), eager (the
+code of a model in plain torch), plain (the same function as ours in the same dtype, for the check; default: eager) and
+truth (the same in a wider dtype; default: plain). Its cost is the cost that the op declares.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: that of the first input, [N, C, H, W] or [N, S, d]; layout: what ours is handed."""
+    """One op at one shape: that of the first input, [N, C, H, W] or [N, S, d]. layout: of the inputs of ours."""
 
     op: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Operation:
-    """How an op runs. bound: which of its costs makes its floor, "bytes" or "flops"."""
+    """Calls of an op. bound: the cost that sets its floor, "bytes" or "flops"."""
 
     make: Callable[[Case, torch.device], tuple]
     ours: Callable[..., Call]
@@ -54,13 +54,13 @@ class Operation:
 
 
 def copied(values: tuple, layout: str | None = None) -> tuple:
-    """Fresh copies of tensors; the four-dimensional ones in ``layout``, or as they lie where that is None."""
+    """Return copies of tensors; four-dimensional ones in ``layout``, or in their own layout if that is None."""
     form = FORMATS.get(layout or "", torch.preserve_format)
     return tuple(v.clone(memory_format=form if v.ndim == 4 else torch.preserve_format) for v in values)
 
 
 def widened(values: tuple, dtype: torch.dtype) -> tuple:
-    """``values`` with the floating-point tensors in ``dtype``."""
+    """Return ``values`` with the floating-point tensors in ``dtype``."""
     return tuple(v.to(dtype) if v.is_floating_point() else v for v in values)
 
 
@@ -102,7 +102,7 @@ def _attention_gradient(case: Case, device: torch.device) -> tuple:
 
 
 def _pictures(case: Case, device: torch.device) -> tuple:
-    # Bytes as a file gives them, [N, H, W, 3]; floats as a tensor pipeline does, NCHW.
+    # uint8 as a file gives it, [N, H, W, 3]; floats as a tensor pipeline gives them, NCHW.
     if case.layout == "NHWC":
         given = torch.randint(0, 256, case.shape, device=device, dtype=torch.uint8)
         given = given.contiguous(memory_format=torch.channels_last)

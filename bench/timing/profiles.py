@@ -1,7 +1,7 @@
-"""Where a pass spends its time, operator by operator or kernel by kernel, in groups that two networks share.
+"""Profile of a pass by operators or kernels, in groups that two networks share.
 
-On a CPU the time of an operator is its own, without those that it calls; what is left of the call is Python's. On a GPU
-the kernels are counted, and not the gaps between them.
+On a CPU an operator's time excludes the operators that it calls; the rest of the call is Python. On a GPU kernels are
+counted, and the gaps between them are not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 OUTSIDE = "outside of operators"
-# The first that is found in a name has it. Operators are torch's on a CPU; kernels are ATen's, cuDNN's and cuBLAS's.
+# (group, pattern): a name belongs to the first pattern found in it. Names are torch's operators on a CPU, and kernels
+# of ATen, cuDNN and cuBLAS on a GPU.
 GROUPS: Sequence[tuple[str, str]] = (
     ("convolution + residual", r"convolution_pointwise_$"),
     ("convolution", r"conv(olution|2d|_|\b)|fprop|dgrad|wgrad|winograd|implicit|cudnn_generated"),
@@ -30,9 +31,9 @@ GROUPS: Sequence[tuple[str, str]] = (
     (OUTSIDE, f"^{OUTSIDE}$"),
 )
 OTHER, FUSED = "other", "fused: "
-# Triton names a kernel as its function; no other library's kernels look like this.
+# Triton names a kernel like its function; no other library's kernels have such names.
 OURS = re.compile(r"_([a-z_]+)_kernel")
-# What is below this share of the longest is shown with the others.
+# A group below this share of the longest total is added to OTHER.
 LEAST_SHARE = 0.01
 SHOWN = 12
 
@@ -40,7 +41,7 @@ Spent = Mapping[str, tuple[float, int]]
 
 
 def group(name: str) -> str:
-    """The group of an operator or kernel; a fused kernel is a group of its own."""
+    """Return the group of an operator or kernel; each fused kernel has its own group."""
     ours = OURS.fullmatch(name)
     if ours:
         return FUSED + ours[1].replace("_", " ")
@@ -49,7 +50,7 @@ def group(name: str) -> str:
 
 
 def spent(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[float, int]]:
-    """Name -> (seconds, calls) of each operator, or of each kernel on a GPU, in one call."""
+    """Return name -> (seconds, calls) of each operator, or of each kernel on a GPU, in one call."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities, acc_events=True) as taken:
@@ -69,18 +70,18 @@ def spent(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[floa
 
 
 def middle(samples: Sequence[Spent]) -> Spent:
-    """The call whose total is the middle one: its parts belong together, as medians of parts would not."""
+    """Return the call with the median total: its parts add up, which medians of parts do not."""
     totals = sorted(range(len(samples)), key=lambda i: total(samples[i]))
     return samples[totals[len(totals) // 2]]
 
 
 def total(sample: Spent) -> float:
-    """Seconds of all that was counted."""
+    """Return the seconds of all operators or kernels."""
     return sum(seconds for seconds, _ in sample.values())
 
 
 def row(sample: Spent) -> dict[str, Any]:
-    """One contestant's part of the results: seconds in all, by group, and what took longest by its own name."""
+    """Return one contestant's entry of the results: total seconds, seconds by group, and the longest by name."""
     groups: dict[str, float] = {}
     for name, (seconds, _) in sample.items():
         groups[group(name)] = groups.get(group(name), 0.0) + seconds
@@ -96,7 +97,7 @@ def row(sample: Spent) -> dict[str, Any]:
 
 
 def shown(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Contestant -> group -> seconds, in one order for all, what is small everywhere among the others."""
+    """Return contestant -> group -> seconds, in one order for all; groups that are small everywhere are in OTHER."""
     most = max(row["seconds"] for row in rows.values())
     names = {name for row in rows.values() for name in row["groups"]}
     large = {name for name in names if any(row["groups"].get(name, 0) >= LEAST_SHARE * most for row in rows.values())}
@@ -104,8 +105,8 @@ def shown(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     fused = sorted(name for name in large if name.startswith(FUSED))
     order = [*[label for label in fixed if label in large and label != OUTSIDE], *fused]
     order += [OUTSIDE] if OUTSIDE in large else []
-    told = {}
+    seconds = {}
     for contestant, row in rows.items():
-        told[contestant] = {name: row["groups"].get(name, 0.0) for name in order}
-        told[contestant][OTHER] = row["seconds"] - sum(told[contestant].values())
-    return told
+        seconds[contestant] = {name: row["groups"].get(name, 0.0) for name in order}
+        seconds[contestant][OTHER] = row["seconds"] - sum(seconds[contestant].values())
+    return seconds

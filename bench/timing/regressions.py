@@ -1,13 +1,13 @@
-"""A guard for speed: this tree beside another commit, on this machine, in turns; red where something became slower.
+"""Compare the speed of this tree with another commit on this machine, in turns; exit 1 if a case became slower.
 
     python -m bench.timing.regressions BASE [--threshold R] [--rounds N] [--only TEXT] [--dry]     (make bench-compare)
 
 
-BASE is checked out beside this tree. Each tree has a process that makes a case ready (ops through their gate) and then
-waits; the two are called in turns, base first in every other round, so that one works while the other sleeps. A case
-is slower when the median of the rounds' ratios is above the threshold and their 95 % interval is above 1. On a GPU:
-every op at its first shape, and the encoder; on a CPU the fp32 encoder and two ops. The encoder's own gate is
-bench/timing/test_networks.py. Exit 1: slower, or this tree cannot run a case; exit 2: there is nothing to compare with.
+BASE is checked out into a temporary folder. Each tree has a process that prepares a case (ops are checked first) and
+then waits; the two are called in turns, the base first in every other round, so that one works while the other sleeps.
+A case is slower if the median of the rounds' ratios is above the threshold and their 95 % interval is above 1. On a
+GPU: every op at its first shape, and the encoder; on a CPU: the fp32 encoder and two ops. test_networks.py checks the
+encoder's accuracy. Exit 1: slower, or this tree cannot run a case; exit 2: no case ran in both trees.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from bench.timing.stopwatch import interval, median
 
 ROOT = Path(__file__).resolve().parents[2]
 THRESHOLD, ROUNDS = 1.10, 21
-# A sample on a CPU is at least so long.
+# A sample on a CPU takes at least this long.
 SAMPLE_SECONDS = 0.05
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def table(dry: bool) -> dict[str, Any]:
-    """Name -> case, of this device; the encoder in miniature where it is ``dry``."""
+    """Return name -> case for this device; with ``dry`` the encoder is a miniature."""
     import torch
 
     from bench.timing import cases
@@ -46,14 +46,14 @@ def table(dry: bool) -> dict[str, Any]:
         first = {case.op: case for case in reversed(cases.CASES)}
         chosen = [*first.values(), cases.ENCODERS["cuda"][0]]
     else:
-        wanted = ("group_norm_silu", "residual_add")
-        ops = {case.op: case for case in reversed(cases.CPU) if case.op in wanted}
+        names = ("group_norm_silu", "residual_add")
+        ops = {case.op: case for case in reversed(cases.CPU) if case.op in names}
         chosen = [*ops.values(), cases.Network("encoder", "sd15", 256, dtype="float32")]
     return {case.name: case for case in chosen}
 
 
 class Bench:
-    """What runs in a tree's process: cases made ready, and samples of them."""
+    """State of a tree's process: the prepared case and its stopwatch."""
 
     def __init__(self, clock: str, dry: bool):
         import torch
@@ -66,7 +66,7 @@ class Bench:
         self.cases = table(dry)
 
     def ready(self, name: str) -> dict[str, Any]:
-        """Check it, call it once, and choose how many calls make a sample."""
+        """Check a case, call it once, and choose the number of calls in a sample."""
         import torch
 
         from bench.timing import cases
@@ -80,7 +80,7 @@ class Bench:
         return {"calls": self.calls}
 
     def sample(self, calls: int) -> dict[str, float]:
-        """Seconds of one call."""
+        """Return the mean seconds of one call."""
         taken = [next(iter(self.stopwatch.one_round().values())) for _ in range(calls)]
         return {"seconds": sum(taken) / calls}
 
@@ -108,23 +108,23 @@ class Bench:
 
 
 def work(clock: str, dry: bool) -> None:
-    """A tree's process: a request a line in, an answer a line out."""
+    """Run a tree's process: read a request a line, write an answer a line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the errors
+    os.dup2(2, 1)  # output of libraries goes to stderr
     bench = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             bench = bench or Bench(clock, dry)
             answer = bench.ready(request["ready"]) if "ready" in request else bench.sample(request["calls"])
-        except Exception as error:  # noqa: BLE001  the other side says it, and turns red
-            words = str(error).strip().splitlines() or ["no words"]
-            answer = {"error": f"{type(error).__name__}: {words[0]}"}
+        except Exception as error:  # noqa: BLE001  the parent prints it and exits 1
+            lines = str(error).strip().splitlines() or ["no message"]
+            answer = {"error": f"{type(error).__name__}: {lines[0]}"}
         answers.write(json.dumps(answer) + "\n")
 
 
 class Tree:
-    """One tree's process, as this one sees it."""
+    """Handle of one tree's process."""
 
     def __init__(self, root: Path, scripts: Path, clock: str, dry: bool):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -137,7 +137,7 @@ class Tree:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Its answer; an "error" where it died."""
+        """Send a request and return the answer; an "error" if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -149,14 +149,14 @@ class Tree:
         return json.loads(answer) if answer else {"error": "its process ended"}
 
     def close(self) -> None:
-        """End it."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A case's ratio head / base of every round; or why there is none."""
+    """Ratios head / base of a case, one a round; or the reason why there is none."""
 
     name: str
     ratios: Sequence[float] = ()
@@ -165,31 +165,31 @@ class Verdict:
     no_head: str = ""
 
     def slower(self, threshold: float) -> bool:
-        """Above the threshold, and not by the noise of the rounds."""
+        """Return True if the median is above the threshold and the interval above 1."""
         if not self.ratios:
             return False
-        between = interval(self.ratios)
-        return median(self.ratios) > threshold and (between is None or between[0] > 1)
+        ends = interval(self.ratios)
+        return median(self.ratios) > threshold and (ends is None or ends[0] > 1)
 
     def line(self, threshold: float) -> str:
-        """The case in words."""
+        """Return the case as one line of text."""
         if self.no_base or self.no_head:
-            why = f"this tree cannot run it: {self.no_head}" if self.no_head else f"not in the base: {self.no_base}"
-            return f"{self.name:48} {why}"
+            reason = f"this tree cannot run it: {self.no_head}" if self.no_head else f"not in the base: {self.no_base}"
+            return f"{self.name:48} {reason}"
         ends = interval(self.ratios)
-        between = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+        interval_text = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
         verdict = f"SLOWER, more than x{threshold:.2f}" if self.slower(threshold) else "ok"
-        return f"{self.name:48} {1e3 * self.base_seconds:10.3f} ms x{median(self.ratios):.3f}{between} {verdict}"
+        return f"{self.name:48} {1e3 * self.base_seconds:10.3f} ms x{median(self.ratios):.3f}{interval_text} {verdict}"
 
 
 def compared(name: str, base: Tree, head: Tree, rounds: int) -> Verdict:
-    """Samples of one case in both trees, in turns."""
-    readies = {"base": base.ask(ready=name), "head": head.ask(ready=name)}
-    if "error" in readies["head"]:
-        return Verdict(name, no_head=readies["head"]["error"])
-    if "error" in readies["base"]:
-        return Verdict(name, no_base=readies["base"]["error"])
-    calls = readies["base"]["calls"]
+    """Take samples of one case in both trees, in turns."""
+    prepared = {"base": base.ask(ready=name), "head": head.ask(ready=name)}
+    if "error" in prepared["head"]:
+        return Verdict(name, no_head=prepared["head"]["error"])
+    if "error" in prepared["base"]:
+        return Verdict(name, no_base=prepared["base"]["error"])
+    calls = prepared["base"]["calls"]
     ratios, seconds = [], []
     for number in range(rounds):
         order = [("base", base), ("head", head)][:: 1 if number % 2 else -1]
@@ -213,7 +213,7 @@ def linked_scripts() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def checked_out(root: Path, commit: str) -> Iterator[Path]:
-    """A worktree of ``commit``, gone afterwards. Raises CalledProcessError where git knows none."""
+    """Check ``commit`` out into a worktree, and remove it. Raises CalledProcessError for an unknown commit."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "base")
         git = ["git", "-C", str(root), "worktree"]
@@ -227,13 +227,11 @@ def checked_out(root: Path, commit: str) -> Iterator[Path]:
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default="HEAD", help="a commit, branch or tag (default: HEAD)")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="a ratio above this is red")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="a ratio above this is slower")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each tree; networks take a third")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of work, among other processes")
-    parser.add_argument(
-        "--dry", action="store_true", help="on a CPU: the ops of its table, and an encoder in miniature"
-    )
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a machine with other processes")
+    parser.add_argument("--dry", action="store_true", help="on a CPU: the ops of its table, and a miniature encoder")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.work:
@@ -257,7 +255,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 def verdict_of(verdicts: Sequence[Verdict], threshold: float) -> int:
-    """The exit status, its reason printed last."""
+    """Return the exit status and print its reason."""
     broken = [verdict.name for verdict in verdicts if verdict.no_head]
     slower = [verdict.name for verdict in verdicts if verdict.slower(threshold)]
     if broken or slower:

@@ -1,10 +1,10 @@
-"""The floor of the whole network: what an encode and a decode must move and multiply, counted on fake CUDA tensors.
+"""Floor of the whole network: bytes and operations of an encode and a decode, counted on fake CUDA tensors.
 
-    python -m bench.timing.roofline                      the table of docs/performance.md, for an assumed roof
+    python -m bench.timing.roofline                      the table of docs/performance.md, for assumed rates
     python -m bench.timing.roofline --bandwidth 4.3e12 --rate 790e12
 
-Nothing is run. Launches, bytes and operations are the sums of what each call states (fastvae.fast.cost_trace); the
-floor of a call is the longer of its bytes over the bandwidth and its operations over the rate, caches left out.
+Nothing is run. Launches, bytes and operations are the sums of the costs of all calls (fastvae.fast.cost_trace). The
+floor of a call is the longer of its bytes over the bandwidth and its operations over the rate, without caches.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STABLE_DIFFUSION = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
 }
-# A copy and a matrix product on an H200 in bf16: assumed, until a run on the card says otherwise.
+# Rates of a copy and of a matrix product on an H200 in bf16: assumed, not measured.
 BANDWIDTH, RATE = 4.3e12, 790e12
 # diffusers' eager pass in NCHW and bf16: (kernels, bytes) at 512² and batch 8, from its modules' shapes. cuDNN
-# transposes in and out of every convolution, ATen adds each bias, GroupNorm reads twice, SiLU, additions and divisions
-# by 1.0 are passes of their own.
+# transposes before and after every convolution, ATen adds each bias, GroupNorm reads twice; SiLU, additions and
+# divisions by 1.0 are separate passes.
 EAGER = {"encoder": (211, 73.3e9), "decoder": (275, 130.0e9)}
 SIZES = ((256, 1), (256, 8), (512, 1), (512, 8), (1024, 1), (2048, 1))
 
@@ -41,9 +41,10 @@ def count(
     name: str, size: int, batch: int, frozen: bool = True, target: str = "sm_90",
     config: Mapping[str, Any] = STABLE_DIFFUSION, dtype: torch.dtype = torch.bfloat16,
 ) -> list[Cost]:  # fmt: skip
-    """The cost of every call of an encode or decode of ``batch`` square images, as on a GPU of this kind.
+    """Return the cost of every call of an encode or decode of ``batch`` square images on a GPU ``target``.
 
-    frozen: packed weights are there already; else every call lays them out and folds them. config: an AutoencoderKL's.
+    frozen: weights are packed already; else every call packs and folds them. config: of an AutoencoderKL. Raises
+    RuntimeError if a block is not fused.
     """
     with torch.device("meta"):
         vae = fastvae.AutoencoderKL(**config).to(dtype).requires_grad_(False).eval()
@@ -73,17 +74,17 @@ def count(
 
 
 def floor(costs: list[Cost], bandwidth: float = BANDWIDTH, rate: float = RATE) -> float:
-    """Seconds below which no pass with these calls can be."""
+    """Return the fewest seconds that a pass of these calls can take."""
     return sum(max(cost.bytes / bandwidth, cost.flops / rate) for cost in costs)
 
 
 def predicted(costs: list[Cost], share: float = 0.75) -> float:
-    """Seconds of a pass with products at ``share`` of RATE and memory at 4.0 TB/s: two guesses, no result."""
+    """Return the seconds of a pass with products at ``share`` of RATE and memory at 4.0 TB/s: guesses, not results."""
     return floor(costs, 4.0e12, share * RATE)
 
 
 def table(bandwidth: float = BANDWIDTH, rate: float = RATE, sizes: Iterable[tuple[int, int]] = SIZES) -> str:
-    """Markdown: one row per pass, size and batch."""
+    """Return a Markdown table: one row per pass, size and batch."""
     lines = [
         "| pass | images | launches | where weights may move | GB | TFLOP | floor, ms | predicted, ms |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Seconds of one call: by CUDA events with the queue kept full on a GPU, by the wall on a CPU; rivals take turns."""
+"""Seconds of one call: CUDA events and a full queue on a GPU, wall time on a CPU; rivals take turns."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-# A burst of calls is about this long, so that an event's half microsecond does not count, and never more calls than
-# fit the driver's queue of 1024 launches.
+# A burst of calls takes about this long, so that an event's half microsecond does not matter, and has at most as many
+# calls as fit the driver's queue of 1024 launches.
 BURST_SECONDS, MOST_CALLS = 2e-3, 32
-# What torch.cuda._sleep counts in; a faster clock only makes the sleep shorter than it might be.
+# Unit of torch.cuda._sleep; a faster clock only makes the sleep shorter.
 CYCLES_PER_SECOND = 2e9
 
 
 class Clock:
-    """A clock that somebody else moves: pytest-benchmark reads it, the measured seconds advance it."""
+    """A clock that is advanced by the measured seconds, for pytest-benchmark to read."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def advance(self, seconds: float) -> None:
-        """Move on by so many seconds."""
+        """Add seconds to the clock."""
         self.seconds += seconds
 
     def now(self) -> float:
-        """What the clock shows."""
+        """Return the seconds of the clock."""
         return self.seconds
 
 
@@ -36,12 +36,12 @@ CLOCK = Clock()
 
 
 def median(seconds: Sequence[float]) -> float:
-    """The middle of the samples."""
+    """Return the median of the samples."""
     return statistics.median(seconds)
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """Half the distance between the quartiles, as a share of the median."""
+    """Return half the distance between the quartiles, as a share of the median."""
     if len(seconds) < 3:
         return 0.0
     first, middle, third = statistics.quantiles(seconds, n=4)
@@ -49,14 +49,14 @@ def spread(seconds: Sequence[float]) -> float:
 
 
 def interval(seconds: Sequence[float]) -> tuple[float, float] | None:
-    """Where the true median lies with a probability of 95 %, by the order of the samples; None for fewer than six."""
+    """Return the 95 % interval of the median, by the order of the samples; None for fewer than six."""
     from fastvae.report.timing import FEWEST_ROUNDS, median_interval
 
     return median_interval(seconds) if len(seconds) >= FEWEST_ROUNDS else None
 
 
 class Stopwatch:
-    """Times named rivals in turns; each is a list of calls on inputs of their own, taken one after the other."""
+    """Times named rivals in turns. Each is a list of calls on different inputs, made one after the other."""
 
     def __init__(
         self, device: torch.device, rounds: int, now: Callable[[], float] = time.perf_counter, warm: bool = True
@@ -66,7 +66,7 @@ class Stopwatch:
         self._rivals: dict[str, tuple[Iterator[Callable[[], Any]], int]] = {}
 
     def warm_up(self, rivals: Mapping[str, Sequence[Callable[[], Any]]]) -> None:
-        """Compile, fill the allocator, and choose how many calls one burst has; forgets earlier rivals."""
+        """Compile, fill the allocator, and choose the number of calls in a burst; earlier rivals are dropped."""
         self._rivals, self.host_seconds = {}, {}
         for name, calls in rivals.items():
             turns = itertools.cycle(calls)
@@ -82,15 +82,15 @@ class Stopwatch:
             self._burst(name, turns, count)
 
     def one_round(self) -> dict[str, float]:
-        """Seconds of a call of each rival, in an order that turns from round to round."""
+        """Return seconds of a call of each rival; the order rotates from round to round."""
         names = list(self._rivals)
         taken = {name: self._burst(name, *self._rivals[name]) for name in names}
-        # Whoever came first now comes last: none is always behind the same neighbour.
+        # The first becomes the last, so that no rival always follows the same one.
         self._rivals[names[0]] = self._rivals.pop(names[0])
         return taken
 
     def interleaved(self, rivals: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, list[float]]:
-        """Warm up, then the samples of all rounds."""
+        """Warm up, and return the samples of all rounds."""
         self.warm_up(rivals)
         rounds = [self.one_round() for _ in range(self.rounds)]
         return {name: [taken[name] for taken in rounds] for name in rivals}
@@ -104,7 +104,7 @@ class Stopwatch:
             return self.host_seconds[name]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
-        # The device waits until the host has queued the burst: launches then follow each other without gaps.
+        # The device sleeps until the host has queued the burst, so that launches follow each other without gaps.
         torch.cuda._sleep(int(1.5 * self.host_seconds[name] * count * CYCLES_PER_SECOND) + 100_000)
         start.record()
         begin = time.perf_counter()

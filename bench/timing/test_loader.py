@@ -1,9 +1,9 @@
-"""LatentLoader beside its own encoder: latents of uint8 batches in the host's memory, and of the same on the device.
+"""LatentLoader beside its encoder: latents of uint8 batches in host memory, and of the same batches on the device.
 
 python -m pytest bench/timing/test_loader.py --results FILE [--dry]
 
-Both take turns in one process: the plain loop encodes batches that are on the device already; the loader has to bring
-them there. First the latents are compared, by their bits.
+Both take turns in one process: the plain loop encodes batches that are on the device; the loader copies them there.
+First the latents are compared, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDS, ROUND_SECONDS = 7, 0.6
 
 
 def timed(device, work) -> float:
-    """Seconds until the device has done what ``work`` asks of it."""
+    """Return the seconds of ``work``, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -39,19 +39,19 @@ def test_loader(case, device, dry, results, tmp_path):
     generator = torch.Generator().manual_seed(1)
     shape = (case.batch, 3, case.side, case.side)
     batches = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(4)]
-    there = [batch.to(device) for batch in batches]
+    on_device = [batch.to(device) for batch in batches]
     keys = [f"{i}.png" for i in range(case.batch)]
     seeds = noise_keys(0, 0, [(key, 0) for key in keys])
 
     def plain(count: int) -> list[torch.Tensor]:
-        return [fastvae.encode_latents(vae, there[i % 4], seeds=seeds) for i in range(count)]
+        return [fastvae.encode_latents(vae, on_device[i % 4], seeds=seeds) for i in range(count)]
 
     def loaded(count: int) -> list[torch.Tensor]:
         images = ({"image": batches[i % 4], "key": keys} for i in range(count))
         return [batch["latents"] for batch in fastvae.LatentLoader(images, vae, seed=0)]
 
-    for mine, wanted in zip(loaded(4), plain(4), strict=True):
-        assert torch.equal(mine, wanted)
+    for mine, expected in zip(loaded(4), plain(4), strict=True):
+        assert torch.equal(mine, expected)
     count = 4 if dry else max(8, int(ROUND_SECONDS / timed(device, lambda: plain(4)) * 4))
     seconds: dict[str, list[float]] = {"encoder": [], "loader": []}
     for _ in range(1 if dry else ROUNDS):

@@ -1,4 +1,4 @@
-"""Times of the encoder and the decoder beside their rivals (contestants.py); each rival is checked before it is timed.
+"""Times of encoder and decoder beside their rivals (contestants.py), in turns, after a check of every result.
 
 python -m pytest bench/timing/test_networks.py --results FILE [--dry] [--without NAME] [-k encoder]
 """

@@ -1,10 +1,10 @@
-"""Each op at the shapes of the autoencoder: first whether it is right, then how fast, beside eager torch.
+"""Times of each op at the shapes of the autoencoder beside eager torch, after a check of every result.
 
     python -m pytest bench/timing/test_ops.py --results FILE [--dry] [-k OP]
 
-On a GPU (and in a dry run) ours is the kernel; on a CPU, where there is none, the reference that stands for it. No
-wrong result has a time: the gate stands in the same test, before the first measurement, by the derived tolerance of
-tests/support/accuracy.py. Ours and eager (channels_last and NCHW) take turns in one process; medians of all rounds.
+On a GPU and in a dry run ours is the kernel; on a CPU it is the reference. A wrong result has no time: the same test
+checks it first, with the derived tolerance of tests/support/accuracy.py. Ours and eager (channels_last and NCHW) take
+turns in one process; results are medians of all rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_op(case, device, roof, stopwatch, results, benchmark):
     cost = operation.cost(*inputs)
     wide = truth_dtype(sum(value.numel() for value in inputs), cost.flops, device)
     check(operation, ours, inputs, wide)
-    # Where nothing has four axes there is one layout.
+    # Inputs without four axes have one layout.
     layouts = ("NHWC", "NCHW") if inputs[0].ndim == 4 else ("contiguous",)
     calls = {"ours": [ours(*values) for values in input_sets(inputs, None, device)]}
     for layout in layouts:
@@ -46,7 +46,7 @@ def test_op(case, device, roof, stopwatch, results, benchmark):
     def one_round():
         for name, taken in stopwatch.one_round().items():
             seconds[name].append(taken)
-        # pytest-benchmark reads this clock before and after: its own figures are then the device's.
+        # pytest-benchmark reads this clock before and after, so that its figures are the device's.
         CLOCK.advance(seconds["ours"][-1])
 
     benchmark.pedantic(one_round, rounds=stopwatch.rounds)
@@ -67,7 +67,7 @@ def test_op(case, device, roof, stopwatch, results, benchmark):
 
 
 def drawn_eagerly(moments: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """diffusers' DiagonalGaussianDistribution.sample."""
+    """Draw as diffusers' DiagonalGaussianDistribution.sample does."""
     mean, logvar = torch.chunk(moments, 2, dim=1)
     std = torch.exp(0.5 * torch.clamp(logvar, -30.0, 20.0))
     return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -76,7 +76,7 @@ def drawn_eagerly(moments: torch.Tensor, generator: torch.Generator) -> torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", GENERATOR_COUNTS)
 def test_generator_bits(count, dtype, device, results):
-    """sample(generator=cuda): every bit of eager's, twice in a row, and the generator left where torch leaves it."""
+    """sample(generator=cuda) has the bits of eager, twice in a row, and leaves the generator at torch's offset."""
     if device.type == "cpu":
         check_twin(min(count // 64, 1000), results)
         return
@@ -97,7 +97,7 @@ def test_generator_bits(count, dtype, device, results):
 
 
 def check_twin(count: int, results: dict) -> None:
-    """Without a CUDA generator to compare with: kernel and its twin in torch, to the normals' tolerance."""
+    """Compare the kernel with its reference in torch, within the tolerance of the normals, without a CUDA generator."""
     seeds, offsets = philox.seed_tensor([2**63 + 11]), torch.tensor([8])
     noise = posterior.sample_posterior(torch.zeros(1, 2, 1, count), seeds, offsets, 256).flatten()
     twin = philox.stream_normals(2**63 + 11, 8, count, 256)

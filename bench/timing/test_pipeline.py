@@ -1,10 +1,10 @@
-"""A folder of photographs to latents on disk: `fastvae.encode` beside a plain loop over diffusers' AutoencoderKL.
+"""Times from a folder of photographs to latents on disk: `fastvae.encode` beside a loop over diffusers' AutoencoderKL.
 
     python -m pytest bench/timing/test_pipeline.py --results FILE [--dry]
 
-All run in this process, in turns, on the same photographs (cut from scikit-image's) with the same random weights of
-Stable Diffusion's size, each from files on disk to latents on disk, loading of the weights included. The plain loop is
-diffusers at its defaults: fp32, one image after another. The latents of every round are compared: a wrong result has
+All run in this process, in turns, on the same photographs (crops of scikit-image's) with the same random weights of
+Stable Diffusion's size, from files on disk to latents on disk, loading of the weights included. The plain loop is
+diffusers with its defaults: fp32, one image after another. The latents of every round are compared: a wrong result has
 no time.
 """
 
@@ -29,7 +29,7 @@ from fastvae.system.devices import DTYPES, default_dtype
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 PRESET, SIDE, IMAGES = "sd15", 256, {"cuda": 64, "cpu": 10}
 PLAIN = "diffusers"
-# In a dry run: eight times smaller latents, as Stable Diffusion's, and next to no channels.
+# In a dry run: latents of an eighth of the side, as Stable Diffusion's, and few channels.
 TINY_CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -39,7 +39,7 @@ TINY_CONFIG = {
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """``count`` JPEGs of 400 pixels or so a side: windows of scikit-image's photographs."""
+    """Write ``count`` JPEGs of about 400 pixels a side: crops of scikit-image's photographs."""
     data = pytest.importorskip("skimage.data", reason="the photographs are scikit-image's")
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 class Pipeline:
-    """The photographs, the model's files, and a fresh folder for every run over them."""
+    """Photographs, the model's files, and a new folder for every run."""
 
     def __init__(self, root: Path, device: torch.device, images: int, side: int, tiny: bool):
         self.root, self.device, self.side, self.runs = root, device, side, itertools.count()
@@ -66,7 +66,7 @@ class Pipeline:
 
     @torch.no_grad()
     def plain_loop(self, dtype: str = "fp32") -> Path:
-        """What a training script does before it trains: open, cut, encode, save, one image after another."""
+        """Open, crop, encode and save one image after another, as a training script does."""
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         vae: Any = AutoencoderKL.from_pretrained(self.model, torch_dtype=DTYPES[dtype])
@@ -87,7 +87,7 @@ class Pipeline:
         return out
 
     def ours(self, dtype: str) -> Path:
-        """The library's own way, as the command line calls it."""
+        """Run fastvae.encode as the command line does."""
         out = self.root / f"store{next(self.runs)}"
         fastvae.encode(
             self.photographs, out, vae=self.model, buckets=self.side, dtype=dtype, device=self.device, progress=False
@@ -95,7 +95,7 @@ class Pipeline:
         return out
 
     def check_plain(self, out: Path) -> float:
-        """The first run is what the others are compared with; later ones must be near it."""
+        """Keep the first run's latents as the expected ones, and check that later runs are near them."""
         means = {path.stem: _mean(path) for path in out.iterdir()}
         self.expected = self.expected or means
         worst = max(_error(mean, self.expected[name]) for name, mean in means.items())
@@ -103,9 +103,9 @@ class Pipeline:
         return worst
 
     def check_ours(self, out: Path, dtype: str) -> float:
-        """The largest rms error of our stored means, as a share of their spread; AssertionError where one is wrong.
+        """Return the largest rms error of our stored means, as a share of their spread.
 
-        Allowed is twice the error of diffusers in the same dtype, and the rounding of the store's fp16 mean.
+        Raises AssertionError above twice the error of diffusers in the same dtype plus the rounding of an fp16 mean.
         """
         if dtype not in self.eager_error:
             plain = self.plain_loop(dtype) if dtype != "fp32" else None
@@ -156,7 +156,7 @@ def test_pipeline(device, dry, results, benchmark, tmp_path):
             if not warm:
                 rows[name]["seconds"].append(seconds)
                 CLOCK.advance(seconds)
-        # Whoever came first now comes last; diffusers' first round is what all are compared with.
+        # The first becomes the last; all are compared with diffusers' first round.
         first = next(iter(contestants))
         contestants[first] = contestants.pop(first)
 

@@ -1,4 +1,4 @@
-"""Where an encode and a decode spend their time, ours beside eager's (profiles.py), after the check of every result.
+"""Profiles of an encode and a decode, ours and eager's (profiles.py), after a check of every result.
 
 python -m pytest bench/timing/test_profile.py --results FILE [--dry]
 """
@@ -11,7 +11,7 @@ from bench.timing import cases, networks, profiles, roofline
 from bench.timing.contestants import CONTESTANTS, EAGER, Job
 
 TABLE = cases.PROFILES
-# Eager's channels_last is there for the check alone: others may err by as much.
+# eager in channels_last is there for the check only: its error sets the tolerance.
 CHECKED = (*EAGER, "fastvae", "fastvae, frozen")
 PROFILED = (EAGER[0], "fastvae", "fastvae, frozen")
 CALLS = 3
@@ -27,7 +27,7 @@ def test_profile(case, device, dry, results, tmp_path):
         line.admit(name, CONTESTANTS[name])
     failed = networks.failures({"contestants": line.rows})
     samples = {name: [] for name in PROFILED if name in line.calls}
-    # The check was the warm-up. In turns, as all times are taken.
+    # The check warmed up. In turns, as all measurements are.
     for number in range(1 if dry else CALLS):
         for name, taken in samples.items():
             calls = line.calls[name]
