@@ -1,6 +1,7 @@
-"""Rows back to pictures."""
+"""Decoding of rows to PNG files, and contact sheets."""
 
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from fastvae.data.decoding.decode import decode, parse_rows, safe_name
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.report import EncodeReport, parse_limit
 
+OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("decode")
     write_pictures(root / "in", 3)
-    with pytest.MonkeyPatch.context() as patch:  # the conftest's comes too late for a fixture of the module
+    with pytest.MonkeyPatch.context() as patch:  # conftest.py patches after fixtures of the module
         patch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
         encode(root / "in", root / "out", vae=small_vae(), buckets=SIDE, dtype="fp32", progress=False, device="cpu")
     return root / "out"
@@ -44,10 +47,10 @@ def test_rows_are_decoded_under_their_own_keys(made, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="this system limits no file's size")
 @pytest.mark.parametrize("full", ["a picture", "a sheet"])
-def test_row_15_a_picture_that_cannot_be_written_whole_is_not_there(tmp_path, full):
-    """The system refuses bytes in the middle of the file, as a full disk does."""
+def test_row_15_an_incomplete_picture_is_never_left(tmp_path, full):
+    """A limit on file size refuses bytes in the middle of the file, as a full disk does."""
     resource = pytest.importorskip("resource")
-    vae, out, side = small_vae(), tmp_path / "png", 128  # larger than what Pillow writes at once
+    vae, out, side = small_vae(), tmp_path / "png", 128  # more than Pillow writes in one call
     options = {"buckets": side, "dtype": "fp32", "progress": False, "device": "cpu"}
     write_pictures(tmp_path / "in", 1)
     encode(tmp_path / "in", tmp_path / "out", vae=vae, **options)
@@ -84,7 +87,7 @@ def test_a_store_of_draws_is_decoded_from_its_draws(tmp_path):
         assert np.abs(np.asarray(image) - wanted).max() <= 0.51
 
 
-def test_arguments_are_refused_in_words(made, tmp_path):
+def test_arguments_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match="rows must be among the store's 0:3, got 7:9"):
         decode(made, tmp_path, rows=slice(7, 9), vae=small_vae())
     with pytest.raises(ValueError, match=r"got 7:$"):
@@ -140,13 +143,58 @@ def test_failure_limits(limit, total, allowed):
     assert parse_limit(limit, total) == allowed
 
 
-def test_the_report_names_the_slowest_part():
+def test_the_report_names_the_bottleneck():
     report = EncodeReport("out", "id", "fp32", None, ok=10, seconds=2.0, decode_seconds=9, encode_seconds=4, workers=2)
     report.judge(on_cpu=True)
     assert report.bottleneck == "decode"
     assert report.images_per_second == 5
-    report.judge(on_cpu=False)  # there one thread encodes and two decode: 4.5 s each against 4
+    report.judge(on_cpu=False)  # on a GPU one thread encodes and two decode: 4.5 s each against 4
     assert report.bottleneck == "decode"
     report.encode_seconds = 10
     report.judge(on_cpu=True)
     assert report.bottleneck == "encode"
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder of two pictures."""
+    write_pictures(tmp_path / "in", 2)
+    return tmp_path / "in"
+
+
+def test_decode_opens_the_stores_model_and_refuses_other_weights(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    small_vae().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    encode(source, out, vae="model", **OPTIONS)
+    monkeypatch.chdir(source)
+    assert LatentDataset(out).made_with["vae"] == str(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert len(decode(out, tmp_path / "png", device="cpu")) == 2
+        # The same weights in other files are the same model.
+        (tmp_path / "again").mkdir()
+        vae = small_vae()
+        vae.save_pretrained(tmp_path / "again", max_shard_size="8KB")
+        assert len(decode(out, tmp_path / "png", vae=tmp_path / "again", device="cpu")) == 2
+        assert len(decode(out, tmp_path / "png", vae=vae)) == 2
+    small_vae(1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds other weights than those the store was made with"):
+        decode(out, tmp_path / "other", device="cpu")
+    assert not (tmp_path / "other").exists()
+    with pytest.warns(UserWarning, match="is another model than the one"):
+        decode(out, tmp_path / "other", vae=tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA"), (2, None)])
+def test_images_of_other_channels(source, tmp_path, channels, mode):
+    vae = small_vae(out_channels=channels)
+    encode(source, tmp_path / "out", vae=vae, **OPTIONS)
+    if mode is None:
+        with pytest.raises(ValueError, match="decodes to 2 channels; a picture has 1, 3 or 4"):
+            decode(tmp_path / "out", tmp_path / "png", vae=vae)
+        assert not (tmp_path / "png").exists()
+        return
+    ((_, path), *_) = decode(tmp_path / "out", tmp_path / "png", vae=vae)
+    with Image.open(path) as image:
+        assert image.mode == mode
