@@ -18,8 +18,8 @@ from fastvae_kernels.shared import tiles
 from fastvae_kernels.shared.runtime import Cost
 
 import fastvae
-from fastvae.fast import cost_trace as trace
-from fastvae.fast.inference_pass import Inference
+from fastvae.fast import cost_trace
+from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.packed_weights import PackedWeights
 
 STABLE_DIFFUSION = {
@@ -52,10 +52,10 @@ def count(
     if name == "decoder":
         small = size // vae.downsample_factor
         part, shape = vae.decoder, (batch, vae.config.latent_channels, small, small)
-    run = Inference(PackedWeights(frozen).for_trace(), quant_conv=vae.quant_conv if name == "encoder" else None)
+    run = InferencePass(PackedWeights(frozen).for_trace(), quant_conv=vae.quant_conv if name == "encoder" else None)
     before, tiles.target_of = tiles.target_of, lambda device: tiles.TARGETS[target]
     try:
-        with trace.fake_mode():
+        with cost_trace.fake_mode():
             for module in vae.modules():
                 for key, weight in module._parameters.items():
                     if weight is not None:
@@ -63,8 +63,8 @@ def count(
                         module._parameters[key] = torch.nn.Parameter(fake, requires_grad=False)
             x = torch.empty(shape, dtype=dtype, device="cuda")
             if frozen:
-                trace.count(part, x, run)
-            counter, noted = trace.count(part, x, run)
+                cost_trace.count(part, x, run)
+            counter, noted = cost_trace.count(part, x, run)
     finally:
         tiles.target_of = before
     fallen_back = [type(module).__name__ for module, reason in noted.items() if reason]
@@ -92,8 +92,8 @@ def table(bandwidth: float = BANDWIDTH, rate: float = RATE, sizes: Iterable[tupl
     for name in ("encoder", "decoder"):
         for size, batch in sizes:
             costs = count(name, size, batch)
-            total = sum(costs, trace.NOTHING)
-            free = sum(count(name, size, batch, frozen=False), trace.NOTHING)
+            total = sum(costs, cost_trace.NOTHING)
+            free = sum(count(name, size, batch, frozen=False), cost_trace.NOTHING)
             lines.append(
                 f"| {name} | {batch} x {size}² | {total.launches} | {free.launches} | {total.bytes / 1e9:.2f} "
                 f"| {total.flops / 1e12:.2f} | {1e3 * floor(costs, bandwidth, rate):.2f} "

@@ -1,8 +1,8 @@
-"""fastvae.accelerate and restore: the fast path put in place, on any VAE of this shape, and taken away again.
+"""fastvae.accelerate and restore: put the fast path on a VAE of this structure, and remove it.
 
-The modules stay what they are: an encoder's and a decoder's ``forward`` is replaced on the instance, under its own name
-and as a bound method, so type, state dict, deepcopy, hooks and saving see nothing, and a pickled copy comes back stock.
-What every call does hangs on what it finds then (reasons.py); weights may move, be recast and change in place.
+Only ``forward`` of the encoder and of the decoder is replaced, on the instance, as a bound method of the same name. So
+type, state dict, deepcopy, hooks and saving do not change, and a pickled copy is stock.
+Fallbacks are decided at every call (fallback_reasons.py), so weights may change device, dtype or value afterwards.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from fastvae.fast import copying as copies
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast import layer_checks as layers
+from fastvae.fast import copying, fallback_reasons, layer_checks
+from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
-from fastvae.fast.layer_checks import Reason
 from fastvae.latents.autoencoder import ACCELERATED
 
 Model = TypeVar("Model")
-# Held while forwards are exchanged: calls need none, since each finds either the one or the other.
+# Held while forwards are replaced. A call takes no lock: it finds either the one forward or the other.
 LOCK = threading.RLock()
 
 
@@ -36,25 +34,25 @@ def accelerate(
     compile: bool = False,
     freeze: bool = False,
 ) -> Model:
-    """Let a VAE, or the VAE of a pipeline, compute on the fast path from now on; the same object is returned.
+    """Put a VAE, or the VAE of a pipeline, on the fast path, in place; return the same object.
 
-    vae_or_pipe: fastvae's or diffusers' AutoencoderKL, or any module whose ``encoder`` or ``decoder`` is built alike
+    vae_or_pipe: fastvae's or diffusers' AutoencoderKL, any module whose ``encoder`` or ``decoder`` has its structure
     (AutoencoderKLFlux2, the encoder of AsymmetricAutoencoderKL), or an object with such a ``vae``; also inside the
-    wrappers of torch.compile and DistributedDataParallel. The replicas that DataParallel makes run as they stand.
-    precision: "fast" takes every rewrite that is exact in real arithmetic; "exact" only what keeps eager's bits.
-    deterministic: row i of a batch gets the bits that it gets alone; convolutions then run image by image. In the
-    model's own ``encode`` and ``decode`` that is encoder and decoder alone; encode_latents and decode_latents hold
-    quant_conv and post_quant_conv to it too.
-    graphs: from the second call of a shape on replay a captured CUDA graph; for small batches on a GPU, and without
-    effect elsewhere, of which ``fast_report`` tells (``graph_replays``, and ``no_graph`` in words).
+    wrappers of torch.compile and DistributedDataParallel. Replicas of DataParallel run as modules.
+    precision: "fast" takes every rewrite that is exact in real arithmetic; "exact" keeps eager's bits.
+    deterministic: row i of a batch has the bits that it has alone; convolutions run image by image. In the model's own
+    ``encode`` and ``decode`` this covers the encoder and the decoder only; encode_latents and decode_latents also cover
+    quant_conv and post_quant_conv.
+    graphs: replay a captured CUDA graph from the second call of a shape on. For small batches on a GPU; no effect
+    elsewhere: ``fast_report`` counts ``graph_replays`` and gives the reasons in ``no_graph``.
     compile: encoder and decoder go through torch.compile, each at its first call, which takes a minute; threads then
-    take turns. It chooses orders of summation and launches itself, so it goes with none of the three before.
-    freeze: you promise that the weights stay as they are; packed copies are kept (``fast_report`` states their bytes)
-    until ``refresh``, and attention may take its shared form.
-    Called again, the settings are those of the last call. Gradients are given once; a gradient of a gradient raises
-    RuntimeError, where eager without attention has one.
-    Raises ValueError for another precision or settings that exclude each other, and TypeError where there is no encoder
-    and no decoder of this shape.
+    take turns. torch.compile chooses summation orders and launches, so the three settings above exclude it.
+    freeze: you promise not to change the weights; packed copies are kept (``fast_report`` has their bytes) until
+    ``refresh``, and attention may take its shared form.
+    A second call replaces the settings of the first. There is no second derivative: a gradient of a gradient raises
+    RuntimeError.
+    Raises ValueError for another precision or settings that exclude each other, and TypeError if neither an encoder nor
+    a decoder of this structure is found.
     """
     if precision not in ("fast", "exact"):
         raise ValueError(f"precision must be 'fast' or 'exact', got {precision!r}")
@@ -62,25 +60,24 @@ def accelerate(
     if compile and any(asked.values()):
         raise ValueError(f"compile=True must come without {' and '.join(name for name in asked if asked[name])}")
     vae = vae_of(vae_or_pipe)
-    if all(reasons.why_not_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
+    if all(fallback_reasons.why_not_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
     path = FastPath(precision, deterministic=deterministic, graphs=graphs, compile=compile, freeze=freeze)
     with LOCK:
         before = vars(vae).get(ACCELERATED)
         if before is not None:
-            path.factors = before.factors  # what calibrate found is the model's, whatever the settings
-        _put_in_place(vae, path, _parts(vae))
+            path.factors = before.factors  # calibrate's result belongs to the model, not to the settings
+        _attach(vae, path, _parts(vae))
     return vae_or_pipe
 
 
 @contextlib.contextmanager
 def accelerated(vae_or_pipe: Model, precision: Literal["fast", "exact"] = "fast", **settings: bool) -> Iterator[Model]:
-    """``with fastvae.accelerated(vae):`` accelerates inside the block alone; ``vae_or_pipe`` is what it gives.
+    """Context manager that accelerates inside its block only; yields ``vae_or_pipe``.
 
-    The arguments are those of ``accelerate``. After the block, left by an exception or not, the model is as it was
-    before: stock, or accelerated with what settings, counts and packed copies it had. Blocks may be nested, and must be
-    left in reverse order: each restores what it found when it was entered. The settings are the model's and not the
-    thread's. Raises what ``accelerate`` raises, before anything has changed.
+    Takes the arguments of ``accelerate``. On exit, also by an exception, the model is again as it was on entry: stock,
+    or accelerated with the settings, counts and packed copies it had. Nested blocks must be left in reverse order. The
+    settings are the model's, not the thread's. Raises what ``accelerate`` raises, before it changes anything.
     """
     vae = vae_of(vae_or_pipe)
     with LOCK:
@@ -92,65 +89,64 @@ def accelerated(vae_or_pipe: Model, precision: Literal["fast", "exact"] = "fast"
         yield vae_or_pipe
     finally:
         with LOCK:
-            _take_off(vae, *_parts(vae), *inside)  # a part may have been exchanged inside the block
+            _detach(vae, *_parts(vae), *inside)  # a part may have been replaced inside the block
             if before is not None:
-                _put_in_place(vae, before, fast_before)
+                _attach(vae, before, fast_before)
 
 
-def _put_in_place(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) -> None:
-    _take_off(vae, *_parts(vae))
+def _attach(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) -> None:
+    _detach(vae, *_parts(vae))
     vars(vae)[ACCELERATED] = path
     for part in parts:
-        if reasons.why_not_shape(part) is None and _put_beneath_hooks(part):
+        if fallback_reasons.why_not_shape(part) is None and _replace_forward(part):
             vars(part)[ACCELERATED] = path
-            copies.attach(part)
+            copying.attach(part)
 
 
 def restore(vae_or_pipe: Model) -> Model:
-    """Take the fast path away: the outputs are those of before ``accelerate``, to the bit. The object is returned.
+    """Remove the fast path, so that outputs have the bits from before ``accelerate``; return the same object.
 
-    Nothing happens to a model that is not accelerated. Raises TypeError for what is no VAE and holds none.
+    Has no effect on a model that is not accelerated. Raises TypeError if there is no VAE.
     """
     vae = vae_of(vae_or_pipe)
     with LOCK:
-        _take_off(vae, *_parts(vae))
+        _detach(vae, *_parts(vae))
     return vae_or_pipe
 
 
-def _take_off(*modules: nn.Module) -> None:
+def _detach(*modules: nn.Module) -> None:
     for module in modules:
         own = vars(module)
         own.pop(ACCELERATED, None)
-        copies.detach(module)
-        for holder, name in _places(module):
-            if _is(forward, holder.get(name)):
+        copying.detach(module)
+        for holder, name in _forward_places(module):
+            if _is_bound(forward, holder.get(name)):
                 holder[name] = types.MethodType(type(module).forward, module)
-        if _is(type(module).forward, own.get("forward")):
+        if _is_bound(type(module).forward, own.get("forward")):
             del own["forward"]
 
 
 def refresh(vae_or_pipe: Model) -> Model:
-    """Forget what was derived from frozen weights: call it after you changed them. The object is returned.
+    """Drop everything computed from frozen weights, after you changed them; return the same object.
 
-    Raises ValueError for a model that is not accelerated, and TypeError for what is no VAE and holds none.
+    Raises ValueError if the model is not accelerated, and TypeError if there is no VAE.
     """
     path_of(vae_of(vae_or_pipe)).forget()
     return vae_or_pipe
 
 
 def fast_report(vae_or_pipe: Any) -> dict[str, int | str]:
-    """Rows that took the fused kernels since ``accelerate``, those not finite (fp16), those done again in fp32; the
-    bytes of packed copies, the factors of fp16 as binary logarithms; with ``graphs`` graphs, replays, and why there was
-    none.
+    """Return counts since ``accelerate``: rows on the fused kernels, rows not finite (fp16), rows redone in fp32.
 
-    Reading it waits for the GPU. Raises ValueError for a model that is not accelerated, and TypeError for what is no
-    VAE and holds none.
+    Also the bytes of packed copies and log2 of the fp16 factors; with ``graphs`` the number of graphs and replays, and
+    why calls took none. Waits for the GPU. Raises ValueError if the model is not accelerated, and TypeError if there is
+    no VAE.
     """
     return path_of(vae_of(vae_or_pipe)).report()
 
 
 def forward(self, sample, *args, **kwargs):
-    """Stands for an encoder's or a decoder's own forward while its model is accelerated."""
+    """Forward of an accelerated encoder or decoder."""
     path = vars(self).get(ACCELERATED)
     if path is None or any(value is not None for value in (*args, *kwargs.values())):
         return type(self).forward(self, sample, *args, **kwargs)
@@ -158,7 +154,7 @@ def forward(self, sample, *args, **kwargs):
 
 
 def vae_of(vae_or_pipe: Any) -> nn.Module:
-    """The VAE itself, or the one that a pipeline holds as ``vae``; TypeError where there is none."""
+    """Return the VAE itself, or the ``vae`` of a pipeline; raise TypeError if there is none."""
     held = getattr(vae_or_pipe, "vae", None)
     vae = unwrapped(held if isinstance(held, nn.Module) else vae_or_pipe)
     if not isinstance(vae, nn.Module) or not list(_parts(vae)):
@@ -170,34 +166,38 @@ def vae_of(vae_or_pipe: Any) -> nn.Module:
 
 
 def unwrapped(model: Any) -> Any:
-    """What torch.compile's and torch's data-parallel wrappers call, which keep it as ``_orig_mod`` or ``module``."""
+    """Return the module inside wrappers of torch.compile (``_orig_mod``) and of data parallelism (``module``)."""
     while isinstance(model, nn.Module) and list(model._modules) in (["_orig_mod"], ["module"]):
         model = next(model.children())
     return model
 
 
-def out_of_reach(part: nn.Module, path: FastPath) -> Reason | None:
-    """Why calls of an encoder or a decoder do not come to ``path``: its shape, or somebody's forward before ours."""
-    reached = any(_is(forward, holder.get(name)) for holder, name in _places(part))
+def why_not_reached(part: nn.Module, path: FastPath) -> Reason | None:
+    """Return why calls of an encoder or decoder do not reach ``path``: its structure, or another forward."""
+    reached = any(_is_bound(forward, holder.get(name)) for holder, name in _forward_places(part))
     if vars(part).get(ACCELERATED) is path and reached:
         return None
-    late = Reason.LATE if not layers.replaced(part) else layers.behind(part)
-    return reasons.why_not_shape(part) or late
+    if shape := fallback_reasons.why_not_shape(part):
+        return shape
+    replaced = layer_checks.has_replaced_forward(part)
+    return fallback_reasons.who_replaced_forward(part) if replaced else Reason.LATE
 
 
-def _put_beneath_hooks(part: nn.Module) -> bool:
-    """Our forward in the place of the class's own, which hooks may wrap; False where another's stands there."""
+def _replace_forward(part: nn.Module) -> bool:
+    """Replace the class's own forward, which hooks may wrap, by ours; return False if the forward is another's."""
     own = vars(part)
     if "forward" not in own:
         own["forward"] = types.MethodType(type(part).forward, part)
-    places = [(holder, name) for holder, name in _places(part) if _is(type(part).forward, holder.get(name))]
+    places = [
+        (holder, name) for holder, name in _forward_places(part) if _is_bound(type(part).forward, holder.get(name))
+    ]
     for holder, name in places:
         holder[name] = types.MethodType(forward, part)
     return bool(places)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a module's forward may be kept: on the instance, and by accelerate's and diffusers' hooks behind theirs."""
+def _forward_places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (dictionary, name) of a module's forward: on the instance, and inside accelerate's or diffusers' hooks."""
     own = vars(module)
     yield own, "forward"
     if "_hf_hook" in own:
@@ -207,13 +207,13 @@ def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
         yield vars(behind), "original_forward"
 
 
-def _is(function: Any, bound: Any) -> bool:
-    """Whether a method is this function, bound to whatever instance."""
+def _is_bound(function: Any, bound: Any) -> bool:
+    """Return True if a method is this function, bound to any instance."""
     return getattr(bound, "__func__", None) is function
 
 
 def path_of(vae: nn.Module) -> FastPath:
-    """The fast path of an accelerated VAE; ValueError for another."""
+    """Return the fast path of an accelerated VAE; raise ValueError if it has none."""
     path = vars(vae).get(ACCELERATED)
     if path is None:
         raise ValueError(f"this {type(vae).__name__} is not accelerated: call fastvae.accelerate on it first")

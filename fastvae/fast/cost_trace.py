@@ -1,7 +1,7 @@
-"""A forward pass counted without running it: kernel launches, bytes and operations of every call, on fake tensors.
+"""Counts the kernel launches, bytes and operations of a forward pass without running it, on fake tensors.
 
-The fused ops state their own cost; convolutions and matrix products read their operands and write their result once;
-every other torch call is one kernel that reads its tensors and writes its result. Workspaces and caches do not count.
+Each fused op has a cost function. Convolutions and matrix products read their operands and write their result once.
+Every other torch call is one kernel that reads its tensors and writes its result. Workspaces and caches do not count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fastvae.fast import network_walk as walk
-from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast import network_walk
+from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation
 
 NOTHING = Cost(0, 0, 0)
@@ -42,15 +43,15 @@ COSTS: dict[str, Callable[..., Cost]] = {
 }
 CONVOLUTIONS = ("aten::_convolution", "aten::convolution")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-# Calls that start no kernel: they make a view, or memory that nobody has written.
+# Calls that launch no kernel: they return a view or unwritten memory.
 FREE = (
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach", "aten::_unsafe_view",
     "prim::device",
 )  # fmt: skip
 
 
-class Counter(TorchDispatchMode):
-    """Adds up what is called under it, by the module that ``inside`` names."""
+class CostCounter(TorchDispatchMode):
+    """Dispatch mode that records the cost of every call, with the module that ``inside`` names."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +62,7 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name
         if func.namespace == "fastvae":
-            self._take(name, COSTS[name](*args, **kwargs))
+            self._record(name, COSTS[name](*args, **kwargs))
             return func(*args, **kwargs)
         read = {name: value for name, value in kwargs.items() if name != "out"}
         tensors = [value for value in tree_flatten((args, read))[0] if isinstance(value, Tensor)]
@@ -70,59 +71,59 @@ class Counter(TorchDispatchMode):
         out = _shape_of_result(func, args, kwargs, tensors[0].device)
         operations = 0
         if name in CONVOLUTIONS:
-            # cuDNN answers channels_last by channels_last; without CUDA the shape alone is known.
+            # cuDNN returns channels_last for channels_last; without CUDA only the shape is known.
             out = torch.empty_like(out, memory_format=torch.channels_last)
             weight, transposed = args[1], args[6]
             operations = 2 * (args[0] if transposed else out).numel() * weight.shape[1:].numel()
         elif name in PRODUCTS:
             operations = 2 * out.numel() * args[-2 if name.endswith(("mm", "bmm")) else -1].shape[-1]
-        # A convolution's bias is a kernel of its own, which reads and writes the result again.
+        # A convolution's bias is a separate kernel that reads and writes the result again.
         biased = name in CONVOLUTIONS and args[2] is not None
         again = 2 * size_in_bytes(out) if biased else 0
-        self._take(name, Cost(size_in_bytes(*tensors, out) + again, operations, 2 if biased else 1))
+        self._record(name, Cost(size_in_bytes(*tensors, out) + again, operations, 2 if biased else 1))
         return out
 
-    def _take(self, name: str, cost: Cost) -> None:
+    def _record(self, name: str, cost: Cost) -> None:
         self.calls.append((self.inside, name, cost))
 
 
-def count(part: Layer, x: Tensor, run: walk.Pass) -> tuple[Counter, dict[Layer, Reason | None]]:
-    """(counter, {block: reason it is not fused, or None}) of one pass over ``part`` for a fake x.
+def count(part: Layer, x: Tensor, run: network_walk.Pass) -> tuple[CostCounter, dict[Layer, Reason | None]]:
+    """Return (counter, {block: reason it is not fused, or None}) of one pass over ``part`` for a fake x.
 
-    Weights may be real or fake. Must be called under a FakeTensorMode that knows x. A block that runs as a module is
-    not called, since hooks would see fake tensors: it counts nothing.
+    Weights may be real or fake. Must be called under the FakeTensorMode of x. A block that runs as a module is not
+    called, because its hooks would receive fake tensors; its cost counts as zero.
     """
-    counter, noted = Counter(), {}
+    counter, noted = CostCounter(), {}
 
     def note(module: Layer, reason: Reason | None) -> None:
         noted[module] = reason
         counter.inside = module
 
-    run.note, run.as_module = note, _module_of_the_same_shape  # type: ignore[method-assign]
+    run.note, run.as_module = note, _output_of_same_shape  # type: ignore[method-assign]
     with counter:
-        walk.run_part(part, x, run)
+        network_walk.run_part(part, x, run)
     return counter, noted
 
 
-def _module_of_the_same_shape(module: Layer, flow: Activation) -> Activation:
-    batch, channels, height, width = flow.x.shape
-    # Of what it computes only the shape is needed, which its norms and samplers tell.
+def _output_of_same_shape(module: Layer, activation: Activation) -> Activation:
+    batch, channels, height, width = activation.x.shape
+    # Only the shape of its output is needed; it follows from the norms and samplers.
     norms = [layer.num_channels for name, layer in module.named_modules() if name.split(".")[-1] == "norm2"]
     down = bool(getattr(module, "downsamplers", None)) or type(module).__name__.startswith("Downsample")
     up = bool(getattr(module, "upsamplers", None)) or type(module).__name__.startswith("Upsample")
     height, width = (side // 2 if down else 2 * side if up else side for side in (height, width))
     shape = batch, norms[-1] if norms else channels, height, width
-    like = {"dtype": flow.x.dtype, "device": flow.x.device}
+    like = {"dtype": activation.x.dtype, "device": activation.x.device}
     return Activation(torch.empty(shape, **like, memory_format=torch.channels_last))
 
 
 def fake_mode() -> FakeTensorMode:
-    """Under it a shape is enough, and real weights are looked at as if they were fake."""
+    """Return a FakeTensorMode that also accepts real weights, as if they were fake."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _shape_of_result(func: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:
-    """The result as an unwritten tensor, worked out on the meta device: a CPU build computes none for "cuda"."""
+    """Return the result as an unwritten tensor, computed on "meta": a CPU build of torch cannot compute for "cuda"."""
 
     def to_meta(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What is counted on the device: no Python runs in a compiled call or in a graph's replay, and adding never waits."""
+"""Counts kept on the device: no Python runs in a compiled call or a graph replay, and adding never waits."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from fastvae.fast.layer_checks import assume_constant_result
 
 
 class DeviceCounters:
-    """Rows of compiled calls, and rows that were not finite, added up in one small tensor for each device."""
+    """Rows of compiled calls and rows that are not finite, summed in one small tensor per device."""
 
     def __init__(self):
-        self.kept: dict[torch.device, Tensor] = {}
+        self.by_device: dict[torch.device, Tensor] = {}
 
     def add(self, y: Tensor, rows: int = 0) -> None:
-        """Count ``rows``, and the rows of y that are not finite where it is of the dtype that overflows."""
+        """Add ``rows``, and the rows of y that are not finite if y is fp16."""
         if rows:
-            _tally_on(self, y.device)[0].add_(rows)
-        if y.dtype == torch.float16:  # nothing else overflows at these sizes
-            _tally_on(self, y.device)[1].add_((~y.isfinite().flatten(1).all(1)).sum())
+            _counts_on(self, y.device)[0].add_(rows)
+        if y.dtype == torch.float16:  # bf16 and fp32 do not overflow at these magnitudes
+            _counts_on(self, y.device)[1].add_((~y.isfinite().flatten(1).all(1)).sum())
 
     def rows(self) -> int:
-        """The rows counted so far; waits for the devices."""
-        return sum(int(tally[0]) for tally in self.kept.values())
+        """Return the rows counted so far; waits for the devices."""
+        return sum(int(counts[0]) for counts in self.by_device.values())
 
     def non_finite_rows(self) -> int:
-        """Those that were not finite; waits for the devices."""
-        return sum(int(tally[1]) for tally in self.kept.values())
+        """Return the rows that were not finite; waits for the devices."""
+        return sum(int(counts[1]) for counts in self.by_device.values())
 
 
-# Compiled, the tensor is a constant of the graph: looked up in the dictionary it would be guarded, and recompiled for.
+# Under torch.compile the tensor is a constant of the graph: a dictionary look-up would be guarded and recompiled.
 @assume_constant_result
-def _tally_on(tally: DeviceCounters, device: torch.device) -> Tensor:
-    if device not in tally.kept:
-        with torch.inference_mode(False):  # a tensor of inference mode could not be added to outside it
-            tally.kept[device] = torch.zeros(2, dtype=torch.int64, device=device)
-    return tally.kept[device]
+def _counts_on(counters: DeviceCounters, device: torch.device) -> Tensor:
+    if device not in counters.by_device:
+        with torch.inference_mode(False):  # an inference tensor cannot be written outside inference mode
+            counters.by_device[device] = torch.zeros(2, dtype=torch.int64, device=device)
+    return counters.by_device[device]

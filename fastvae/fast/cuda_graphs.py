@@ -1,11 +1,12 @@
 """CUDA graphs of whole passes, one for each shape: a replay is one launch from Python where a pass is a hundred.
 
-A graph holds the addresses of the weights and none of the Python between the kernels. It is replayed only where all
-that it hangs on is as it was: every block still fused, every weight at its address, every setting. What is derived from
-weights is computed inside, so changes in place show; copies of frozen weights stay until ``refresh`` drops the graphs.
+A graph holds the addresses of the weights and none of the Python between the kernels. It is replayed only if every
+block is still fused, every weight is at its address and every setting is unchanged. Tensors computed from weights are
+computed inside the graph, so writes in place take effect; copies of frozen weights stay until ``refresh`` drops the
+graphs.
 
-The graphs of a path share one memory pool: each may write where another computed. So a replay, and the copy of its
-result that the caller gets, waits on the device for the one before, and a lock keeps threads apart.
+The graphs of a path share one memory pool, so one may write where another computed. Each replay, with the copy of its
+result for the caller, therefore waits on the device for the previous one, and a lock separates threads.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastvae.fast import network_walk as walk
-from fastvae.fast.inference_pass import Inference
-from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast import network_walk
+from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.inference_pass import InferencePass
+from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 
 GRAPH_DEVICES = ("cuda",)
-MOST_GRAPHS = 32
-"""A table of aspect ratios around 512² has fewer shapes; each graph keeps its input, its output and its launches."""
-MOST_PIXELS = 2**19
-"""Of the images, in a batch: about a hundred launches take 1 ms of Python, and so many pixels 5 ms of an H200 (both
-predicted, not measured). Beyond, a graph would save nothing and hold the memory of a large pass."""
+MAX_GRAPHS = 32
+"""More than the shapes of a table of aspect ratios around 512². Each graph keeps its input, output and launches."""
+MAX_PIXELS = 2**19
+"""Pixels of a batch's images. About a hundred launches take 1 ms of Python, and this many pixels 5 ms on an H200 (both
+predicted, not measured). For more, a graph saves nothing and holds the memory of a large pass."""
 
 
 class NoGraph(StrEnum):
-    """Why a call was not replayed; the value is what a user reads."""
+    """Reasons why a call was not replayed; the value is the text that a user reads."""
 
     DEVICE = "CUDA graphs need a CUDA device"
     CAPTURING = "another capture is under way on this stream"
@@ -49,7 +51,7 @@ class NoGraph(StrEnum):
 
 @dataclass
 class Graph:
-    """A captured pass: what it hangs on, where it reads its input, and where it leaves its output."""
+    """A captured pass: the state it depends on, its input x and its output y."""
 
     state: Hashable
     graph: Any
@@ -58,7 +60,7 @@ class Graph:
 
 
 class Graphs:
-    """The graphs of one accelerated VAE, captured at the second call of a shape; the least recently used goes first."""
+    """Graphs of one accelerated VAE, captured at the second call of a shape; the least recently used goes first."""
 
     def __init__(self):
         self.held: OrderedDict[Hashable, Graph] = OrderedDict()
@@ -71,11 +73,11 @@ class Graphs:
         self.lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> Graphs:
-        # A copy has weights of its own, and captures anew.
+        # A copy has its own weights and captures again.
         return Graphs()
 
     def clear(self) -> None:
-        """Drop all graphs, and try again where a capture failed."""
+        """Drop all graphs, and allow captures again after a failure."""
         with self.lock:
             for key in list(self.held):
                 self._drop(key)
@@ -86,16 +88,16 @@ class Graphs:
         self,
         part: Layer,
         x: Tensor,
-        run: walk.Pass,
+        run: network_walk.Pass,
         work: Callable[[Tensor], Tensor],
         count: Callable[[Tensor], None],
     ) -> Tensor:
-        """work(x), which takes ``run`` through ``part``: from a graph where there is one, else as it stands.
+        """Return ``work(x)``, which takes ``run`` through ``part``, from a graph if there is one.
 
-        The result is the caller's own. count is told of each result once, and must add up on the device.
+        The result is the caller's own. ``count`` receives each result once and must add on the device.
         """
         why = why_not(part, x, run)
-        if why is None and isinstance(run, Inference):
+        if why is None and isinstance(run, InferencePass):
             layout = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
             key = (type(part), tuple(x.shape), x.dtype, x.device, layout, run.quant_conv is None)
             state = state_of(part, run)
@@ -110,7 +112,7 @@ class Graphs:
         return y
 
     def report(self) -> dict[str, int | str]:
-        """How many graphs there are, how many calls they served, and why the others were not."""
+        """Return the number of graphs, of replays, and why other calls took none."""
         whys = [f"{why} ({calls} {'call' if calls == 1 else 'calls'})" for why, calls in self.plain.items()]
         if self.failure is not None:
             whys.append(f"the error was: {self.failure}")
@@ -124,28 +126,28 @@ class Graphs:
         work: Callable[[Tensor], Tensor],
         count: Callable[[Tensor], None],
     ) -> NoGraph | None:
-        """See to it that there is a graph for this key, captured where the key came before; else the reason."""
+        """Make sure there is a graph for this key, capturing it if the key came before; else return the reason."""
         if key in self.held and self.held[key].state != state:
             self._drop(key)
         if key in self.held:
             self.held.move_to_end(key)
             return None
-        # The first call is a plain one: weights that move from call to call, and shapes that come once, cost nothing;
-        # and what it makes for later calls (packed copies, compiled kernels) is not made inside a graph.
+        # The first call takes no graph: weights that move at every call, and shapes that come once, cost nothing. It
+        # also makes packed copies and compiled kernels, which must not be made inside a graph.
         if self.seen.get(key) != state:
             self.seen[key] = state
             self.seen.move_to_end(key)
-            if len(self.seen) > MOST_GRAPHS:
+            if len(self.seen) > MAX_GRAPHS:
                 self.seen.popitem(last=False)
             return NoGraph.FIRST
         if self.failure is not None:
             return NoGraph.FAILED
         try:
             self.held[key] = self._capture(state, x, work, count)
-        except RuntimeError as error:  # what CUDA and torch raise, out of memory among it
+        except RuntimeError as error:  # raised by CUDA and torch, also when out of memory
             self.failure = str(error)
             return NoGraph.FAILED
-        if len(self.held) > MOST_GRAPHS:
+        if len(self.held) > MAX_GRAPHS:
             self._drop(next(iter(self.held)))
         return None
 
@@ -154,16 +156,16 @@ class Graphs:
     ) -> Graph:
         self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        # Tensors of inference mode could not be written outside it, where the next call may be.
+        # The next call may be outside inference mode, where inference tensors cannot be written.
         with torch.inference_mode(False), torch.no_grad():
             given = torch.empty_like(x)
             given.copy_(x)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                work(given)  # warms up what hangs on the stream, cuBLAS's workspace among it; it is not counted
+                work(given)  # warms up what is kept per stream, as cuBLAS's workspace; it is not counted
                 torch.cuda.synchronize()
-                torch.cuda.empty_cache()  # the pool cannot take what the allocator keeps for others
-                # Other threads, a data loader's among them, may go on allocating.
+                torch.cuda.empty_cache()  # the pool cannot use memory that the allocator caches
+                # "thread_local": other threads, as a data loader's, may allocate during the capture.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     y = work(given)
@@ -186,14 +188,14 @@ class Graphs:
 
     def _drop(self, key: Hashable) -> None:
         if self.last is not None:
-            self.last.synchronize()  # its memory may still be written
+            self.last.synchronize()  # a replay may still write to its memory
         self.held.pop(key).graph.reset()
 
 
-class Survey(Pass):
-    """A pass that computes nothing and finds out whether every block is fused."""
+class SurveyPass(Pass):
+    """A pass that computes nothing and records in ``fused`` if every block is fused."""
 
-    # Nothing is computed: that a weight which stands for an activation may learn says nothing of the call.
+    # The activations here are weights, so that one of them requires a gradient does not matter.
     differentiable = True
 
     def __init__(self):
@@ -203,47 +205,47 @@ class Survey(Pass):
         self.fused = self.fused and reason is None
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
-        return Activation(part.conv_in.weight)  # of an activation the dtype and the device are asked
+        return Activation(part.conv_in.weight)  # only dtype and device of an activation are read
 
-    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation:
-        return flow
+    def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation:
+        return activation
 
-    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation:
-        return flow
+    def attention(self, layer: Layer, activation: Activation, pad: bool) -> Activation:
+        return activation
 
-    def downsample(self, sampler: Layer, flow: Activation) -> Activation:
-        return flow
+    def downsample(self, sampler: Layer, activation: Activation) -> Activation:
+        return activation
 
-    def upsample(self, sampler: Layer, flow: Activation) -> Activation:
-        return flow
+    def upsample(self, sampler: Layer, activation: Activation) -> Activation:
+        return activation
 
-    def as_module(self, module: Layer, flow: Activation) -> Activation:
-        return flow
+    def as_module(self, module: Layer, activation: Activation) -> Activation:
+        return activation
 
-    def end(self, part: Layer, flow: Activation) -> Tensor:
-        return flow.x
+    def end(self, part: Layer, activation: Activation) -> Tensor:
+        return activation.x
 
 
-def why_not(part: Layer, x: Tensor, run: walk.Pass) -> NoGraph | None:
-    """Why this call takes no graph, whatever came before it."""
+def why_not(part: Layer, x: Tensor, run: network_walk.Pass) -> NoGraph | None:
+    """Return why this call takes no graph, whatever came before it, or None."""
     if x.device.type not in GRAPH_DEVICES:
         return NoGraph.DEVICE
-    if not isinstance(run, Inference):
+    if not isinstance(run, InferencePass):
         return NoGraph.GRADIENT
     if type(x) not in (Tensor, nn.Parameter) or is_in_torch_dispatch_mode():
         return NoGraph.TRACED
     if torch.cuda.is_current_stream_capturing():
         return NoGraph.CAPTURING
-    larger = 4 ** sum(bool(getattr(block, "upsamplers", None)) for block in walk.blocks_of(part))
-    if not 0 < x.shape[0] * x.shape[2] * x.shape[3] * larger <= MOST_PIXELS:
+    larger = 4 ** sum(bool(getattr(block, "upsamplers", None)) for block in network_walk.blocks_of(part))
+    if not 0 < x.shape[0] * x.shape[2] * x.shape[3] * larger <= MAX_PIXELS:
         return NoGraph.SIZE
-    survey = Survey()
-    walk.run_part(part, x, survey)
+    survey = SurveyPass()
+    network_walk.run_part(part, x, survey)
     return None if survey.fused else NoGraph.MODULE
 
 
-def state_of(part: Layer, run: Inference) -> Hashable:
-    """What a captured pass hangs on beside its input: weights by their place, and every setting that Python reads."""
+def state_of(part: Layer, run: InferencePass) -> Hashable:
+    """Return the state that a captured pass depends on: addresses and layouts of weights, settings read in Python."""
     layers = [*part.modules(), *([] if run.quant_conv is None else [run.quant_conv])]
     weights = tuple(
         (weight.data_ptr(), weight.dtype, weight.device, weight.shape, weight.stride())

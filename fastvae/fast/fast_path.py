@@ -1,4 +1,4 @@
-"""What an accelerated VAE carries: its settings, what was derived from frozen weights, and what it counted."""
+"""State of an accelerated VAE: settings, packed copies of frozen weights, and counts."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.fast import compiled_passes as compiled
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast import network_walk as walk
+from fastvae.fast import compiled_passes, fallback_reasons, network_walk
 from fastvae.fast.compiled_passes import Compiled
 from fastvae.fast.counters import DeviceCounters
-from fastvae.fast.cpu_pass import InPlace
+from fastvae.fast.cpu_pass import CpuPass
 from fastvae.fast.cuda_graphs import Graphs
-from fastvae.fast.inference_pass import Inference
-from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.inference_pass import InferencePass
+from fastvae.fast.layer_checks import Layer
 from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last
-from fastvae.fast.training_pass import Training
+from fastvae.fast.training_pass import TrainingPass
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import normalized
 
 
 class Factors(NamedTuple):
-    """The powers of two that the fp16 activations of an encoder or a decoder are carried times."""
+    """Powers of two by which the fp16 activations of an encoder or decoder are multiplied."""
 
     stream: float = 2.0**-6
     """The residual stream: up to 65,504 * 2^6 = 4.2 million fits, and SDXL's decoder reaches some 10^5."""
     inner: float = 2.0**-6
-    """What lies between conv1 and norm2. What either factor costs: values below 2^-14 * 2^6 = 0.004 keep an error of up
-    to 2^-25 * 2^6 = 1.9e-6, where fp16 alone would round them relative to themselves (docs/numerics.md)."""
+    """Activations between conv1 and norm2. The cost of either factor: values below 2^-14 * 2^6 = 0.004 have an absolute
+    error of up to 2^-25 * 2^6 = 1.9e-6, where plain fp16 has a relative one (docs/numerics.md)."""
 
 
 UNSCALED = Factors(1.0, 1.0)
 
 
 class FastPath:
-    """The settings of one ``accelerate``, shared by a VAE and its parts."""
+    """State of one ``accelerate`` call, shared by a VAE, its encoder and its decoder."""
 
     def __init__(
         self, precision: str = "fast", *, deterministic: bool, graphs: bool, freeze: bool, compile: bool = False
@@ -49,144 +48,157 @@ class FastPath:
         self.graphs = Graphs() if graphs else None
         self.compiled = Compiled() if compile else None
         self.factors = {"encoder": Factors(), "decoder": Factors()}
-        self.derived = PackedWeights(frozen=freeze)
+        self.packed = PackedWeights(frozen=freeze)
         self.counts: dict[str, Any] = {"rows": 0, "rows_again_in_fp32": 0}
-        self.tally = DeviceCounters()
+        self.counters = DeviceCounters()
 
     def __reduce__(self):
-        # A pickled model comes back stock: bound methods are found by name, and that is the class's own.
+        # A pickled model is stock: pickle looks bound methods up by name, and finds the class's own forward.
         return type(None), ()
 
     def __deepcopy__(self, memo: dict) -> FastPath:
-        twin = FastPath.__new__(FastPath)
-        memo[id(self)] = twin
-        # What is derived is not copied: its keys are the modules of the whole VAE, and the copy may be of one part.
-        derived = {id(self.derived): PackedWeights(self.derived.frozen)}
-        vars(twin).update(copy.deepcopy(vars(self), memo | derived))
-        return twin
+        clone = FastPath.__new__(FastPath)
+        memo[id(self)] = clone
+        # Packed copies are not copied: their keys are the modules of the whole VAE, and the copy may be of one part.
+        empty = {id(self.packed): PackedWeights(self.packed.frozen)}
+        vars(clone).update(copy.deepcopy(vars(self), memo | empty))
+        return clone
 
     def forget(self) -> None:
-        """Drop all that hangs on the weights."""
+        """Drop everything that depends on the weights."""
         if self.graphs is not None:
-            self.graphs.clear()  # first: they read what was derived
+            self.graphs.clear()  # first: graphs read the packed copies
         if self.compiled is not None:
             self.compiled.clear()
-        self.derived.clear()
+        self.packed.clear()
 
     def why_not(self, part: Layer, x: Tensor) -> Reason | None:
-        """Why this call runs the part's own forward."""
+        """Return why this call runs the part's own forward, or None."""
         if self.precision == "exact":
             return Reason.EXACT
-        return reasons.why_not_part(part) or reasons.why_not_input(part, x)
+        return fallback_reasons.why_not_part(part) or fallback_reasons.why_not_input(part, x)
 
-    def pass_for(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> walk.Pass:
-        """The pass that this call takes: with a gradient where one is needed."""
-        if reasons.needs_gradient(part, x):
-            return Training()
+    def pass_for(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> network_walk.Pass:
+        """Return the pass for this call: TrainingPass if a gradient is needed, else InferencePass."""
+        if fallback_reasons.needs_gradient(part, x):
+            return TrainingPass()
         half = part.conv_in.weight.dtype == torch.float16
         factors = self.factors[part_name(part)] if half else UNSCALED
-        return Inference(self.derived, deterministic=self.deterministic, quant_conv=quant_conv, **factors._asdict())
+        return InferencePass(
+            self.packed,
+            deterministic=self.deterministic,
+            stream_factor=factors.stream,
+            inner_factor=factors.inner,
+            quant_conv=quant_conv,
+        )
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
-        """The part's output for x, on the fast path where it can; its rows are counted, and not looked at."""
-        if self.compiled is not None and compiled.by_itself():
+        """Return the part's output for x, on the fast path if possible, and count its rows without waiting."""
+        if self.compiled is not None and compiled_passes.is_plain_call():
             return self.compiled.call(self._run, part, x)
         return self._run(part, x)
 
     def _run(self, part: Layer, x: Tensor) -> Tensor:
         reason = self.why_not(part, x)
         if not x.is_floating_point():
-            return type(part).forward(part, x)  # refused in torch's words, as ever: encode_latents takes bytes
+            return type(part).forward(part, x)  # torch raises its own error; only encode_latents takes bytes
         if reason is None:
-            return self._walked(part, x)
+            return self._run_fused(part, x)
         if self.graphs is not None and not torch.compiler.is_compiling():
             self.graphs.plain[reason] += 1
         if reason is Reason.CPU and x.device.type == "cpu":
-            # No kernel here wins; channels_last does, and so does memory that is used again. A trace wants torch's ops.
-            if reasons.needs_gradient(part, x) or not compiled.by_itself():
+            # On a CPU channels_last and reused memory win, and no fused kernel does. A trace needs torch's own ops.
+            if fallback_reasons.needs_gradient(part, x) or not compiled_passes.is_plain_call():
                 y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)
-                done = [walk.run_part(part, row, InPlace(self.derived)) for row in rows]
+                done = [network_walk.run_part(part, row, CpuPass(self.packed)) for row in rows]
                 y = torch.cat(done) if len(done) > 1 else done[0]
             return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)
 
-    def _walked(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> Tensor:
-        """The part's output by the fused kernels, with its rows counted; from a graph where there is one."""
+    def _run_fused(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> Tensor:
+        """Return the part's output from the fused kernels, or from a graph of them, and count its rows."""
         run = self.pass_for(part, x, quant_conv)
 
         def work(x: Tensor) -> Tensor:
-            y = walk.run_part(part, x, run)
+            y = network_walk.run_part(part, x, run)
             return y if is_channels_last(x) else y.contiguous()
 
         if torch.compiler.is_compiling():
             y = work(x)
-            # A number kept here would be guarded by its value: one compilation for each call.
-            self.tally.add(y, rows=y.shape[0])
+            # torch.compile would guard a Python number by its value and compile again at each call.
+            self.counters.add(y, rows=y.shape[0])
             return y
         self.counts["rows"] += x.shape[0]
         if self.graphs is not None:
-            return self.graphs.run(part, x, run, work, self.tally.add)
+            return self.graphs.run(part, x, run, work, self.counters.add)
         y = work(x)
-        self.tally.add(y)
+        self.counters.add(y)
         return y
 
     def moments(self, vae: Any, x: Tensor, *, again_in_fp32: bool = False) -> Tensor:
-        """Mean and log-variance [B, 2L, h, w] of pixels x [B, C, H, W], uint8 or floats in [-1, 1].
+        """Return mean and log-variance [B, 2L, h, w] of pixels x [B, C, H, W], uint8 or floats in [-1, 1].
 
-        quant_conv and conv_out are one convolution where nothing hangs on either. again_in_fp32: rows of half
-        precision that are not finite are done again in fp32; this waits for the result.
+        quant_conv is folded into conv_out unless either has a hook, an adapter or a trainable weight.
+        again_in_fp32: encode rows of half precision that are not finite again in fp32; waits for the result.
         """
         encoder, quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
         if encoder is None:
-            return vae.encode(x).latent_dist.parameters  # which says so
-        whole = not (getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
-        walked = whole and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x) is None
-        if not walked or reasons.needs_gradient(encoder, x) or reasons.why_not_quant_conv(vae):
-            moments = self._each(lambda x: vae.encode(x).latent_dist.parameters, _as_floats(encoder, x))
-        elif self.compiled is not None and compiled.by_itself():
-            moments = self.compiled.call(self._walked, encoder, x, quant_conv)
+            return vae.encode(x).latent_dist.parameters  # raises that there is no encoder
+        untiled = not (getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
+        fused = untiled and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x) is None
+        if not fused or fallback_reasons.needs_gradient(encoder, x) or fallback_reasons.why_not_quant_conv(vae):
+            moments = self._image_by_image(lambda x: vae.encode(x).latent_dist.parameters, _as_floats(encoder, x))
+        elif self.compiled is not None and compiled_passes.is_plain_call():
+            moments = self.compiled.call(self._run_fused, encoder, x, quant_conv)
         else:
-            moments = self._walked(encoder, x, quant_conv)
-        return self.mended(vae, x, moments) if again_in_fp32 else moments
+            moments = self._run_fused(encoder, x, quant_conv)
+        return self.redo_overflow(vae, x, moments) if again_in_fp32 else moments
 
-    def mended(self, vae: Any, x: Tensor, moments: Tensor) -> Tensor:
-        """``moments`` of pixels ``x`` with the rows of half precision that are not finite done again in fp32, and no
-        others; this waits for the result."""
+    def redo_overflow(self, vae: Any, x: Tensor, moments: Tensor) -> Tensor:
+        """Return ``moments`` of pixels ``x`` with the rows of half precision that are not finite encoded again in fp32.
+
+        Other rows keep their bits. Waits for the result.
+        """
 
         def again(wide: Any, row: slice) -> Tensor:
             return wide.encode(_as_floats(wide.encoder, x[row])).latent_dist.parameters
 
-        return self._mended(moments, vae, "decoder", again)
+        return self._redo_overflow(moments, vae, "decoder", again)
 
     def images(self, vae: Any, z: Tensor) -> Tensor:
-        """Images [B, C, H, W] of raw latents z [B, L, h, w], with the rows of half precision that are not finite done
-        again in fp32; this waits for the result."""
-        y = self._each(lambda z: vae.decode(z).sample, z)
-        return self._mended(y, vae, "encoder", lambda wide, row: wide.decode(z[row].float()).sample)
+        """Return images [B, C, H, W] of raw latents z [B, L, h, w].
 
-    def _each(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``call`` of x [B, ...], image by image where that was asked for: the model's own 1x1 convolutions beside
-        encoder and decoder hang on the batch too (in fp32 on a CPU from 24 images of 64x64 on)."""
+        Rows of half precision that are not finite are decoded again in fp32. Waits for the result.
+        """
+        y = self._image_by_image(lambda z: vae.decode(z).sample, z)
+        return self._redo_overflow(y, vae, "encoder", lambda wide, row: wide.decode(z[row].float()).sample)
+
+    def _image_by_image(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return ``call(x)`` for x [B, ...], image by image with ``deterministic``.
+
+        quant_conv and post_quant_conv, which the model runs, depend on the batch as well (in fp32 on a CPU from 24
+        images of 64x64 on).
+        """
         if not self.deterministic or x.shape[0] < 2:
             return call(x)
         return torch.cat([call(row) for row in x.split(1)])
 
-    def _mended(self, y: Tensor, vae: Any, unused: str, again: Callable[[Any, slice], Tensor]) -> Tensor:
-        """y [B, ...] with the rows that are not finite from ``again``, which is handed an fp32 copy of vae."""
+    def _redo_overflow(self, y: Tensor, vae: Any, unused: str, again: Callable[[Any, slice], Tensor]) -> Tensor:
+        """Return y [B, ...] with the rows that are not finite replaced by ``again(fp32 copy of vae, row)``."""
         bad = (~y.isfinite().flatten(1).all(1)).nonzero().flatten()
         if y.dtype == torch.float32 or not len(bad):
             return y
         self.counts["rows_again_in_fp32"] += len(bad)
-        # The memo leaves out the part that is not called, and this path: the copy runs its modules as they stand.
+        # The memo leaves out the part that is not called, and this path, so the copy is stock.
         wide = copy.deepcopy(vae, {id(self): None, id(getattr(vae, unused, None)): None}).float()
-        # One after another: a batch that fills the GPU in half precision does not fit there in fp32.
+        # One row at a time: a batch that fills the GPU in half precision does not fit in fp32.
         exact = torch.cat([again(wide, slice(row, row + 1)) for row in bad.tolist()])
         return y.index_copy(0, bad, exact.to(y.dtype))
 
     def report(self) -> dict[str, int | str]:
-        """The counts, the bytes of packed copies, and the factors that fp16 is carried times, as powers of two."""
+        """Return the counts, the bytes of packed copies, and log2 of the fp16 factors."""
         factors = {
             f"{part}_{name}_log2": int(math.log2(factor))
             for part, pair in self.factors.items()
@@ -194,19 +206,19 @@ class FastPath:
         }
         return {
             **self.counts,
-            "rows": self.counts["rows"] + self.tally.rows(),
-            "non_finite_rows": self.tally.non_finite_rows(),
-            "packed_bytes": self.derived.bytes(),
+            "rows": self.counts["rows"] + self.counters.rows(),
+            "non_finite_rows": self.counters.non_finite_rows(),
+            "packed_bytes": self.packed.bytes(),
             **factors,
             **({} if self.graphs is None else self.graphs.report()),
         }
 
 
 def part_name(part: Layer) -> str:
-    """Under which name a VAE holds this part."""
+    """Return "encoder" or "decoder"."""
     return "encoder" if hasattr(part, "down_blocks") else "decoder"
 
 
 def _as_floats(encoder: Layer, x: Tensor) -> Tensor:
-    """What the encoder takes as it stands: floats like its weights."""
+    """Return x as floats of the encoder's dtype and device; bytes become [-1, 1]."""
     return like_weights(encoder, normalized(x) if x.dtype == torch.uint8 else x)

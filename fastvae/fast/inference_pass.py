@@ -1,13 +1,13 @@
-"""The blocks without a gradient: bare convolutions in channels_last, everything between them in the fused kernels.
+"""Blocks without a gradient: convolutions without bias in channels_last, everything between them on fused kernels.
 
-A convolution's bias is folded into the norm or the residual pass behind it; bias, residual and the next norm's
-statistics are one pass; the residual pass before a downsample writes the padding; attention reads one tensor for keys
-and values where weights are frozen and that errs no more; nearest 2x and its convolution are one. All of it is exact in
+A convolution's bias is folded into the norm or residual pass after it. Bias, residual and the next norm's statistics
+are one pass. The residual pass before a downsample writes its padding. With frozen weights attention reads one tensor
+as keys and values, if that is at least as accurate. Nearest 2x and its convolution are one. All of this is exact in
 real arithmetic.
 
-In half precision the residual stream is carried times a power of two, ``stream``, and what lies between conv1 and norm2
-times ``inner``: GroupNorm does not see the scale of its input, and values up to 65,504 / stream fit (without, the
-SDXL VAE overflows: docs/numerics.md). Inputs of products are scaled where they are normalised anyway, and no weight is.
+In fp16 the residual stream is multiplied by a power of two, ``stream_factor``, and activations between conv1 and norm2
+by ``inner_factor``: GroupNorm does not depend on the scale of its input, and values up to 65,504 / stream_factor fit
+(without it the SDXL VAE overflows: docs/numerics.md). The norms apply the factors; no weight is scaled.
 """
 
 from __future__ import annotations
@@ -22,152 +22,162 @@ from fastvae_kernels.pixels import pixels_conv_in
 from fastvae_kernels.residual import residual_add
 from torch import Tensor
 
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast import layer_checks as layers
+from fastvae.fast import fallback_reasons, layer_checks
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last, weights_of
 from fastvae.latents.pixels import normalized
 
 
-class Inference(Pass):
-    """One forward pass that nobody will differentiate."""
+class InferencePass(Pass):
+    """One forward pass without a gradient, on fused kernels."""
 
     differentiable = False
 
     def __init__(
         self,
-        derived: PackedWeights,
+        packed: PackedWeights,
         *,
         deterministic: bool = False,
-        stream: float = 1.0,
-        inner: float = 1.0,
+        stream_factor: float = 1.0,
+        inner_factor: float = 1.0,
         quant_conv: Layer | None = None,
     ):
-        self.derived = derived
+        self.packed = packed
         self.deterministic = deterministic
-        self.stream = stream
-        self.inner = inner
+        self.stream_factor = stream_factor
+        self.inner_factor = inner_factor
         self.quant_conv = quant_conv
-        self.laid_out = False
+        self.channels_last = False
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
-        self.laid_out = is_channels_last(x)
+        self.channels_last = is_channels_last(x)
         conv = part.conv_in
-        if hasattr(part, "down_blocks") and conv.in_channels <= reasons.MOST_COLOURS and conv.bias is not None:
-            return Activation(*pixels_conv_in(x, conv.weight, conv.bias, self.stream))
+        if hasattr(part, "down_blocks") and conv.in_channels <= fallback_reasons.MAX_COLOURS and conv.bias is not None:
+            return Activation(*pixels_conv_in(x, conv.weight, conv.bias, self.stream_factor))
         if x.dtype == torch.uint8:
             x = normalized(x).to(conv.weight.dtype)
         x = channels_last(x)
-        return Activation(self._convolve(conv, x if self.stream == 1.0 else x * self.stream), bias=conv.bias)
+        x = x if self.stream_factor == 1.0 else x * self.stream_factor
+        return Activation(self._convolve(conv, x), bias=conv.bias)
 
-    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation:
-        h = self._normalized(flow, block.norm1, True, self.stream, self.inner)
+    def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation:
+        h = self._normalized(activation, block.norm1, True, self.stream_factor, self.inner_factor)
         h = self._convolve(block.conv1, h)
-        h = self._normalized(Activation(h, bias=block.conv1.bias), block.norm2, True, self.inner, self.stream)
+        h = self._normalized(
+            Activation(h, bias=block.conv1.bias), block.norm2, True, self.inner_factor, self.stream_factor
+        )
         h = self._convolve(block.conv2, h)
-        residual, residual_bias = flow.x, flow.bias
+        residual, residual_bias = activation.x, activation.bias
         if block.conv_shortcut is not None:
-            residual_bias = self.derived.shortcut_bias(block.conv_shortcut, flow.bias)
-            residual = self._convolve(block.conv_shortcut, flow.x)
-        y, partials = residual_add(h, residual, block.conv2.bias, residual_bias, int(pad), self.stream)
+            residual_bias = self.packed.shortcut_bias(block.conv_shortcut, activation.bias)
+            residual = self._convolve(block.conv_shortcut, activation.x)
+        y, partials = residual_add(h, residual, block.conv2.bias, residual_bias, int(pad), self.stream_factor)
         return Activation(y, partials, padded=pad)
 
-    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation:
-        batch, channels, height, width = flow.x.shape
-        x = self._normalized(flow, layer.group_norm, False, self.stream, self.stream)
+    def attention(self, layer: Layer, activation: Activation, pad: bool) -> Activation:
+        batch, channels, height, width = activation.x.shape
+        x = self._normalized(activation, layer.group_norm, False, self.stream_factor, self.stream_factor)
         tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         mixed, bias = self._shared(layer, tokens) if self._is_shared(layer) else self._plain(layer, tokens)
         h = mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        y, partials = residual_add(h, flow.x, bias, flow.bias, int(pad), self.stream)
+        y, partials = residual_add(h, activation.x, bias, activation.bias, int(pad), self.stream_factor)
         return Activation(y, partials, padded=pad)
 
-    def downsample(self, sampler: Layer, flow: Activation) -> Activation:
-        x = flow.x if flow.padded else F.pad(self._whole(flow), (0, 1, 0, 1))
+    def downsample(self, sampler: Layer, activation: Activation) -> Activation:
+        x = activation.x if activation.padded else F.pad(self._with_bias(activation), (0, 1, 0, 1))
         return Activation(self._convolve(sampler.conv, x), bias=sampler.conv.bias)
 
-    def upsample(self, sampler: Layer, flow: Activation) -> Activation:
-        folded = self.derived.upsample(sampler.conv)
-        return Activation(self._product(self._whole(flow), folded, None, 2, 1, transposed=True), bias=sampler.conv.bias)
+    def upsample(self, sampler: Layer, activation: Activation) -> Activation:
+        folded = self.packed.upsample(sampler.conv)
+        return Activation(
+            self._product(self._with_bias(activation), folded, 2, 1, transposed=True), bias=sampler.conv.bias
+        )
 
-    def as_module(self, module: Layer, flow: Activation) -> Activation:
-        y = layers.as_module(module, self._unscaled(flow))
-        y = y if self.stream == 1.0 else y * self.stream
+    def as_module(self, module: Layer, activation: Activation) -> Activation:
+        y = layer_checks.as_module(module, self._unscaled(activation))
+        y = y if self.stream_factor == 1.0 else y * self.stream_factor
         return Activation(channels_last(y))
 
-    def end(self, part: Layer, flow: Activation) -> Tensor:
-        if flow.x.requires_grad:
-            y = part.conv_out(part.conv_act(part.conv_norm_out(self._unscaled(flow))))
+    def end(self, part: Layer, activation: Activation) -> Tensor:
+        if activation.x.requires_grad:
+            y = part.conv_out(part.conv_act(part.conv_norm_out(self._unscaled(activation))))
             y = y if self.quant_conv is None else self.quant_conv(y)
-            return y if self.laid_out else y.contiguous()
-        h = self._normalized(flow, part.conv_norm_out, True, self.stream, 1.0)
-        weight, bias = self.derived.output(part.conv_out, self.quant_conv)
-        y = self._product(h, weight, None, 1, 1)
+            return y if self.channels_last else y.contiguous()
+        h = self._normalized(activation, part.conv_norm_out, True, self.stream_factor, 1.0)
+        weight, bias = self.packed.output(part.conv_out, self.quant_conv)
+        y = self._product(h, weight, 1, 1)
         if bias is None:
-            return y if self.laid_out else y.contiguous()
-        # The bias and the layout of the input in one pass: `view` is what callers do with latents.
+            return y if self.channels_last else y.contiguous()
+        # Bias and the input's layout in one pass: callers use `view` on latents.
         bias = bias.view(-1, 1, 1)
-        if torch.compiler.is_compiling():  # one pass by itself
-            return y + bias if self.laid_out else (y + bias).contiguous()
-        form = torch.channels_last if self.laid_out else torch.contiguous_format
+        if torch.compiler.is_compiling():  # which fuses it into one pass
+            return y + bias if self.channels_last else (y + bias).contiguous()
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
         return torch.add(y, bias, out=torch.empty_like(y, memory_format=form))
 
-    def _normalized(self, flow: Activation, norm: Layer, silu: bool, carried: float, factor: float) -> Tensor:
-        """act(GroupNorm(flow / carried)) * factor."""
-        partials = group_norm_statistics(flow.x) if flow.partials is None else flow.partials
-        affine = group_norm_affine(partials, norm.weight, norm.bias, norm.num_groups, norm.eps, flow.bias, carried)
-        return scale_shift_silu(flow.x, *affine, factor) if silu else scale_shift(flow.x, *affine, factor)
+    def _normalized(
+        self, activation: Activation, norm: Layer, silu: bool, factor_in: float, factor_out: float
+    ) -> Tensor:
+        """Return act(GroupNorm(activation / factor_in)) * factor_out, with SiLU or nothing as act."""
+        partials = group_norm_statistics(activation.x) if activation.partials is None else activation.partials
+        affine = group_norm_affine(
+            partials, norm.weight, norm.bias, norm.num_groups, norm.eps, activation.bias, factor_in
+        )
+        apply = scale_shift_silu if silu else scale_shift
+        return apply(activation.x, *affine, factor_out)
 
-    def _whole(self, flow: Activation) -> Tensor:
-        """The activation with its bias."""
-        return flow.x if flow.bias is None else flow.x + (flow.bias * self.stream).to(flow.x.dtype)[:, None, None]
+    def _with_bias(self, activation: Activation) -> Tensor:
+        """Return the activation with its pending bias added."""
+        x = activation.x
+        if activation.bias is None:
+            return x
+        return x + (activation.bias * self.stream_factor).to(x.dtype)[:, None, None]
 
-    def _unscaled(self, flow: Activation) -> Tensor:
-        """The activation as eager has it."""
-        x = self._whole(flow)
-        return x if self.stream == 1.0 else x / self.stream
+    def _unscaled(self, activation: Activation) -> Tensor:
+        """Return the activation as eager computes it: with its bias, without the factor."""
+        x = self._with_bias(activation)
+        return x if self.stream_factor == 1.0 else x / self.stream_factor
 
     def _is_shared(self, layer: Layer) -> bool:
         square = weights_of(layer)[0][0].shape[0] == layer.group_norm.num_channels
-        return square and self.derived.takes_the_shared_form(layer)
+        return square and self.packed.uses_shared_attention(layer)
 
     def _shared(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        # x is carried times s and so are queries and biases: the scores come out times s², the mixture times s.
-        inward, added, outward, bias = self.derived.shared_attention(layer)
+        # With x, queries and biases times s = stream_factor, the scores are times s² and the result times s.
+        inward, added, outward, bias = self.packed.shared_attention(layer)
         query = self._linear(x, inward, added)
-        scale = x.shape[2] ** -0.5 / self.stream**2
+        scale = x.shape[2] ** -0.5 / self.stream_factor**2
         mixed, _ = spatial_attention_shared(query, x, scale)
         return self._linear(mixed, outward.mT, None), bias
 
     def _plain(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
         query, key, value = (self._linear(x, weight.mT, bias) for weight, bias in weights_of(layer))
-        scale = query.shape[2] ** -0.5 / self.stream**2
+        scale = query.shape[2] ** -0.5 / self.stream_factor**2
         mixed, _ = spatial_attention(query, key, value, scale)
         out = layer.to_out[0]
         return self._linear(mixed, out.weight.mT, None), out.bias
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x weight + bias * stream, for x [N, S, C] and weight [C, D]."""
+        """Return x weight + bias * stream_factor, for x [N, S, C] and weight [C, D]."""
         if bias is not None:
-            bias = (bias if self.stream == 1.0 else bias * self.stream).to(x.dtype)
+            bias = (bias if self.stream_factor == 1.0 else bias * self.stream_factor).to(x.dtype)
         rows = [part.reshape(-1, x.shape[2]) for part in (x.split(1) if self.deterministic else (x,))]
         done = [row @ weight if bias is None else torch.addmm(bias, row, weight) for row in rows]
         return (torch.cat(done) if len(done) > 1 else done[0]).view(*x.shape[:2], weight.shape[1])
 
     def _convolve(self, conv: Layer, x: Tensor) -> Tensor:
-        """The convolution without its bias."""
-        return self._product(x, self.derived.convolution(conv), None, conv.stride[0], conv.padding[0])
+        """Return the convolution without its bias."""
+        return self._product(x, self.packed.convolution(conv), conv.stride[0], conv.padding[0])
 
-    def _product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, transposed: bool = False
-    ) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool = False) -> Tensor:
         if not self.deterministic:
             convolve = F.conv_transpose2d if transposed else F.conv2d
-            return convolve(x, weight, bias, stride, padding)
-        # Image by image: which algorithm cuDNN takes, and with it the order of its sums, hangs on the batch. Flags by
-        # the call, since the caller's are not ours to set; allow_tf32 without a name raises where conv's was set alone.
-        # "none" is what stands there after allow_tf32 = False, and is no tf32.
+            return convolve(x, weight, None, stride, padding)
+        # Image by image: cuDNN's algorithm, and with it the summation order, depends on the batch. The flags go with
+        # the call, which leaves the caller's flags alone. Reading cudnn.allow_tf32 raises if only conv's was set;
+        # fp32_precision is "none" after allow_tf32 = False, which is no tf32 either.
         cudnn: Any = torch.backends.cudnn
         flags = cudnn.benchmark, True, cudnn.enabled, cudnn.conv.fp32_precision == "tf32"
         sizes = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
-        return torch.cat([torch.ops.aten._convolution(part, weight, bias, *sizes, *flags) for part in x.split(1)])
+        return torch.cat([torch.ops.aten._convolution(part, weight, None, *sizes, *flags) for part in x.split(1)])

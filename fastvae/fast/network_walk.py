@@ -1,7 +1,7 @@
 """The network by its structure: encoder and decoder as one page, in the order the data meets them.
 
-What goes from block to block is a Flow. How a block is computed is the pass's own matter (inference.py, training.py);
-here stands only which block comes when, and that a block which cannot be fused runs as the module that it is.
+An Activation goes from block to block. A pass computes the blocks (inference_pass, training_pass, cpu_pass). This file
+decides the order of the blocks, and that a block which cannot be fused runs as a module.
 """
 
 from __future__ import annotations
@@ -10,77 +10,78 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast import fallback_reasons
+from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.layer_checks import Layer
 
 
 class Activation(NamedTuple):
-    """An activation [N, C, H, W] in channels_last, and what is known of it."""
+    """An activation [N, C, H, W] in channels_last, with what its producer computed ahead or left to the next block."""
 
     x: Tensor
     partials: Tensor | None = None
-    """The partial statistics of x, where its producer left them."""
+    """Partial statistics of x, if its producer computed them."""
     bias: Tensor | None = None
-    """[C], of the convolution that made x and not added yet."""
+    """Bias [C] of the convolution that made x, not added yet."""
     padded: bool = False
-    """Whether a row and a column of zeros follow, as the downsample wants them."""
+    """True if x ends with the row and the column of zeros that a downsample needs."""
 
 
 class Pass(Protocol):
-    """How the blocks are computed. Each method takes a Flow and gives one; ``begin`` and ``end`` are its ends."""
+    """Computation of the blocks of an encoder or decoder, from ``begin`` to ``end``."""
 
     differentiable: bool
 
     def begin(self, part: Layer, x: Tensor) -> Activation: ...
-    def resnet(self, block: Layer, flow: Activation, pad: bool) -> Activation: ...
-    def attention(self, layer: Layer, flow: Activation, pad: bool) -> Activation: ...
-    def downsample(self, sampler: Layer, flow: Activation) -> Activation: ...
-    def upsample(self, sampler: Layer, flow: Activation) -> Activation: ...
-    def as_module(self, module: Layer, flow: Activation) -> Activation: ...
-    def end(self, part: Layer, flow: Activation) -> Tensor: ...
+    def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation: ...
+    def attention(self, layer: Layer, activation: Activation, pad: bool) -> Activation: ...
+    def downsample(self, sampler: Layer, activation: Activation) -> Activation: ...
+    def upsample(self, sampler: Layer, activation: Activation) -> Activation: ...
+    def as_module(self, module: Layer, activation: Activation) -> Activation: ...
+    def end(self, part: Layer, activation: Activation) -> Tensor: ...
 
-    def block(self, part: Layer, block: Layer, flow: Activation) -> Activation:
-        return through_block(block, flow, self)
+    def block(self, part: Layer, block: Layer, activation: Activation) -> Activation:
+        return run_block(block, activation, self)
 
     def note(self, module: Layer, reason: Reason | None) -> None:
-        """Told of each block that is fused (None) or not; explain listens."""
+        """Receive each block with the reason why it is not fused, or None; explain records them."""
 
 
 def run_part(part: Layer, x: Tensor, run: Pass) -> Tensor:
-    """The output of an encoder or decoder for its input x [N, C, H, W]."""
+    """Return the output of an encoder or decoder for its input x [N, C, H, W]."""
     run.note(part, None)
-    flow = run.begin(part, x)
+    activation = run.begin(part, x)
     for block in blocks_of(part):
-        flow = run.block(part, block, flow)
+        activation = run.block(part, block, activation)
     run.note(part, None)
-    return run.end(part, flow)
+    return run.end(part, activation)
 
 
 def blocks_of(part: Layer) -> list[Layer]:
-    """The blocks of an encoder or decoder, in the order of the data."""
+    """Return the blocks of an encoder or decoder, in the order of the data."""
     mid = [] if getattr(part, "mid_block", None) is None else [part.mid_block]
     return [*part.down_blocks, *mid] if hasattr(part, "down_blocks") else [*mid, *part.up_blocks]
 
 
-def through_block(block: Layer, flow: Activation, run: Pass) -> Activation:
-    """Residual blocks, attention between them, and one change of size: a down, mid or up block."""
-    reason = reasons.why_not_block(block)
+def run_block(block: Layer, activation: Activation, run: Pass) -> Activation:
+    """Run a down, mid or up block: residual blocks, attention between them, and at most one change of size."""
+    reason = fallback_reasons.why_not_block(block)
     if reason is not None:
         run.note(block, reason)
-        return run.as_module(block, flow)
+        return run.as_module(block, activation)
     samplers = [*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())]
     layers = _layers(block)
     for place, layer in enumerate(layers):
         is_last = place == len(layers) - 1
-        pad = is_last and bool(samplers) and _fused_downsample(block, samplers[0], flow)
-        flow = _through_layer(layer, flow, run, pad)
+        pad = is_last and bool(samplers) and _fused_downsample(block, samplers[0], activation)
+        activation = _run_layer(layer, activation, run, pad)
     for sampler in samplers:
-        flow = _through_sampler(block, sampler, flow, run)
-    return flow
+        activation = _run_sampler(block, sampler, activation, run)
+    return activation
 
 
 def _layers(block: Layer) -> list[Layer]:
-    """Residual blocks and attention layers as they alternate; a mid block has one residual block more."""
+    """Return residual blocks and attention layers in order; a mid block has one more residual block."""
     resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or ())
     layers = [resnets.pop(0)] if len(resnets) > len(attentions) > 0 else []
     if not attentions:
@@ -90,31 +91,31 @@ def _layers(block: Layer) -> list[Layer]:
     return layers + [layer for pair in pairs for layer in pair if layer is not None]
 
 
-def _through_layer(layer: Layer, flow: Activation, run: Pass, pad: bool) -> Activation:
+def _run_layer(layer: Layer, activation: Activation, run: Pass, pad: bool) -> Activation:
     is_attention = hasattr(layer, "to_out")
-    reason = reasons.why_not_attention(layer, flow.x) if is_attention else reasons.why_not_resnet(layer, flow.x)
-    reason = reason or _gradient(flow, run)
+    why_not = fallback_reasons.why_not_attention if is_attention else fallback_reasons.why_not_resnet
+    reason = why_not(layer, activation.x) or _why_not_gradient(activation, run)
     run.note(layer, reason)
     if reason is not None:
-        return run.as_module(layer, flow)
-    return run.attention(layer, flow, pad) if is_attention else run.resnet(layer, flow, pad)
+        return run.as_module(layer, activation)
+    return run.attention(layer, activation, pad) if is_attention else run.resnet(layer, activation, pad)
 
 
-def _gradient(flow: Activation, run: Pass) -> Reason | None:
-    """Whether a module before this one, or a hook on it, brought in what requires a gradient, as no parameter does."""
-    return Reason.GRADIENT if flow.x.requires_grad and not run.differentiable else None
+def _why_not_gradient(activation: Activation, run: Pass) -> Reason | None:
+    """Return GRADIENT if an earlier module or hook brought in a gradient that this pass cannot compute."""
+    return Reason.GRADIENT if activation.x.requires_grad and not run.differentiable else None
 
 
-def _fused_downsample(block: Layer, sampler: Layer, flow: Activation) -> bool:
+def _fused_downsample(block: Layer, sampler: Layer, activation: Activation) -> bool:
     down = getattr(block, "downsamplers", None)
-    return bool(down) and reasons.why_not_downsample(sampler, flow.x) is None
+    return bool(down) and fallback_reasons.why_not_downsample(sampler, activation.x) is None
 
 
-def _through_sampler(block: Layer, sampler: Layer, flow: Activation, run: Pass) -> Activation:
+def _run_sampler(block: Layer, sampler: Layer, activation: Activation, run: Pass) -> Activation:
     is_down = bool(getattr(block, "downsamplers", None))
-    reason = reasons.why_not_downsample(sampler, flow.x) if is_down else reasons.why_not_upsample(sampler, flow.x)
-    reason = reason or _gradient(flow, run)
+    why_not = fallback_reasons.why_not_downsample if is_down else fallback_reasons.why_not_upsample
+    reason = why_not(sampler, activation.x) or _why_not_gradient(activation, run)
     run.note(sampler, reason)
     if reason is not None:
-        return run.as_module(sampler, flow)
-    return run.downsample(sampler, flow) if is_down else run.upsample(sampler, flow)
+        return run.as_module(sampler, activation)
+    return run.downsample(sampler, activation) if is_down else run.upsample(sampler, activation)

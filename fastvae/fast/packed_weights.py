@@ -1,6 +1,6 @@
-"""What is computed from weights alone: laid-out copies and small products. Kept only for who froze the weights.
+"""Tensors computed from weights alone: copies in another layout and small products. Kept only for frozen weights.
 
-Writes through ``.data`` change nothing that could be watched, so without a promise nothing outlives a call.
+A write through ``.data`` cannot be detected, so without ``freeze`` nothing outlives a call.
 """
 
 from __future__ import annotations
@@ -13,59 +13,59 @@ from fastvae_kernels.attention import reference
 from fastvae_kernels.upsample import fold_upsample_weights
 from torch import Tensor, nn
 
-from fastvae.fast import fallback_reasons as reasons
+from fastvae.fast import fallback_reasons
 from fastvae.fast.layer_checks import Layer, assume_constant_result, is_fake
 
 
 class PackedWeights:
-    """Weights as the fast path wants them: made anew at each call, or kept where ``frozen``."""
+    """Weights in the form that the fast path reads: computed at each call, or once if ``frozen``."""
 
     def __init__(self, frozen: bool = False):
         self.frozen = frozen
         self.is_of_a_trace = False
-        # By dtype and device too: those of frozen weights change as well, within one call of SDXL's pipelines.
+        # Keyed by dtype and device too, which SDXL's pipelines change within one call.
         self.kept: dict[tuple[Layer, str, torch.dtype, torch.device], Any] = {}
         self.shared: dict[tuple[Layer, torch.dtype], bool] = {}
 
     def clear(self) -> None:
-        """Forget all: the weights have changed."""
+        """Drop everything: the weights have changed."""
         self.kept.clear()
         self.shared.clear()
 
     def for_trace(self) -> PackedWeights:
-        """One for a trace, which decides alike and has packed nothing yet."""
-        twin = PackedWeights(self.frozen)
-        twin.is_of_a_trace = True
-        twin.shared.update(self.shared)
-        return twin
+        """Return an empty one for a trace, with the same decisions on shared attention."""
+        packed = PackedWeights(self.frozen)
+        packed.is_of_a_trace = True
+        packed.shared.update(self.shared)
+        return packed
 
     def bytes(self) -> int:
-        """What the kept copies take."""
+        """Return the bytes of the kept copies."""
         return sum(_bytes_of(entry) for entry in list(self.kept.values()))  # another thread may be packing
 
     def _get(self, module: Layer, name: str, make: Callable[[], Any]) -> Any:
-        # Compiled, a kept copy would be one more thing to guard, and to compile again for when it comes.
+        # torch.compile would guard a kept copy, and compile again when the copy appears.
         if not self.frozen or torch.compiler.is_compiling():
             return make()
         weight = next(module.parameters())
         key = (module, name, weight.dtype, weight.device)
-        kept = self.kept.get(key)  # not asked twice: another thread may forget them
+        kept = self.kept.get(key)  # one look-up: another thread may clear the dictionary
         if kept is None:
             with torch.no_grad():
                 kept = make()
-            # Under somebody's FakeTensorMode it has no values, which a real call after it would miss.
+            # Under a FakeTensorMode of the caller it has no values, so later calls must not find it.
             if self.is_of_a_trace or not any(map(is_fake, kept if isinstance(kept, tuple) else (kept,))):
                 self.kept[key] = kept
         return kept
 
     def convolution(self, conv: Layer) -> Tensor:
-        """The weight in channels_last, as cuDNN takes it: itself where it lies so."""
+        """Return the weight in channels_last, for cuDNN; the weight itself if it has that layout."""
         if conv.weight.is_contiguous(memory_format=torch.channels_last):
             return conv.weight
         return self._get(conv, "weight", lambda: channels_last(conv.weight))
 
     def onednn_weight(self, conv: Layer) -> Tensor:
-        """The weight in the layout that oneDNN multiplies by, for a CPU; itself where it may not be kept."""
+        """Return the weight in oneDNN's blocked layout, for a CPU; the weight itself unless it is frozen."""
         if not self.frozen or not takes_onednn(conv.weight):
             return conv.weight
 
@@ -75,7 +75,7 @@ class PackedWeights:
         return self._get(conv, "blocked", reordered)
 
     def upsample(self, conv: Layer) -> Tensor:
-        """The 4x4 weights of nearest 2x and this convolution as one (upsample.py)."""
+        """Return the 4x4 weights of nearest 2x and this convolution as one (fastvae_kernels.upsample)."""
 
         def fold() -> Tensor:
             return channels_last(fold_upsample_weights(conv.weight))
@@ -83,7 +83,7 @@ class PackedWeights:
         return self._get(conv, "folded", fold)
 
     def shortcut_bias(self, conv: Layer, bias: Tensor | None) -> Tensor | None:
-        """The bias of a 1x1 convolution whose input lacks ``bias`` [C]: W bias + b, fp32 [D]."""
+        """Return W bias + b, fp32 [D]: the bias of a 1x1 convolution whose input lacks ``bias`` [C]."""
         if bias is None:
             return conv.bias
 
@@ -94,7 +94,7 @@ class PackedWeights:
         return self._get(conv, "bias", fold)
 
     def output(self, conv: Layer, quant_conv: Layer | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of conv_out, and of quant_conv after it as one convolution."""
+        """Return weight and bias of conv_out, with quant_conv folded in if there is one."""
         if quant_conv is None:
             return self.convolution(conv), conv.bias
 
@@ -111,9 +111,9 @@ class PackedWeights:
         return self._get(conv, "with quant_conv", fold)
 
     def shared_attention(self, attention: Layer) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """(M, c, W, b) of the shared form: softmax((x M + c) x^T) x W^T + b, the same as q, k, v and to_out in turn.
+        """Return (M, c, W, b) of the shared form softmax((x M + c) x^T) x W^T + b of q, k, v and to_out.
 
-        What is constant along a row cancels in the softmax, so M = Wq^T Wk and c = bq Wk; behind it W = Wo Wv and
+        A constant along a row cancels in the softmax, so M = Wq^T Wk and c = bq Wk; after it W = Wo Wv and
         b = Wo bv + bo. Folded in fp32 and rounded once; b stays fp32.
         """
 
@@ -132,41 +132,41 @@ class PackedWeights:
 
         return self._get(attention, "shared", fold)
 
-    def takes_the_shared_form(self, attention: Layer) -> bool:
-        """Whether the shared form's error is no larger here: decided once for frozen weights, until ``clear``.
+    def uses_shared_attention(self, attention: Layer) -> bool:
+        """Return True if the shared form is at least as accurate: decided once for frozen weights, until ``clear``.
 
-        Never for weights that may move: of others it may err without bound (W_q^T W_k overflows where W_q and W_k do
-        not), and to decide takes longer than it saves.
+        Always False for weights that may change: after a change its error has no bound (W_q^T W_k overflows where W_q
+        and W_k do not), and deciding costs more time than the shared form saves.
         """
-        return self.frozen and _decision(self, attention)
+        return self.frozen and _decide_shared_form(self, attention)
 
 
 def weights_of(attention: Layer) -> list[tuple[Tensor, Tensor | None]]:
-    """[(weight, bias)] of query, key and value."""
-    layers = list(reasons.projections_of(attention))
+    """Return [(weight, bias)] of query, key and value."""
+    layers = list(fallback_reasons.projections_of(attention))
     if len(layers) == 3:
         return [(layer.weight, layer.bias) for layer in layers]
     biases = (None,) * 3 if layers[0].bias is None else layers[0].bias.chunk(3)
     return list(zip(layers[0].weight.chunk(3), biases, strict=True))
 
 
-# Compiled, it is decided on the real weights too, once, while the graph is traced.
+# torch.compile decides it once too, on the real weights, while it traces.
 @assume_constant_result
-def _decision(derived: PackedWeights, attention: Layer) -> bool:
+def _decide_shared_form(packed: PackedWeights, attention: Layer) -> bool:
     weight = attention.to_out[0].weight
-    decided = derived.shared.get((attention, weight.dtype))  # not asked twice: another thread may forget them
+    decided = packed.shared.get((attention, weight.dtype))  # one look-up: another thread may clear the dictionary
     if decided is None:
-        if is_fake(weight):  # no values to look at: what is traced is the shared form
+        if is_fake(weight):  # no values to decide on: trace the shared form
             return True
-        decided = derived.shared[attention, weight.dtype] = shared_is_as_accurate(attention, derived)
+        decided = packed.shared[attention, weight.dtype] = shared_is_as_accurate(attention, packed)
     return decided
 
 
 @torch.no_grad()
-def shared_is_as_accurate(attention: Layer, derived: PackedWeights, tokens: int = 1024) -> bool:
-    """Whether the shared form errs no more than the plain one, in the weights' dtype, rms against float64.
+def shared_is_as_accurate(attention: Layer, packed: PackedWeights, tokens: int = 1024) -> bool:
+    """Return True if the shared form's rms error against float64 is at most the plain form's, in the weights' dtype.
 
-    On seeded normal tokens through the affine of the layer's GroupNorm, which is what the layer sees.
+    Measured on seeded normal tokens with the affine of the layer's GroupNorm, the layer's real input distribution.
     """
     norm, dtype = attention.group_norm, attention.to_out[0].weight.dtype
     generator = torch.Generator().manual_seed(0)
@@ -183,18 +183,18 @@ def shared_is_as_accurate(attention: Layer, derived: PackedWeights, tokens: int 
         return nn.functional.linear(mixed, out.weight.to(kind), None if out.bias is None else out.bias.to(kind))
 
     def shared() -> Tensor:
-        inward, added, outward, bias = derived.shared_attention(attention)
+        inward, added, outward, bias = packed.shared_attention(attention)
         query = x @ inward if added is None else torch.addmm(added, x, inward)
         out = reference(query[None], x[None], x[None], scale)[0] @ outward.mT
         return out if bias is None else out + bias.to(dtype)
 
     truth = plain(torch.float64)
     errors = [(values.double() - truth).square().mean().sqrt().item() for values in (shared(), plain(dtype))]
-    return errors[0] <= errors[1]  # false where the shared form is not finite
+    return errors[0] <= errors[1]  # False if the shared form is not finite
 
 
 def takes_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN convolves by this weight on this machine."""
+    """Return True if oneDNN runs convolutions with this weight on this machine."""
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     half = {
@@ -213,11 +213,11 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def channels_last(values: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last: itself where it lies so. By clone, which can be traced without a GPU."""
+    """Return [N, C, H, W] in channels_last, itself if it has that layout. Uses clone, which traces without a GPU."""
     is_so = values.is_contiguous(memory_format=torch.channels_last)
     return values if is_so else values.clone(memory_format=torch.channels_last)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x [N, C, H, W] lies in channels_last and not, for sizes of 1, in both ways."""
+    """Return True if x [N, C, H, W] is channels_last and not contiguous too, as sizes of 1 can be."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

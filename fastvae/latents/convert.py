@@ -95,7 +95,7 @@ def mended_moments(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
     """
     fast = vars(vae).get(ACCELERATED)
     if fast is not None:
-        moments = fast.mended(vae, _like_input(vae, _checked_pixels(vae, images)), moments)
+        moments = fast.redo_overflow(vae, _like_input(vae, _checked_pixels(vae, images)), moments)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 

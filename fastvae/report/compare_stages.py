@@ -12,29 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast import layer_checks as layers
-from fastvae.fast import network_walk as walk
+from fastvae.fast import fallback_reasons, layer_checks, network_walk
 from fastvae.fast.accelerate import unwrapped
-from fastvae.fast.cpu_pass import InPlace
+from fastvae.fast.cpu_pass import CpuPass
+from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
-from fastvae.fast.layer_checks import Layer, Reason
+from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation
 from fastvae.fast.packed_weights import is_channels_last
 from fastvae.latents.logvar_range import LOGVAR_RANGE
 
 
 class Eager:
-    """A pass of the layers as they stand. (walk.Pass, as far as stages go.)"""
+    """A pass of the layers as they stand. (network_walk.Pass, as far as stages go.)"""
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
         return Activation(part.conv_in(x))
 
-    def block(self, part: Layer, block: Layer, flow: Activation) -> Activation:
-        return Activation(layers.as_module(block, flow.x))
+    def block(self, part: Layer, block: Layer, activation: Activation) -> Activation:
+        return Activation(layer_checks.as_module(block, activation.x))
 
-    def end(self, part: Layer, flow: Activation) -> Tensor:
-        return part.conv_out(part.conv_act(part.conv_norm_out(flow.x)))
+    def end(self, part: Layer, activation: Activation) -> Tensor:
+        return part.conv_out(part.conv_act(part.conv_norm_out(activation.x)))
 
 
 def run_stages(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str, Tensor]]:
@@ -67,24 +66,24 @@ def stage_kind(path: FastPath, part: Layer, x: Tensor) -> str:
 
 
 def _reason(path: FastPath, part: Layer, x: Tensor) -> Reason | None:
-    return reasons.why_not_shape(part) or path.why_not(part, x)
+    return fallback_reasons.why_not_shape(part) or path.why_not(part, x)
 
 
 def _through_part(
     name: str, part: Layer, x: Tensor, path: FastPath | None
 ) -> Generator[tuple[str, Tensor], None, Tensor]:
-    if reasons.why_not_shape(part) is not None:  # of a module of another shape the result alone is known
+    if fallback_reasons.why_not_shape(part) is not None:  # of a module of another shape the result alone is known
         y = part(x)
         yield name, y
         return y
     names = {id(module): f"{name}.{inner}" for inner, module in part.named_modules()}
     run = _pass(path, part, x)
-    flow = run.begin(part, x)
-    yield f"{name}.conv_in", _whole(run, flow)
-    for block in walk.blocks_of(part):
-        flow = run.block(part, block, flow)
-        yield names[id(block)], _whole(run, flow)
-    y = run.end(part, flow)
+    activation = run.begin(part, x)
+    yield f"{name}.conv_in", _whole(run, activation)
+    for block in network_walk.blocks_of(part):
+        activation = run.block(part, block, activation)
+        yield names[id(block)], _whole(run, activation)
+    y = run.end(part, activation)
     # In the layout of the input, as FastPath.run hands it on: a 1x1 convolution behind it has other bits in another.
     y = y if isinstance(run, Eager) or is_channels_last(x) else y.contiguous()
     yield f"{name}.conv_out", y
@@ -95,13 +94,13 @@ def _pass(path: FastPath | None, part: Layer, x: Tensor) -> Any:
     kind = "as it stands" if path is None else stage_kind(path, part, x)
     if path is None or kind not in ("fused", "in place"):
         return Eager()
-    return path.pass_for(part, x) if kind == "fused" else InPlace(path.derived)
+    return path.pass_for(part, x) if kind == "fused" else CpuPass(path.packed)
 
 
-def _whole(run: Any, flow: Activation) -> Tensor:
-    """What a flow stands for: the fused passes carry it times a power of two, and its bias beside it."""
-    stream = getattr(run, "stream", 1.0)
-    if stream == 1.0 and flow.bias is None:
-        return flow.x
-    x = flow.x.to(torch.float64) / stream
-    return x if flow.bias is None else x + flow.bias.to(torch.float64).view(-1, 1, 1)
+def _whole(run: Any, activation: Activation) -> Tensor:
+    """What a activation stands for: the fused passes carry it times a power of two, and its bias beside it."""
+    stream = getattr(run, "stream_factor", 1.0)
+    if stream == 1.0 and activation.bias is None:
+        return activation.x
+    x = activation.x.to(torch.float64) / stream
+    return x if activation.bias is None else x + activation.bias.to(torch.float64).view(-1, 1, 1)

@@ -49,8 +49,8 @@ def test_one_json_document_and_a_page_that_fetches_nothing(folder, tmp_path):
 
 
 def test_a_fast_path_that_is_wrong_ends_in_code_1(folder, tmp_path, monkeypatch):
-    own = stages.InPlace.end
-    monkeypatch.setattr(stages.InPlace, "end", lambda self, part, flow: own(self, part, flow) * 1.01)
+    own = stages.CpuPass.end
+    monkeypatch.setattr(stages.CpuPass, "end", lambda self, part, flow: own(self, part, flow) * 1.01)
     result = run(folder, "--html", tmp_path / "page.html", "--dtype", "fp32", code=1)
     assert "TOO FAR" in result.stdout
     assert "<strong>Some stages are further" in (tmp_path / "page.html").read_text()

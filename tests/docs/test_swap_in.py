@@ -14,8 +14,8 @@ from swap_in import tiny_pipelines
 
 import fastvae
 from fastvae.checkpoints.presets import PRESETS
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.layer_checks import Reason
+from fastvae.fast import fallback_reasons
+from fastvae.fast.fallback_reasons import Reason
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "swap-in.md").read_text()
@@ -100,7 +100,7 @@ def test_every_other_autoencoder_is_refused():
             assert f"`{name}`" in PAGE
             fastvae.accelerate(model)
             parts = [getattr(model, part) for part in ("encoder", "decoder") if hasattr(model, part)]
-            fast = [reasons.why_not_shape(part) is None for part in parts]
+            fast = [fallback_reasons.why_not_shape(part) is None for part in parts]
             assert fast[0] is (name not in TAKEN)
             assert fast[1:] in ([name in FAST], [])
         else:

@@ -9,15 +9,14 @@ from support.traffic import counted
 
 import fastvae
 from bench.timing import roofline
-from fastvae.fast import cost_trace as trace
-from fastvae.fast import explain
+from fastvae.fast import cost_trace, explain
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"encoder": (105, 0.40), "decoder": (136, 0.38)}
 
 
 def total(name, frozen):
-    return sum(roofline.count(name, 512, 8, frozen), trace.NOTHING)
+    return sum(roofline.count(name, 512, 8, frozen), cost_trace.NOTHING)
 
 
 @pytest.mark.parametrize("name", LIMITS)

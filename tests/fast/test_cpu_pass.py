@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastvae
-from fastvae.fast import cpu_pass as in_place
-from fastvae.fast.layer_checks import Reason
+from fastvae.fast import cpu_pass
+from fastvae.fast.fallback_reasons import Reason
 
 
 @pytest.fixture(autouse=True)
@@ -164,4 +164,4 @@ def test_this_torch_has_the_operators_by_their_names():
     """They are torch's own, and not of its public face: a release that drops them is to be noticed here."""
     assert torch.backends.mkldnn.is_available()
     for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight"):
-        assert hasattr(in_place.ONEDNN, name), name
+        assert hasattr(cpu_pass.ONEDNN, name), name

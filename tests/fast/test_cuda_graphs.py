@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import fastvae
-from fastvae.fast import cuda_graphs as graphs
+from fastvae.fast import cuda_graphs
 from fastvae.fast.cuda_graphs import Graphs, NoGraph
 
 STILL = {"capturing": False}
@@ -119,7 +119,7 @@ def stream(monkeypatch):
         "is_current_stream_capturing": lambda: STILL["capturing"],
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(cuda_graphs, "GRAPH_DEVICES", ("cpu",))
     StandIn.made.clear()
     return current
 
@@ -216,7 +216,7 @@ def test_what_a_graph_hangs_on_is_seen(change, stream, monkeypatch):
     x = pixels(vae, 1, 4, 4)
 
     def state():
-        return graphs.state_of(vae.encoder, vae._fastvae.pass_for(vae.encoder, x))
+        return cuda_graphs.state_of(vae.encoder, vae._fastvae.pass_for(vae.encoder, x))
 
     before = state()
     assert state() == before, "else nothing would ever be replayed"
@@ -274,7 +274,7 @@ def test_calls_that_take_no_graph(stream, monkeypatch):
         moments_of(vae, x)
     assert watcher.calls > 10
     vae.encode(x[:0])
-    monkeypatch.setattr(graphs, "MOST_PIXELS", 15)
+    monkeypatch.setattr(cuda_graphs, "MAX_PIXELS", 15)
     moments_of(vae, x)
     text = fastvae.fast_report(vae)["no_graph"]
     for why in (NoGraph.CAPTURING, NoGraph.GRADIENT, NoGraph.TRACED, NoGraph.FIRST):
@@ -290,10 +290,10 @@ def test_the_decoder_counts_the_pixels_of_its_images(stream, monkeypatch):
     path = fastvae.accelerate(vae.eval().requires_grad_(False), graphs=True)._fastvae
     for part, x in (("decoder", latents(vae, 1, 4, 8)), ("encoder", pixels(vae, 1, 8, 16))):
         run = path.pass_for(getattr(vae, part), x)
-        monkeypatch.setattr(graphs, "MOST_PIXELS", 128)
-        assert graphs.why_not(getattr(vae, part), x, run) is None
-        monkeypatch.setattr(graphs, "MOST_PIXELS", 127)
-        assert graphs.why_not(getattr(vae, part), x, run) is NoGraph.SIZE
+        monkeypatch.setattr(cuda_graphs, "MAX_PIXELS", 128)
+        assert cuda_graphs.why_not(getattr(vae, part), x, run) is None
+        monkeypatch.setattr(cuda_graphs, "MAX_PIXELS", 127)
+        assert cuda_graphs.why_not(getattr(vae, part), x, run) is NoGraph.SIZE
 
 
 def test_weights_that_learn_are_captured_where_no_gradient_is_asked(stream):
@@ -377,7 +377,7 @@ class Part(nn.Module):
 @pytest.fixture
 def call(stream):
     """call(x, work) through one Graphs, which is ``call.graphs``."""
-    part, run, own = Part(), graphs.Inference(None), Graphs()
+    part, run, own = Part(), cuda_graphs.InferencePass(None), Graphs()
 
     def call(x, work=None):
         return own.run(part, x, run, work or (lambda x: x * 2), lambda y: None)
@@ -387,7 +387,7 @@ def call(stream):
 
 
 def test_the_least_recently_used_goes_first(call, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     one, two, three = (torch.ones(1, 1, 1, width) for width in (1, 2, 3))
     for x in (one, one, two, two, one, three, three):
         call(x)

@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 import fastvae
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.layer_checks import Reason
+from fastvae.fast import fallback_reasons
+from fastvae.fast.fallback_reasons import Reason
 
 SHAPE = (1, 3, 8, 8)
 RESNET = "encoder.down_blocks.0.resnets.0"
@@ -395,7 +395,7 @@ def test_a_hook_on_every_module_is_heard():
 
 
 def test_without_a_gpu_no_kernel_runs(monkeypatch):
-    monkeypatch.setattr(reasons, "KERNEL_DEVICES", ("cuda",))
+    monkeypatch.setattr(fallback_reasons, "KERNEL_DEVICES", ("cuda",))
     vae = fastvae.accelerate(tiny("diffusers"))
     assert fastvae.explain(vae, SHAPE).reasons == dict.fromkeys(BOTH, Reason.CPU)
     vae.encoder(an_input("encoder"))
@@ -432,15 +432,15 @@ def test_quant_conv_is_not_folded_where_it_learns_or_somebody_listens(hand):
     vae, eager, x = fastvae.accelerate(tiny(hand)), tiny(hand), an_input("encoder")
     plain = eager.encode(x).latent_dist.parameters
     vae.quant_conv.requires_grad_(True)
-    assert reasons.why_not_quant_conv(vae) is Reason.GRADIENT
+    assert fallback_reasons.why_not_quant_conv(vae) is Reason.GRADIENT
     moments = fastvae.latents.convert.encode_moments(vae, x)
     assert torch.autograd.grad(moments.sum(), vae.quant_conv.bias)[0].abs().min() > 0
     vae.quant_conv.requires_grad_(False)
-    assert reasons.why_not_quant_conv(vae) is None
+    assert fallback_reasons.why_not_quant_conv(vae) is None
 
     calls = []
     handle = vae.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
-    assert reasons.why_not_quant_conv(vae) is Reason.HOOKS
+    assert fallback_reasons.why_not_quant_conv(vae) is Reason.HOOKS
     fastvae.encode_latents(vae, x)
     assert calls == ["encoder"]
     handle.remove()
@@ -450,7 +450,7 @@ def test_quant_conv_is_not_folded_where_it_learns_or_somebody_listens(hand):
             return super().encode(2 * x)
 
     vae.__class__ = Doubling
-    assert reasons.why_not_quant_conv(vae) is Reason.FOREIGN_FORWARD
+    assert fallback_reasons.why_not_quant_conv(vae) is Reason.FOREIGN_FORWARD
     doubled = eager.encode(2 * x).latent_dist.parameters
     torch.testing.assert_close(fastvae.latents.convert.encode_moments(vae, x), doubled)
     assert not torch.allclose(doubled, plain)

@@ -14,7 +14,7 @@ import fastvae
 from fastvae.data.encoding.encoder import MomentEncoder, _placed
 from fastvae.fast.accelerate import path_of
 from fastvae.fast.fast_path import UNSCALED, Factors
-from fastvae.fast.inference_pass import Inference
+from fastvae.fast.inference_pass import InferencePass
 
 CONFIG = {**TWO, "block_out_channels": (16, 32), "norm_num_groups": 4}
 # The interpreter computes in numpy, which tells of the overflows that are made here on purpose.
@@ -109,7 +109,7 @@ def test_a_model_that_overflows_is_as_accurate_as_one_that_does_not(name, hand, 
     assert sum(not value.isfinite() for value in eager.values()) >= 2, "and eager does"
     truth = call(wide, x.double())
     assert (truth - call(copy.deepcopy(sound).double(), x.double())).abs().max() < 1e-9, "the same function"
-    monkeypatch.setattr(Inference, "_is_shared", lambda self, layer: shared)
+    monkeypatch.setattr(InferencePass, "_is_shared", lambda self, layer: shared)
     ours = call(fastvae.accelerate(vae), x)
     assert ours.isfinite().all()
     allowed, error = (values.double() - truth for values in (call(fits, in_channels_last(x)), ours))
@@ -154,7 +154,7 @@ def test_other_dtypes_are_carried_as_they_are(dtype):
     path = path_of(vae)
     for part in (vae.encoder, vae.decoder):
         run = path.pass_for(part, pixels(vae))
-        assert (run.stream, run.inner) == UNSCALED
+        assert (run.stream_factor, run.inner_factor) == UNSCALED
 
 
 def test_a_block_that_runs_as_a_module_gets_true_values():
@@ -196,7 +196,7 @@ def test_calibration_leaves_a_model_in_range_unscaled():
     found = fastvae.calibrate(vae, pixels(vae, 1, 8, 8))
     assert [one.factors for one in found.values()] == [UNSCALED, UNSCALED]
     assert 1 < found["encoder"].largest_stream < 100
-    assert path_of(vae).pass_for(vae.encoder, pixels(vae)).stream == 1.0
+    assert path_of(vae).pass_for(vae.encoder, pixels(vae)).stream_factor == 1.0
 
 
 def test_calibration_says_where_it_does_nothing():
@@ -287,7 +287,7 @@ def test_the_command_lines_encoder_takes_the_fast_path():
     vae = half_model()
     for device in (torch.device("meta"), torch.device("cpu")):
         placed = _placed(vae, torch.float16, device)
-        assert path_of(placed).derived.frozen
+        assert path_of(placed).packed.frozen
         assert vars(placed.encoder)["_fastvae"] is path_of(placed)
         assert "_fastvae" not in vars(vae)
         exact = _placed(fastvae.accelerate(copy.deepcopy(vae), precision="exact"), torch.float16, device)

@@ -22,8 +22,8 @@ from torch.nn.parallel import replicate
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
-from fastvae.fast import copying as copies
-from fastvae.fast.layer_checks import Reason
+from fastvae.fast import copying
+from fastvae.fast.fallback_reasons import Reason
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def settings(vae):
     assert len(paths) <= 1
     assert forwards == {"fastvae.fast.accelerate"} if paths else "fastvae.fast.accelerate" not in forwards
     path = next(iter(paths.values()), None)
-    return path and (path.precision, path.deterministic, path.derived.frozen)
+    return path and (path.precision, path.deterministic, path.packed.frozen)
 
 
 # compile=True
@@ -388,9 +388,9 @@ def in_ten_threads(work):
 
 def test_ten_threads_accelerate_restore_and_encode(monkeypatch):
     """Every call finds the one forward or the other, and the parts of a model are never on different paths."""
-    put_on = copies.attach
+    put_on = copying.attach
     # Others come to their turn between the parts.
-    monkeypatch.setattr(copies, "attach", lambda part: (time.sleep(random.uniform(0, 3e-3)), put_on(part)))
+    monkeypatch.setattr(copying, "attach", lambda part: (time.sleep(random.uniform(0, 3e-3)), put_on(part)))
     vae, x = tiny("diffusers"), pixels()
     stock = moments(vae, x)
     fast = moments(fastvae.accelerate(vae), x)

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
-from fastvae.fast.layer_checks import Reason
+from fastvae.fast.fallback_reasons import Reason
 
 SMALL = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}
 WHERE = "encoder.mid_block.resnets.0.conv1.weight"
@@ -175,7 +175,7 @@ def test_a_refresh_by_another_thread_takes_nothing_from_a_call():
 
     vae = fastvae.accelerate(tiny(), freeze=True)
     before = vae.encoder(pixels())
-    derived = vars(vae)["_fastvae"].derived
+    derived = vars(vae)["_fastvae"].packed
     derived.kept, derived.shared = Forgetful(derived.kept), Forgetful(derived.shared)
     assert torch.equal(vae.encoder(pixels()), before)
 

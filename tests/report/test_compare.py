@@ -115,13 +115,13 @@ def test_the_settings_of_an_accelerated_model_are_compared():
 
 def test_a_wrong_fast_path_is_seen_from_its_stage_on(monkeypatch):
     vae = small_model("SD")
-    own = stages.InPlace.resnet
+    own = stages.CpuPass.resnet
 
     def off(self, block, flow, pad):
         flow = own(self, block, flow, pad)
         return flow._replace(x=flow.x * 1.01) if block is vae.encoder.mid_block.resnets[0] else flow
 
-    monkeypatch.setattr(stages.InPlace, "resnet", off)
+    monkeypatch.setattr(stages.CpuPass, "resnet", off)
     found = fastvae.compare(vae, pixels(vae, 1))
     right = [stage.name for stage in found.stages if stage.is_right]
     assert right[:3] == NAMES[:3]

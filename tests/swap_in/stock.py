@@ -9,7 +9,7 @@ from fast.small_models import smallest_model
 from support.accuracy import assert_as_accurate
 
 import fastvae
-from fastvae.fast import network_walk as walk
+from fastvae.fast import network_walk
 from fastvae.latents.autoencoder import ACCELERATED
 
 # A mark for tests of group offload.
@@ -63,13 +63,13 @@ class Walks:
     """Counts the encoders and decoders that were walked block by block, which no module's own forward is."""
 
     def __init__(self, monkeypatch):
-        self.parts, through = [], walk.run_part
+        self.parts, through = [], network_walk.run_part
 
         def counted(part, x, run):
             self.parts.append(type(part).__name__)
             return through(part, x, run)
 
-        monkeypatch.setattr(walk, "run_part", counted)
+        monkeypatch.setattr(network_walk, "run_part", counted)
 
     def taken(self):
         """The names of the parts that were walked since last asked."""

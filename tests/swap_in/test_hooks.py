@@ -28,7 +28,7 @@ from swap_in.stock import (
 )
 
 import fastvae
-from fastvae.fast.layer_checks import Reason
+from fastvae.fast.fallback_reasons import Reason
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 

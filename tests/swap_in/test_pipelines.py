@@ -17,8 +17,8 @@ from swap_in.tiny_pipelines import CASES, build, call
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
-from fastvae.fast.layer_checks import Reason
 
 LEAST_DEVIATION = 0.02
 """Of the images: a picture that random weights drove to white shows no difference."""

@@ -13,17 +13,17 @@ from swap_in.tiny_parts import autoencoder, ddim, sixteen_latents, unet
 from torch import Tensor, nn
 
 import fastvae
-from fastvae.fast import fallback_reasons as reasons
-from fastvae.fast.cpu_pass import InPlace
-from fastvae.fast.inference_pass import Inference
-from fastvae.fast.training_pass import Training
+from fastvae.fast import fallback_reasons
+from fastvae.fast.cpu_pass import CpuPass
+from fastvae.fast.inference_pass import InferencePass
+from fastvae.fast.training_pass import TrainingPass
 
 
 @pytest.fixture(params=["a user's CPU", "fused kernels"], autouse=True)
 def passes(request, monkeypatch):
     """Both ways that an accelerated VAE computes here, and the passes that its parts took: "inference", "training"."""
     if request.param == "fused kernels":
-        if "cpu" not in reasons.KERNEL_DEVICES:
+        if "cpu" not in fallback_reasons.KERNEL_DEVICES:
             pytest.skip("no interpreter, so that kernels run on a GPU alone")
     else:
         monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
@@ -32,7 +32,7 @@ def passes(request, monkeypatch):
     def recorded(begin, name):
         return lambda *args: taken.add(name) or begin(*args)
 
-    for kind, name in ((Inference, "inference"), (InPlace, "inference"), (Training, "training")):
+    for kind, name in ((InferencePass, "inference"), (CpuPass, "inference"), (TrainingPass, "training")):
         monkeypatch.setattr(kind, "begin", recorded(kind.begin, name))
     return taken
 

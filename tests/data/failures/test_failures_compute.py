@@ -12,7 +12,7 @@ from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.self_check import check_fast_path
-from fastvae.fast.cpu_pass import InPlace
+from fastvae.fast.cpu_pass import CpuPass
 from fastvae.latents.autoencoder import ACCELERATED
 
 OPTIONS = {"buckets": SIDE, "progress": False, "device": "cpu", "workers": 1}
@@ -29,14 +29,14 @@ SEEN = {"fp32": 1.001, "bf16": 3.0}
 @pytest.mark.parametrize("dtype", SEEN)
 def test_row_21_a_wrong_kernel_is_noticed_and_torchs_own_layers_run(tmp_path, dtype, monkeypatch, capsys):
     """The CPU's convolution, one of whose channels comes out too large: a kernel that is wrong here alone."""
-    real = InPlace._convolve
+    real = CpuPass._convolve
 
     def convolve(self, conv, x):
         y = real(self, conv, x)
         y[:, 1] *= SEEN[dtype]
         return y
 
-    monkeypatch.setattr(InPlace, "_convolve", convolve)
+    monkeypatch.setattr(CpuPass, "_convolve", convolve)
     write_pictures(tmp_path / "in", 3)
     vae = small_vae()
     report = encode(tmp_path / "in", tmp_path / "out", vae=vae, dtype=dtype, **OPTIONS)
