@@ -1,4 +1,4 @@
-"""Tile plans as arithmetic, and tiling without slivers against its own definition."""
+"""Tile plans, and blended tiling with and without slivers."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def test_without_slivers_tiles_cover_and_are_wider_than_the_overlap(size):
 
 @pytest.mark.parametrize("slivers", [True, False])
 @pytest.mark.parametrize("size", [(64, 64), (65, 100), (113, 7), (200, 161)])
-def test_tiles_of_the_identity_give_the_image_back(size, slivers):
-    """Where tiles agree, blending changes nothing beyond its roundings: one for each product, sum, and both weights."""
+def test_tiles_of_the_identity_blend_to_the_image(size, slivers):
+    """Tiles that agree are changed by roundings alone: one for each product, for the sum, and for each weight."""
     x = torch.rand(2, 3, *size, dtype=torch.float64)
     whole = apply_tiled(lambda tile: tile.clone(), x, TilePlan.of(64, 64, 0.25, slivers))
     assert whole.shape == x.shape
@@ -36,12 +36,12 @@ def test_tiles_of_the_identity_give_the_image_back(size, slivers):
 
 
 def test_without_slivers_equals_its_definition():
-    """The pixel at (row, column) comes from the tiles that reach it, mixed by their distance from the tile's start."""
+    """A pixel is a mixture of the tiles that cover it, weighted by its distance from the start of the later tile."""
     tile, overlap = 8, 2
     plan = TilePlan.of(tile, tile, overlap / tile, slivers=False)
     width = 19
     x = torch.arange(width, dtype=torch.float64).expand(1, 1, 1, width).contiguous()
-    # Each tile answers with its own number.
+    # Each tile is filled with its own number.
     numbers = iter(range(100))
     got = apply_tiled(lambda t: torch.full_like(t, next(numbers)), x, plan)[0, 0, 0]
     starts = plan.starts(width)
@@ -56,7 +56,7 @@ def test_without_slivers_equals_its_definition():
     assert torch.equal(got, expected)
 
 
-def test_blending_leaves_its_inputs_alone():
+def test_blending_does_not_change_its_inputs():
     a, b = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
     kept = a.clone(), b.clone()
     blend(a, b, 3, dim=2)

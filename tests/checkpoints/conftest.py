@@ -23,7 +23,7 @@ _DEPRECATED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "pro
 
 
 def ldm_name(name, up_blocks):
-    """The original code's name of a diffusers tensor: the converse of what is tested, written on its own."""
+    """Return the LDM name of a diffusers tensor: the inverse of the tested function, implemented separately."""
     half, _, rest = name.partition(".")
     if half not in ("encoder", "decoder"):
         return name
@@ -45,7 +45,7 @@ def ldm_name(name, up_blocks):
 
 
 def to_ldm(state, up_blocks=3, prefix="", dimensions=2):
-    """A state dict under LDM names, attention weights as convolutions with ``dimensions`` trailing ones."""
+    """Return a state dict with LDM names, attention weights as convolutions with ``dimensions`` trailing ones."""
     found = {}
     for name, tensor in state.items():
         old = ldm_name(name, up_blocks)
@@ -55,7 +55,7 @@ def to_ldm(state, up_blocks=3, prefix="", dimensions=2):
 
 
 def to_deprecated(state):
-    """A state dict under diffusers' attention names of before 2023."""
+    """Return a state dict with the attention names of diffusers before 2023."""
     found = {}
     for name, tensor in state.items():
         for new, old in _DEPRECATED.items():
@@ -71,16 +71,16 @@ def write(path, state):
 
 
 def assert_same_state(got, expected, dtype=None):
-    """Equal names, dtypes and values, bit for bit."""
+    """Assert equal names, dtypes and values, bit for bit."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        wanted = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        assert got[name].dtype == wanted.dtype, name
-        assert torch.equal(got[name], wanted), name
+        converted = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        assert got[name].dtype == converted.dtype, name
+        assert torch.equal(got[name], converted), name
 
 
 class Layouts:
-    """What the tests of this folder share; a class, because these folders are no packages to import from."""
+    """Helpers of the tests in this folder; a class, since a folder of tests is not a package to import from."""
 
     small = SMALL
     to_ldm = staticmethod(to_ldm)

@@ -1,4 +1,4 @@
-"""Broken, missing, foreign and hostile files: one sentence that names the file, nothing run, nothing half loaded."""
+"""Broken, missing and hostile files: one sentence that names the file; nothing is run, nothing is half loaded."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_the_plain_variant_is_named_where_only_it_is_there(saved):
     assert words in refusal(saved, variant="fp16")
 
 
-def test_a_whole_pipeline_says_which_subfolder(model, tmp_path, layouts):
+def test_a_whole_pipeline_is_refused_with_its_subfolder(model, tmp_path, layouts):
     (tmp_path / "model_index.json").write_text("{}")
     model.save_pretrained(tmp_path / "vae")
     assert refusal(tmp_path) == f'{tmp_path}: this is a whole pipeline; pass subfolder="vae" to load its VAE'
@@ -148,7 +148,7 @@ def test_a_broken_index_is_named(saved, content):
     assert refusal(saved).startswith(f"{saved / INDEX}: not a shard index")
 
 
-def test_an_index_that_lies_is_named(model, tmp_path):
+def test_an_index_with_a_wrong_shard_is_named(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["encoder.conv_in.weight"] = index["weight_map"]["decoder.conv_out.weight"]
@@ -189,7 +189,7 @@ def test_row_29_a_payload_in_a_pickle_is_never_run(model, saved, suffix):
         with pytest.raises(ValueError, match="pickle file" if not allow else "none of it was run"):
             AutoencoderKL.from_single_file(path, config=model.config, allow_pickle=allow)
     assert not mark.exists()
-    # The payload does what it is meant to where somebody runs it: the test could fail.
+    # The payload works when it is run, so this test can fail.
     with path.open("rb") as file:
         torch.load(file, weights_only=False)
     assert mark.exists()

@@ -1,4 +1,4 @@
-"""Configs: diffusers' keys and defaults, frozen, and refused in words before anything is allocated."""
+"""Configs: diffusers' keys and defaults, frozen; bad values are refused by name before anything is allocated."""
 
 import copy
 import inspect
@@ -183,7 +183,7 @@ def test_an_absurd_value_is_refused_by_name_at_once(name, case, config):
     assert min(seconds) < 0.1
 
 
-def test_more_parameters_than_any_machine_wants_are_refused_without_allocating_them():
+def test_too_many_parameters_are_refused_without_an_allocation():
     wide = {**TWO, "block_out_channels": [65536, 65536], "layers_per_block": 64}
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"describes about [\d,]+ parameters .* at most 4,000,000,000 are taken"):

@@ -21,7 +21,7 @@ MAIN, OLD = "a" * 40, "b" * 40
 
 @pytest.fixture
 def cache(model, tmp_path):
-    """What huggingface_hub's cache looks like after a download of owner/vae at main."""
+    """Make huggingface_hub's cache as it is after a download of owner/vae at main."""
     repository = tmp_path / "cache" / "models--owner--vae"
     model.save_pretrained(repository / "snapshots" / MAIN)
     model.save_pretrained(repository / "snapshots" / MAIN / "vae", variant="fp16")
@@ -31,7 +31,7 @@ def cache(model, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"revision": MAIN}, {"subfolder": "vae", "variant": "fp16"}])
-def test_a_filled_cache_is_enough_offline(model, cache, options, layouts):
+def test_a_filled_cache_loads_offline(model, cache, options, layouts):
     loaded = AutoencoderKL.from_pretrained("owner/vae", cache_dir=cache, local_files_only=True, **options)
     layouts.assert_same_state(loaded.state_dict(), model.state_dict())
     assert loaded.load_report.commit == MAIN
@@ -70,12 +70,12 @@ def test_a_config_for_a_single_file_may_be_a_hub_id(model, cache, tmp_path, layo
         ("what ever", {}, "not the id of a Hub repository"),
     ],
 )
-def test_what_is_not_in_the_cache_is_named(cache, source, options, words):
+def test_files_missing_from_the_cache_are_named(cache, source, options, words):
     with pytest.raises(FileNotFoundError, match=words):
         AutoencoderKL.from_pretrained(source, cache_dir=cache, **options)
 
 
-def test_a_cached_pipeline_says_which_subfolder(cache):
+def test_a_cached_pipeline_is_refused_with_its_subfolder(cache):
     snapshot = cache / "models--owner--vae" / "snapshots" / MAIN
     (snapshot / "config.json").unlink()
     (snapshot / "model_index.json").write_text("{}")
@@ -84,7 +84,7 @@ def test_a_cached_pipeline_says_which_subfolder(cache):
 
 
 @pytest.mark.parametrize(
-    ("address", "wanted"),
+    ("address", "parsed"),
     [
         ("https://huggingface.co/o/r/blob/main/a/b.safetensors", ("o/r", "main", "a/b.safetensors")),
         ("huggingface.co/o/r/resolve/v1.0/b.safetensors", ("o/r", "v1.0", "b.safetensors")),
@@ -96,8 +96,8 @@ def test_a_cached_pipeline_says_which_subfolder(cache):
         ("/o/r/b.safetensors", None),
     ],
 )
-def test_addresses_are_taken_apart(address, wanted):
-    assert parse_address(address) == wanted
+def test_addresses_are_parsed(address, parsed):
+    assert parse_address(address) == parsed
 
 
 def test_an_address_elsewhere_is_refused(model):
@@ -107,13 +107,13 @@ def test_an_address_elsewhere_is_refused(model):
         AutoencoderKL.from_single_file("hf.co/o/r/blob/main/b.safetensors", config=model.config, revision="v2")
 
 
-def test_a_commit_is_read_off_a_snapshot_only():
+def test_a_commit_is_read_from_the_name_of_a_snapshot():
     assert commit_of(Path(f"/c/models--o--r/snapshots/{MAIN}/vae/config.json")) == MAIN
     assert commit_of(Path("/c/snapshots/latest/config.json")) is None
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as downloads need: files by repository, revision and path, and its error codes."""
+    """The part of the Hub that downloads need: files by repository, revision and path, and error codes."""
 
     protocol_version = "HTTP/1.1"
 
@@ -132,7 +132,7 @@ class _Hub(BaseHTTPRequestHandler):
             return self._error(401, "RepoNotFound")
         if f"{owner}/{name}" == "owner/private" and self.headers.get("Authorization") != "Bearer hf_secret":
             return self._error(403, "GatedRepo")
-        # In owner/moving somebody pushes between the first file and the second.
+        # In owner/moving a commit is pushed between the first file and the second.
         has_moved = name == "moving" and path != ["config.json"]
         commit = {"main": OLD if has_moved else MAIN, "old": OLD}.get(revision, revision)
         if commit not in commits:
@@ -177,7 +177,7 @@ def _serving(repositories):
             thread.join()
 
 
-# Runs in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported.
+# Runs in its own process: huggingface_hub reads HF_ENDPOINT when it is imported.
 _CLIENT = """
 import json, sys, traceback
 import torch
@@ -230,7 +230,7 @@ def _run_client(endpoint, home):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_server_on_the_loopback_stands_for_the_hub(model, tmp_path):
+def test_models_load_from_a_hub_on_the_loopback(model, tmp_path):
     other = AutoencoderKL.from_config(model.config)
     model.save_pretrained(tmp_path / "main")
     other.save_pretrained(tmp_path / "old")
@@ -254,24 +254,24 @@ def test_a_server_on_the_loopback_stands_for_the_hub(model, tmp_path):
     assert results["old"] == {"commit": OLD, "digest": digest(other)}
     assert results["encoder"]["digest"] == digest(model, ("encoder.", "quant_conv."))
     fetched = {request.rsplit("/", 1)[-1] for request in requests if request.startswith("GET vae/")}
-    wanted = {shard for name, shard in index.items() if name.startswith(("encoder.", "quant_conv."))}
-    assert fetched == wanted | {"config.json", index_name}
-    assert wanted < set(index.values())
-    words = {
+    of_the_encoder = {shard for name, shard in index.items() if name.startswith(("encoder.", "quant_conv."))}
+    assert fetched == of_the_encoder | {"config.json", index_name}
+    assert of_the_encoder < set(index.values())
+    errors = {
         "gated": ("PermissionError", "this repository is gated"),
         "no_repository": ("FileNotFoundError", "no such repository on the Hub"),
         "no_revision": ("FileNotFoundError", "the repository has no revision 'v9'"),
         "no_variant": ("FileNotFoundError", "diffusion_pytorch_model.ema.safetensors: no such file in that repository"),
         "no_config": ("FileNotFoundError", "owner/shards/config.json: no such file in that repository"),
     }
-    for name, (kind, message) in words.items():
+    for name, (kind, message) in errors.items():
         assert results[name]["error"] == kind, results[name]
         assert message in results[name]["message"]
         assert "\n" not in results[name]["message"]
 
 
 def test_a_hub_that_does_not_answer_is_a_connection_error(monkeypatch):
-    """What huggingface_hub raises after its retries, half a minute of them, is raised here at once."""
+    """The error that huggingface_hub raises after half a minute of retries is raised at once."""
     import huggingface_hub
 
     def no_answer(*_, **__):

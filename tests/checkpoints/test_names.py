@@ -1,4 +1,4 @@
-"""Tensor names: every layout comes back to diffusers' names, for any number of blocks, whole or in halves."""
+"""Tensor names: every layout is renamed to diffusers' names, for any number of blocks, whole or in halves."""
 
 import diffusers
 import pytest
@@ -32,7 +32,7 @@ def _names(block_out_channels, layers_per_block, attention=False):
 @pytest.mark.parametrize("part", ["both", "encoder", "decoder"])
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
 @pytest.mark.parametrize("case", SHAPES)
-def test_every_ldm_name_comes_back(case, prefix, part, layouts):
+def test_every_ldm_name_is_renamed(case, prefix, part, layouts):
     config = SHAPES[case]
     state = _names(**config)
     state = {name: tensor for name, tensor in state.items() if part == "both" or part_of(name, (part,))}
@@ -46,7 +46,7 @@ def test_the_up_blocks_are_reversed():
     assert table["decoder.up.0.block.0.conv1.weight"] == "decoder.up_blocks.3.resnets.0.conv1.weight"
 
 
-def test_deprecated_attention_names_come_back(model, layouts):
+def test_deprecated_attention_names_are_renamed(model, layouts):
     old = layouts.to_deprecated(model.state_dict())
     table = rename_table(old)
     assert list(table.values()) == list(model.state_dict())
@@ -59,11 +59,11 @@ def test_diffusers_own_names_stay(model):
 
 def test_flux2s_own_file_keeps_its_convolutions_inside_the_halves():
     names = ["encoder.conv_in.weight", "encoder.quant_conv.weight", "decoder.post_quant_conv.bias", "bn.running_mean"]
-    wanted = ["encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.bias", "bn.running_mean"]
-    assert list(rename_table(names).values()) == wanted
+    renamed = ["encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.bias", "bn.running_mean"]
+    assert list(rename_table(names).values()) == renamed
 
 
-def test_a_whole_checkpoint_keeps_its_other_parts_out():
+def test_other_parts_of_a_whole_checkpoint_are_left_out():
     names = [
         "first_stage_model.encoder.conv_in.weight",
         "model.diffusion_model.out.2.weight",

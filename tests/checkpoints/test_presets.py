@@ -1,4 +1,4 @@
-"""Presets: stock diffusers builds the same tensors from each, and random weights come from a seed alone."""
+"""Presets: diffusers builds the same tensors from each, and random weights depend on a seed alone."""
 
 import diffusers
 import pytest
@@ -9,7 +9,7 @@ from fastvae.checkpoints import CONFIG_DEFAULTS, PRESETS, validate_config
 from fastvae.models import AutoencoderKL
 
 KNOWN = ["sd15", "sdxl", "sdxl-fp16-fix", "sd3", "flux", "flux2", "playground-v2.5", "cogview4"]
-# Parameters in all, counted in the published models.
+# Total number of parameters, counted in the published models.
 PARAMETERS = {"sd15": 83_653_863, "sdxl": 83_653_863, "flux": 83_819_683, "sd3": 83_819_683}
 
 
@@ -27,14 +27,14 @@ def test_state_dict_keys_and_shapes_are_those_of_diffusers(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_says_where_it_comes_from(name):
+def test_every_preset_has_its_source(name):
     preset = PRESETS[name]
     assert preset.name == name
     assert preset.config.keys() == CONFIG_DEFAULTS[preset.class_name].keys()
     assert ("from memory" in preset.source) == (not preset.verified)
 
 
-def test_the_models_people_ask_for_are_there():
+def test_known_models_have_presets():
     assert set(KNOWN) <= set(PRESETS)
     assert PRESETS["sdxl"].config["scaling_factor"] == 0.13025
     assert (PRESETS["flux"].config["scaling_factor"], PRESETS["flux"].config["shift_factor"]) == (0.3611, 0.1159)
@@ -51,7 +51,7 @@ def small_preset(monkeypatch, layouts):
     monkeypatch.setitem(presets.PRESETS, "small", made)
 
 
-def test_a_seed_decides_the_weights_and_leaves_the_generator_alone(small_preset, layouts):
+def test_a_seed_decides_the_weights_and_does_not_change_the_generator(small_preset, layouts):
     before = torch.get_rng_state()
     first = AutoencoderKL.from_preset("small", seed=3)
     torch.randn(5)
@@ -65,8 +65,8 @@ def test_a_seed_decides_the_weights_and_leaves_the_generator_alone(small_preset,
     assert not first.training
 
 
-def test_a_seed_leaves_the_generators_of_gpus_alone(small_preset, monkeypatch):
-    """torch.manual_seed would reseed them, which a machine without one cannot show."""
+def test_a_seed_does_not_change_the_generators_of_gpus(small_preset, monkeypatch):
+    """torch.manual_seed reseeds them, which a machine without a GPU does not show: it must not be called."""
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every generator was reseeded"))
     AutoencoderKL.from_preset("small", seed=3)
 

@@ -1,4 +1,4 @@
-"""Directories: saved here and loaded by stock diffusers, saved there and loaded here, whole and in halves."""
+"""Directories: saved by fastvae and loaded by diffusers, and the other way round, whole and in halves."""
 
 import copy
 import json
@@ -61,9 +61,9 @@ def test_saved_by_diffusers_and_loaded_here(model, options, dtype, tmp_path, lay
 def test_the_dtype_is_the_files_or_what_was_asked(model, asked, tmp_path):
     copy.deepcopy(model).half().save_pretrained(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=asked)
-    wanted = {"auto": torch.float16, None: torch.float32}.get(asked, asked)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {wanted}
-    assert AutoencoderKL.from_pretrained(tmp_path, dtype=asked).dtype == wanted
+    expected = {"auto": torch.float16, None: torch.float32}.get(asked, asked)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
+    assert AutoencoderKL.from_pretrained(tmp_path, dtype=asked).dtype == expected
     assert loaded.load_report.dtypes == {"float16": len(loaded.state_dict())}
 
 
@@ -115,11 +115,11 @@ def test_half_a_model_reads_no_tensor_of_the_other_half(model, saved, half, othe
     monkeypatch.setattr(safetensors, "safe_open", Counting)
     loaded = AutoencoderKL.from_pretrained(saved, parts=(half,))
     roots = (f"{half}.", "quant_conv." if half == "encoder" else "post_quant_conv.")
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(roots)}
-    assert set(read) == set(wanted)
-    layouts.assert_same_state(loaded.state_dict(), wanted)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(roots)}
+    assert set(read) == set(expected)
+    layouts.assert_same_state(loaded.state_dict(), expected)
     assert getattr(loaded, other) is None
-    assert set(loaded.load_report.not_read) == set(model.state_dict()) - set(wanted)
+    assert set(loaded.load_report.not_read) == set(model.state_dict()) - set(expected)
     assert f"AutoencoderKL ({half})" in str(loaded.load_report)
 
 
@@ -139,7 +139,7 @@ def test_an_encoder_opens_no_shard_of_the_decoder(model, tmp_path):
         AutoencoderKL.from_pretrained(tmp_path)
 
 
-def test_half_a_model_says_what_it_lacks(saved, tmp_path):
+def test_half_a_model_names_its_missing_part(saved, tmp_path):
     encoder = AutoencoderKL.from_pretrained(saved, parts=("encoder",))
     with pytest.raises(RuntimeError, match="parts"):
         encoder.decode(torch.zeros(1, 4, 4, 4))
@@ -175,7 +175,7 @@ def test_fused_copies_that_diffusers_leaves_are_dropped_and_reported(saved, tmp_
     assert {name.split(".")[-2] for name in loaded.load_report.dropped} == {"to_qkv"}
 
 
-def test_the_weights_do_not_hang_on_the_file(model, saved, layouts):
+def test_the_weights_do_not_depend_on_the_file_after_loading(model, saved, layouts):
     loaded = AutoencoderKL.from_pretrained(saved)
     path = saved / WEIGHTS
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -224,7 +224,7 @@ def test_channels_last_tied_and_strided_weights_are_saved(model, tmp_path, layou
 
 
 def test_a_save_over_a_save_leaves_nothing_stale(model, tmp_path, layouts):
-    """diffusers prefers an index to a file: a leftover index would bring the old weights back."""
+    """diffusers prefers an index to a file: with a leftover index it would load the old weights."""
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     model.save_pretrained(tmp_path, variant="ema")
     (tmp_path / "notes.txt").write_text("mine")
@@ -238,7 +238,7 @@ def test_a_save_over_a_save_leaves_nothing_stale(model, tmp_path, layouts):
     layouts.assert_same_state(AutoencoderKL.from_pretrained(tmp_path).state_dict(), other.state_dict())
 
 
-def test_an_interrupted_save_leaves_the_old_model_whole(model, saved, monkeypatch, layouts):
+def test_an_interrupted_save_keeps_the_old_model(model, saved, monkeypatch, layouts):
     def fails_halfway(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError("disk full")
@@ -251,7 +251,7 @@ def test_an_interrupted_save_leaves_the_old_model_whole(model, saved, monkeypatc
 
 
 @pytest.mark.parametrize("size", [0, -1, True, "lots", "0GB", "-5GB", "1e999GB", "5", "nanGB", 1.5, None])
-def test_a_shard_size_that_is_none_is_refused(model, size, tmp_path):
+def test_a_bad_shard_size_is_refused(model, size, tmp_path):
     with pytest.raises(ValueError, match="max_shard_size must be"):
         model.save_pretrained(tmp_path, max_shard_size=size)
     assert not list(tmp_path.iterdir())
@@ -263,7 +263,7 @@ def test_a_variant_that_is_no_word_is_refused(model, variant, tmp_path):
         model.save_pretrained(tmp_path, variant=variant)
 
 
-def test_a_file_in_the_directorys_place_is_refused(model, tmp_path):
+def test_a_file_instead_of_a_directory_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="save_pretrained takes a directory"):
         model.save_pretrained(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Single files: original names and prefixes, the scaling that shapes cannot tell, Playground's statistics."""
+"""Single files: LDM names and prefixes, presets where shapes do not decide the scaling, Playground's statistics."""
 
 import diffusers
 import pytest
@@ -63,7 +63,7 @@ def _shapes_of(preset):
         ("flux2", {"flux2"}),
     ],
 )
-def test_shapes_say_which_presets_fit(preset, fitting):
+def test_shapes_select_the_presets_that_fit(preset, fitting):
     names = {found.name for found in candidates(_shapes_of(preset))}
     assert fitting <= names
     if len(fitting) < 4:
@@ -74,7 +74,7 @@ def test_shapes_say_which_presets_fit(preset, fitting):
 
 @pytest.fixture
 def tiny_presets(monkeypatch, layouts, model):
-    """Two presets that shapes cannot tell apart, and one that they can, small enough to write out."""
+    """Patch the presets: two of the same shapes, one of other shapes, one with statistics, all of small models."""
     from fastvae.checkpoints import presets
 
     def small(name, **changes):
@@ -93,7 +93,7 @@ def tiny_presets(monkeypatch, layouts, model):
     return made
 
 
-def test_a_preset_is_demanded_where_shapes_cannot_tell(model, tiny_presets, tmp_path, layouts):
+def test_a_preset_is_required_if_shapes_fit_several(model, tiny_presets, tmp_path, layouts):
     path = layouts.write(tmp_path / "vae.safetensors", layouts.to_ldm(model.state_dict()))
     words = r"pass preset= one of 'one' \(scaling_factor 0.25\), 'two' \(scaling_factor 0.5\)"
     with pytest.raises(ValueError, match=words):
@@ -103,7 +103,7 @@ def test_a_preset_is_demanded_where_shapes_cannot_tell(model, tiny_presets, tmp_
     assert "preset 'one'" in str(loaded.load_report)
 
 
-def test_the_one_preset_that_fits_is_taken_and_said(tiny_presets, tmp_path, layouts):
+def test_the_only_preset_that_fits_is_used_and_reported(tiny_presets, tmp_path, layouts):
     wide = AutoencoderKL(**{**layouts.small, "latent_channels": 8})
     path = layouts.write(tmp_path / "vae.safetensors", layouts.to_ldm(wide.state_dict()))
     loaded = AutoencoderKL.from_single_file(path)
@@ -182,13 +182,13 @@ def test_flux2s_original_layout_loads_without_its_step_counter(tmp_path, layouts
         AutoencoderKL.from_single_file(path, config=layouts.small)
 
 
-def test_a_file_without_a_vae_says_so(tmp_path, layouts):
+def test_a_file_without_a_vae_is_refused(tmp_path, layouts):
     path = layouts.write(tmp_path / "unet.safetensors", {"model.diffusion_model.out.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"unet\.safetensors: holds no VAE: model\.diffusion_model\.out\.weight"):
         AutoencoderKL.from_single_file(path, preset="sdxl")
 
 
-def test_a_directory_or_nothing_at_all(saved, tmp_path):
+def test_a_directory_or_a_missing_file_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="this is a directory; from_pretrained takes directories"):
         AutoencoderKL.from_single_file(saved, preset="sdxl")
     with pytest.raises(FileNotFoundError, match="no such file, and not the address of a file on the Hub"):

@@ -1,4 +1,4 @@
-"""Latents in one call: every family's arithmetic, every form of image, and what is refused."""
+"""Images to latents and back: the scaling of every family, every form of image, and refusals."""
 
 import copy
 
@@ -29,15 +29,15 @@ def model(cls=fastvae.AutoencoderKL, **config):
     return cls(**{**SMALL, **config}).eval()
 
 
-def photograph(batch=2, height=12, width=20):
+def random_images(batch=2, height=12, width=20):
     return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cls", [fastvae.AutoencoderKL, diffusers.AutoencoderKL], ids=["ours", "diffusers"])
-def test_scaled_as_the_pipelines_do(cls, family):
-    """The formulas of diffusers' pipelines, written out; on our class and on diffusers'."""
+def test_latents_are_scaled_as_in_the_pipelines(cls, family):
+    """Compare with the formulas of diffusers' pipelines, for fastvae's class and for diffusers'."""
     vae = model(cls, **FAMILIES[family])
     c = vae.config
     z = torch.randn(2, 4, 3, 5)
@@ -52,8 +52,8 @@ def test_scaled_as_the_pipelines_do(cls, family):
 
 
 @torch.no_grad()
-def test_flux2_latents_as_its_pipeline_does():
-    """The steps of diffusers' Flux2Pipeline, written out (importing it needs transformers)."""
+def test_flux2_latents_are_scaled_as_in_its_pipeline():
+    """Compare with the steps of diffusers' Flux2Pipeline, written out, since importing it needs transformers."""
     vae = model(fastvae.AutoencoderKLFlux2, latent_channels=4)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
@@ -65,17 +65,17 @@ def test_flux2_latents_as_its_pipeline_does():
     assert torch.equal(scaled, (patches - mean) / std)
     back = (scaled * std + mean).view(2, 4, 2, 2, 3, 5).permute(0, 1, 4, 2, 5, 3).reshape(2, 4, 6, 10)
     assert torch.equal(fastvae.unscale_latents(vae, scaled), back)
-    latents = vae.encode_latents(photograph(2, 12, 20), seeds=[1, 2])
+    latents = vae.encode_latents(random_images(2, 12, 20), seeds=[1, 2])
     assert latents.shape == (2, 16, 3, 5)
     assert vae.decode_latents(latents).shape == (2, 3, 12, 20)
     with pytest.raises(ValueError, match="multiples of 4, got 14 x 20"):
-        vae.encode_latents(photograph(2, 14, 20))
+        vae.encode_latents(random_images(2, 14, 20))
 
 
 @torch.no_grad()
 def test_encode_latents_is_encode_sample_scale():
     vae = model(**FAMILIES["shifted"])
-    images = photograph()
+    images = random_images()
     x = images.float() / 127.5 - 1
     posterior = vae.encode(x).latent_dist
     assert torch.equal(vae.encode_latents(images, posterior="mode"), vae.scale_latents(posterior.mode()))
@@ -87,9 +87,9 @@ def test_encode_latents_is_encode_sample_scale():
 @torch.no_grad()
 def test_every_form_of_an_image_gives_the_same_latents():
     vae = model()
-    images = photograph()
+    images = random_images()
     expected = vae.encode_latents(images, posterior="mode")
-    # The truth sees the same rounded pixels.
+    # The float64 model takes the same rounded pixels.
     rounded = (images.float() / 127.5 - 1).double()
     truth = copy.deepcopy(vae).double().encode_latents(rounded, posterior="mode")
     array = images.permute(0, 2, 3, 1).numpy()
@@ -110,15 +110,15 @@ def test_every_form_of_an_image_gives_the_same_latents():
     }
     for form in forms.values():
         got = vae.encode_latents(form, posterior="mode")
-        # Not by bits: the layout of the input decides which of torch's convolutions runs.
+        # By tolerance: the layout of the input selects one of torch's convolutions.
         assert_as_accurate(got, expected, truth)
     assert_as_accurate(vae.encode_latents(pictures[0], posterior="mode"), expected[:1], truth[:1])
 
 
 @torch.no_grad()
-def test_decode_latents_gives_pixels():
+def test_decode_latents_returns_pixels():
     vae = model(**FAMILIES["normalised"])
-    z = vae.encode_latents(photograph(), posterior="mode")
+    z = vae.encode_latents(random_images(), posterior="mode")
     floats = vae.decode_latents(z, output="float")
     assert torch.equal(floats, vae.decode(vae.unscale_latents(z)).sample)
     expected = diffusers.image_processor.VaeImageProcessor().postprocess(floats, output_type="pil")
@@ -139,7 +139,7 @@ def test_one_channel_images():
 @torch.no_grad()
 def test_sides_that_do_not_fit():
     vae = model()
-    images = photograph(2, 13, 21)
+    images = random_images(2, 13, 21)
     with pytest.raises(ValueError, match="multiples of 2, got 13 x 21: say pad='crop' or pad='reflect'"):
         vae.encode_latents(images)
     cropped = vae.encode_latents(images, posterior="mode", pad="crop")
@@ -151,9 +151,9 @@ def test_sides_that_do_not_fit():
     with pytest.raises(ValueError, match="within the decoded 14 x 22"):
         vae.decode_latents(reflected, size=(15, 21))
     with pytest.raises(ValueError, match="too small to be reflected"):
-        vae.encode_latents(photograph(1, 1, 4), pad="reflect")
+        vae.encode_latents(random_images(1, 1, 4), pad="reflect")
     with pytest.raises(ValueError, match="cannot be cropped"):
-        vae.encode_latents(photograph(1, 1, 4), pad="crop")
+        vae.encode_latents(random_images(1, 1, 4), pad="crop")
 
 
 @torch.no_grad()
@@ -231,13 +231,13 @@ def test_scaling_refuses_other_channels(function):
         function(model(), torch.zeros(1, 3, 4, 4))
 
 
-def test_latents_that_overflow_are_not_handed_out():
+def test_latents_that_overflow_are_refused():
     vae = model().half()
     with torch.no_grad():
         vae.encoder.conv_in.weight.fill_(60000)
     with pytest.raises(ValueError, match=r"the latents must be finite.*computed in torch.float16"):
-        vae.encode_latents(photograph(), posterior="mode")
+        vae.encode_latents(random_images(), posterior="mode")
 
 
-def test_no_graph_is_kept():
-    assert not model().encode_latents(photograph()).requires_grad
+def test_latents_have_no_autograd_graph():
+    assert not model().encode_latents(random_images()).requires_grad

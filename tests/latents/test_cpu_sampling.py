@@ -14,13 +14,13 @@ KEYS = [13470992453623031481, 0, 2**64 - 1, 7, 2**63, 2**32, 99]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 4 * 128 * 128])
-def test_normals_are_the_generators_to_the_last_bit(count):
+def test_normals_have_the_bits_of_philox(count):
     seeds = [0, 1, 2**32 - 1, 2**32, 2**63 + 5, 2**64 - 1]
     assert torch.equal(normals(seeds, count), philox.normals(seeds, count))
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 3000))
-def test_normals_of_any_seed_are_the_generators(seed, count):
+def test_normals_of_any_seed_have_the_bits_of_philox(seed, count):
     assert torch.equal(normals([seed], count), philox.normals([seed], count))
 
 
@@ -35,7 +35,7 @@ def _moments(rows, side=5):
     return [torch.randn(rows, 4, side, side, generator=generator) * 3 for _ in range(2)]
 
 
-def test_a_row_drawn_in_any_batch_has_the_bits_it_has_alone():
+def test_the_bits_of_a_row_do_not_depend_on_its_batch():
     mean, logvar = _moments(7)
     whole = draw(mean, logvar, KEYS)
     order = [4, 0, 6, 2]
@@ -56,13 +56,13 @@ def test_draws_are_as_accurate_as_the_sampler(dtype):
     assert_as_accurate(draw(mean, logvar, keys), eager, truth)
 
 
-def test_the_sampler_takes_a_batchs_mean_logvar_and_keys():
+def test_sample_posterior_takes_mean_logvar_and_keys():
     mean, logvar = _moments(2)
     keys = torch.tensor(KEYS[:2], dtype=torch.uint64)
     z = fastvae.sample_posterior(mean, logvar, keys)
     assert torch.equal(z, fastvae.sample_posterior(torch.cat([mean, logvar], 1), seeds=keys))
     truth = draw(mean, logvar, keys)
-    # Both take the twin's noise; std is rounded in fp32 or once from float64, then a product and a sum are.
+    # Both have the same noise; std is rounded in fp32 or once from float64, then a product and a sum are rounded.
     std, step = (0.5 * logvar.clamp(-30, 20)).exp(), torch.finfo(torch.float32).eps
     assert ((z - truth).abs() <= step * (mean.abs() + 3 * 6 * std)).all()
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""sample_posterior: by seed and by CUDA generator through the fused op, by any other generator as diffusers draws."""
+"""sample_posterior: draws by seed and by CUDA generator in the fused op, by other generators as in diffusers."""
 
 from types import SimpleNamespace
 
@@ -17,13 +17,13 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's CUD
 
 
 def eager(moments, noise):
-    """diffusers' DiagonalGaussianDistribution.sample."""
+    """Return the sample of diffusers' DiagonalGaussianDistribution with this noise."""
     mean, logvar = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * torch.clamp(logvar, -30.0, 20.0)) * noise
 
 
 def noise_of(*seeds, shape):
-    """What the op draws by seed: mean and log-variance zero leave it alone."""
+    """Return the noise that the op draws by seed: the sample with a mean and log-variance of zero."""
     return posterior.sample_posterior(torch.zeros(len(seeds), 2 * shape[0], *shape[1:]), philox.seed_tensor(seeds))
 
 
@@ -54,7 +54,7 @@ def test_strides_are_those_of_eager(layout):
 
 @pytest.mark.parametrize("layout", ["NCHW", "a slice of NHWC"])
 def test_gradients_by_seed(layout):
-    """By the op's own backward, and through the copy that strides of another kind take."""
+    """Gradients of the op, and through the copy that other strides need."""
     moments = LAYOUTS[layout](2, 8, 5, 3)
     noise, grad = noise_of(3, 4, shape=(4, 5, 3)), torch.randn(2, 4, 5, 3)
     results = []
@@ -70,8 +70,8 @@ def test_gradients_by_seed(layout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-def test_without_the_kernel_a_row_is_diffusers_bits_and_never_sees_its_batch(form, dtype):
-    """On a CPU the reference serves, vectors of 8 and 16 with their tails: sizes that divide by neither."""
+def test_the_reference_has_the_bits_of_diffusers_in_any_batch(form, dtype):
+    """The reference runs on a CPU; 8 and 16 divide none of the sizes, so that vector loops have tails."""
     seeds = list(range(7))
     for shape in ((8, 9, 11), (2, 3, 5), (2, 1, 1), (8, 37, 29)):
         moments = torch.randn(7, *shape).to(dtype).contiguous(memory_format=form)
@@ -82,7 +82,7 @@ def test_without_the_kernel_a_row_is_diffusers_bits_and_never_sees_its_batch(for
             assert torch.equal(posterior.reference(moments[row : row + 1], torch.tensor([row]))[0], whole[row])
 
 
-def test_seeds_in_a_tensor_are_never_read_by_the_host(monkeypatch):
+def test_seeds_in_a_tensor_are_not_read_by_the_host(monkeypatch):
     moments, seeds = torch.randn(2, 8, 3, 5), [7, 2**64 - 3]
     expected = sample_posterior(moments, seeds=seeds)
     given = philox.seed_tensor(seeds)
@@ -101,7 +101,7 @@ def test_seeds_compile_in_one_graph():
 
 
 class CudaGenerator(torch.Generator):
-    """What is asked of a CUDA generator, for a machine without a GPU."""
+    """The methods of a CUDA generator that the sampler calls, for a machine without a GPU."""
 
     def __new__(cls, seed, offset=0, device="cuda:0"):
         return super().__new__(cls)
@@ -123,7 +123,7 @@ class CudaGenerator(torch.Generator):
 
 @pytest.fixture
 def cuda_device(monkeypatch):
-    """torch.cuda answers as on a GPU of one multiprocessor with 512 threads; its default generator is returned."""
+    """Patch torch.cuda as on a GPU of one multiprocessor with 512 threads, and return its default generator."""
     default, card = CudaGenerator(99, 40), SimpleNamespace(multi_processor_count=1, max_threads_per_multi_processor=512)
     for name, value in {
         "is_initialized": lambda: True,
@@ -138,7 +138,7 @@ def cuda_device(monkeypatch):
 
 @pytest.fixture
 def drawn_by_the_op(cuda_device, monkeypatch):
-    """CPU moments take the way of a GPU's: what _cuda_generators answers is tested by itself below."""
+    """Draw for CPU moments as for those of a GPU; _cuda_generators is tested separately below."""
     monkeypatch.setattr(
         sampling, "_cuda_generators", lambda mean, given: [cuda_device if one is None else one for one in given]
     )
@@ -146,7 +146,7 @@ def drawn_by_the_op(cuda_device, monkeypatch):
 
 
 def stream_rows(shape, drawn, threads=512):
-    """The noise of rows [N, ...] from (seed, offset): one stream for all, or one for each."""
+    """Return the noise of rows [N, ...] from (seed, offset): one stream for all, or one for each."""
     each = torch.Size(shape).numel() // len(drawn)
     return torch.cat([philox.stream_normals(*one, each, threads) for one in drawn]).view(shape)
 
@@ -166,19 +166,19 @@ SHAPE = (3, 4, 11, 13)  # 1716 elements: one launch of 512 threads takes four la
     ],
     ids=["the default", "one", "a list of one", "one a row", "the default twice"],
 )
-def test_a_cuda_generator_draws_torchs_stream_and_moves_on(given, drawn, advance, form, drawn_by_the_op):
+def test_a_cuda_generator_draws_torchs_stream_and_advances(given, drawn, advance, form, drawn_by_the_op):
     moments = torch.zeros(3, 8, 11, 13).contiguous(memory_format=form)
     generator = given(drawn_by_the_op)
-    latents_ = sample_posterior(moments, generator=generator)
-    assert (latents_ - stream_rows(SHAPE, drawn)).abs().max() < 2e-6
-    assert latents_.stride() == eager(moments, torch.zeros(SHAPE)).stride()
+    drawn_latents = sample_posterior(moments, generator=generator)
+    assert (drawn_latents - stream_rows(SHAPE, drawn)).abs().max() < 2e-6
+    assert drawn_latents.stride() == eager(moments, torch.zeros(SHAPE)).stride()
     assert drawn_by_the_op.offset == 40 + advance.get(0, 0)
     own = [one for one in (generator if isinstance(generator, list) else [generator]) if one is not None]
     begun = [offset for seed, offset in drawn if seed != 99]
     assert [one.offset for one in own] == [offset + 4 for offset in begun]
 
 
-def test_a_second_draw_goes_on_where_the_first_ended(drawn_by_the_op):
+def test_a_second_draw_continues_the_stream(drawn_by_the_op):
     generator, moments = CudaGenerator(5), torch.zeros(1, 8, 23, 29)  # 2668 elements: two iterations of 512 threads
     for offset in (0, 8):
         noise = stream_rows((1, 4, 23, 29), [(5, offset)])
@@ -191,7 +191,7 @@ def fake_mean(dtype=torch.float32, device="cuda:0", shape=(2, 4, 3, 3)):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def test_the_op_draws_from_cuda_generators_alone(cuda_device):
+def test_the_op_draws_only_from_cuda_generators(cuda_device):
     one, elsewhere = CudaGenerator(1), CudaGenerator(1, device="cuda:1")
     for dtype in DTYPES:
         assert sampling._cuda_generators(fake_mean(dtype), [None]) == [cuda_device]
@@ -201,7 +201,7 @@ def test_the_op_draws_from_cuda_generators_alone(cuda_device):
         ("a CPU's generator", fake_mean(), [torch.Generator()]),
         ("a CPU's among them", fake_mean(), [one, torch.Generator()]),
         ("another GPU's", fake_mean(), [elsewhere]),
-        ("float64: two words a normal", fake_mean(torch.float64), [one]),
+        ("float64: two words for each normal", fake_mean(torch.float64), [one]),
         ("no element", fake_mean(shape=(0, 4, 3, 3)), []),
         ("2 GiB: several launches", fake_mean(shape=(2**13, 4, 128, 128)), [one]),
     ):
@@ -209,7 +209,7 @@ def test_the_op_draws_from_cuda_generators_alone(cuda_device):
 
 
 @pytest.mark.parametrize("state", ["not initialised", "capturing", "compiling", "ROCm", "autocast", "no Triton"])
-def test_where_torch_must_draw_itself(state, cuda_device, monkeypatch):
+def test_torch_draws_where_the_op_cannot(state, cuda_device, monkeypatch):
     name, value = {
         "not initialised": ("torch.cuda.is_initialized", lambda: False),
         "capturing": ("torch.cuda.is_current_stream_capturing", lambda: True),
@@ -227,13 +227,13 @@ def test_where_torch_must_draw_itself(state, cuda_device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("count", ["default", "one", "each"])
-def test_on_a_gpu_latents_and_generators_are_eagers(count, form, dtype):
+def test_on_a_gpu_latents_and_generators_equal_eager(count, form, dtype):
     moments = torch.randn(3, 8, 96, 104, device="cuda").to(dtype).contiguous(memory_format=form)
     ours, theirs = ([torch.Generator("cuda").manual_seed(2**63 + i) for i in range(3)] for _ in range(2))
     for _ in range(2):
         torch.cuda.manual_seed(1)
         given = {"default": None, "one": ours[0], "each": ours}[count]
-        latents_ = sample_posterior(moments, generator=given)
+        drawn_latents = sample_posterior(moments, generator=given)
         left = torch.cuda.get_rng_state()
         torch.cuda.manual_seed(1)
         if count == "each":
@@ -242,13 +242,13 @@ def test_on_a_gpu_latents_and_generators_are_eagers(count, form, dtype):
         else:
             given = None if count == "default" else theirs[0]
             noise = torch.randn(3, 4, 96, 104, generator=given, device="cuda", dtype=dtype)
-        assert torch.equal(latents_, eager(moments, noise))
+        assert torch.equal(drawn_latents, eager(moments, noise))
         assert torch.equal(torch.cuda.get_rng_state(), left)
         assert [g.get_offset() for g in ours] == [g.get_offset() for g in theirs]
 
 
 @on_a_gpu
-def test_on_a_gpu_a_captured_graph_draws_anew_at_every_replay():
+def test_on_a_gpu_a_captured_graph_draws_new_noise_at_every_replay():
     moments = torch.zeros(1, 8, 8, 8, device="cuda")
     sample_posterior(moments)
     graph = torch.cuda.CUDAGraph()
@@ -262,12 +262,12 @@ def test_on_a_gpu_a_captured_graph_draws_anew_at_every_replay():
 
 
 def test_a_draw_by_seed_can_be_differentiated_twice():
-    """As one by generator: through torch's own operations, with the op's noise and the op's result."""
+    """Torch's operations compute the sample, with the noise of the op and the result of the op."""
     moments = torch.randn(2, 8, 3, 5, requires_grad=True)
     drawn = sampling.sample_posterior(moments, seeds=[1, 2])
     assert torch.allclose(drawn.detach(), sampling.sample_posterior(moments.detach(), seeds=[1, 2]))
     (slope,) = torch.autograd.grad(drawn.square().sum(), moments, create_graph=True)
     (again,) = torch.autograd.grad(slope.sum(), moments)
-    # d/dmean of the slopes 2 z + z (z - mean), with z - mean held by the log-variance: 2 + (z - mean).
+    # d/dmean of the slopes 2 z + z (z - mean), where z - mean depends only on the log-variance: 2 + (z - mean).
     mean = moments.detach().chunk(2, dim=1)[0]
     assert torch.allclose(again[:, :4], 2 + drawn.detach() - mean)

@@ -1,4 +1,4 @@
-"""Our network against diffusers' own, with the same weights on the CPU: the same keys and the same bits."""
+"""The network compared with diffusers', with the same weights on the CPU: the same keys and the same bits."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ SMALL = {
     "norm_num_groups": 4,
     "sample_size": 32,
 }
-# What each configuration is there to break, beside what SMALL has.
+# Configurations by what they have that SMALL does not.
 CONFIGS = {
     "smallest": {},
     "one-block": {
@@ -60,7 +60,7 @@ def images(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_tree_and_config(name):
     ours, theirs = twins(**CONFIGS[name])
-    # In their order too: optimisers number parameters by it.
+    # The order counts too: optimisers number parameters by it.
     assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
         (k, v.shape) for k, v in theirs.state_dict().items()
     ]
@@ -108,7 +108,7 @@ def test_same_bits_in_other_dtypes(dtype):
 def test_decoding_the_mode_differs_by_layout_alone():
     """diffusers' mean is a view of the moments and ours a copy; a convolution's last bits depend on its strides.
 
-    Held to the derived tolerance, since the bits cannot be equal for a batch above one.
+    Compared by the derived tolerance, since the bits of a batch above one cannot be equal.
     """
     ours, theirs = twins()
     x = images(3, 3, 24, 40)
@@ -124,7 +124,7 @@ TILED = {
     "sliver": ((33, 72), torch.float32),
     "one-axis": ((32, 57), torch.float32),
     "tall": ((50, 20), torch.float32),
-    # One size only: torch's own bf16 convolution changes its bits from run to run on tiles a few pixels wide.
+    # One size only: the bits of torch's bf16 convolution on tiles a few pixels wide change from run to run.
     "half-precision": ((40, 40), torch.bfloat16),
 }
 
@@ -153,7 +153,7 @@ def test_tiling_keeps_diffusers_bits(name, slicing):
 
 
 def test_tiling_without_slivers():
-    """41 pixels in tiles of 24 at 18: diffusers adds a tile of 5 pixels that lies wholly in the one before."""
+    """41 pixels in tiles of 24 with a stride of 18: diffusers adds a tile of 5 pixels, wholly inside the one before."""
     vae = fastvae.AutoencoderKL(**{**SMALL, "sample_size": 24}).eval()
     seen = []
     vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
@@ -164,11 +164,11 @@ def test_tiling_without_slivers():
             assert vae.encode_moments(images(1, 3, 24, 41)).shape == (1, 8, 12, 20)
             assert seen == [(height, width) for height in heights for width in widths]
     with pytest.raises(TypeError):
-        vae.enable_tiling(False)  # in older diffusers a switch; here it would only change the slivers
+        vae.enable_tiling(False)  # a switch in older diffusers; here it would only change the slivers
 
 
 def test_a_pair_as_sample_size_can_be_tiled():
-    """diffusers raises TypeError here: it compares the width with the pair."""
+    """diffusers raises TypeError for a pair: it compares the width with the pair."""
     vae = fastvae.AutoencoderKL(**{**SMALL, "sample_size": (24, 48)})
     vae.enable_tiling()
     assert vae.encode_moments(images(1, 3, 40, 40)).shape == (1, 8, 20, 20)
@@ -188,7 +188,7 @@ def test_flux2():
 
 @torch.no_grad()
 def test_the_full_size_configuration():
-    """Stable Diffusion's own widths once, at 64 x 72."""
+    """The widths of Stable Diffusion, at 64 x 72."""
     config = {
         "block_out_channels": (128, 256, 512, 512),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -308,7 +308,7 @@ def test_an_empty_batch():
 
 @torch.no_grad()
 def test_tiled_moments_keep_diffusers_strides():
-    """What is decoded from them later keeps its last bits with them; seen with 3 latent channels."""
+    """The last bits of images that are decoded from the moments depend on the strides; seen with 3 latent channels."""
     ours, theirs = twins(sample_size=24, latent_channels=3)
     for vae in (ours, theirs):
         vae.enable_tiling()
@@ -328,7 +328,7 @@ def test_copies_and_pickles():
             assert other.config == vae.config
 
 
-def test_outputs_answer_by_name_key_and_position():
+def test_outputs_are_read_by_name_key_and_position():
     vae = fastvae.AutoencoderKL(**SMALL)
     x = images(1, 3, 16, 16)
     encoded = vae.encode(x)

@@ -1,4 +1,4 @@
-"""The posterior against diffusers' own, and what is done right where diffusers is not."""
+"""The posterior compared with that of diffusers, and its differences: half-precision sums, copies, seeds."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def test_kl_and_nll_equal_diffusers():
 
 
 def test_half_precision_divergence_does_not_overflow():
-    """exp(19) leaves fp16's range, where diffusers answers infinity; the sum is held to the same moments in float64."""
+    """exp(19) overflows fp16, and diffusers returns infinity; the sum is compared with that of float64."""
     p = torch.full((1, 8, 2, 2), 19.0, dtype=torch.float16)
     assert not Theirs(p).kl().isfinite().all()
     exact = Theirs(p.double()).kl()
@@ -68,7 +68,7 @@ def test_a_deterministic_posterior_has_no_divergence():
     assert torch.equal(posterior.sample(), posterior.mean)
 
 
-def test_only_the_moments_are_kept_and_the_mean_saves_at_its_own_size():
+def test_only_the_moments_are_kept_and_the_mean_is_saved_without_the_log_variance():
     p = moments(1)
     posterior = Ours(p)
     assert [v for v in vars(posterior).values() if isinstance(v, torch.Tensor)] == [p]
@@ -115,7 +115,7 @@ def test_seeds_give_the_known_numbers():
     expected = [-0.92466259, -0.42534415, -2.6438457, 0.14518388, -0.12086647, -0.57972564]
     expected += [-0.62285119, -0.32838709, -1.07454231, -0.36314407, -1.67105067, 2.26550497]
     drawn = Ours(p).sample(seeds=[0]).flatten()
-    # The published vector comes from a GPU, whose fast sine is good to 1e-5.
+    # The published vector comes from a GPU, whose fast sine has an error of up to 1e-5.
     assert (drawn - torch.tensor(expected)).abs().max() < 1e-5
 
 

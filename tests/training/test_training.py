@@ -1,4 +1,4 @@
-"""Training: the losses by hand, a run that learns, and one that goes on where it was killed, to the same bits."""
+"""Training: losses by hand, a run that learns, a killed run that resumes to the same bits, crops and baselines."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ SMALL = {
 
 
 class Gradients:
-    """Smooth pictures, decided by the step alone."""
+    """Source of smooth images that depend on the step alone."""
 
     def batch(self, step, *, batch_size, crop, seed):
         generator = torch.Generator().manual_seed(step)
@@ -39,7 +39,7 @@ def new_model():
     return fastvae.AutoencoderKL(**SMALL)
 
 
-def test_the_loss_is_what_it_says():
+def test_the_loss_has_its_documented_terms():
     image, reconstruction = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     posterior = fastvae.DiagonalGaussianDistribution(torch.randn(2, 8, 4, 4))
     squares = ((image - reconstruction) ** 2).mean()
@@ -50,15 +50,14 @@ def test_the_loss_is_what_it_says():
         vae_loss(image, reconstruction[:, :, :4], posterior)
 
 
-def test_edges_cost_and_offsets_do_not():
+def test_edge_loss_counts_edges_and_no_offsets():
     image = torch.zeros(1, 3, 16, 16)
     shifted = image + 0.5
     assert edge_loss(image, shifted) == 0
     stripes = image.clone()
     stripes[..., ::2] = 0.5
-    assert (
-        edge_loss(image, stripes, scales=1) == 0.5
-    )  # every pair of neighbours in a row differs by 0.5, none in a column
+    # Every pair of neighbours in a row differs by 0.5, none in a column.
+    assert edge_loss(image, stripes, scales=1) == 0.5
 
 
 def test_a_short_run_learns(tmp_path):
@@ -72,8 +71,8 @@ def test_a_short_run_learns(tmp_path):
     assert not any(p.requires_grad for p in trained.parameters())
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
-    """One run in a piece, one killed at once after its checkpoint at step 6, and resumed: the same weights."""
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
+    """A run without a stop, and one that is killed at step 8, after its checkpoint at step 6, have the same weights."""
     plan = TrainingPlan([Phase(8, 2, 16), Phase(4, 1, 32)], warmup=3)
     whole = train(new_model(), Gradients(), plan, tmp_path / "whole", progress=False).state_dict()
     script = f"""
@@ -128,7 +127,7 @@ def test_the_schedule_rises_and_falls():
         plan.phase_at(100)
 
 
-def test_crops_are_decided_by_seed_and_step(tmp_path):
+def test_crops_depend_on_seed_and_step(tmp_path):
     random = np.random.default_rng(0)
     for name, size in (("a.png", (60, 40)), ("b.jpg", (40, 90)), ("small.png", (20, 20))):
         Image.fromarray(random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / name)
@@ -153,7 +152,7 @@ def test_crops_are_decided_by_seed_and_step(tmp_path):
 
 
 def test_the_baselines():
-    """A linear map of few numbers gives a picture of flat blocks back, noise not; and a thumbnail blurs both."""
+    """A linear map of few numbers reconstructs an image of flat blocks, and not noise; a thumbnail blurs both."""
     random = np.random.default_rng(1)
     blocks = torch.from_numpy(random.integers(0, 255, (4, 3, 4, 4), dtype=np.uint8))
     flat = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -168,7 +167,7 @@ def test_the_baselines():
 
 
 def test_the_embedded_model_is_as_good_as_its_card_says():
-    """22 dB on four photographs it never saw, and the card's own figure to the second decimal."""
+    """22 dB or more on four photographs that are not in its training set, and the number of its card."""
     data = pytest.importorskip("skimage.data", reason="the held-out photographs come with scikit-image")
     vae = fastvae.AutoencoderKL.from_pretrained("tiny", torch_dtype=torch.float32)
     values = []
@@ -178,7 +177,7 @@ def test_the_embedded_model_is_as_good_as_its_card_says():
     mean = sum(values) / 4
     assert mean >= 22.0
     card = (ROOT / "fastvae" / "assets" / "tiny" / "README.md").read_text()
-    stated = float(next(line for line in card.splitlines() if line.startswith("| this model")).split("|")[-2])
-    assert abs(mean - stated) <= 0.011  # the card has two decimals
+    of_the_card = float(next(line for line in card.splitlines() if line.startswith("| this model")).split("|")[-2])
+    assert abs(mean - of_the_card) <= 0.011  # the card has two decimals
     config = json.loads((ROOT / "fastvae" / "assets" / "tiny" / "config.json").read_text())
     assert config["_class_name"] == "AutoencoderKL"
