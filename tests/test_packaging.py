@@ -1,4 +1,4 @@
-"""What a user installs works outside the tree."""
+"""Checks that the package contains its files, and that the installed wheel works outside the repository."""
 
 import os
 import subprocess
@@ -10,13 +10,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SUFFIXES = {".py", ".json", ".jinja", ".md", ".safetensors"}
+
+
+def test_the_package_has_every_file_of_the_repository(monkeypatch):
+    """The list of files that setuptools builds, without a build: every module and every asset is in it."""
+    setuptools = pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files(["pyproject.toml"])
+    distribution.include_package_data = False  # only the patterns of pyproject.toml count, not a version control plugin
+    command = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    outputs = command.get_outputs(include_bytecode=False)
+    packaged = {Path(output).relative_to(command.build_lib).as_posix() for output in outputs}
+    roots = {"fastvae": ROOT, "fastvae_kernels": ROOT / "kernels"}
+    files = {
+        path.relative_to(root).as_posix()
+        for package, root in roots.items()
+        for path in (root / package).rglob("*")
+        if path.suffix in SUFFIXES
+    }
+    assert {"fastvae/assets/tiny/diffusion_pytorch_model.safetensors", "fastvae/report/comparison.html.jinja"} <= files
+    assert packaged == files
 
 
 def run(*command, cwd):
-    # Nothing of this checkout may help: neither its paths nor its settings.
+    # Neither paths nor settings of this checkout reach the command.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_", "TRITON_"))}
-    words = [str(part) for part in command]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
