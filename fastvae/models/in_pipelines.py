@@ -30,8 +30,9 @@ class InPipelines:
     """Mixin that raises ValueError for calls of diffusers' pipelines that would leave the model out."""
 
     def __format__(self, specification: str) -> str:
-        # These functions call nothing of a class that they do not know: one logs a line and saves the rest, the other
-        # names two classes in an error. Both format the model into their text first, which is the only call to catch.
+        # Why the caller's frame: diffusers calls nothing else of a class that it does not know. save_pretrained formats
+        # the model into a logged line and writes the pipeline without it; maybe_raise_or_warn formats it into an error
+        # that names two classes. Any other caller gets the usual text.
         caller = sys._getframe(1)
         if caller.f_globals.get("__name__", "").startswith("diffusers.pipelines.") and (
             refusal := REFUSALS.get(caller.f_code.co_name)
