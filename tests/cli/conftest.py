@@ -1,6 +1,7 @@
 """What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call."""
 
 import pytest
+from support.forks import forks as forks  # the fixture
 from support.small_store import small_vae
 
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from fastvae_kernels import posterior
+from support.forks import forks as forks  # the fixture
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,20 +36,18 @@ for number, out in enumerate(sys.argv[3:], 1):
 """
 
 
-def killed(source: Path, retry: str, *stores: Path) -> None:
+def killed(forks, source: Path, retry: str, *stores: Path) -> None:
     """A repair of each store, killed at its first rename, at the second of the next, and so on."""
-    command = [sys.executable, "-c", KILLED, source, retry, *stores]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    done = forks.run(KILLED, source, retry, *stores)
     assert done.stdout.split() == ["-9"] * len(stores), done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_16_a_repair_that_is_killed_while_it_tries_failures_again_goes_on(made, tmp_path):
+def test_row_16_a_repair_that_is_killed_while_it_tries_failures_again_goes_on(forks, made, tmp_path):
     """The unit that it had planned is neither damaged nor a failure, and still the same call's."""
     picture(77).save(tmp_path / "in" / "bad.png")
     stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
-    killed(tmp_path / "in", "retry", *stores)
+    killed(forks, tmp_path / "in", "retry", *stores)
     for out in stores:
         with pytest.raises(ValueError, match="src must be named, since 1 images that failed of "):
             mend(out, retry_failed=True)
@@ -64,14 +60,14 @@ def test_row_16_a_repair_that_is_killed_while_it_tries_failures_again_goes_on(ma
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_16_a_repair_that_is_killed_goes_on(made, tmp_path):
+def test_row_16_a_repair_that_is_killed_goes_on(forks, made, tmp_path):
     """Before the shard's rename, and between it and the record's: SIGKILL, then the same call."""
     whole = committed(made)
     stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
     for out in stores:
         for shard in (out / "shards").glob("*.safetensors"):
             flip(shard)
-    killed(tmp_path / "in", "", *stores)
+    killed(forks, tmp_path / "in", "", *stores)
     for out, damaged in zip(stores, (3, 2), strict=True):
         assert len(verify(out, deep=True, progress=False).damaged) == damaged
         mend(out, tmp_path / "in")

@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +19,7 @@ NO_SPACE = 6
 FILLED = """
 import json, os, sys
 from pathlib import Path
-disk, source, vae, side = Path(sys.argv[1]), *sys.argv[2:]
-import torch
-torch.set_num_threads(1)
+disk, source, vae, side = Path(sys.argv[1]), *sys.argv[2:5]
 import fastvae.system.atomic_files as atomic
 import fastvae.data.encoding.encode
 from fastvae.cli.main import cli
@@ -51,52 +46,24 @@ def run(number, left, out):
     cli(["encode", source, out, "--vae", vae, "--buckets", side, "--dtype", "fp32", "--shard-mb", "0.02",
          "--workers", "1", "--device", "cpu", "-q", "--json"])
 
-for line in sys.stdin:
-    number, left, out = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        said = os.open(f"{vae}/{Path(out).name}.said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        try:
-            run(number, left, out)
-        except SystemExit as stop:
-            sys.stdout.flush()
-            os._exit(stop.code or 0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+run(int(sys.argv[5]), int(sys.argv[6]), sys.argv[7])
 """
 
 
-class Runs:
-    """Runs of the command line, one after another, each a process of its own that imports nothing anew."""
-
-    def __init__(self, disk: Path, source: Path, vae: Path):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", FILLED, disk, source, vae, SIDE]
-        self.vae, pipes = vae, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([*map(str, command)], env=environment, text=True, **pipes)
-
-    def __call__(self, out: Path, number: int = 0, left: int = 0) -> tuple[int, str]:
-        """Exit code and output of a run into ``out``; before its ``number``-th file but ``left`` bytes are taken."""
-        self.process.stdin.write(json.dumps([number, left, str(out)]) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return code, (self.vae / f"{out.name}.said").read_text()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.communicate()
-
-
 @pytest.fixture
-def prepared(tmp_path, small_disk):
-    """(disk, pictures, runs)."""
+def prepared(forks, tmp_path, small_disk):
+    """Return a disk, the number of pictures, and a function that encodes them in a process.
+
+    Before its ``number``-th file, all of the disk but ``left`` bytes is filled. It returns exit code and output.
+    """
     write_pictures(tmp_path / "in", 120)
     small_vae().save_pretrained(tmp_path / "vae")
-    with Runs(small_disk, tmp_path / "in", tmp_path / "vae") as runs:
-        yield small_disk, 120, runs
+
+    def run(out: Path, number: int = 0, left: int = 0) -> tuple[int, str]:
+        done = forks.run(FILLED, small_disk, tmp_path / "in", tmp_path / "vae", SIDE, number, left, out)
+        return done.returncode, done.stdout + done.stderr
+
+    return small_disk, 120, run
 
 
 @pytest.mark.parametrize("count", SIZES)

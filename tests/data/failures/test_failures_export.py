@@ -4,8 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -47,13 +45,10 @@ def store(tmp_path):
     return write_store(tmp_path / "store", {(32, 32): [f"{number:03d}.png" for number in range(ROWS)]}, rows_per_unit=9)
 
 
-def begun(store, *outs):
-    """A process whose children are in the middle of an export to each of ``outs``, and their numbers."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", STOPPED, store, *outs]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*map(str, command)], env=environment, text=True, **pipes)
-    return process, [int(process.stdout.readline()) for _ in outs]
+def begun(forks, store, *outs):
+    """Return a process whose children are in the middle of an export to each of ``outs``, and their numbers."""
+    process = forks.start(STOPPED, store, *outs)
+    return process, [int(line) for line in process.lines(len(outs))]
 
 
 def content(folder):
@@ -61,9 +56,9 @@ def content(folder):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_16_what_a_killed_export_leaves_is_swept_by_the_next_to_that_place_alone(store, tmp_path):
+def test_row_16_what_a_killed_export_leaves_is_swept_by_the_next_to_that_place_alone(forks, store, tmp_path):
     out, beside = tmp_path / "exports" / "out", tmp_path / "exports" / "other"
-    process, exporting = begun(store, out, beside)
+    process, exporting = begun(forks, store, out, beside)
     for number in exporting:
         os.kill(number, signal.SIGKILL)
     assert process.communicate(timeout=60)[0] == "-9 -9\n"
@@ -84,9 +79,9 @@ def test_row_16_what_a_killed_export_leaves_is_swept_by_the_next_to_that_place_a
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_24_an_export_that_is_alive_is_not_swept_and_replaces_nothing(store, tmp_path):
+def test_row_24_an_export_that_is_alive_is_not_swept_and_replaces_nothing(forks, store, tmp_path):
     out = tmp_path / "exports" / "out"
-    process, (number,) = begun(store, out)
+    process, (number,) = begun(forks, store, out)
     (theirs,) = (tmp_path / "exports").iterdir()
     export(store, out, to="wds", progress=False)
     assert list(theirs.rglob("*.tar"))

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import resource
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -249,7 +247,7 @@ class Payload:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and still what hostile files may be
-def test_row_29_no_pickle_runs_whatever_it_is_called(tmp_path):
+def test_row_29_no_pickle_runs_whatever_it_is_called(forks, tmp_path):
     """Pickles, archives of torch's and TorchScript, under every suffix, refused or read as weights alone."""
     import pickle
 
@@ -260,9 +258,7 @@ def test_row_29_no_pickle_runs_whatever_it_is_called(tmp_path):
         (tmp_path / "models" / f"raw{suffix}").write_bytes(whole)
         torch.save({"state_dict": Payload(mark)}, tmp_path / "models" / f"torch{suffix}")
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "models" / "script.pt")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", TOUCHED, tmp_path / "models"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forks.run(TOUCHED, tmp_path / "models", environment={"HF_HUB_OFFLINE": "1"})
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
     assert not mark.exists()
     with (tmp_path / "models" / "raw.ckpt").open("rb") as file:

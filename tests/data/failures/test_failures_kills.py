@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,11 @@ SHARD, UNDER_WAY = 4, 3
 SIZES = [pytest.param(False, id="short"), pytest.param(True, id="long", marks=pytest.mark.slow)]
 
 
-def series(tmp_path: Path, what: str, pictures: int, count: int, period: float = 0, seed: int = 0) -> list[dict]:
-    """What kill_series.py says of each kill; its own assertions hold, or this raises with what they said."""
+def series(forks, tmp_path: Path, what: str, pictures: int, count: int, period=0.0, seed=0) -> list[dict]:
+    """Run kill_series.py and return its line for each kill; raises AssertionError if one of its assertions fails."""
     write_pictures(tmp_path / "in", pictures)
     script = Path(__file__).with_name("kill_series.py")
-    command = [sys.executable, script, what, count, period, seed, tmp_path / "in", tmp_path / "stores"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    done = forks.run(script, what, count, period, seed, tmp_path / "in", tmp_path / "stores", timeout=7200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -36,9 +32,9 @@ def say(row: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("long", SIZES)
-def test_row_16_killed_at_random_moments(tmp_path, long):
+def test_row_16_killed_at_random_moments(forks, tmp_path, long):
     """Nothing that was committed is bad or gone, and what is lost is at most two shards and what threads have begun."""
-    kills = [line for line in series(tmp_path, "random", 32, 200 if long else 8) if line["killed"]]
+    kills = [line for line in series(forks, tmp_path, "random", 32, 200 if long else 8) if line["killed"]]
     assert len(kills) == (200 if long else 8)
     later = sum(line["committed"] > 0 for line in kills)
     assert 2 * later >= len(kills)
@@ -53,8 +49,8 @@ def test_row_16_killed_at_random_moments(tmp_path, long):
 
 
 @pytest.mark.parametrize("long", SIZES)
-def test_row_16_killed_at_named_points(tmp_path, long):
-    kills = series(tmp_path, "points", 32, 20 if long else 4)
+def test_row_16_killed_at_named_points(forks, tmp_path, long):
+    kills = series(forks, tmp_path, "points", 32, 20 if long else 4)
     assert [line["killed"] for line in kills] == [True] * (20 if long else 4)
     assert len({line["point"] for line in kills}) == 4
     assert max(line["lost"] for line in kills) <= 2 * SHARD + UNDER_WAY
@@ -65,10 +61,10 @@ def test_row_16_killed_at_named_points(tmp_path, long):
 
 
 @pytest.mark.parametrize("long", SIZES)
-def test_row_22_one_of_four_workers_is_killed_again_and_again(tmp_path, long):
+def test_row_22_one_of_four_workers_is_killed_again_and_again(forks, tmp_path, long):
     """Another takes over what it held, none waits for it, and no row is there twice."""
     pictures, period = (3000, 5) if long else (160, 0.7)
-    (line,) = series(tmp_path, "workers", pictures, 0, period)
+    (line,) = series(forks, tmp_path, "workers", pictures, 0, period)
     assert line["rows"] == pictures
     assert line["units_twice"] == 0
     assert line["kills"] >= (4 if long else 1)
@@ -105,12 +101,10 @@ for _ in range(int(sys.argv[3])):
 """
 
 
-def test_row_22_a_unit_that_kills_whoever_does_it_is_given_up_after_three_and_no_other(tmp_path):
+def test_row_22_a_unit_that_kills_whoever_does_it_is_given_up_after_three_and_no_other(forks, tmp_path):
     names = write_pictures(tmp_path / "in", 32)
     (tmp_path / "in" / "013.png").rename(tmp_path / "in" / "012 poison.png")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", POISONED, tmp_path / "in", tmp_path / "out", 9]
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    done = forks.run(POISONED, tmp_path / "in", tmp_path / "out", 9)
     assert done.stdout.split() == ["-9", "-9", "-9", "0"], done.stderr
     with_it = {"012 poison.png", "012.png", "014.png", "015.png"}  # of a unit: four at a time, by name
     assert failures(tmp_path / "out") == dict.fromkeys(with_it, "worker_died")

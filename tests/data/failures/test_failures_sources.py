@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -265,15 +263,11 @@ print(json.dumps([first, [line.split(" ")[0] for line in reached]]))
 """
 
 
-def test_row_30_no_network_no_pickle_and_no_other_process(tmp_path):
+def test_row_30_no_network_no_pickle_and_no_other_process(forks, tmp_path):
     """Python's own audit of sockets, unpickling and processes, over encode, info, decode and reading."""
     write_pictures(tmp_path / "in", 4)
     small_vae().save_pretrained(tmp_path / "vae")
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "CI")}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", GUARDED, tmp_path], env=environment, capture_output=True, text=True, check=False
-    )
+    done = forks.run(GUARDED, tmp_path)
     assert done.returncode == 0, done.stderr
     reached, planted = json.loads(done.stdout.splitlines()[-1])
     assert reached == []
