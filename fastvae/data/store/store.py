@@ -84,6 +84,8 @@ class Store:
         if path.exists() and not path.is_dir():
             raise StoreError(f"the output must be a folder, {path} is a file")
         if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_own_name(entry))):
+            if (path / "store.json").exists():  # another process has made the store since the look above
+                return cls.check(path, identity)
             raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
         check_kinds(path)
         return None

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -473,3 +474,20 @@ def test_the_output_is_not_the_source_nor_a_folder_of_other_things(tmp_path):
     (tmp_path / "out" / "diary.txt").write_text("mine")
     with pytest.raises(StoreError, match="neither empty nor a latent store"):
         encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS)
+
+
+def test_a_store_that_another_process_makes_during_the_check_is_joined(tmp_path, monkeypatch):
+    """Several processes may start on a new output at once: store.json appears between two looks at the folder."""
+    write_pictures(tmp_path / "in", 2)
+    options = {"vae": small_vae(), "buckets": SIDE, "dtype": "fp32", "device": "cpu", "progress": False}
+    encode(tmp_path / "in", tmp_path / "out", **options)
+    (tmp_path / "out" / "store.json").rename(tmp_path / "store.json")
+    real = Path.iterdir
+
+    def iterdir(path):
+        if path == tmp_path / "out" and (tmp_path / "store.json").exists():
+            (tmp_path / "store.json").rename(path / "store.json")
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert encode(tmp_path / "in", tmp_path / "out", **options).resumed == 2
