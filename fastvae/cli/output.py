@@ -1,4 +1,8 @@
-"""What every verb shares: errors in one sentence with their exit codes, and names that cannot drive a terminal."""
+"""Output of every verb: errors as one sentence with an exit code, and results without control characters.
+
+The exit codes, a run's orderly end on a signal and a stderr that may be closed are promised by docs/errors.md and
+docs/reliability.md. click alone ends with 1 for a closed pipe, and a closed terminal would end a run of days.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Problem(click.ClickException):
-    """An error that was foreseen: a sentence on stderr, an exit code, no traceback."""
+    """Foreseen error: one sentence on stderr and an exit code, without a traceback."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(strip_control_characters(message))
@@ -51,6 +55,8 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 complain(strip_control_characters(traceback.format_exc()).rstrip())
             raise _problem(error) from error
+        finally:
+            _drop_unwritten(sys.stderr)
 
     return wrapper
 
@@ -73,9 +79,9 @@ def _problem(error: ValueError | ImportError | OSError) -> Problem:
 
 
 def echo(text: str) -> None:
-    """A result on stdout. A reader that went away ends the program as it ends other tools: silently, with code 141.
+    """Print a result on stdout. A closed pipe ends the program silently with code 141, as it ends other tools.
 
-    Raises Problem where stdout takes nothing for another reason: the work itself is done.
+    Raises Problem if stdout cannot be written for another reason: the work itself is done.
     """
     try:
         click.echo(text)
@@ -88,7 +94,7 @@ def echo(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """A line on stderr, if that takes one: the exit code says the same."""
+    """Print a line on stderr. Errors of stderr are ignored: the exit code says the same."""
     try:
         click.echo(text, err=True)
     except (OSError, ValueError):
@@ -96,17 +102,25 @@ def complain(text: str) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     from fastvae.system.strict_json import strict_json
 
     echo(strict_json(value))
 
 
+def _drop_unwritten(stream: Any) -> None:
+    """Drop what ``stream`` cannot write, or Python would end with exit code 120 for it."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        _silence(stream)
+
+
 def _silence(stream: Any) -> None:
-    """Let what ``stream`` still holds go nowhere, or Python would complain of it once more at the end."""
+    """Send what ``stream`` still holds to the null device, or Python would report the error again at exit."""
     try:
         descriptor = stream.fileno()
-    except (OSError, ValueError, AttributeError):  # no file of the system's: a test's, or none at all
+    except (OSError, ValueError, AttributeError):  # not a file of the system: a test's, or none
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
@@ -114,7 +128,7 @@ def _silence(stream: Any) -> None:
 
 
 def parse_count(text: str) -> int:
-    """A count with an optional K, M or G, as in 178M; raises ValueError for anything else."""
+    """Parse a count with an optional K, M or G, as in 178M; raises ValueError for anything else."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kKmMgG]?)", text.strip(), re.ASCII)
     if not match:
         raise ValueError(f"expected a count such as 178M, got {text!r}")
@@ -127,7 +141,7 @@ class Count(click.ParamType):
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The count; fails with click's usage error."""
+        """Return the count; fails with click's usage error."""
         if isinstance(value, int):
             return value
         try:
