@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from support.forks import CLOSED
 from support.small_store import SIDE, picture, small_vae, write_pictures
 
 import fastvae.system.atomic_files
@@ -356,7 +357,7 @@ def test_counts(text, count):
     assert parse_count(text) == count
 
 
-def test_as_a_process_without_torch_for_help(pictures, model, tmp_path):
+def test_as_a_process_without_torch_for_help(forks, pictures, model, tmp_path):
     """python -m fastvae: help is light, a run works, and a wrong one is one line on stderr."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     probe = (
@@ -375,51 +376,40 @@ def test_as_a_process_without_torch_for_help(pictures, model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] == 4
     assert done.stderr == ""
-    done = subprocess.run([*command, "--buckets", "7"], env=environment, capture_output=True, text=True, check=False)
+    done = forks.fastvae(*command[3:], "--buckets", "7")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels, got 7 in '7'\n"
 
 
-def process(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "fastvae", *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=False, text=True, **options)
-
-
-def test_a_reader_that_went_away_is_no_error(pictures, model, tmp_path):
+def test_a_reader_that_went_away_is_no_error(forks, pictures, model, tmp_path):
     """As with `| head -1`: the other end of the pipe is closed when the report comes."""
     encode(pictures, tmp_path / "out", model)
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = process("info", tmp_path / "out", "-q", stdout=writing, stderr=subprocess.PIPE)
+        done = forks.fastvae("info", tmp_path / "out", "-q", stdout=writing)
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_stdout_is_no_full_store_and_a_full_stderr_is_no_error(pictures, model, tmp_path):
+def test_a_full_stdout_is_no_full_store_and_a_full_stderr_is_no_error(forks, pictures, model, tmp_path):
     options = ["--vae", model, "--buckets", SIDE, "--dtype", "fp32"]
     with open("/dev/full", "w") as full:
-        done = process("encode", pictures, tmp_path / "out", *options, stdout=full, stderr=subprocess.PIPE)
+        done = forks.fastvae("encode", pictures, tmp_path / "out", *options, stdout=full)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("fastvae: the work is done, but its report could not be written")
-        done = process("encode", pictures, tmp_path / "other", *options, stdout=subprocess.PIPE, stderr=full)
+        done = forks.fastvae("encode", pictures, tmp_path / "other", *options, stderr=full)
         assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
-        done = process("info", tmp_path / "nothing", stderr=full)
+        done = forks.fastvae("info", tmp_path / "nothing", stderr=full)
         assert done.returncode == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a descriptor before the program starts")
-def test_a_closed_stderr_stops_nothing(pictures, model, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "fastvae", "encode", pictures, tmp_path / "out", "--vae", model]
-    command += ["--buckets", str(SIDE), "--dtype", "fp32"]
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$@" 2>&-', "sh", *map(str, command)],
-        env=environment, stdout=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
+def test_a_closed_stderr_stops_nothing(forks, pictures, model, tmp_path):
+    options = ["--vae", model, "--buckets", SIDE, "--dtype", "fp32"]
+    done = forks.fastvae("encode", pictures, tmp_path / "out", *options, stderr=CLOSED)
     assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
 
 

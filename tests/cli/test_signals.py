@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
+from support.forks import FASTVAE
 from support.small_store import write_pictures
 from support.store_checks import committed
 
@@ -19,13 +18,9 @@ PICTURES = 36
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
 
 
-def start(source, out, *more):
-    command = [sys.executable, "-m", "fastvae", "encode", source, out, "--vae", "tiny", "--buckets", "128"]
-    command += ["--dtype", "fp32", "--shard-mb", "0.03", "--workers", "1", "--device", "cpu", "-q", *more]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(forks, source, out, *more):
+    options = ["--vae", "tiny", "--buckets", 128, "--dtype", "fp32", "--shard-mb", 0.03, "--workers", 1]
+    return forks.start(FASTVAE, "encode", source, out, *options, "--device", "cpu", "-q", *more)
 
 
 def wait_for_commits(process, out, count):
@@ -44,9 +39,9 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(tmp_path, pictures, number):
+def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(forks, tmp_path, pictures, number):
     out = tmp_path / "out"
-    process = start(pictures, out)
+    process = start(forks, pictures, out)
     wait_for_commits(process, out, 1)
     started = time.monotonic()
     process.send_signal(number)
@@ -61,14 +56,14 @@ def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(tmp_path, pictur
     assert not list(out.glob("leases/*.lease"))
     print(f"\nrow 23: {signal.Signals(number).name}: exit code 75 after {seconds:.2f} s, {len(rows)} rows kept")  # noqa: T201
     if number == signal.SIGTERM:
-        again = start(pictures, out, "--json")
+        again = start(forks, pictures, out, "--json")
         report, said = again.communicate(timeout=120)
         assert again.returncode == 0, said
         assert f'"resumed": {len(rows)},' in report
         assert committed(out).items() >= rows.items()
 
 
-def test_row_23_a_second_signal_ends_it_at_once():
+def test_row_23_a_second_signal_ends_it_at_once(forks):
     """While the first one's cleaning up hangs."""
     hanging = """
 import time
@@ -81,15 +76,13 @@ with orderly(75):
         print("first", flush=True)
         time.sleep(60)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", hanging], env=environment, stdout=subprocess.PIPE, text=True)
-    for word in ("ready", "first"):
-        assert process.stdout.readline() == f"{word}\n"
+    process = forks.start(hanging)
+    for number, word in enumerate(("ready", "first"), 1):
+        assert process.lines(number)[-1] == f"{word}\n"
         process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     assert process.wait(timeout=10) == 75
     assert time.monotonic() - started < 1
-    process.stdout.close()
 
 
 def test_row_23_a_callers_own_handlers_and_other_threads_are_left_alone():
