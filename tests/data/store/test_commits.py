@@ -41,10 +41,10 @@ def test_a_record_that_does_not_fit_its_unit_is_not_trusted(source, tmp_path, ch
 def test_a_damaged_shard_is_encoded_again_by_the_same_command(source, tmp_path):
     out = tmp_path / "out"
     encode(source, out, vae=small_vae(), **OPTIONS)
-    whole = means(out)
+    expected = means(out)
     shard = next(out.glob("shards/*.safetensors"))
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     with pytest.raises(StoreError, match="is damaged"):
         LatentDataset(out)
     assert encode(source, out, vae=small_vae(), **OPTIONS).ok == 2
-    assert all(np.array_equal(whole[key], value) for key, value in means(out).items())
+    assert all(np.array_equal(expected[key], value) for key, value in means(out).items())

@@ -1,4 +1,4 @@
-"""Several processes on one output: who holds what, who may take it over, and that each row is made once."""
+"""Leases: several processes share one output, take over units of dead ones, and encode each row once."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from fastvae.data.store.leases import STALE, Leases
 from fastvae.data.store.store import Store
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.001}
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="elsewhere a process cannot be asked for by its number")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system cannot test for a process by its number")
 
 
 def lease_of(folder: Path, name: str, **changes) -> Path:
-    """A lease that another process of this host holds: by default this test's own parent, which is alive."""
+    """Write a lease of another process of this host: by default this test's parent, which is alive."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"owner": "another", "pid": os.getppid(), "host": leases_module._host(), **changes}
     path = folder / f"{name}.lease"
@@ -31,19 +31,20 @@ def lease_of(folder: Path, name: str, **changes) -> Path:
     return path
 
 
-def gone() -> int:
-    """The number of a process that is no more."""
+def ended_process() -> int:
+    """Return the number of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
 def make_old(path: Path) -> None:
+    """Give a lease a heartbeat that is older than STALE."""
     then = time.time() - STALE - 5
     os.utime(path, (then, then))
 
 
-def test_a_lease_is_held_by_one_and_given_back(tmp_path):
+def test_a_lease_has_one_holder_and_is_released(tmp_path):
     with Leases(tmp_path) as ours, Leases(tmp_path) as theirs:
         assert ours.acquire("000001")
         assert not theirs.acquire("000001")
@@ -60,16 +61,16 @@ def test_a_lease_is_held_by_one_and_given_back(tmp_path):
     ("changes", "old", "taken"),
     [
         ({}, False, False),
-        ({}, True, True),  # alive, but its heart has stopped
-        ({"pid": "gone"}, False, True),
-        ({"pid": "gone", "host": "another"}, False, False),  # whose processes cannot be asked for
-        ({"pid": "gone", "host": "another"}, True, True),
+        ({}, True, True),  # alive, but without a heartbeat
+        ({"pid": "ended"}, False, True),
+        ({"pid": "ended", "host": "another"}, False, False),  # processes of another host cannot be tested for
+        ({"pid": "ended", "host": "another"}, True, True),
         ({"pid": "x"}, False, False),
     ],
 )
-def test_only_what_the_dead_hold_is_taken_over(tmp_path, changes, old, taken):
-    if changes.get("pid") == "gone":
-        changes = {**changes, "pid": gone()}
+def test_only_leases_of_dead_processes_are_taken_over(tmp_path, changes, old, taken):
+    if changes.get("pid") == "ended":
+        changes = {**changes, "pid": ended_process()}
     path = lease_of(tmp_path, "000001", **changes)
     if old:
         make_old(path)
@@ -87,7 +88,7 @@ def test_a_lease_that_is_being_written_is_live(tmp_path):
         assert ours.acquire("000001")
 
 
-def test_one_of_many_takes_over_and_the_late_owner_leaves_it_alone(tmp_path):
+def test_one_of_many_takes_over_and_the_late_holder_does_not_release_it(tmp_path):
     with Leases(tmp_path) as stopped:
         stopped.acquire("000001")
         make_old(tmp_path / "000001.lease")
@@ -117,8 +118,8 @@ def test_a_heartbeat_keeps_a_lease_alive(tmp_path, monkeypatch):
             assert not theirs.acquire("000001")
 
 
-def test_only_the_leases_of_the_dead_are_swept(tmp_path):
-    live, dead = lease_of(tmp_path, "000001"), lease_of(tmp_path, "000002", pid=gone())
+def test_only_leases_of_dead_processes_are_swept(tmp_path):
+    live, dead = lease_of(tmp_path, "000001"), lease_of(tmp_path, "000002", pid=ended_process())
     other = tmp_path / "mine.lease"
     other.write_text("mine")
     with Leases(tmp_path) as ours:
@@ -128,27 +129,28 @@ def test_only_the_leases_of_the_dead_are_swept(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A source of 24 pictures, and what one process makes of it: the bytes of its shards."""
+def alone(tmp_path_factory):
+    """A source of 24 pictures, their keys, and the bytes of the shards that one process makes of them."""
     root = tmp_path_factory.mktemp("leases")
     names = write_pictures(root / "in", 24)
-    with pytest.MonkeyPatch.context() as patch:  # the conftest's comes too late for a fixture of the module
+    with pytest.MonkeyPatch.context() as patch:  # conftest.py patches after fixtures of the module
         patch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
         encode(root / "in", root / "out", vae=small_vae(), **OPTIONS)
     return root / "in", names, shards(root / "out")
 
 
 def shards(out):
+    """Return the bytes of each shard."""
     return {path.name: path.read_bytes() for path in sorted((out / "shards").glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, whole):
-    """(output, [(exit code, report), ...]) of two processes, and of two of which one is killed."""
+def shared(tmp_path_factory, alone):
+    """(output, [(exit code, report), ...]) of two processes, and of two of which the first is killed."""
     root, script = tmp_path_factory.mktemp("shared"), Path(__file__).parents[1] / "failures" / "shared_run.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, script, whole[0], root / "both", "0,0", root / "killed", "1,0"],
+        [sys.executable, script, alone[0], root / "both", "0,0", root / "killed", "1,0"],
         capture_output=True,
         text=True,
         check=True,
@@ -157,51 +159,51 @@ def shared(tmp_path_factory, whole):
     return list(zip((root / "both", root / "killed"), map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_row_24_two_processes_share_an_output_and_each_row_is_made_once(shared, whole):
-    _, names, wanted = whole
+def test_row_24_two_processes_share_an_output_and_encode_each_row_once(shared, alone):
+    _, names, expected = alone
     out, ((one, first), (two, second)) = shared[0]
     assert one == two == 0
     assert first["ok"] + second["ok"] == len(names)
     for report in (first, second):
         assert report["ok"] + report["elsewhere"] + report["resumed"] == len(names)
         assert report["taken_over"] == 0
-    assert shards(out) == wanted
+    assert shards(out) == expected
     index = [json.loads(line)["key"] for line in (out / "index.jsonl").read_text().splitlines()]
     assert sorted(index) == names
     assert len(list((out / "plan").iterdir())) == 1
     assert not list((out / "leases").glob("*.lease"))
 
 
-def test_row_22_what_a_killed_process_held_is_done_by_the_other(shared, whole):
-    source, names, wanted = whole
+def test_row_22_units_of_a_killed_process_are_encoded_by_the_other(shared, alone):
+    source, names, expected = alone
     out, ((killed, _), (lived, report)) = shared[1]
     assert (killed, lived) == (137, 0)
     assert report["ok"] + report["elsewhere"] + report["resumed"] == len(names)
-    assert shards(out) == wanted
+    assert shards(out) == expected
     assert encode(source, out, vae=small_vae(), **OPTIONS).resumed == len(names)
     assert not list((out / "leases").glob("*.lease"))
 
 
-def test_a_unit_that_another_process_holds_is_waited_for_and_taken_over(tmp_path, whole, monkeypatch):
+def test_a_unit_that_another_process_holds_is_waited_for_and_taken_over(tmp_path, alone, monkeypatch):
     monkeypatch.setattr("fastvae.data.encoding.worker.POLL_SECONDS", 0.01)
-    source, names, wanted = whole
+    source, names, expected = alone
     held = lease_of(tmp_path / "out" / "leases", "000003")
     threading.Timer(1.0, make_old, [held]).start()
     started = time.monotonic()
     report = encode(source, tmp_path / "out", vae=small_vae(), **OPTIONS)
     assert time.monotonic() - started > 0.9
     assert report.ok == len(names)
-    assert shards(tmp_path / "out") == wanted
+    assert shards(tmp_path / "out") == expected
 
 
-def test_what_was_taken_over_is_not_committed_by_the_late_owner(tmp_path, whole, monkeypatch):
+def test_the_late_holder_does_not_commit_a_unit_that_was_taken_over(tmp_path, alone, monkeypatch):
     monkeypatch.setattr("fastvae.data.encoding.worker.POLL_SECONDS", 0.01)
-    source, names, _ = whole
-    out, real, stolen = tmp_path / "out", Leases.holds, []
+    source, names, _ = alone
+    out, real, taken = tmp_path / "out", Leases.holds, []
 
     def holds(leases, name):
-        if name == "000001" and not stolen:  # stopped here for a minute, and another took it and was killed
-            stolen.append(lease_of(out / "leases", name, pid=gone()))
+        if name == "000001" and not taken:  # as if stopped here, while another took the lease and died
+            taken.append(lease_of(out / "leases", name, pid=ended_process()))
         return real(leases, name)
 
     monkeypatch.setattr(Leases, "holds", holds)
@@ -210,8 +212,8 @@ def test_what_was_taken_over_is_not_committed_by_the_late_owner(tmp_path, whole,
     assert len(Store.open(out).resolve()) == len(names)
 
 
-def test_what_a_living_process_is_writing_is_not_swept(tmp_path, whole):
-    source, _, _ = whole
+def test_files_that_a_living_process_writes_are_not_swept(tmp_path, alone):
+    source, _, _ = alone
     out = tmp_path / "out"
     encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
     writing, left = (out / "shards" / f"{n}-32x32.safetensors.tmp.1.0123abcd" for n in ("000007", "000008"))
@@ -222,8 +224,8 @@ def test_what_a_living_process_is_writing_is_not_swept(tmp_path, whole):
     assert (writing.exists(), left.exists(), lease.exists()) == (True, False, True)
 
 
-def test_a_store_that_another_process_has_just_begun_is_not_made_anew(tmp_path, whole):
-    source, _, _ = whole
+def test_a_store_that_another_process_has_begun_is_not_replaced(tmp_path, alone):
+    source, _, _ = alone
     out = tmp_path / "out"
     encode(source, out, vae=small_vae(), limit=1, **OPTIONS)
     for path in (out / "shards").iterdir():
@@ -237,7 +239,7 @@ def test_a_store_that_another_process_has_just_begun_is_not_made_anew(tmp_path, 
     assert encode(source, out, vae=small_vae(), alpha="drop", limit=1, **OPTIONS).ok == 1
 
 
-def test_processes_start_at_different_places():
+def test_ranks_start_at_different_units():
     units = list(range(10))
     assert [rotated_for_rank(units, rank, 3)[0] for rank in range(3)] == [0, 3, 6]
     assert all(sorted(rotated_for_rank(units, rank, 3)) == units for rank in range(3))

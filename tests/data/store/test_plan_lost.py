@@ -1,4 +1,4 @@
-"""A plan file that was lost: no record of it may speak for rows that are planned anew."""
+"""A lost plan file: its records are never used for rows that are planned again."""
 
 import json
 
@@ -26,7 +26,7 @@ def paint(path, colour):
 
 @pytest.fixture
 def edited(tmp_path):
-    """A store of four pictures, of which one was painted red since and encoded again, as its second plan file says."""
+    """A store of four pictures, one of which was then painted red and encoded again, in a second plan file."""
     write_pictures(tmp_path / "in", 4)
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **FIXED)
     paint(tmp_path / "in" / "001.png", (200, 0, 0))
@@ -35,7 +35,7 @@ def edited(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["units-00000.jsonl", "units-00001.jsonl"])
-def test_rows_whose_plan_is_lost_are_not_given_to_an_edited_image(edited, lost):
+def test_rows_of_a_lost_plan_are_not_used_for_an_edited_image(edited, lost):
     out = edited / "out"
     kept = (out / "plan" / lost).read_bytes()
     (out / "plan" / lost).unlink()
@@ -57,22 +57,20 @@ def test_rows_whose_plan_is_lost_are_not_given_to_an_edited_image(edited, lost):
     assert all(np.array_equal(rows[key], fresh[key]) for key in rows)
 
 
-def test_a_plan_that_is_lost_while_the_run_waits_is_seen_by_the_holder_of_the_lock(edited, monkeypatch):
+def test_a_plan_lost_while_the_run_waits_for_the_lock_is_an_error(edited, monkeypatch):
     out = edited / "out"
     paint(edited / "in" / "001.png", (0, 0, 255))
 
     def lost(*arguments):
         (out / "plan" / "units-00001.jsonl").unlink()
 
-    monkeypatch.setattr("fastvae.data.encoding.run.check_fast_path", lambda encoder: pytest.fail("it went on"))
-    monkeypatch.setattr(
-        "fastvae.data.encoding.encode.check_room", lost
-    )  # the last that is asked before the lock is taken
+    monkeypatch.setattr("fastvae.data.encoding.run.check_fast_path", lambda encoder: pytest.fail("the run continued"))
+    monkeypatch.setattr("fastvae.data.encoding.encode.check_room", lost)  # the last check before the lock
     with pytest.raises(StoreError, match=LOST):
         encode(edited / "in", out, vae=small_vae(), **FIXED)
 
 
-def test_a_failure_whose_plan_is_lost_does_not_speak_for_an_image_that_is_whole_now(tmp_path):
+def test_a_failure_of_a_lost_plan_is_not_used_for_a_mended_image(tmp_path):
     write_pictures(tmp_path / "in", 2)
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **FIXED)
     (tmp_path / "in" / "bad.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""What shards state of themselves against what store.json says: an edit of either is found, and never read."""
+"""The metadata of shards against store.json: verify finds an edit of either, and no reader accepts it."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ _first: list[Path] = []
 
 @pytest.fixture
 def made(tmp_path_factory, tmp_path):
-    """A store of ten pictures in three shards, its source beside it; made once, inside a test, and copied."""
+    """A copy of a store of ten pictures in three shards, and of its source; made once, inside a test."""
     if not _first:
         folder = tmp_path_factory.mktemp("first")
         write_pictures(folder / "in", 10)
@@ -35,6 +35,7 @@ def made(tmp_path_factory, tmp_path):
 
 
 def edit(out: Path, field: str, value) -> None:
+    """Set a field of store.json."""
     facts = json.loads((out / "store.json").read_text())
     *parts, last = field.split(".")
     inner = facts
@@ -44,13 +45,13 @@ def edit(out: Path, field: str, value) -> None:
     (out / "store.json").write_text(json.dumps(facts))
 
 
-def restate(shard: Path, **stated: str) -> None:
-    """Other metadata for ``shard``, with a record whose size and hash fit; None takes a field away."""
+def set_metadata(shard: Path, **changes: str) -> None:
+    """Change metadata of ``shard``, and size and hash in its record; None removes a field."""
     data = shard.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = {
-        name: text for name, text in {**header["__metadata__"], **stated}.items() if text is not None
+        name: text for name, text in {**header["__metadata__"], **changes}.items() if text is not None
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -61,6 +62,7 @@ def restate(shard: Path, **stated: str) -> None:
 
 
 def damages(out: Path, deep: bool) -> list[tuple[str, str]]:
+    """Return the damage that verify finds."""
     return [(damage.file, damage.what) for damage in verify(out, deep=deep, progress=False).damaged]
 
 
@@ -78,10 +80,10 @@ EDITS = {
 
 
 @pytest.mark.parametrize("field", EDITS)
-def test_an_edited_store_json_is_found_and_neither_mended_read_nor_added_to(made, tmp_path, field):
-    value, said, stated = EDITS[field]
+def test_an_edited_store_json_is_found_and_not_repaired_read_or_extended(made, tmp_path, field):
+    value, ours, shards = EDITS[field]
     edit(made, field, value)
-    what = f"says {field} {said}, and each of its 3 shards has {stated}"
+    what = f"says {field} {ours}, and each of its 3 shards has {shards}"
     assert damages(made, deep=False) == damages(made, deep=True) == [("store.json", what)]
     for scaled in (False, True):
         with pytest.raises(StoreError, match="batch norm" if scaled and field.endswith("batch_norm") else field):
@@ -110,14 +112,14 @@ def test_metadata_that_store_json_lacks_is_found(made):
 
 
 @pytest.mark.parametrize("field", ["metadata.bucket", "metadata.latent_shape", "metadata.identity"])
-def test_metadata_that_is_a_shards_own_is_none_of_store_jsons(made, field):
+def test_store_json_must_not_have_metadata_of_a_shard(made, field):
     edit(made, field, f"{SIDE}x{SIDE}")
     with pytest.raises(StoreError, match=r"store\.json is damaged: metadata cannot have this value"):
         verify(made, progress=False)
 
 
-def test_the_store_json_of_another_store_is_found_and_no_latent_is_replaced(made, tmp_path):
-    """The same images, made by another rule: a repair by that rule would replace each of them."""
+def test_the_store_json_of_another_store_is_found_and_nothing_is_repaired(made, tmp_path):
+    """The other store has the same images with another preprocessing: a repair with it would replace each latent."""
     encode(tmp_path / "in", tmp_path / "other", vae=small_vae(), alpha="drop", **OPTIONS)
     digest = json.loads((made / "store.json").read_text())["identity_digest"]
     shutil.copy(tmp_path / "other" / "store.json", made / "store.json")
@@ -131,7 +133,7 @@ def test_the_store_json_of_another_store_is_found_and_no_latent_is_replaced(made
 
 
 @pytest.mark.parametrize("value", ["4", 4.0, True])
-def test_a_field_of_another_type_is_there_and_cannot_be_what_it_says(made, value):
+def test_a_field_of_another_type_is_damage(made, value):
     edit(made, "latent_channels", value)
     with pytest.raises(StoreError, match=r"store\.json is damaged: latent_channels cannot have this value"):
         LatentDataset(made)
@@ -144,15 +146,15 @@ def test_an_edited_store_json_is_exit_code_1_of_every_verb(made, tmp_path):
     assert found.stdout.splitlines()[0] == (
         "damaged store.json says scaling.scaling_factor 0.5, and each of its 3 shards has 0.18215"
     )
-    told = CliRunner().invoke(cli, ["info", str(made), "-q"])
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert "has scaling.scaling_factor 0.18215, and store.json has 0.5: one of them was changed" in told.stderr
+    shown = CliRunner().invoke(cli, ["info", str(made), "-q"])
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert "has scaling.scaling_factor 0.18215, and store.json has 0.5: one of them was changed" in shown.stderr
     mended = CliRunner().invoke(cli, ["repair", str(made), str(tmp_path / "in"), "-q"])
     assert (mended.exit_code, mended.stdout) == (1, "")
     assert "set it back to that, nothing was repaired" in mended.stderr
 
 
-def test_every_edited_field_is_told_at_once_and_other_damage_beside_it(made, tmp_path):
+def test_every_edited_field_and_other_damage_are_reported_together(made, tmp_path):
     edit(made, "scaling.scaling_factor", 0.5)
     edit(made, "latent_channels", 8)
     shard = made / "shards" / f"000001-{SIDE}x{SIDE}.safetensors"
@@ -164,7 +166,7 @@ def test_every_edited_field_is_told_at_once_and_other_damage_beside_it(made, tmp
         repair(made, tmp_path / "in", vae=small_vae(), device="cpu", progress=False)
 
 
-STATED = {
+METADATA = {
     "scaling_factor": ("0.5", "scaling.scaling_factor 0.5, and store.json has 0.18215"),
     "space": ("scaled", "metadata.space scaled, and store.json has raw"),
     "identity": ("0" * 64, "identity_digest " + "0" * 64),
@@ -174,11 +176,11 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize("name", STATED)
-def test_a_shard_that_states_otherwise_than_the_others_is_damaged_and_not_read(made, name):
-    text, words = STATED[name]
+@pytest.mark.parametrize("name", METADATA)
+def test_a_shard_with_other_metadata_than_the_others_is_damaged_and_not_read(made, name):
+    text, words = METADATA[name]
     shard = made / "shards" / f"000001-{SIDE}x{SIDE}.safetensors"
-    restate(shard, **{name: text})
+    set_metadata(shard, **{name: text})
     for deep in (False, True):
         ((file, what),) = damages(made, deep)
         assert file == f"shards/{shard.name}"
@@ -189,12 +191,12 @@ def test_a_shard_that_states_otherwise_than_the_others_is_damaged_and_not_read(m
         rows[len(rows.shards()[0][1])]
 
 
-def test_a_shard_that_states_otherwise_is_made_again(made, tmp_path):
+def test_a_shard_with_other_metadata_is_encoded_again(made, tmp_path):
     shard = made / "shards" / f"000001-{SIDE}x{SIDE}.safetensors"
-    whole = shard.read_bytes()
-    restate(shard, scaling_factor="0.5")
+    before = shard.read_bytes()
+    set_metadata(shard, scaling_factor="0.5")
     assert repair(made, tmp_path / "in", vae=small_vae(), device="cpu", progress=False).units == [1]
-    assert shard.read_bytes() == whole
+    assert shard.read_bytes() == before
     assert damages(made, deep=True) == []
 
 
@@ -211,15 +213,17 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_shape_that_no_latent_of_the_bucket_has_is_never_taken_for_store_jsons(made, shape):
+def test_an_impossible_latent_shape_is_no_edit_of_store_json(made, shape):
     facts = json.loads((made / "store.json").read_text())
-    stated = {**metadata_of(facts, (SIDE, SIDE), (4, 4, 4)), "latent_shape": shape}
-    found = metadata_differences(facts, (SIDE, SIDE), {name: text for name, text in stated.items() if text is not None})
+    metadata = {**metadata_of(facts, (SIDE, SIDE), (4, 4, 4)), "latent_shape": shape}
+    found = metadata_differences(
+        facts, (SIDE, SIDE), {name: text for name, text in metadata.items() if text is not None}
+    )
     assert found == {"latent_shape": ("[4, 4, 4]", (shape or "nothing")[:4096])}
     assert edited_fields([found] * 3) == {}
 
 
-def test_the_only_shard_of_a_store_is_believed_by_its_hash(tmp_path):
+def test_the_only_shard_of_a_store_is_trusted_by_its_hash(tmp_path):
     write_pictures(tmp_path / "in", 1)
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS)
     edit(tmp_path / "out", "scaling.scaling_factor", 0.5)

@@ -1,4 +1,4 @@
-"""The store on disk: what is written, what survives a kill, what is not believed."""
+"""The store on disk: its files, runs that are killed, and damage that is not trusted."""
 
 import json
 import os
@@ -32,6 +32,7 @@ def made(tmp_path):
 
 
 def read(store) -> dict[str, tuple]:
+    """Return mean and log-variance of each key."""
     return {item["key"]: (item["mean"].tolist(), item["logvar"].tolist()) for item in LatentDataset(store)}
 
 
@@ -70,10 +71,10 @@ def test_a_shard_reads_with_safetensors_alone(made):
 
 
 def test_row_16_a_killed_run_is_finished_by_the_next(tmp_path):
-    """Killed before and after every rename of a run: no committed shard is bad, and none is lost."""
-    write_pictures(tmp_path / "in", 5)
+    """A run is killed before and after every rename: no committed shard is damaged, and none is lost."""
+    write_pictures(tmp_path / "in", 3)  # two shards: one of two rows, one of one
     encode(tmp_path / "in", tmp_path / "whole", vae=small_vae(), **OPTIONS)
-    whole = read(tmp_path / "whole")
+    expected = read(tmp_path / "whole")
     done = subprocess.run(
         [
             sys.executable,
@@ -88,7 +89,7 @@ def test_row_16_a_killed_run_is_finished_by_the_next(tmp_path):
     )
     points = [line.split("\t") for line in done.stdout.splitlines()]
     killed = [name for name, code in points if code == "137"]
-    # Written atomically: store.json, shards and records, failures and index by a rename each, the plan by a link.
+    # Atomic writes: a rename each for store.json, shards, records, failures and index, and a link for the plan.
     files = 4 + 2 * len(list((tmp_path / "whole" / "shards").glob("*.safetensors")))
     assert len(killed) == 2 * files
     assert [code for name, code in points if name not in killed] == ["0"] * 4
@@ -101,16 +102,16 @@ def test_row_16_a_killed_run_is_finished_by_the_next(tmp_path):
                 assert sha256_of(out / "shards" / str(commit.shard)) == commit.sha256
                 committed += commit.rows
         report = encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
-        assert (report.resumed, report.ok) == (committed, 5 - committed), name
-        assert read(out) == whole, name
+        assert (report.resumed, report.ok) == (committed, 3 - committed), name
+        assert read(out) == expected, name
         assert not list(out.rglob("*.tmp.*"))
 
 
 @pytest.mark.parametrize(
     "damage", ["truncated shard", "missing shard", "missing record", "record of noise", "record of another identity"]
 )
-def test_what_is_not_committed_is_not_trusted_and_done_again(made, tmp_path, damage):
-    whole = read(made)
+def test_a_damaged_unit_is_not_trusted_and_encoded_again(made, tmp_path, damage):
+    expected = read(made)
     shard = made / "shards" / "000001-32x32.safetensors"
     record = shard.with_suffix(".json")
     if damage == "truncated shard":
@@ -128,10 +129,10 @@ def test_what_is_not_committed_is_not_trusted_and_done_again(made, tmp_path, dam
     assert 0 < len(left) < 5
     report = encode(tmp_path / "in", made, vae=small_vae(), **OPTIONS)
     assert report.ok == 5 - len(left)
-    assert read(made) == whole
+    assert read(made) == expected
 
 
-def test_leftovers_are_swept(made, tmp_path):
+def test_temporary_files_of_killed_runs_are_deleted(made, tmp_path):
     leftover = made / "shards" / "000009-32x32.safetensors.tmp.123.0123abcd"
     leftover.write_bytes(b"half a shard")
     encode(tmp_path / "in", made, vae=small_vae(), **OPTIONS)
@@ -151,7 +152,7 @@ def test_leftovers_are_swept(made, tmp_path):
         ("edited", "was edited"),
     ],
 )
-def test_a_folder_that_is_no_store_is_refused(made, content, words):
+def test_a_damaged_store_json_is_refused(made, content, words):
     path = made / "store.json"
     if content is None:
         path.unlink()
@@ -182,7 +183,7 @@ def test_a_damaged_shard_is_named(made):
         LatentDataset(made)
 
 
-def test_derived_files_can_be_made_again(made):
+def test_derived_files_are_written_again_from_the_records(made):
     index, failures = (made / "index.jsonl").read_bytes(), (made / "failures.jsonl").read_bytes()
     assert len(index.splitlines()) == 5
     (made / "index.jsonl").unlink()
@@ -206,21 +207,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bytes_that_changed_on_the_way_are_not_given_the_name(tmp_path, monkeypatch):
+def test_a_file_that_reads_back_with_other_bytes_does_not_get_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr("fastvae.system.atomic_files.sha256_of", lambda path: "0" * 64)
     with pytest.raises(OSError, match="read back with other bytes"):
         write_atomically(tmp_path / "file", [b"data"])
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_written_is_what_was_hashed(tmp_path):
+def test_the_hash_is_that_of_the_written_bytes(tmp_path):
     array = np.arange(6, dtype="<f4").reshape(2, 3)
     size, hashed = write_atomically(tmp_path / "file", [b"head", memoryview(array), memoryview(np.empty((0, 2)))])
     assert (tmp_path / "file").read_bytes() == b"head" + array.tobytes()
     assert (size, hashed) == (28, sha256_of(tmp_path / "file"))
 
 
-def test_identity_is_canonical():
+def test_an_identity_has_one_json_and_one_digest():
     assert digest({"a": 1, "b": [1.5, None]}) == digest({"b": [1.5, None], "a": 1})
     assert canonical_json({"b": "é", "a": 1}) == '{"a":1,"b":"\\u00e9"}'
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 0}) == [
@@ -229,7 +230,7 @@ def test_identity_is_canonical():
     ]
 
 
-def test_keys_keep_bytes_that_are_no_text():
+def test_keys_keep_bytes_that_are_not_utf_8():
     name = os.fsdecode(b"caf\xe9 \xff.png")
     assert key_text(key_bytes(name)) == name
     # The first 8 bytes, little-endian, of sha256(b"abc") = ba7816bf8f01cfea...
