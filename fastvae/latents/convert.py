@@ -80,14 +80,14 @@ def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
 def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
     """Return moments_of_images, [B, 2L, H / f, W / f], without waiting for a GPU: the caller checks if they are finite.
 
-    Rows that are not finite in half precision are not computed again: see mended_moments. Errors as in encode_latents,
+    Rows that are not finite in half precision are not computed again: see redo_overflow. Errors as in encode_latents,
     for the images alone.
     """
     return _encode_pixels(vae, _checked_pixels(vae, images), again_in_fp32=False)
 
 
 @torch.no_grad()
-def mended_moments(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
+def redo_overflow(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
     """Return moments_of_images, [B, 2L, H / f, W / f], from the ``moments`` of unchecked_moments_of_images.
 
     Only rows that are not finite in half precision are computed again, in fp32. Raises ValueError if one of them is

@@ -18,7 +18,7 @@ from fastvae.data.rows import noise_keys
 from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import POSTERIORS
 from fastvae.latents.autoencoder import check_finite
-from fastvae.latents.convert import mended_moments, unchecked_moments_of_images
+from fastvae.latents.convert import redo_overflow, unchecked_moments_of_images
 from fastvae.latents.logvar_range import LOGVAR_RANGE
 from fastvae.latents.sampling import sample_posterior
 from fastvae.latents.scaling import scale_latents, scaling_of
@@ -234,7 +234,7 @@ class LatentLoader:
 
     @torch.no_grad()
     def _encode_in_fp32(self, moments: Tensor, images: Tensor, seeds: Tensor) -> EncodedTensors:
-        moments = mended_moments(self.vae, images, moments)
+        moments = redo_overflow(self.vae, images, moments)
         latents = self._latents(moments, seeds)
         for name, values in latents.items():
             if values.is_floating_point():
