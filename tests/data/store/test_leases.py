@@ -145,17 +145,11 @@ def shards(out):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, alone):
+def shared(tmp_path_factory, alone, forks):
     """(output, [(exit code, report), ...]) of two processes, and of two of which the first is killed."""
     root, script = tmp_path_factory.mktemp("shared"), Path(__file__).parents[1] / "failures" / "shared_run.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, script, alone[0], root / "both", "0,0", root / "killed", "1,0"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
+    done = forks.run(script, alone[0], root / "both", "0,0", root / "killed", "1,0")
+    assert done.returncode == 0, done.stderr
     return list(zip((root / "both", root / "killed"), map(json.loads, done.stdout.splitlines()), strict=True))
 
 
