@@ -28,20 +28,22 @@ from fastvae.system.terminal import strip_control_characters
     type=click.Choice(["encode", "decode", "both"]),
     default="both",
     show_default=True,
-    help="What is measured.",
+    help="Task to measure.",
 )
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
 @options.device
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile takes part; compiling takes a minute.")
+@click.option("--compile", "compiled", is_flag=True, help="Also measure torch.compile; compiling takes a minute.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
     default=15,
     show_default=True,
-    help="About how long is measured; a slow model takes longer.",
+    help="Approximate time to measure; a slow model takes longer.",
 )
 @click.option(
-    "--html", type=click.Path(dir_okay=False, writable=True), help="The report as one HTML file that fetches nothing."
+    "--html",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write the report as one HTML file without external resources.",
 )
 @click.option(
     "--json",
@@ -50,9 +52,9 @@ from fastvae.system.terminal import strip_control_characters
     is_flag=False,
     flag_value="-",
     type=click.Path(dir_okay=False, writable=True, allow_dash=True),
-    help="One JSON document, in FILE or in place of the table.",
+    help="Write one JSON document, to FILE or instead of the table.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No word of what is going on.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.pass_context
 @foreseen
 def bench(
@@ -65,14 +67,14 @@ def bench(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """How fast encode and decode are on this machine: fastvae beside diffusers, on the same weights, checked first."""
+    """Measure encode and decode on this machine: fastvae and diffusers, on the same weights, outputs checked first."""
     for name, path in (("html", html), ("json", json_file)):
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{name} must be a file in a folder that is there, got {path!r}")
     if html is not None:
         from fastvae.report.page import check_extra
 
-        check_extra()  # before a minute is spent
+        check_extra()  # before a minute of measuring
     from fastvae.report.benchmark import benchmark, is_right
 
     results = benchmark(

@@ -21,26 +21,28 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
 @options.device
 @click.option(
-    "--html", type=click.Path(dir_okay=False, writable=True), help="The table as one HTML file that fetches nothing."
+    "--html",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write the table as one HTML file without external resources.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document in place of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @options.quiet
 @click.pass_context
 @foreseen
 def compare(
     context: click.Context, images: tuple[str, ...], html: str | None, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """How far the fast path is from eager torch and from float64, stage by stage, on these images.
+    """Compare the fast path with eager torch and with float64, stage by stage, on these images.
 
-    Images are cropped to what the model takes, and otherwise as large as they are: float64 takes its time. The exit
-    code is 1 where a stage is further from float64 than twice eager's own error and one rounding.
+    Images are cropped to a multiple of the model's pixels and not resized: float64 is slow. The exit code is 1 if a
+    stage differs from float64 by more than twice eager's error plus one rounding.
     """
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise ValueError(f"html must be a file in a folder that is there, got {html!r}")
     if html is not None:
         from fastvae.report.page import check_extra
 
-        check_extra()  # before a minute is spent
+        check_extra()  # before a minute of computing
     from fastvae.report.compare import compare_files
     from fastvae.system.terminal import print_stderr
 

@@ -15,12 +15,12 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("store", type=click.Path(exists=True, file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
-@click.option("--rows", default="0:16", show_default=True, help="Which rows, as in 0:16.")
-@click.option("--vae", help="A directory, a Hub id, or tiny. Default: what the store was made with.")
+@click.option("--rows", default="0:16", show_default=True, help="Rows to decode, as in 0:16.")
+@click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
 @options.place_in_model
 @options.device
-@click.option("--sheet", type=click.Path(dir_okay=False), help="A PNG file for all of them at a glance.")
-@click.option("--json", "as_json", is_flag=True, help="The list of files as one JSON document.")
+@click.option("--sheet", type=click.Path(dir_okay=False), help="Also write a contact sheet to this PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list of files as one JSON document.")
 @options.quiet
 @foreseen
 def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given: Any) -> None:

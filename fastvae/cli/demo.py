@@ -13,11 +13,11 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("out", type=click.Path(file_okay=False), default="fastvae-demo")
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", which is built in.')
-@click.option("--json", "as_json", is_flag=True, help="The figures as one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="No plan, no progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no plan and no progress bar.")
 @foreseen
 def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
-    """Real photographs to latents and back, in the folder OUT."""
+    """Encode photographs to latents in the folder OUT and decode them again."""
     from fastvae.data.decoding.demo import demonstrate
 
     result = demonstrate(Path(out), vae=vae, progress=not quiet)

@@ -13,7 +13,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.argument("folder", type=click.Path(), default=".")
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a preset, a Hub id, or "tiny".')
 @options.place_in_model
-@click.option("--json", "as_json", is_flag=True, help="The findings as one JSON document.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON document.")
 @options.quiet
 @click.pass_context
 @foreseen
@@ -26,9 +26,9 @@ def doctor(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Whether this machine is in order, what will be fast on it, and what will not; FOLDER is where latents would go.
+    """Check this machine: versions, GPU, kernels, numerics, fast paths, image codecs, and the disk of FOLDER.
 
-    Every line is ok, a note, or bad; exit code 1 if one is bad.
+    Every line is ok, a note, or bad. Exit code 1 if one is bad.
     """
     from fastvae.report.doctor import examine
     from fastvae.report.findings import BAD, NOTE

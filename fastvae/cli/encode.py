@@ -14,7 +14,9 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("src", nargs=-1, required=True)
 @click.argument("out", type=click.Path(file_okay=False))
-@click.option("--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", which is built in.')
+@click.option(
+    "--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", a small model in the package.'
+)
 @options.place_in_model
 @click.option(
     "--buckets",
@@ -27,12 +29,12 @@ from fastvae.system.terminal import strip_control_characters
     type=click.Choice(["centre", "random"]),
     default="centre",
     show_default=True,
-    help="What is cut out of an image that covers its bucket.",
+    help="Part of the scaled image that is kept.",
 )
-@click.option("--variants", type=click.IntRange(min=1), default=1, show_default=True, help="Random crops an image.")
-@click.option("--flip", is_flag=True, help="Encode each mirrored as well.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random crops and of --posterior sample.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
+@click.option("--variants", type=click.IntRange(min=1), default=1, show_default=True, help="Random crops per image.")
+@click.option("--flip", is_flag=True, help="Also encode each crop mirrored.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random crops and of --posterior sample.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: the store's, else by device.")
 @options.device
 @click.option(
     "--posterior",
@@ -46,60 +48,64 @@ from fastvae.system.terminal import strip_control_characters
     type=click.Choice(["fp16", "u8"]),
     default="fp16",
     show_default=True,
-    help="How log-variances are stored.",
+    help="Format of stored log-variances.",
 )
 @click.option(
     "--store-dtype",
     type=click.Choice(["fp16", "fp32"]),
     default="fp16",
     show_default=True,
-    help="How means are stored.",
+    help="Format of stored means.",
 )
 @options.work
 @click.option(
-    "--shard-mb", type=float, default=256, show_default=True, help="Size of a shard; a kill loses two at most."
+    "--shard-mb",
+    type=float,
+    default=256,
+    show_default=True,
+    help="Size of a shard in MB; a kill loses the work of two at most.",
 )
 @click.option(
     "--on-error",
     type=click.Choice(["quarantine", "fail"]),
     default="quarantine",
     show_default=True,
-    help="List a bad image and go on, or stop at it.",
+    help="For a bad image: list it and continue, or stop.",
 )
 @click.option(
     "--alpha",
     type=click.Choice(["white", "drop", "mask"]),
     default="white",
     show_default=True,
-    help="Lay transparency over white, or drop it; mask: over white, and store where it was as well.",
+    help="Composite transparency over white, drop it, or mask: over white, and store the opacity too.",
 )
 @click.option(
     "--animated",
     type=click.Choice(["first", "skip"]),
     default="first",
     show_default=True,
-    help="Of what has several frames take the first, or leave the file out.",
+    help="For a file of several frames: encode the first, or skip the file.",
 )
 @click.option(
     "--hash",
     type=click.Choice(["none", "full"]),
     default="none",
     show_default=True,
-    help="How an edited image is told: by size and time, or by its bytes, all of which are read.",
+    help="Find edited images by size and time, or by a hash of all bytes.",
 )
 @options.source
-@click.option("--retry-failed", is_flag=True, help="Try again what failed, whatever the reason was.")
-@click.option("--dry-run", is_flag=True, help="Plan, report, and write nothing.")
-@click.option("--limit", type=click.IntRange(min=1), help="The first N images only.")
-@click.option("--json", "as_json", is_flag=True, help="The report as one JSON document.")
+@click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
+@click.option("--dry-run", is_flag=True, help="Plan and report, but write nothing.")
+@click.option("--limit", type=click.IntRange(min=1), help="Encode the first N images only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @options.quiet
 @click.pass_context
 @foreseen
 def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Encode the images of SRC into the latent store OUT, or go on where a run stopped.
+    """Encode the images of SRC into the latent store OUT, or resume a run that stopped.
 
-    SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, on this machine or wherever fsspec
-    reaches. Any number of these commands may share one OUT.
+    SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, local or under a URL that fsspec knows.
+    Any number of these commands may share one OUT.
     """
     from fastvae.data.encoding.encode import encode as run
 

@@ -19,26 +19,28 @@ from fastvae.system.terminal import strip_control_characters
     "--to",
     type=click.Choice(["npz-kohya", "wds", "parquet", "hf"]),
     required=True,
-    help="sd-scripts' caches, WebDataset's tars, Parquet files, or a folder for datasets.load_dataset.",
+    help="sd-scripts caches, WebDataset tars, Parquet files, or a folder for datasets.load_dataset.",
 )
 @click.option(
     "--posterior",
     type=click.Choice(["dist", "mean", "sample"]),
-    help="Mean and log-variance, the mean alone, or one draw. Default: dist; of npz-kohya sample.",
+    help="Mean and log-variance, the mean alone, or one draw. Default: dist; for npz-kohya: sample.",
 )
-@click.option("--scaled", is_flag=True, help="As the denoiser takes them, in fp32. Default: raw, as stored.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --posterior sample.")
+@click.option(
+    "--scaled", is_flag=True, help="Scale the latents as the denoiser takes them, in fp32. Default: raw, as stored."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --posterior sample.")
 @click.option(
     "--family",
     type=click.Choice(["sd", "sdxl", "sd3", "flux"]),
-    help="Of npz-kohya: whose caches, which decides names and space. Default: sdxl.",
+    help="For npz-kohya: the model family, which decides file names and scaling. Default: sdxl.",
 )
-@click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file in MB.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @foreseen
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Write every committed row of the latent store STORE into the new folder DST, for other trainers to read."""
+    """Write every committed row of the latent store STORE into the new folder DST, in another trainer's format."""
     from fastvae.data.exporting.export import export as run
     from fastvae.system.terminal import format_bytes
 
@@ -47,6 +49,6 @@ def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> No
         echo_json(asdict(done))
     else:
         what = f"{done.about['posterior']}, {done.about['space']}"
-        rest = f"; {done.pending} rows are planned and not committed: fastvae verify tells why" if done.pending else ""
+        rest = f"; {done.pending} rows are planned and not committed: fastvae verify says why" if done.pending else ""
         files = f"{done.files} files, {format_bytes(done.bytes)}"
         echo(strip_control_characters(f"done    {done.rows} rows ({what}) in {files}: {done.path}{rest}"))

@@ -15,11 +15,11 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("what", metavar="STORE|MODEL")
 @options.place_in_model
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @foreseen
 def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
-    """What a latent store holds, or what a model is."""
+    """Print the contents of a latent store, or the facts of a model."""
     from fastvae.system.terminal import print_stderr
 
     is_store = (Path(what) / "store.json").exists()

@@ -1,4 +1,4 @@
-"""fastvae demo | encode | decode | info | verify | repair | export | bench | compare | doctor."""
+"""The group of all commands, and the entry point of the console script."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def cli() -> None:
     """Images to Stable-Diffusion latents, and back.
 
     \b
-    Exit codes: 0 done, 1 a store is damaged or is none, or something else went wrong, 2 a wrong argument,
-    3 more failures than allowed, or an image that compare cannot read, 4 the store was made by another model
-    or other settings, 5 another run has been planning the store for half an hour, or is writing what repair is
-    to mend, 6 no space left, 75 interrupted: run it again, 141 the reader of stdout went away. FASTVAE_DEBUG=1
-    in the environment shows where an error came from.
+    Exit codes: 0 done, 1 a damaged store, no store, or another error, 2 a wrong argument, 3 more failures than
+    allowed, or an image that compare cannot read, 4 the store was made by another model or other settings,
+    5 another run has been planning the store for half an hour, or is writing the store to repair, 6 no space
+    left, 75 interrupted: run it again, 141 the reader of stdout was closed. FASTVAE_DEBUG=1 in the environment
+    prints the traceback of an error.
     """
 
 
@@ -38,7 +38,7 @@ for command in (demo, encode, decode, info, verify, repair, export, bench, compa
 
 
 def main() -> None:
-    """The console script's entry point."""
-    # Read by torch at its first allocation: large tensors on 2 MiB pages, 15 % of a bf16 encode on a CPU.
+    """Run the command line: the entry point of the console script."""
+    # Read by torch at its first allocation: 2 MiB pages for large tensors save 15 % of a bf16 encode on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     cli(prog_name="fastvae")

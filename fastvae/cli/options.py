@@ -1,4 +1,4 @@
-"""Options that several verbs take."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Command = Callable[..., Any]
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, in the order in which help lists them."""
+    """Combine several options into one decorator, in the order in which help lists them."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -24,24 +24,35 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 place_in_model = together(
-    click.option("--subfolder", help="Where the VAE is inside that directory or repository."),
+    click.option("--subfolder", help="Folder of the VAE inside that directory or repository."),
     click.option("--revision", help="A branch, tag or commit of the Hub repository."),
 )
-device = click.option("--device", help="As torch names it: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
+device = click.option("--device", help="A torch device: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
 work = together(
-    click.option("--deterministic", is_flag=True, help="Image by image: neither batch nor workers change a bit."),
-    click.option("--batch", default="auto", show_default=True, help="Images a step."),
+    click.option(
+        "--deterministic", is_flag=True, help="Encode image by image, so that neither batch nor workers change a bit."
+    ),
+    click.option("--batch", default="auto", show_default=True, help="Images per step."),
     click.option("--workers", default="auto", show_default=True, help="Threads that read images."),
     click.option(
-        "--max-failures", default="0.1%", show_default=True, help="A share or a count, above which exit code 3."
+        "--max-failures",
+        default="0.1%",
+        show_default=True,
+        help="Share or count of failures above which the exit code is 3.",
     ),
     click.option(
-        "--max-pixels", type=Count(), default="178M", show_default=True, help="Larger images are refused unread."
+        "--max-pixels",
+        type=Count(),
+        default="178M",
+        show_default=True,
+        help="Refuse larger images before they are decoded.",
     ),
 )
 source = together(
-    click.option("--image-column", default="image", show_default=True, help="Of a Parquet file or manifest."),
-    click.option("--key-column", default="key", show_default=True, help="Of a Parquet file or manifest."),
-    click.option("--scheme", "schemes", multiple=True, help="A URL scheme that a manifest may name, as in https."),
+    click.option(
+        "--image-column", default="image", show_default=True, help="Image column of a Parquet file or manifest."
+    ),
+    click.option("--key-column", default="key", show_default=True, help="Key column of a Parquet file or manifest."),
+    click.option("--scheme", "schemes", multiple=True, help="URL scheme that a manifest may name, such as https."),
 )
-quiet = click.option("-q", "--quiet", is_flag=True, help="No plan, no progress bar.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print no plan and no progress bar.")

@@ -15,21 +15,21 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
 @click.argument("src", nargs=-1)
-@click.option("--vae", help="A directory, a Hub id, or tiny. Default: what the store was made with.")
+@click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
 @options.place_in_model
-@click.option("--retry-failed", is_flag=True, help="Try again what failed, whatever the reason was.")
+@click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
 @options.device
 @options.work
 @options.source
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @click.pass_context
 @foreseen
 def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Encode the damaged units of STORE again, as verify --deep finds them, from the images of SRC, and no others.
+    """Encode the damaged units of STORE, as verify --deep finds them, again from the images of SRC.
 
-    Settings and model are those that the store names. SRC is what it was encoded from; it may be left out where
-    nothing is damaged. Exit code 5 while a run is writing the store.
+    Settings and model are those that the store names. SRC is the source of the first run; it may be left out if nothing
+    is damaged. Exit code 5 while a run is writing the store.
     """
     from fastvae.data.encoding.repair import repair as run
 

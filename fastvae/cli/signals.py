@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first ends a verb in order, the second at once."""
+"""SIGTERM and Ctrl-C: the first ends a verb after complete work is written, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def orderly(exit_code: int) -> Iterator[None]:
-    """Inside, the first SIGTERM or SIGINT raises KeyboardInterrupt in the main thread, so that what is complete is
-    written; a second ends the process with ``exit_code`` and waits for nothing. Elsewhere than in the main thread, and
-    where a caller has handlers of its own for them, nothing is changed.
+    """Context manager: the first SIGTERM or SIGINT raises KeyboardInterrupt in the main thread, so that complete units
+    are written; a second ends the process with ``exit_code`` at once. Changes nothing in other threads, and no handler
+    that the caller has installed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

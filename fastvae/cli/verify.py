@@ -13,16 +13,16 @@ from fastvae.system.terminal import strip_control_characters
 
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
-@click.option("--deep", is_flag=True, help="Also every row's checksum, values and name.")
-@click.option("--rebuild-index", is_flag=True, help="Where all is sound, write index.jsonl and failures.jsonl anew.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--deep", is_flag=True, help="Also check every row's checksum, values and name.")
+@click.option("--rebuild-index", is_flag=True, help="If all is sound, rewrite index.jsonl and failures.jsonl.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @click.pass_context
 @foreseen
 def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool, quiet: bool) -> None:
-    """Whether every committed shard of STORE is what its record says. Exit code 1 if one is not.
+    """Check every committed shard of STORE against its record. Exit code 1 if one is damaged.
 
-    Nothing is written but for --rebuild-index, and with damage not for that either.
+    Nothing is written, except by --rebuild-index if all is sound.
     """
     from fastvae.data.store.verify import rebuild_index as rebuild
     from fastvae.data.store.verify import verify as look

@@ -96,7 +96,7 @@ def test_export_decode_and_info_of_a_store_that_is_not_finished_say_so(model, tm
     done = run("export", out, tmp_path / "tars", "--to", "wds", "-q").stdout
     assert done.startswith("done    4 rows (dist, raw) in 2 files, ")
     assert done.endswith(
-        ": {}; 2 rows are planned and not committed: fastvae verify tells why\n".format(tmp_path / "tars")
+        ": {}; 2 rows are planned and not committed: fastvae verify says why\n".format(tmp_path / "tars")
     )
     assert json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json").stdout)["pending"] == 2
     said = run("decode", out, tmp_path / "png").stderr
