@@ -1,4 +1,4 @@
-"""Measurements on a user's machine: speed, accuracy, and whether all is in order.
+"""Measurements on a user's machine: speed, accuracy and the state of the installation.
 
 machine         the machine and the versions
 timing          seconds of a call, rivals in turns

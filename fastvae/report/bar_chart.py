@@ -1,4 +1,4 @@
-"""Bars of images per second with their intervals, as SVG, by matplotlib without its global state or a window."""
+"""Bar charts of images per second with intervals, as SVG, drawn by matplotlib without global state or a window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fastvae.report.number_format import number
 
 WIDTH, BAR, MARGIN = 7.2, 0.42, 0.75  # inches
-# On the page's background, and under the lines of the intervals, a bar has a contrast of 3:1 or more in both schemes.
+# In both schemes a bar has a contrast of at least 3:1 with the page's background and with the lines of the intervals.
 COLOURS = {
     False: {"text": "#24292f", "first": "#4a90e2", "others": "#8b949e"},
     True: {"text": "#e4e7eb", "first": "#3b7dd8", "others": "#66707b"},
@@ -16,7 +16,7 @@ COLOURS = {
 
 
 def bars(rows: list[dict[str, Any]], *, dark: bool = False) -> str:
-    """The SVG of a bar for each row (``contestant``, ``images_per_second`` and its ``_interval`` or None)."""
+    """Return the SVG of a bar for each row (``contestant``, ``images_per_second`` and its ``_interval`` or None)."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ def bars(rows: list[dict[str, Any]], *, dark: bool = False) -> str:
         [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
         [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
     ]
-    # A fixed salt and no date: the same figures give the same bytes.
+    # A fixed salt and no date: the same results give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "fastvae", "svg.fonttype": "path", "font.size": 11}):
         figure = Figure(figsize=(WIDTH, MARGIN + BAR * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What ``fastvae bench`` measures: rivals on the same weights and inputs, no time before the result was found right."""
+"""``fastvae bench``: times of rivals on the same weights and inputs, each after a check of its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvae.fast.explain import explain
 from fastvae.latents.scaling import pixel_multiple
-from fastvae.report import rivals as contestants
+from fastvae.report import rivals
 from fastvae.report.correctness import Truth, truth_of
 from fastvae.report.machine import machine, versions
 from fastvae.report.rivals import COMPILED, DIFFUSERS, FASTVAE, PLAIN, TASKS, Contestant, first_line
@@ -27,10 +27,10 @@ Say = Callable[[str], None]
 
 @dataclass
 class Row:
-    """What one contestant did: figures, or the ``reason`` for which there are none.
+    """Measurements of one contestant, or the ``reason`` why there are none.
 
-    The intervals hold the median with a probability of 95 %. ``memory_bytes`` is the peak of a call on top of what lay
-    on the GPU before; None where it was not measured. ``error`` is the largest against float64.
+    The intervals contain the median with a probability of 95 %. ``memory_bytes`` is the peak of a call above the memory
+    in use before it; None if it was not measured. ``error`` is the largest one against float64.
     """
 
     contestant: str
@@ -60,23 +60,23 @@ def benchmark(
     seconds: float = 15.0,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure fastvae, diffusers and, if asked, torch.compile; the result is what report.page shows and JSON takes.
+    """Measure fastvae, diffusers and, if ``compiled``, torch.compile; return values for report.page and for JSON.
 
-    seconds: about how long is measured altogether; loading, compiling and checking come on top. say: told what is
-    going on. Raises ValueError for sizes that the model cannot take or the memory cannot hold, and what opening the
-    model raises.
+    seconds: of all measurements together; loading, compiling and checking take more time. say: called with each step.
+    Raises ValueError for sizes that the model does not take or that exceed the memory, and the errors of loading a
+    model.
     """
     place = resolve_device(device)
     dtype = dtype or default_dtype(place)
-    model, weights = contestants.open_fp32(vae, subfolder, revision)
+    model, weights = rivals.open_fp32(vae, subfolder, revision)
     cases = list(itertools.product(tasks, sizes, batches))
     for _, size, batch in cases:
         _check(model, size, batch, DTYPES[dtype], place)
     plain = model.to(device=place, dtype=DTYPES[dtype])
     say(f"bench   {vae}  {place}  {dtype}  " + ", ".join(_name(*case) for case in cases))
-    everybody = contestants.contestants_for(plain, compiled=compiled)
-    ours = next(one.model for one in everybody if one.name == FASTVAE)
-    measured = [_measured(plain, everybody, case, seconds / len(cases), say) for case in cases]
+    contestants = rivals.contestants_for(plain, compiled=compiled)
+    ours = next(one.model for one in contestants if one.name == FASTVAE)
+    measured = [_measured(plain, contestants, case, seconds / len(cases), say) for case in cases]
     return {
         "title": "fastvae bench",
         "model": {
@@ -91,18 +91,18 @@ def benchmark(
         "machine": machine(place),
         "versions": versions(),
         "explain": explained(ours, (batches[0], plain.config.in_channels, sizes[0], sizes[0])),
-        "notes": _notes(place, dtype, everybody),
+        "notes": _notes(place, dtype, contestants),
     }
 
 
 def is_right(result: dict[str, Any]) -> bool:
-    """Whether fastvae itself has a time in every case of a result."""
+    """Return True if fastvae has a time in every case of a result."""
     rows = [row for case in result["cases"] for row in case["rows"] if row["contestant"] == FASTVAE]
     return all(row["reason"] is None for row in rows)
 
 
 def explained(vae: Any, shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
-    """fastvae.explain's rows for an accelerated model, in values that JSON takes."""
+    """Return the rows of fastvae.explain for an accelerated model, as values for JSON."""
     return [
         {
             "name": row.name,
@@ -123,7 +123,7 @@ def _check(model: Any, size: int, batch: int, dtype: torch.dtype, device: torch.
     multiple = pixel_multiple(model)
     if size < multiple or size % multiple:
         raise ValueError(f"size must be a multiple of the model's {multiple} pixels per latent, got {size}")
-    # One step holds about eight activations at full size; the check in float64 does one image.
+    # A pass holds about eight activations at full size; the check in float64 runs one image.
     needed = 8 * size**2 * int(model.config.block_out_channels[0]) * max(batch * dtype.itemsize, 8)
     total = total_memory(device)
     if needed > total:
@@ -135,20 +135,20 @@ def _check(model: Any, size: int, batch: int, dtype: torch.dtype, device: torch.
 
 @torch.no_grad()
 def _measured(
-    plain: Any, everybody: list[Contestant], case: tuple[str, int, int], budget: float, say: Say
+    plain: Any, contestants: list[Contestant], case: tuple[str, int, int], budget: float, say: Say
 ) -> dict[str, Any]:
     task, size, batch = case
-    x = contestants.images(plain, size, batch)
+    x = rivals.images(plain, size, batch)
     if task == "decode":
-        x = contestants.encoding(plain)(x).chunk(2, dim=1)[0].contiguous()
+        x = rivals.encoding(plain)(x).chunk(2, dim=1)[0].contiguous()
     say(f"check   {_name(*case)}: against float64")
     truth = truth_of(plain, task, x)
-    rows = [Row(one.name, reason=one.reason) for one in everybody]
+    rows = [Row(one.name, reason=one.reason) for one in contestants]
     calls: dict[str, Callable[[], Any]] = {}
-    for one, row in zip(everybody, rows, strict=True):
+    for one, row in zip(contestants, rows, strict=True):
         if one.model is not None and (call := _admitted(one, row, task, x, truth, say)):
             calls[one.name] = call
-    say(f"measure {_name(*case)}: {', '.join(calls) or 'nobody'} in turns")
+    say(f"measure {_name(*case)}: {', '.join(calls) or 'no contestant'} in turns")
     samples = interleaved(calls, x.device, budget)
     baseline = next((name for name in (DIFFUSERS, PLAIN) if name in samples), None)
     for row in rows:
@@ -166,18 +166,18 @@ def _measured(
 
 
 def _admitted(one: Contestant, row: Row, task: str, x: Tensor, truth: Truth, say: Say) -> Callable[[], Any] | None:
-    """The call that is measured, once its result is right; else None, and the row says why."""
+    """Return the call to measure if its result is right; else None, with the reason in the row."""
     run = one.call(task)
     if one.compiled:
         say(f"compile {task}: this takes a minute")
     began = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            # What the compiler thinks of diffusers' code, many lines long, is nothing to a user.
+            # The compiler's warnings about diffusers' code are long and of no use to a user.
             warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)")
             y = run(x)
         row.memory_bytes = peak_bytes(run, x)
-    except RuntimeError as error:  # what torch raises where memory, a kernel for the dtype or a compiler is missing
+    except RuntimeError as error:  # no memory, no kernel for the dtype or no compiler
         row.reason = f"failed: {first_line(error)}"
         return None
     if one.compiled:
@@ -187,7 +187,7 @@ def _admitted(one: Contestant, row: Row, task: str, x: Tensor, truth: Truth, say
 
 
 def peak_bytes(run: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
-    """Bytes that a call needs at most, on top of what lies on the GPU before; None where there is no GPU."""
+    """Return the peak bytes of a call above the GPU memory in use before it; None without a GPU."""
     if x.device.type != "cuda":
         return None
     synchronised(x.device)
@@ -207,16 +207,16 @@ def _fill(row: Row, samples: list[float], batch: int, baseline: list[float] | No
     row.times_baseline = median(baseline) / middle if baseline else None
 
 
-def _notes(device: torch.device, dtype: str, everybody: list[Contestant]) -> list[str]:
+def _notes(device: torch.device, dtype: str, contestants: list[Contestant]) -> list[str]:
     notes = [
-        "Time is the wall's, launching included, of one call on inputs that lie on the device; the contestants took "
-        "turns in one process, and each was checked against float64 before.",
-        "The error allowed is twice that of plain torch in the same dtype, and one rounding.",
+        "Times are wall times of one call, with launches, on inputs on the device. The contestants took turns in one "
+        "process; each was first checked against float64.",
+        "The allowed error is twice that of plain torch in the same dtype, plus one rounding.",
     ]
     if device.type != "cuda":
         notes.append("Peak memory is not measured on a CPU.")
     if device.type == "cuda" and dtype == "fp32" and torch.backends.cudnn.allow_tf32:
-        notes.append("Convolutions in fp32 use TF32 here, for everybody: that is torch's default.")
-    if any(one.name == COMPILED for one in everybody):
-        notes.append("Compiling is not part of any time.")
+        notes.append("Convolutions in fp32 use TF32 for all contestants: that is torch's default.")
+    if any(one.name == COMPILED for one in contestants):
+        notes.append("No time includes compiling.")
     return notes

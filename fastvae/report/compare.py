@@ -1,4 +1,4 @@
-"""fastvae.compare: how far the fast path is from eager torch and from float64, stage by stage, on images at hand."""
+"""fastvae.compare: errors of the fast path against eager torch and float64, stage by stage, on given images."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from fastvae.fast.fast_path import FastPath
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import pixels_from_images
 from fastvae.latents.scaling import pixel_multiple
-from fastvae.report import compare_stages as stages
-from fastvae.report import rivals as contestants
+from fastvae.report import compare_stages, rivals
 from fastvae.report.correctness import tolerance
 from fastvae.report.number_format import number
 from fastvae.system.devices import DTYPES, default_dtype, resolve_device
@@ -31,7 +30,7 @@ VARIANTS = ("fast", "eager", "float64")
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two activations are apart, over all images: NaN where one of them is not finite."""
+    """Difference of two activations over all images; NaN if one of them is not finite."""
 
     largest: float
     mean: float
@@ -42,11 +41,11 @@ class Distance:
 
 @dataclass(frozen=True)
 class Stage:
-    """The distances at one place of the network; each side goes on with its own values, so they add up on the way."""
+    """Distances after one stage of the network. Each side continues with its own values, so that errors add up."""
 
     name: str
     path: str
-    """How the fast path comes here: "fused", "in place", or the reason for which it runs the layers as they stand."""
+    """Path of the fast side: "fused", "in place", "eager", or the reason why the part falls back."""
     fast_eager: Distance
     fast_float64: Distance
     eager_float64: Distance
@@ -55,9 +54,9 @@ class Stage:
 
     @property
     def is_right(self) -> bool:
-        """Whether the fast path is within twice eager's own error and one rounding (where eager is not finite, finite).
+        """True if the fast path is within twice eager's error plus one rounding, or finite if eager is not.
 
-        Eager may lie in memory either way, NCHW or channels_last.
+        Eager's error is the larger of those in NCHW and in channels_last.
         """
         if not math.isfinite(self.eager_float64.largest):
             return math.isfinite(self.fast_float64.largest)
@@ -66,22 +65,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found; ``str`` of it is a table."""
+    """Result of ``compare``; ``str`` returns a table."""
 
     stages: list[Stage]
     psnr: dict[str, float]
-    """Of the round trip through the posterior's mode, in dB, the mean over the images: "fast", "eager", "float64"."""
+    """PSNR of the round trip through the posterior's mode, in dB, mean over the images: "fast", "eager", "float64"."""
     images: int
     dtype: str
     device: str
 
     @property
     def is_right(self) -> bool:
-        """Whether every stage is."""
+        """True if every stage is right."""
         return all(stage.is_right for stage in self.stages)
 
     def facts(self) -> dict[str, Any]:
-        """The same in values that JSON takes."""
+        """Return the comparison as values for JSON."""
         rows = [{**asdict(stage), "is_right": stage.is_right} for stage in self.stages]
         return {**asdict(self), "stages": rows, "is_right": self.is_right}
 
@@ -96,44 +95,45 @@ class Comparison:
             pairs = (stage.fast_eager, stage.fast_float64, stage.eager_float64)
             cells = "".join(f"{_cell(pair):28}" for pair in pairs)
             lines.append(f"{stage.name:{width}}  {cells}{stage.path}{'' if stage.is_right else '  TOO FAR'}")
-        there_and_back = ", ".join(f"{hand} {number(self.psnr[hand], 4)} dB" for hand in VARIANTS)
-        return "\n".join([*lines, f"round trip, PSNR: {there_and_back}"])
+        psnr = ", ".join(f"{variant} {number(self.psnr[variant], 4)} dB" for variant in VARIANTS)
+        return "\n".join([*lines, f"round trip, PSNR: {psnr}"])
 
 
 def compare(vae_or_pipe: Any, images: Any) -> Comparison:
-    """Run images through a VAE three ways, and say at every stage how far they are apart.
+    """Run images through a VAE on the fast path, in eager torch and in float64; return the errors of every stage.
 
-    vae_or_pipe: fastvae's or diffusers' autoencoder, or a pipeline with one. One that is accelerated is compared with
-    its own settings, another with those of a plain ``accelerate``; it is left as it is. images: as ``encode_latents``
-    takes them, or files (one path, or several of any sizes); sides are cropped to what the model takes.
-    Fast and eager run in the model's dtype on its device, without tiling, graphs or torch.compile, and float64 on a
-    copy, on the CPU where the device has none; image by image, so a batch changes nothing.
-    Raises ValueError for no images and what ``encode_latents`` refuses of them, for a model without encoder or decoder
-    and for weights on the meta device, ImageError for a file that cannot be read, and TypeError for what is no VAE.
+    vae_or_pipe: fastvae's or diffusers' autoencoder, or a pipeline with one; it is not changed. An accelerated one is
+    compared with its settings, another with the defaults of ``accelerate``. images: as for ``encode_latents``, or files
+    (one path, or several of any sizes); sides are cropped to a multiple that the model takes.
+    Fast and eager run in the model's dtype on its device, without tiling, graphs or torch.compile; float64 runs on a
+    copy, on the CPU if the device has no float64. Images run one by one, so a batch does not change the result.
+    Raises ValueError for no images, for images that ``encode_latents`` refuses, for a model without encoder or decoder
+    and for weights on the meta device; ImageError for a file that cannot be read; TypeError if there is no VAE.
     """
-    vae = _whole(vae_or_pipe)
+    vae = _complete_vae(vae_or_pipe)
     weight = next(vae.parameters())
     path = vars(vae).get(ACCELERATED) or FastPath(deterministic=False, graphs=False, freeze=False)
     wide = copy.deepcopy(vae, {id(path): None})
-    # torch's own cast: diffusers' warns of modules to be kept in fp32 even where a model has none.
+    # torch's cast: diffusers' warns about modules to keep in fp32 even if a model has none.
     place = weight.device if weight.device.type == "cuda" else torch.device("cpu")
     torch.nn.Module.to(wide, device=place, dtype=torch.float64)
     gaps: dict[str, list[_Gap]] = {}
     paths: dict[str, str] = {}
-    psnr: dict[str, list[float]] = {hand: [] for hand in VARIANTS}
+    psnr: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     count = 0
     with torch.no_grad():
         for x in _one_by_one(vae, images):
             count += 1
             paths |= {
-                name: stages.stage_kind(path, unwrapped(getattr(vae, name)), x) for name in ("encoder", "decoder")
+                name: compare_stages.stage_path(path, unwrapped(getattr(vae, name)), x)
+                for name in ("encoder", "decoder")
             }
             _measure(vae, wide, path, x, gaps, psnr)
     if not count:
         raise ValueError("images must hold at least one image, got none")
     return Comparison(
-        stages=[_stage(name, paths.get(name.split(".")[0], "as it stands"), gaps[name], weight.dtype) for name in gaps],
-        psnr={hand: sum(values) / len(values) for hand, values in psnr.items()},
+        stages=[_stage(name, paths.get(name.split(".")[0], "eager"), gaps[name], weight.dtype) for name in gaps],
+        psnr={variant: sum(values) / len(values) for variant, values in psnr.items()},
         images=count,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
@@ -149,29 +149,29 @@ def compare_files(
     dtype: str | None = None,
     device: str | None = None,
 ) -> tuple[str, Comparison]:
-    """What ``fastvae compare`` measures: the model's name, and the comparison on these files.
+    """Compare a model on image files, as ``fastvae compare`` does; return the model's name and the comparison.
 
-    vae: a directory, a preset (random weights), a Hub id, or "tiny". dtype and device: by default what suits this
-    machine. Raises what ``compare`` and from_pretrained raise, and ValueError for a device that is not there.
+    vae: a directory, a preset (random weights), a Hub id, or "tiny". dtype and device: by default the best of this
+    machine. Raises the errors of ``compare`` and from_pretrained, and ValueError for a device that does not exist.
     """
     place = resolve_device(device)
-    model, weights = contestants.open_fp32(vae, subfolder, revision)
+    model, weights = rivals.open_fp32(vae, subfolder, revision)
     model = model.to(device=place, dtype=DTYPES[dtype or default_dtype(place)])
     return f"{vae} (weights: {weights})", compare(model, list(images))
 
 
-def _whole(vae_or_pipe: Any) -> Any:
+def _complete_vae(vae_or_pipe: Any) -> Any:
     vae = vae_of(vae_or_pipe)
     for name in ("encoder", "decoder"):
         if getattr(vae, name, None) is None:
             raise ValueError(f"compare needs a model with an encoder and a decoder, got one without its {name}")
     if any(weight.device.type == "meta" for weight in vae.parameters()):
-        raise ValueError("compare needs weights that are in place, got some on the meta device: take off the offload")
+        raise ValueError("compare needs weights in memory, got some on the meta device: remove the offload hooks")
     return vae
 
 
 class _Gap:
-    """Sums over images from which a Distance is made, in float64, and the size of what was compared to."""
+    """Sums over images in float64 that give a Distance, and the size of the second activation."""
 
     def __init__(self):
         self.largest = self.total = self.squares = self.count = 0.0
@@ -203,35 +203,35 @@ class _Gap:
 def _measure(
     vae: Any, wide: Any, path: FastPath, x: Tensor, gaps: dict[str, list[_Gap]], psnr: dict[str, list[float]]
 ) -> None:
-    """One image [1, C, H, W] through all three, and eager in channels_last, side by side."""
+    """Run one image [1, C, H, W] through all three, and through eager in channels_last, stage by stage."""
     weight = next(wide.parameters())
     laid_out = x.contiguous(memory_format=torch.channels_last)
     side_by_side = [
-        stages.run_stages(vae, x, path),
-        stages.run_stages(vae, x, None),
-        stages.run_stages(wide, x.to(weight), None),
+        compare_stages.run_stages(vae, x, path),
+        compare_stages.run_stages(vae, x, None),
+        compare_stages.run_stages(wide, x.to(weight), None),
     ]
     last: list[Tensor] = []
-    for *reached, (_, other) in zip(*side_by_side, stages.run_stages(vae, laid_out, None), strict=True):
+    for *reached, (_, other) in zip(*side_by_side, compare_stages.run_stages(vae, laid_out, None), strict=True):
         fast, eager, truth = last = [values.to(weight.device) for _, values in reached]
         pairs = (fast, eager), (fast, truth), (eager, truth), (other.to(weight.device), truth)
         for gap, pair in zip(gaps.setdefault(reached[0][0], [_Gap() for _ in pairs]), pairs, strict=True):
             gap.add(*pair)
-    for hand, image in zip(VARIANTS, last, strict=True):
-        psnr[hand].append(_clamped_psnr(image, x.to(weight)))
+    for variant, image in zip(VARIANTS, last, strict=True):
+        psnr[variant].append(_clamped_psnr(image, x.to(weight)))
 
 
 def _stage(name: str, path: str, gaps: list[_Gap], dtype: torch.dtype) -> Stage:
     fast_eager, fast_float64, eager_float64, other = (gap.distance() for gap in gaps)
     size, eps = gaps[2], torch.finfo(dtype).eps
-    # In channels_last, where the fast path computes, torch's own GroupNorm errs several times as much in fp32 on a CPU.
+    # The fast path computes in channels_last, in which torch's GroupNorm has several times the error in fp32 on a CPU.
     eager = max(eager_float64.largest, other.largest), max(eager_float64.rms, other.rms)
     allowed = tolerance(*eager, size.largest_other, math.sqrt(size.other / size.count), eps)
     return Stage(name, path, fast_eager, fast_float64, eager_float64, *allowed)
 
 
 def _one_by_one(vae: Any, images: Any) -> Iterator[Tensor]:
-    """Each image as pixels [1, C, H, W] in [-1, 1], like the weights, cropped to what the model takes."""
+    """Yield each image as pixels [1, C, H, W] in [-1, 1], like the weights, cropped to a multiple the model takes."""
     one = isinstance(images, (str, os.PathLike))
     batches = [images]
     if one or (isinstance(images, (list, tuple)) and images and isinstance(images[0], (str, os.PathLike))):

@@ -1,7 +1,7 @@
-"""An autoencoder one stage after another, from pixels to pixels: on the fast path, or layer by layer as torch runs it.
+"""An autoencoder stage by stage, from pixels to pixels: on the fast path, or layer by layer in eager torch.
 
-A stage is what comes out of the first convolution, of a block, of the last convolution, of quant_conv and of the
-posterior. Nothing is held between them but the activation, so several models can go side by side.
+A stage is the output of the first convolution, of a block, of the last convolution, of quant_conv or of the posterior.
+Only the activation is kept between stages, so several models can run side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastvae.latents.logvar_range import LOGVAR_RANGE
 
 
 class Eager:
-    """A pass of the layers as they stand. (network_walk.Pass, as far as stages go.)"""
+    """A pass that calls the layers of a part, with the methods of network_walk.Pass that stages need."""
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
         return Activation(part.conv_in(x))
@@ -37,10 +37,10 @@ class Eager:
 
 
 def run_stages(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str, Tensor]]:
-    """(name, values) of every stage for pixels x [1, C, H, W], the last one the image of the posterior's mode.
+    """Yield (name, values) of every stage for pixels x [1, C, H, W]; the last is the image of the posterior's mode.
 
-    path: the fast path to take, or None for the layers as they stand. Values must be looked at before the next stage
-    is asked for, which may be written in their memory.
+    path: the fast path, or None for eager torch. Use the values before asking for the next stage, which may overwrite
+    them.
     """
     encoder = yield from _through_part("encoder", unwrapped(vae.encoder), x, path)
     moments = encoder
@@ -57,8 +57,8 @@ def run_stages(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str
     yield from _through_part("decoder", unwrapped(vae.decoder), mean, path)
 
 
-def stage_kind(path: FastPath, part: Layer, x: Tensor) -> str:
-    """How a part goes through ``path`` for this input: "fused", "in place", or why it runs as it stands."""
+def stage_path(path: FastPath, part: Layer, x: Tensor) -> str:
+    """Return the path of a part for this input: "fused", "in place", or the reason why it falls back."""
     reason = _reason(path, part, x)
     if reason is None:
         return "fused"
@@ -72,33 +72,33 @@ def _reason(path: FastPath, part: Layer, x: Tensor) -> Reason | None:
 def _through_part(
     name: str, part: Layer, x: Tensor, path: FastPath | None
 ) -> Generator[tuple[str, Tensor], None, Tensor]:
-    if fallback_reasons.why_not_shape(part) is not None:  # of a module of another shape the result alone is known
+    if fallback_reasons.why_not_shape(part) is not None:  # a module of another shape has only its result
         y = part(x)
         yield name, y
         return y
     names = {id(module): f"{name}.{inner}" for inner, module in part.named_modules()}
     run = _pass(path, part, x)
     activation = run.begin(part, x)
-    yield f"{name}.conv_in", _whole(run, activation)
+    yield f"{name}.conv_in", _values(run, activation)
     for block in network_walk.blocks_of(part):
         activation = run.block(part, block, activation)
-        yield names[id(block)], _whole(run, activation)
+        yield names[id(block)], _values(run, activation)
     y = run.end(part, activation)
-    # In the layout of the input, as FastPath.run hands it on: a 1x1 convolution behind it has other bits in another.
+    # In the layout of the input, as FastPath.run returns it: the bits of a following 1x1 convolution depend on it.
     y = y if isinstance(run, Eager) or is_channels_last(x) else y.contiguous()
     yield f"{name}.conv_out", y
     return y
 
 
 def _pass(path: FastPath | None, part: Layer, x: Tensor) -> Any:
-    kind = "as it stands" if path is None else stage_kind(path, part, x)
+    kind = "eager" if path is None else stage_path(path, part, x)
     if path is None or kind not in ("fused", "in place"):
         return Eager()
     return path.pass_for(part, x) if kind == "fused" else CpuPass(path.packed)
 
 
-def _whole(run: Any, activation: Activation) -> Tensor:
-    """What a activation stands for: the fused passes carry it times a power of two, and its bias beside it."""
+def _values(run: Any, activation: Activation) -> Tensor:
+    """Return the values of an activation, which fused passes hold times a power of two and without its bias."""
     stream = getattr(run, "stream_factor", 1.0)
     if stream == 1.0 and activation.bias is None:
         return activation.x

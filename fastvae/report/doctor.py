@@ -1,4 +1,4 @@
-"""What ``fastvae doctor`` looks at: a finding is one sentence that says how things are and, if needed, what to do."""
+"""Checks of ``fastvae doctor``: each finding is one sentence with the state and, if needed, the remedy."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ OPTIONAL = {"diffusers"}
 def examine(
     vae: str = "tiny", folder: str = ".", *, subfolder: str | None = None, revision: str | None = None
 ) -> Iterator[Finding]:
-    """Look at the installation, the GPU, the kernels, the numbers, the image decoder and the disk, one after another.
+    """Check the installation, the GPU, the kernels, the numbers, the image decoder and the disk, one after another.
 
-    folder: where latents would go; it need not be there yet. Nothing is raised for what is out of order.
+    folder: the planned folder of latents; it need not exist. A failed check is a finding and raises nothing.
     """
     yield check_versions(versions())
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing or broken
-        yield Finding("torch", BAD, f"torch cannot be imported, so nothing else was looked at: {error}")
+        yield Finding("torch", BAD, f"torch cannot be imported, so nothing else was checked: {error}")
         return
-    from fastvae.report import torch_checks as health
+    from fastvae.report import torch_checks
     from fastvae.system.devices import resolve_device
 
     yield check_gpu(torch)
     device = resolve_device(None)
     checks: list[Callable[[], Finding]] = [
-        lambda: health.check_kernels(device),
-        lambda: health.check_numbers(device),
-        lambda: health.check_paths(vae, subfolder, revision, device),
-        health.check_images,
+        lambda: torch_checks.check_kernels(device),
+        lambda: torch_checks.check_numbers(device),
+        lambda: torch_checks.check_paths(vae, subfolder, revision, device),
+        torch_checks.check_images,
         lambda: check_disk(Path(folder)),
     ]
     for check in checks:
@@ -46,29 +46,29 @@ def examine(
 
 
 def check_versions(found: dict[str, str]) -> Finding:
-    """Whether what is installed is as new as fastvae needs it."""
-    said = ", ".join(f"{name} {version}" for name, version in found.items())
+    """Check that the installed versions are new enough for fastvae."""
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
     needed = [name for name in OLDEST if name not in OPTIONAL and (name != "triton" or platform.system() == "Linux")]
     missing = [name for name in needed if name not in found]
     old = [name for name, oldest in OLDEST.items() if name in found and _parsed(found[name]) < oldest]
     if missing:
-        return Finding("versions", BAD, f"{missing[0]} is not installed: pip install {missing[0]} ({said})", found)
+        return Finding("versions", BAD, f"{missing[0]} is not installed: pip install {missing[0]} ({listed})", found)
     if old:
         least = ".".join(str(part) for part in OLDEST[old[0]])
-        mend = "install" if old[0] == "python" else f'pip install "{old[0]}>={least}", for fastvae needs'
-        sentence = f"{old[0]} {found[old[0]]} is too old: {mend} {least} or newer ({said})"
+        remedy = "install" if old[0] == "python" else f'pip install "{old[0]}>={least}", for fastvae needs'
+        sentence = f"{old[0]} {found[old[0]]} is too old: {remedy} {least} or newer ({listed})"
         return Finding("versions", BAD, sentence, found)
-    return Finding("versions", OK, said, found)
+    return Finding("versions", OK, listed, found)
 
 
 def _parsed(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version such as 2.13.0+cpu; a part that is no number counts as 0."""
+    """Return the first two numbers of a version such as 2.13.0+cpu; a part that is no number counts as 0."""
     parts = version.split("+")[0].split(".")[:2]
     return tuple(int(part) if part.isdigit() else 0 for part in parts)
 
 
 def check_gpu(torch: Any) -> Finding:
-    """Which GPUs torch can use, and why none where one should be there."""
+    """Check which GPUs torch can use, and why it cannot use a GPU that exists."""
     shown = driver()
     built = torch.version.cuda or torch.version.hip
     if torch.cuda.is_available():
@@ -85,7 +85,7 @@ def check_gpu(torch: Any) -> Finding:
         sentence = f"{listed}, driver {shown or 'unknown'}, torch built for {built}"
         if torch.version.cuda and min(card.major for card in cards) < 8:
             return Finding(
-                "gpu", NOTE, f"{sentence}; the kernels are made for sm_80 and newer, older ones are untested", facts
+                "gpu", NOTE, f"{sentence}; the kernels are for sm_80 and newer; older ones are untested", facts
             )
         return Finding("gpu", OK, sentence, facts)
     facts = {"gpus": [], "driver": shown, "cuda": built}
@@ -102,14 +102,14 @@ def check_gpu(torch: Any) -> Finding:
             "gpu",
             BAD,
             f"there is an NVIDIA GPU here (driver {shown}), but torch (CUDA {built}) cannot use it: update the driver, "
-            "or mend CUDA_VISIBLE_DEVICES",
+            "or correct CUDA_VISIBLE_DEVICES",
             facts,
         )
     return Finding("gpu", NOTE, f"no GPU was found, so everything runs on the CPU: {processor()}", facts)
 
 
 def check_disk(folder: Path, repeats: int = 5) -> Finding:
-    """How long a file of 1 MiB takes to be safe in ``folder``, or in the nearest folder above it that is there."""
+    """Measure write and fsync of 1 MiB in ``folder``, or in the nearest existing folder above it."""
     import errno
     import os
     import shutil
@@ -130,12 +130,12 @@ def check_disk(folder: Path, repeats: int = 5) -> Finding:
                 os.fsync(file.fileno())
                 seconds.append(time.perf_counter() - begin)
     except OSError as error:
-        return Finding("disk", BAD, f"{place} cannot be written ({error.strerror}): give latents another folder")
+        return Finding("disk", BAD, f"{place} cannot be written ({error.strerror}): choose another folder for latents")
     taken = statistics.median(seconds)
     facts = {"folder": str(place), "fsync_seconds": seconds, "free_bytes": free}
-    sentence = f"1 MiB is safe in {place} after {1e3 * taken:.1f} ms (fsync), {format_bytes(free)} are free"
+    sentence = f"1 MiB is written to {place} in {1e3 * taken:.1f} ms (fsync), {format_bytes(free)} are free"
     if free < 2**30:
-        return Finding("disk", NOTE, f"{sentence}: that is little, a million latents of 256x256 need 15.3 GiB", facts)
+        return Finding("disk", NOTE, f"{sentence}: a million latents of 256x256 need 15.3 GiB", facts)
     if taken > 0.2:
-        return Finding("disk", NOTE, f"{sentence}: that is slow, a local disk would not be", facts)
+        return Finding("disk", NOTE, f"{sentence}: that is slow; use a local disk", facts)
     return Finding("disk", OK, sentence, facts)

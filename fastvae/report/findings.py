@@ -10,7 +10,7 @@ OK, NOTE, BAD = "ok", "note", "bad"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: "ok", a "note" that only slows or limits, or "bad"; facts are for JSON."""
+    """Result of one check: "ok", a "note" about a limit or low speed, or "bad". facts: values for JSON."""
 
     name: str
     state: str

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement was made with. Imports torch only where it is asked about it."""
+"""Machine and versions of a measurement. Only ``machine`` imports torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def versions() -> dict[str, str]:
-    """The version of fastvae, Python, and each package of PACKAGES that is installed, without importing any."""
+    """Return the versions of fastvae, Python and the installed PACKAGES, without importing them."""
     from fastvae._version import __version__
 
     found = {"fastvae": __version__, "python": platform.python_version()}
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What ``device`` is and what drives it, in values that JSON takes; memory in bytes."""
+    """Return the facts of ``device`` and its driver as values for JSON; memory in bytes."""
     import torch
 
     found: dict[str, Any] = {
@@ -50,7 +50,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as its maker gives it, and the bf16 instructions that it has."""
+    """Return the processor's name from the system, and its bf16 instructions."""
     listed = Path("/proc/cpuinfo")
     text = listed.read_text(errors="replace") if listed.exists() else ""
     lines = [line.partition(":") for line in text.splitlines()]
@@ -62,7 +62,7 @@ def processor() -> str:
 
 
 def driver() -> str | None:
-    """The version of the NVIDIA driver, or None where nvidia-smi is missing or finds no card."""
+    """Return the version of the NVIDIA driver, or None if nvidia-smi is missing or finds no card."""
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=5)

@@ -1,4 +1,4 @@
-"""How figures are written for people, alike on the terminal and on the page."""
+"""Formats of numbers for the terminal and for HTML pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``value`` with so many digits that count and no exponent where it can be read without; "" for None."""
+    """Return ``value`` with ``digits`` significant digits, without an exponent from 0.001 on; "" for None."""
     if value is None:
         return ""
     if not math.isfinite(value) or value == 0:
@@ -18,10 +18,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def interval(values: Sequence[float] | None) -> str:
-    """Two ends as text, or "" for None."""
+    """Return the ends of an interval as text, or "" for None."""
     return "" if values is None else f"{number(values[0])} to {number(values[1])}"
 
 
 def megabytes(value: int | None) -> str:
-    """Bytes in millions, or "" for None."""
+    """Return bytes in millions as text, or "" for None."""
     return "" if value is None else f"{value / 1e6:,.0f}"

@@ -1,4 +1,4 @@
-"""A benchmark's result, or a comparison's, as one HTML file that fetches nothing: tables, bars, machine, fallbacks."""
+"""HTML page of a benchmark or a comparison: one file with tables, bars, machine and fallbacks, without requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDED = ("jinja2", "matplotlib")
 
 
 def check_extra() -> None:
-    """Raises ImportError, naming the extra, where what draws the page is not installed."""
+    """Raise ImportError, naming the extra, if a package that draws the page is not installed."""
     for name in NEEDED:
         try:
             import_module(name)
@@ -26,13 +26,13 @@ def check_extra() -> None:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The HTML page of a result, whole in itself: nothing is fetched, every picture lies inside, no script runs.
+    """Return the HTML page of a result: one file with its pictures, which makes no requests and runs no script.
 
-    results: ``title`` and ``cases``; each case has a ``name`` and ``rows``, each row a ``contestant`` and, as far as
-    they are known, the other values of fastvae.report.benchmark.Row. ``model``, ``machine``, ``versions`` (names and
-    values), ``explain`` (name, path, reason, launches, bytes), ``notes`` (sentences) and ``baseline`` of a case may be
-    missing. Raises ImportError naming the extra where jinja2 or matplotlib is missing, and ValueError for a result
-    without title or cases.
+    results: ``title`` and ``cases``. Each case has a ``name`` and ``rows``; each row has a ``contestant`` and the known
+    values of fastvae.report.benchmark.Row. Optional: ``model``, ``machine``, ``versions`` (names and values),
+    ``explain`` (name, path, reason, launches, bytes), ``notes`` (sentences), and ``baseline`` of a case. Raises
+    ImportError, naming the extra, if jinja2 or matplotlib is missing, and ValueError for a result without title or
+    cases.
     """
     template = _template("page.html.jinja")
     missing = [name for name in ("title", "cases") if name not in results]
@@ -51,11 +51,11 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def comparison_page(source: str, found: Comparison) -> str:
-    """The HTML page of a comparison, whole in itself like ``page``. source: the model's name.
+    """Return the HTML page of a comparison, one file like ``page``. source: the model's name.
 
-    Raises ImportError naming the extra where jinja2 or matplotlib is missing.
+    Raises ImportError, naming the extra, if jinja2 or matplotlib is missing.
     """
-    return _template("comparison.html.jinja").render(source=source, found=found, hands=found.psnr)
+    return _template("comparison.html.jinja").render(source=source, found=found)
 
 
 def _template(name: str) -> Any:
@@ -90,7 +90,7 @@ def _case(case: Mapping[str, Any]) -> dict[str, Any]:
     blank |= dict.fromkeys(("images_per_second_interval", "times_baseline", "memory_bytes"))
     rows = [{**blank, **row} for row in case["rows"]]
     timed = [row for row in rows if row["images_per_second"] is not None]
-    said = [f"{row['contestant']} {number(row['images_per_second'])}{_between(row)}" for row in timed]
+    labels = [f"{row['contestant']} {number(row['images_per_second'])}{_between(row)}" for row in timed]
     return {
         "name": case["name"],
         "rounds": case.get("rounds"),
@@ -99,11 +99,11 @@ def _case(case: Mapping[str, Any]) -> dict[str, Any]:
         "columns": [
             name
             for name, always in (("times_baseline", False), ("memory_bytes", True), ("error", False))
-            # Memory that could not be measured is said to be so, unlike what nobody asked for.
+            # A column of memory that was not measured is shown; one that no row has is not.
             if any(row.get(name) is not None or (always and name in row) for row in case["rows"])
         ],
         "pictures": _pictures(timed) if timed else None,
-        "alt": "Bars of images per second: " + ", ".join(said) + ".",
+        "alt": "Bars of images per second: " + ", ".join(labels) + ".",
     }
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: a model of fastvae's, and the same weights in other hands, or why they are missing."""
+"""Contestants of a benchmark: a model of fastvae and rivals with the same weights, or the reason why one is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS = ("encode", "decode")
 
 @dataclass
 class Contestant:
-    """A name and its model; or, where it cannot take part, None and the reason in one sentence."""
+    """A name and its model; or None and the reason why it cannot take part, in one sentence."""
 
     name: str
     model: Any | None
@@ -29,32 +29,32 @@ class Contestant:
     compiled: bool = False
 
     def call(self, task: str) -> Any:
-        """``task`` as a function of one tensor: images [B, C, H, W] to moments, or latents to images."""
+        """Return ``task`` as a function of one tensor: images [B, C, H, W] to moments, or latents to images."""
         run = encoding(self.model) if task == "encode" else decoding(self.model)
-        # Bound to one shape, as it is measured with one: a compilation for all shapes at once is no faster.
+        # Compiled for the one shape that is measured; a compilation for all shapes is no faster.
         return torch.compile(run, dynamic=False) if self.compiled else run
 
 
 def open_fp32(source: str, subfolder: str | None, revision: str | None) -> tuple[Any, str]:
-    """The model at ``source`` in fp32, on the CPU, and where its weights come from.
+    """Return the model at ``source`` in fp32 on the CPU, and the origin of its weights.
 
-    source: a directory, a preset (whose weights are random, and drawn alike every time), a Hub id, or "tiny". Raises
-    what from_pretrained raises.
+    source: a directory, a preset (random weights, the same every time), a Hub id, or "tiny". Raises the errors of
+    from_pretrained.
     """
     if source in PRESETS and not os.path.isdir(source):
         from fastvae import models
 
         kind = getattr(models, PRESETS[source].class_name)
-        model, weights = kind.from_preset(source, seed=0), "random: a preset has no others"
+        model, weights = kind.from_preset(source, seed=0), "random: a preset has no weights"
     else:
         model, weights = open_model(source, subfolder, revision), "read from the model's file"
     return model.eval().requires_grad_(False), weights
 
 
 def contestants_for(plain: Any, *, compiled: bool) -> list[Contestant]:
-    """Everybody who measures against the model ``plain``, in its dtype and on its device: copies of their own.
+    """Return all contestants with copies of the model ``plain``, in its dtype and on its device.
 
-    Where diffusers is missing, the same model without its fast path stands in, which computes the same bits.
+    Without diffusers the baseline is the same model without its fast path, which computes the same bits.
     """
     ours = Contestant(FASTVAE, accelerate(copy.deepcopy(plain)))
     stock, reason = diffusers_twin(plain)
@@ -67,25 +67,25 @@ def contestants_for(plain: Any, *, compiled: bool) -> list[Contestant]:
 
 
 def diffusers_twin(plain: Any) -> tuple[Any | None, str | None]:
-    """diffusers' own model with the weights of ``plain``, at its defaults; or None, and why there is none."""
+    """Return diffusers' model with the weights of ``plain`` and its defaults; or None and the reason."""
     name = type(plain).__name__
     try:
-        # By name: the package itself never imports diffusers, and this is the one place that is asked to run it.
+        # By name: the package imports diffusers nowhere else.
         kind = getattr(importlib.import_module("diffusers"), name)
     except ImportError:
         return None, 'diffusers is not installed: pip install "fastvae[diffusers]"'
-    except (RuntimeError, AttributeError) as error:  # what its lazy modules raise for a part that cannot be loaded
+    except (RuntimeError, AttributeError) as error:  # errors of its lazy modules for a part that cannot be loaded
         return None, f"diffusers' {name} cannot be loaded: {first_line(error)}"
     twin = kind.from_config(dict(plain.config))
     twin.load_state_dict(plain.state_dict())
     weight = next(plain.parameters())
-    # torch's own cast: diffusers' warns of modules to be kept in fp32 even where a model has none.
+    # torch's cast: diffusers' warns about modules to keep in fp32 even if a model has none.
     torch.nn.Module.to(twin, device=weight.device, dtype=weight.dtype)
     return twin.eval().requires_grad_(False), None
 
 
 def encoding(model: Any) -> Any:
-    """``model.encode`` as a function of images, giving mean and log-variance [B, 2L, h, w]."""
+    """Return ``model.encode`` as a function from images to mean and log-variance [B, 2L, h, w]."""
 
     def encode(x: Tensor) -> Tensor:
         return model.encode(x).latent_dist.parameters
@@ -94,7 +94,7 @@ def encoding(model: Any) -> Any:
 
 
 def decoding(model: Any) -> Any:
-    """``model.decode`` as a function of raw latents, giving images [B, C, H, W]."""
+    """Return ``model.decode`` as a function from raw latents to images [B, C, H, W]."""
 
     def decode(z: Tensor) -> Tensor:
         return model.decode(z).sample
@@ -103,7 +103,7 @@ def decoding(model: Any) -> Any:
 
 
 def images(plain: Any, size: int, batch: int) -> Tensor:
-    """Smooth pictures with some noise, the same ones every time, [B, C, size, size] in [-1, 1]."""
+    """Return smooth pictures with some noise, the same every time, [B, C, size, size] in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     channels = plain.config.in_channels
     coarse = torch.rand(batch, channels, 6, 6, generator=generator) * 2 - 1
@@ -114,5 +114,5 @@ def images(plain: Any, size: int, batch: int) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows its first line."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Seconds of one call as a user's loop would see them, rivals in turns, and how sure their median is."""
+"""Seconds of one call as in a user's loop, rivals in turns, and the interval of their median."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 FEWEST_ROUNDS, MOST_ROUNDS = 6, 60
-# A GPU is waited for once a burst of about this long: waiting then costs next to nothing, launching what it costs.
+# A burst takes about this long and waits for the GPU once: the wait is negligible, the launches are included.
 BURST_SECONDS, MOST_CALLS = 20e-3, 32
 
 
 def synchronised(device: torch.device) -> None:
-    """Wait until ``device`` has done what it was given."""
+    """Wait until ``device`` has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def burst(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Seconds of one of ``count`` calls that follow each other, by the wall, until the device has finished."""
+    """Return the mean wall seconds of ``count`` calls in a row, until the device has finished."""
     synchronised(device)
     begin = time.perf_counter()
     for _ in range(count):
@@ -32,10 +32,10 @@ def burst(call: Callable[[], Any], count: int, device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device, budget: float) -> dict[str, list[float]]:
-    """Seconds of a call of each rival, one sample a round: A B, B A, A B, for ``budget`` seconds.
+    """Return seconds of a call of each rival, one sample a round: A B, B A, A B, for ``budget`` seconds.
 
-    Everything must have been called before, so that nothing is compiled here. Fewer than FEWEST_ROUNDS rounds, of
-    which no interval can be told, are never made, however long they take, and more than MOST_ROUNDS neither.
+    Call every rival once before, so that nothing is compiled here. The rounds are at least FEWEST_ROUNDS, which an
+    interval needs, and at most MOST_ROUNDS.
     """
     counts = {}
     for name, call in calls.items():
@@ -49,16 +49,16 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device, bu
             break
         for name in order:
             samples[name].append(burst(calls[name], counts[name], device))
-        # Whoever came first now comes last: none is always behind the same neighbour.
+        # The first becomes the last, so that no rival always follows the same one.
         order.append(order.pop(0))
     return samples
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """Where the true median lies with a probability of 95 %, by the order of the samples alone.
+    """Return the 95 % interval of the median, from the order of the samples.
 
     No distribution is assumed: the number of samples below the median is binomial. Raises ValueError for fewer than
-    six samples, of which even the smallest and the largest enclose it more seldom.
+    six samples: the smallest and the largest of five enclose the median with less than 95 %.
     """
     n = len(samples)
     if n < FEWEST_ROUNDS:
@@ -72,5 +72,5 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def median(samples: Sequence[float]) -> float:
-    """The middle of the samples."""
+    """Return the median of the samples."""
     return statistics.median(samples)

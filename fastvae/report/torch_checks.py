@@ -1,4 +1,4 @@
-"""The checks of ``fastvae doctor`` that need torch: whether kernels run, numbers are right, and what falls back."""
+"""Checks of ``fastvae doctor`` that need torch: kernels, numbers, fallbacks and image decoding."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastvae.report.rivals import encoding, first_line, images, open_fp32
 from fastvae.report.timing import synchronised
 from fastvae.system.devices import DTYPES, default_dtype
 
-# What a kernel's launch raises: no C compiler (RuntimeError), one without Python's headers (CalledProcessError), a
-# library that cannot be loaded (OSError), and what Triton's own compiler refuses.
+# Errors of a kernel's launch: no C compiler (RuntimeError), one without Python's headers (CalledProcessError), a
+# library that cannot be loaded (OSError), and Triton's compile errors.
 LAUNCH_ERRORS: tuple[type[Exception], ...] = (RuntimeError, OSError, subprocess.CalledProcessError)
 if HAS_TRITON:
     from triton.errors import TritonError
@@ -30,25 +30,25 @@ if HAS_TRITON:
 
 
 def check_kernels(device: torch.device) -> Finding:
-    """What Triton is here, and whether a kernel runs: on a GPU one is compiled, launched and compared."""
+    """Check Triton; on a GPU compile and launch a kernel and compare its result."""
     if not HAS_TRITON:
-        sentence = "Triton is not installed, so no fused kernel can run: pip install triton (Linux alone has it)"
+        sentence = "Triton is not installed, so no fused kernel can run: pip install triton (Linux only)"
         return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence)
     facts = {"triton": triton.__version__, "interpreted": INTERPRETED}
     if INTERPRETED:
-        sentence = "TRITON_INTERPRET=1 makes every kernel thousands of times slower: unset it, it is for debugging"
+        sentence = "TRITON_INTERPRET=1 makes every kernel thousands of times slower: unset it (it is for debugging)"
         return Finding("kernels", BAD, sentence, facts)
     if device.type != "cuda":
         sentence = (
-            f"Triton {triton.__version__} is here, but its kernels need a GPU: encode and decode are torch's own, in "
+            f"Triton {triton.__version__} is installed, but its kernels need a GPU: encode and decode run in torch, in "
             "channels_last"
         )
         return Finding("kernels", NOTE, sentence, facts)
-    return launched(device, facts)
+    return check_launch(device, facts)
 
 
-def launched(device: torch.device, facts: dict[str, Any]) -> Finding:
-    """Whether a kernel can be compiled and launched on ``device``, and its result is right."""
+def check_launch(device: torch.device, facts: dict[str, Any]) -> Finding:
+    """Check that a kernel can be compiled and launched on ``device``, and that its result is right."""
     from fastvae_kernels import group_norm_silu
 
     x = torch.randn(2, 32, 16, 16, device=device).to(memory_format=torch.channels_last)
@@ -59,22 +59,24 @@ def launched(device: torch.device, facts: dict[str, Any]) -> Finding:
         synchronised(device)
     except LAUNCH_ERRORS as error:
         sentence = (
-            f"a kernel could not be compiled or launched: {first_line(error)} (Triton needs a C compiler, as gcc)"
+            f"a kernel could not be compiled or launched: {first_line(error)} (Triton needs a C compiler such as gcc)"
         )
         return Finding("kernels", BAD, sentence, facts)
     took = time.perf_counter() - begin
     exact = group_norm_silu.reference(x.double(), weight.double(), bias.double(), 8, 1e-6)
     plain = group_norm_silu.reference(x, weight, bias, 8, 1e-6)
     error = (got - exact).abs().max().item()
-    # As everywhere here: twice the error of plain torch, and one rounding.
+    # The project's tolerance: twice the error of plain torch, plus one rounding.
     if not error <= 2 * (plain - exact).abs().max().item() + torch.finfo(x.dtype).eps * exact.abs().max().item():
-        sentence = f"a kernel ran, and its result is wrong by {error:.2g}: call fastvae.restore, and report this card"
+        sentence = f"a kernel ran, and its result is wrong by {error:.2g}: call fastvae.restore and report this GPU"
         return Finding("kernels", BAD, sentence, facts)
-    return Finding("kernels", OK, f"Triton {triton.__version__} runs kernels here, the first after {took:.1f} s", facts)
+    return Finding(
+        "kernels", OK, f"Triton {triton.__version__} runs kernels on this GPU, the first after {took:.1f} s", facts
+    )
 
 
 def check_numbers(device: torch.device) -> Finding:
-    """Whether the tiny model's accelerated encoder is as near to float64 as plain torch, in the device's own dtype."""
+    """Check the accelerated encoder of the tiny model against float64, in the device's default dtype."""
     dtype = default_dtype(device)
     try:
         plain = open_fp32("tiny", None, None)[0].to(device=device, dtype=DTYPES[dtype])
@@ -90,12 +92,12 @@ def check_numbers(device: torch.device) -> Finding:
     facts = {"dtype": dtype, "error": error, "allowed_error": allowed, "seconds": took}
     if wrong:
         return Finding("numbers", BAD, f"an image was encoded {wrong}: use another version of torch or Triton", facts)
-    sentence = f"the tiny model encodes an image in {dtype} within {error:.2g} of float64, {allowed:.2g} being allowed"
+    sentence = f"the tiny model encodes an image in {dtype} within {error:.2g} of float64 (allowed: {allowed:.2g})"
     return Finding("numbers", OK, sentence, facts)
 
 
 def check_paths(vae: str, subfolder: str | None, revision: str | None, device: torch.device) -> Finding:
-    """What of a model will be fast here, and what falls back for which reason."""
+    """Check which blocks of a model are fused on ``device``, and why others fall back."""
     dtype = default_dtype(device)
     try:
         model, _ = open_fp32(vae, subfolder, revision)
@@ -104,26 +106,26 @@ def check_paths(vae: str, subfolder: str | None, revision: str | None, device: t
         return Finding("paths", BAD, f"the model {vae} cannot be used: {first_line(error)}", {"vae": vae})
     with torch.no_grad():
         rows = explained(model, (1, model.config.in_channels, 256, 256))
-    return judged_paths(f"{vae} on {device} in {dtype}", rows)
+    return judge_paths(f"{vae} on {device} in {dtype}", rows)
 
 
-def judged_paths(what: str, rows: list[dict[str, Any]]) -> Finding:
-    """What explain's rows mean in one sentence."""
+def judge_paths(label: str, rows: list[dict[str, Any]]) -> Finding:
+    """Return the finding of explain's rows. label: model, device and dtype."""
     facts = {"blocks": rows}
     reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
     if not reasons:
-        return Finding("paths", OK, f"{what}: all {len(rows)} blocks are fused", facts)
-    said = "; ".join(reason.partition(": ")[2] for reason in reasons)
+        return Finding("paths", OK, f"{label}: all {len(rows)} blocks are fused", facts)
+    listed = "; ".join(reason.partition(": ")[2] for reason in reasons)
     left = [row["name"] for row in rows if row["reason"]]
     if len(left) == len(rows):
-        return Finding("paths", NOTE, f"{what}: nothing is fused ({said}), and everything runs as it stands", facts)
+        return Finding("paths", NOTE, f"{label}: no block is fused ({listed})", facts)
     named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
     fused = f"{len(rows) - len(left)} of {len(rows)} blocks are fused"
-    return Finding("paths", NOTE, f"{what}: {fused}; left as it stands: {named} ({said})", facts)
+    return Finding("paths", NOTE, f"{label}: {fused}; not fused: {named} ({listed})", facts)
 
 
 def check_images(seconds: float = 0.5) -> Finding:
-    """How many JPEGs of 512 x 512 one thread reads in a second, by the reader that ``fastvae encode`` uses."""
+    """Measure how many JPEGs of 512 x 512 one thread reads in a second, with the reader of ``fastvae encode``."""
     from PIL import Image, features
 
     generator = torch.Generator().manual_seed(0)
@@ -143,5 +145,5 @@ def check_images(seconds: float = 0.5) -> Finding:
     facts = {"images_per_second": rate, "side": 512, "bytes": len(jpeg), "libjpeg_turbo": turbo}
     sentence = f"one thread reads {rate:.0f} JPEGs of 512x512 a second"
     if not turbo:
-        return Finding("images", NOTE, f"{sentence}, without libjpeg-turbo: pip's wheel of Pillow has it", facts)
+        return Finding("images", NOTE, f"{sentence}, without libjpeg-turbo: the Pillow of PyPI has it", facts)
     return Finding("images", OK, f"{sentence} (libjpeg-turbo {turbo})", facts)

@@ -44,7 +44,7 @@ def test_one_json_document_and_a_page_that_fetches_nothing(folder, tmp_path):
     page = (tmp_path / "page.html").read_text()
     for stage in facts["stages"]:
         assert f'<th scope="row">{stage["name"]}</th>' in page
-    assert "Every stage is within" in page
+    assert "The error of every stage is at most twice eager" in page
     assert not re.search(r"https?://|<script|@import|url\(", page)
 
 
@@ -53,7 +53,7 @@ def test_a_fast_path_that_is_wrong_ends_in_code_1(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(stages.CpuPass, "end", lambda self, part, flow: own(self, part, flow) * 1.01)
     result = run(folder, "--html", tmp_path / "page.html", "--dtype", "fp32", code=1)
     assert "TOO FAR" in result.stdout
-    assert "<strong>Some stages are further" in (tmp_path / "page.html").read_text()
+    assert "<strong>The error of some stages is more than twice" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A real browser, driven over a pipe: what a page says on its console, fetches, and looks like."""
+"""Chromium, driven over a pipe: console messages, requests and screenshots of a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = [
     "--headless",
-    "--no-sandbox",  # CI runs as root, where Chromium refuses to start with it
+    "--no-sandbox",  # as root, as in CI, Chromium does not start with a sandbox
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
@@ -27,7 +27,7 @@ OPTIONS = [
     "--remote-debugging-pipe",
     "about:blank",
 ]
-PATIENCE = 30.0
+TIMEOUT_SECONDS = 30.0
 AS_3_AND_4 = """
 import fcntl, os, sys
 reading, writing = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
@@ -38,7 +38,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One page of a headless Chromium; speaks the DevTools protocol over descriptors 3 and 4, ended by zero bytes."""
+    """One page of a headless Chromium, by the DevTools protocol: messages on descriptors 3 and 4 end in a zero byte."""
 
     def __init__(self, reading: int, writing: int):
         self._reading, self._writing = reading, writing
@@ -52,7 +52,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol and wait for its answer; events that come before it are kept."""
+        """Call a method of the protocol and wait for its answer; earlier events are kept."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -66,11 +66,11 @@ class Browser:
             self.events.append(answer)
 
     def open(self, path: Path, *, width: int = 1000, dark: bool = False) -> None:
-        """Show a file in a window of so many pixels, and forget what happened before."""
+        """Open a file in a window of ``width`` pixels, and drop earlier events."""
         self.visit(path.as_uri(), width=width, dark=dark)
 
     def visit(self, url: str, *, width: int = 1000, dark: bool = False) -> None:
-        """The same for an address."""
+        """Open an address like a file."""
         self.events.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -78,33 +78,33 @@ class Browser:
         self.send("Page.navigate", url=url)
         self._wait_for("Page.loadEventFired")
 
-    def complaints(self) -> list[str]:
-        """Errors and warnings on the console, exceptions, and what the browser itself had to say of the page."""
-        said = []
+    def messages(self) -> list[str]:
+        """Return console messages, exceptions and the browser's own log entries."""
+        found = []
         for event in self.events:
             match event.get("method"):
                 case "Runtime.exceptionThrown":
-                    said.append(str(event["params"]["exceptionDetails"]["text"]))
+                    found.append(str(event["params"]["exceptionDetails"]["text"]))
                 case "Runtime.consoleAPICalled":
-                    said.append(f"console.{event['params']['type']}")
+                    found.append(f"console.{event['params']['type']}")
                 case "Log.entryAdded":
-                    said.append(event["params"]["entry"]["text"])
-        return said
+                    found.append(event["params"]["entry"]["text"])
+        return found
 
     def requested(self) -> list[str]:
-        """The addresses that were asked for, those inside the page (data:) apart; the page's own comes first."""
-        wanted = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
-        urls = [event["params"]["request"]["url"] for event in wanted]
+        """Return the requested addresses without data: URLs; the page's own is the first."""
+        sent = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        urls = [event["params"]["request"]["url"] for event in sent]
         return [url for url in urls if not url.startswith("data:")]
 
     def ask(self, expression: str) -> Any:
-        """The value of an expression of JavaScript, evaluated by the debugger and not by the page."""
+        """Return the value of a JavaScript expression, evaluated by the debugger and not by the page."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG."""
+        """Return the complete page as PNG."""
         return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def _wait_for(self, method: str) -> None:
@@ -112,11 +112,11 @@ class Browser:
             self.events.append(self._receive())
 
     def _receive(self) -> dict[str, Any]:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while b"\0" not in self._buffer:
             assert time.monotonic() < deadline, "the browser does not answer"
             piece = os.read(self._reading, 2**16)
-            assert piece, "the browser went away"
+            assert piece, "the browser has ended"
             self._buffer += piece
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
@@ -124,10 +124,10 @@ class Browser:
 
 @contextlib.contextmanager
 def browsing(profile: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own in the folder ``profile``, and its end."""
+    """Start a browser with a new profile in the folder ``profile``, and end it afterwards."""
     assert CHROMIUM is not None
     from_us, to_us = os.pipe(), os.pipe()
-    # It reads descriptor 3 and writes 4, and subprocess can pass on only the numbers that there are.
+    # Chromium reads descriptor 3 and writes 4; subprocess passes descriptors on with their own numbers only.
     command = [sys.executable, "-c", AS_3_AND_4, str(from_us[0]), str(to_us[1]), CHROMIUM, f"--user-data-dir={profile}"]
     log = profile / "chromium.log"
     profile.mkdir(parents=True, exist_ok=True)
@@ -147,4 +147,4 @@ def browsing(profile: Path) -> Iterator[Browser]:
         os.close(from_us[1])
         os.close(to_us[0])
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT_SECONDS)

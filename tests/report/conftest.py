@@ -1,4 +1,4 @@
-"""A model that is measured in no time, on what a user's CPU does: torch's own layers, and no interpreter."""
+"""Small model on the path of a user's CPU: torch's layers, without the interpreter."""
 
 import pytest
 from support.small_store import small_vae
@@ -13,6 +13,6 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture
 def as_a_users_cpu(monkeypatch):
-    """The tests' interpreter takes seconds a call; without it the CPU is what it is for a user."""
+    """Disable the kernels on the CPU: the interpreter takes seconds a call, and a user's CPU does not run it."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
     monkeypatch.setattr("fastvae.report.torch_checks.INTERPRETED", False)

@@ -1,4 +1,4 @@
-"""A result as ``fastvae bench`` has it, with figures that nobody measured."""
+"""Results in the format of ``fastvae bench``, with made-up numbers."""
 
 from typing import Any
 
@@ -42,5 +42,5 @@ def result() -> dict[str, Any]:
         "machine": {"gpu": 'A "card" of <none>', "gpu_memory_bytes": 80_000_000_000},
         "versions": {"torch": "2.13.0"},
         "explain": blocks,
-        "notes": ["Nobody measured this."],
+        "notes": ["These numbers were not measured."],
     }

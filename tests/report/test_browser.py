@@ -1,4 +1,4 @@
-"""The report in a real browser: a silent console, nothing fetched, readable in light and dark, wide and narrow."""
+"""HTML report in Chromium: no console messages, no requests, readable in light and dark, wide and narrow."""
 
 import pytest
 from report.browser import CHROMIUM, browsing
@@ -6,9 +6,9 @@ from report.examples import result
 
 from fastvae.report.page import page
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 
-# The smallest contrast of a text with what lies behind it, by WCAG's formula.
+# The smallest contrast of a text with its background, by WCAG's formula.
 CONTRAST = """
 (() => {
   const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
@@ -48,18 +48,18 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_report(browser, report, dark, width):
     browser.open(report, width=width, dark=dark)
-    assert browser.complaints() == []
+    assert browser.messages() == []
     assert browser.requested() == [report.as_uri()]
     assert browser.ask("document.images.length") == 2
     assert browser.ask("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
-    # Tables scroll in their own place; the page itself never does sideways.
+    # Tables scroll; the page does not scroll sideways.
     assert browser.ask("document.documentElement.scrollWidth") <= width
     assert browser.ask(CONTRAST) >= 4.5
     background = browser.ask("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
 
 
-def test_each_scheme_has_its_own_picture(browser, report):
+def test_each_scheme_has_a_picture(browser, report):
     shown = []
     for dark in (False, True):
         browser.open(report, dark=dark)
@@ -68,7 +68,7 @@ def test_each_scheme_has_its_own_picture(browser, report):
     assert browser.screenshot().startswith(b"\x89PNG")
 
 
-def test_tables_and_pictures_have_names_for_who_cannot_see_them(browser, report):
+def test_tables_and_pictures_have_accessible_names(browser, report):
     browser.open(report)
     nodes = [node for node in browser.send("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
     named = {(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes}
@@ -81,7 +81,7 @@ def test_tables_and_pictures_have_names_for_who_cannot_see_them(browser, report)
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "message"),
     [
         ("<script>console.error('no')</script>", "console.error"),
         ("<script>nothing()</script>", "Uncaught"),
@@ -92,15 +92,15 @@ def test_tables_and_pictures_have_names_for_who_cannot_see_them(browser, report)
     ],
     ids=["console", "exception", "policy"],
 )
-def test_a_page_that_complains_is_heard(browser, tmp_path, body, words):
+def test_console_messages_are_seen(browser, tmp_path, body, message):
     path = tmp_path / "page.html"
     path.write_text(body)
     browser.open(path)
-    assert words in " ".join(browser.complaints())
+    assert message in " ".join(browser.messages())
 
 
-def test_a_page_that_fetches_is_seen(browser, tmp_path):
+def test_requests_are_seen(browser, tmp_path):
     (tmp_path / "page.html").write_text("<img src='picture.png'>")
     browser.open(tmp_path / "page.html")
     assert browser.requested() == [(tmp_path / name).as_uri() for name in ("page.html", "picture.png")]
-    assert browser.complaints() != []
+    assert browser.messages() != []

@@ -1,4 +1,4 @@
-"""fastvae.compare: the stages are those of the network, their errors are true, and a wrong one is seen."""
+"""fastvae.compare: stages of the network, their errors, and a wrong stage."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ import fastvae
 from fastvae.data.images.errors import ImageError
 from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
-from fastvae.report import compare_stages as stages
+from fastvae.report import compare_stages
 from fastvae.report.compare import Comparison
 from fastvae.system.strict_json import strict_json
 
@@ -34,13 +34,13 @@ def by_name(found: Comparison):
 
 def last_of(vae, x, path):
     with torch.no_grad():
-        return {name: values.clone() for name, values in stages.run_stages(vae, x, path)}
+        return {name: values.clone() for name, values in compare_stages.run_stages(vae, x, path)}
 
 
 @pytest.mark.parametrize("hand", ["fastvae", "diffusers"])
 @pytest.mark.parametrize("shape", CONFIGS)
 def test_the_stages_end_in_what_the_model_gives(hand, shape):
-    """Bit for bit, on the fast path and beside it: what is compared is what users get."""
+    """Bit for bit, on the fast path and in eager torch."""
     vae = small_model(shape, hand)
     x = pixels(vae, 1)
     for path in (None, FastPath(deterministic=False, graphs=False, freeze=False)):
@@ -72,7 +72,7 @@ def test_every_stage_has_its_errors(hand):
 
 
 def test_the_errors_are_those_of_the_definition():
-    """At one stage, by hand: two images, as one activation."""
+    """Compute one stage here: two images as one activation."""
     vae = small_model("SD").to(torch.bfloat16)
     x = pixels(vae, 2)
     fast = fastvae.accelerate(copy.deepcopy(vae))
@@ -100,7 +100,7 @@ def test_psnr_is_that_of_the_round_trip():
     with torch.no_grad():
         image = vae.decode(vae.encode(x).latent_dist.mode()).sample
     as_bytes = [((y.clamp(-1, 1) + 1) * 127.5).numpy() for y in (image, x)]
-    # metrics.psnr takes what uint8 holds, and any other values on its scale.
+    # metrics.psnr takes the range of uint8, and other dtypes in that range.
     assert found.psnr["eager"] == pytest.approx(psnr(*as_bytes), rel=1e-5)
     assert found.psnr["fast"] == pytest.approx(found.psnr["float64"], rel=1e-4)
 
@@ -115,13 +115,13 @@ def test_the_settings_of_an_accelerated_model_are_compared():
 
 def test_a_wrong_fast_path_is_seen_from_its_stage_on(monkeypatch):
     vae = small_model("SD")
-    own = stages.CpuPass.resnet
+    own = compare_stages.CpuPass.resnet
 
     def off(self, block, flow, pad):
         flow = own(self, block, flow, pad)
         return flow._replace(x=flow.x * 1.01) if block is vae.encoder.mid_block.resnets[0] else flow
 
-    monkeypatch.setattr(stages.CpuPass, "resnet", off)
+    monkeypatch.setattr(compare_stages.CpuPass, "resnet", off)
     found = fastvae.compare(vae, pixels(vae, 1))
     right = [stage.name for stage in found.stages if stage.is_right]
     assert right[:3] == NAMES[:3]
@@ -139,9 +139,9 @@ def test_what_overflows_in_eager_must_be_finite_on_the_fast_path():
     assert not found.is_right
 
 
-def test_the_fused_kernels_are_seen_through_what_they_carry(monkeypatch):
-    """fp16 is carried times a power of two and biases come later: the stages undo both."""
-    monkeypatch.undo()  # the interpreter stands for a GPU
+def test_stages_of_fused_passes_have_their_true_values(monkeypatch):
+    """Fused passes hold fp16 times a power of two and add biases later: the stages undo both."""
+    monkeypatch.undo()  # with the kernels, in the interpreter
     if "cpu" not in fastvae.fast.fallback_reasons.KERNEL_DEVICES:
         pytest.skip("no kernel runs here: TRITON_INTERPRET is not set")
     torch.manual_seed(0)
@@ -197,14 +197,14 @@ def test_text_and_data():
     ("change", "images", "words"),
     [
         (lambda vae: setattr(vae, "decoder", None), None, "got one without its decoder"),
-        (lambda vae: vae.to("meta"), None, "weights that are in place"),
+        (lambda vae: vae.to("meta"), None, "weights in memory"),
         (lambda vae: None, torch.zeros(0, 3, 8, 8), "at least one image"),
         (lambda vae: None, torch.zeros(1, 3, 1, 8), "at least 2 x 2 pixels, got "),
         (lambda vae: None, torch.zeros(1, 4, 8, 8), "3 channels"),
     ],
     ids=["half a model", "meta", "no image", "too small", "another number of colours"],
 )
-def test_what_cannot_be_compared_is_refused_in_words(change, images, words):
+def test_what_cannot_be_compared_is_refused(change, images, words):
     vae = small_model("SD")
     x = pixels(vae, 1) if images is None else images
     change(vae)

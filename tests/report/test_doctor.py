@@ -1,4 +1,4 @@
-"""fastvae doctor's findings: one sentence each, which names what is wrong and what mends it."""
+"""Findings of fastvae doctor: one sentence each, with the state and the remedy."""
 
 import errno
 import itertools
@@ -13,8 +13,7 @@ from fastvae_kernels import group_norm_silu
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.small_store import small_vae
 
-from fastvae.report import doctor
-from fastvae.report import torch_checks as health
+from fastvae.report import doctor, torch_checks
 from fastvae.report.correctness import Truth
 from fastvae.report.doctor import check_disk, check_gpu, check_versions, examine
 
@@ -73,7 +72,7 @@ def torch_with(*cards, cuda: str | None = "12.8"):
         (torch_with(Card("H", 80e9, 9, 0)), "570.1", "ok", "H (74.5 GiB, sm_90), driver 570.1, torch built for 12.8"),
         (torch_with(Card("H", 80e9, 9, 0), Card("T", 16e9, 7, 5)), "570.1", "note", "sm_80 and newer"),
         (torch_with(cuda=None), "570.1", "bad", "torch 2.13.0 is a CPU build: install one with CUDA from pytorch.org"),
-        (torch_with(), "570.1", "bad", "torch (CUDA 12.8) cannot use it: update the driver, or mend CUDA_VISIBLE_DEV"),
+        (torch_with(), "570.1", "bad", "torch (CUDA 12.8) cannot use it: update the driver, or correct CUDA_VISIBLE_D"),
         (torch_with(), None, "note", "no GPU was found, so everything runs on the CPU"),
     ],
     ids=["a card", "an old one too", "a CPU build", "an old driver", "no card"],
@@ -89,7 +88,7 @@ def test_disk_is_timed_in_the_nearest_folder_that_is_there_and_nothing_stays(tmp
     finding = check_disk(tmp_path / "not" / "yet", repeats=2)
     assert finding.facts["folder"] == str(tmp_path)
     assert len(finding.facts["fsync_seconds"]) == 2
-    assert f"1 MiB is safe in {tmp_path} after " in finding.sentence
+    assert f"1 MiB is written to {tmp_path} in " in finding.sentence
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +97,7 @@ def test_a_place_that_cannot_be_written_is_bad(tmp_path, monkeypatch):
     finding = check_disk(tmp_path / "file" / "latents")
     assert (finding.state, finding.sentence) == (
         "bad",
-        f"{tmp_path / 'file'} cannot be written (Not a directory): give latents another folder",
+        f"{tmp_path / 'file'} cannot be written (Not a directory): choose another folder for latents",
     )
 
     def refuse(**options):
@@ -111,39 +110,37 @@ def test_a_place_that_cannot_be_written_is_bad(tmp_path, monkeypatch):
 def test_a_slow_disk_and_a_full_one_are_notes(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(1, 1, 10**8))
-    assert (
-        "95.4 MiB are free: that is little, a million latents of 256x256 need 15.3 GiB" in check_disk(tmp_path).sentence
-    )
+    assert "95.4 MiB are free: a million latents of 256x256 need 15.3 GiB" in check_disk(tmp_path).sentence
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(1, 1, 10**12))
     monkeypatch.setattr(doctor.time, "perf_counter", itertools.count().__next__)
     finding = check_disk(tmp_path)
-    assert (finding.state, finding.sentence.partition(": ")[2]) == ("note", "that is slow, a local disk would not be")
+    assert (finding.state, finding.sentence.partition(": ")[2]) == ("note", "that is slow; use a local disk")
 
 
 def test_kernels_where_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(health, "INTERPRETED", False)
-    finding = health.check_kernels(CPU)
+    monkeypatch.setattr(torch_checks, "INTERPRETED", False)
+    finding = torch_checks.check_kernels(CPU)
     assert finding.state == "note"
-    assert "its kernels need a GPU: encode and decode are torch's own, in channels_last" in finding.sentence
-    monkeypatch.setattr(health, "HAS_TRITON", False)
-    assert health.check_kernels(CPU).state == "note"
-    missing = health.check_kernels(torch.device("cuda"))
+    assert "its kernels need a GPU: encode and decode run in torch, in channels_last" in finding.sentence
+    monkeypatch.setattr(torch_checks, "HAS_TRITON", False)
+    assert torch_checks.check_kernels(CPU).state == "note"
+    missing = torch_checks.check_kernels(torch.device("cuda"))
     assert missing.state == "bad"
     assert "pip install triton" in missing.sentence
 
 
 def test_the_interpreter_is_bad(monkeypatch):
-    monkeypatch.setattr(health, "INTERPRETED", True)
-    finding = health.check_kernels(CPU)
+    monkeypatch.setattr(torch_checks, "INTERPRETED", True)
+    finding = torch_checks.check_kernels(CPU)
     assert finding.state == "bad"
     assert "TRITON_INTERPRET=1 makes every kernel thousands of times slower: unset it" in finding.sentence
 
 
-@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="here the interpreter does not stand in for a GPU")
+@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="no kernel runs on the CPU")
 def test_a_kernel_is_run_and_compared(monkeypatch):
-    assert health.launched(CPU, {}).state == "ok"
+    assert torch_checks.check_launch(CPU, {}).state == "ok"
     monkeypatch.setattr(group_norm_silu, "group_norm_silu", lambda x, *rest: x + 1)
-    finding = health.launched(CPU, {})
+    finding = torch_checks.check_launch(CPU, {})
     assert finding.state == "bad"
     assert "a kernel ran, and its result is wrong by " in finding.sentence
 
@@ -151,34 +148,34 @@ def test_a_kernel_is_run_and_compared(monkeypatch):
         raise subprocess.CalledProcessError(1, ["gcc"])
 
     monkeypatch.setattr(group_norm_silu, "group_norm_silu", fail)
-    finding = health.launched(CPU, {})
+    finding = torch_checks.check_launch(CPU, {})
     assert finding.state == "bad"
     assert finding.sentence.startswith("a kernel could not be compiled or launched: Command '['gcc']'")
 
 
 @pytest.fixture
 def small(monkeypatch, as_a_users_cpu):
-    monkeypatch.setattr(health, "open_fp32", lambda *source: (small_vae(), ""))
+    monkeypatch.setattr(torch_checks, "open_fp32", lambda *source: (small_vae(), ""))
 
 
 @pytest.mark.usefixtures("small")
 def test_numbers(monkeypatch):
-    finding = health.check_numbers(CPU)
+    finding = torch_checks.check_numbers(CPU)
     assert finding.state == "ok"
     assert 0 < finding.facts["error"] <= finding.facts["allowed_error"]
-    monkeypatch.setattr(health, "truth_of", lambda *arguments: Truth([0], torch.full((8, 16, 16), 9.0), 1.0, 1.0))
-    finding = health.check_numbers(CPU)
+    monkeypatch.setattr(torch_checks, "truth_of", lambda *arguments: Truth([0], torch.full((8, 16, 16), 9.0), 1.0, 1.0))
+    finding = torch_checks.check_numbers(CPU)
     assert finding.state == "bad"
     assert finding.sentence.endswith("use another version of torch or Triton")
 
 
 @pytest.mark.usefixtures("small")
-def test_a_model_that_cannot_run_is_a_finding_and_no_end(monkeypatch):
+def test_an_error_of_the_model_is_a_finding(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler.\nmore")
 
-    monkeypatch.setattr(health, "truth_of", fail)
-    finding = health.check_numbers(CPU)
+    monkeypatch.setattr(torch_checks, "truth_of", fail)
+    finding = torch_checks.check_numbers(CPU)
     assert (finding.state, finding.sentence) == (
         "bad",
         "the tiny model could not encode an image: Failed to find C compiler.",
@@ -193,34 +190,34 @@ def block(name, reason=None):
     ("rows", "state", "words"),
     [
         ([block("a"), block("b")], "ok", "it: all 2 blocks are fused"),
-        ([block("a", "CPU: no kernel")], "note", "it: nothing is fused (no kernel), and everything runs as it stands"),
-        ([block("a"), block("b", "H: hook")], "note", "it: 1 of 2 blocks are fused; left as it stands: b (hook)"),
+        ([block("a", "CPU: no kernel")], "note", "it: no block is fused (no kernel)"),
+        ([block("a"), block("b", "H: hook")], "note", "it: 1 of 2 blocks are fused; not fused: b (hook)"),
         (
             [block("a"), *(block(name, f"X{i % 2}: why {i % 2}") for i, name in enumerate("bcdef"))],
             "note",
-            "it: 1 of 6 blocks are fused; left as it stands: b, c, d and 2 more (why 0; why 1)",
+            "it: 1 of 6 blocks are fused; not fused: b, c, d and 2 more (why 0; why 1)",
         ),
     ],
 )  # fmt: skip
 def test_paths(rows, state, words):
-    finding = health.judged_paths("it", rows)
+    finding = torch_checks.judge_paths("it", rows)
     assert (finding.state, finding.sentence) == (state, words)
 
 
 def test_a_model_that_is_not_there_is_bad(tmp_path):
-    finding = health.check_paths(str(tmp_path), None, None, CPU)
+    finding = torch_checks.check_paths(str(tmp_path), None, None, CPU)
     assert finding.state == "bad"
     assert finding.sentence.startswith(f"the model {tmp_path} cannot be used: ")
 
 
 def test_images_are_read_by_the_clock(monkeypatch):
-    finding = health.check_images(0.05)
+    finding = torch_checks.check_images(0.05)
     assert finding.facts["images_per_second"] > 0
-    assert 20_000 < finding.facts["bytes"] < 300_000  # what a photograph of that size takes
+    assert 20_000 < finding.facts["bytes"] < 300_000  # the size of such a photograph
     monkeypatch.setattr("PIL.features.version_feature", lambda name: None)
-    finding = health.check_images(0.01)
+    finding = torch_checks.check_images(0.01)
     assert finding.state == "note"
-    assert "without libjpeg-turbo: pip's wheel of Pillow has it" in finding.sentence
+    assert "without libjpeg-turbo: the Pillow of PyPI has it" in finding.sentence
 
 
 def test_a_torch_that_cannot_be_loaded_ends_the_examination(monkeypatch):
@@ -228,4 +225,4 @@ def test_a_torch_that_cannot_be_loaded_ends_the_examination(monkeypatch):
     findings = list(examine())
     assert [finding.name for finding in findings] == ["versions", "torch"]
     assert findings[1].state == "bad"
-    assert findings[1].sentence.startswith("torch cannot be imported, so nothing else was looked at: ")
+    assert findings[1].sentence.startswith("torch cannot be imported, so nothing else was checked: ")

@@ -1,4 +1,4 @@
-"""The HTML report: one file, everything escaped, figures and words where they belong; test_browser.py looks at it."""
+"""HTML report: one file, all text escaped, numbers and labels in place; test_browser.py opens it in a browser."""
 
 import base64
 import re
@@ -17,7 +17,7 @@ VOID = {"meta", "link", "source", "img"}
 
 
 class Document(HTMLParser):
-    """Tags with their attributes and the text, and whether every tag that opens is closed in turn."""
+    """Tags with attributes, and the text; checks that tags are nested correctly."""
 
     def __init__(self, text):
         super().__init__()
@@ -72,10 +72,10 @@ def test_the_figures_are_there_with_their_intervals():
     assert "encoder.mid_block module HOOKS: a hook" in document.text
     assert "parameters 2,360,743" in document.text
     assert "gpu memory 80,000 MB" in document.text
-    assert "Nobody measured this." in document.text
+    assert "These numbers were not measured." in document.text
 
 
-def test_headings_table_headers_and_pictures_speak():
+def test_headings_table_headers_and_pictures_have_text():
     document = Document(page(result()))
     assert document.all("html") == [{"lang": "en"}]
     assert [tag for tag, _ in document.tags if tag in ("h1", "h2", "h3")] == ["h1"] + ["h2"] * 5 + ["h3"] * 3
@@ -99,7 +99,7 @@ def test_a_reason_reaches_across_the_columns():
         assert headers == 2 * (span + 1) + 5
 
 
-def test_memory_that_could_not_be_measured_is_said_and_one_nobody_asked_for_is_not():
+def test_memory_has_a_column_only_if_it_was_asked_for():
     given = result()
     given["cases"] = [{"name": "case", "rows": [row("fastvae", 10, memory_bytes=None)]}]
     assert "not measured" in Document(page(given)).text
@@ -107,7 +107,7 @@ def test_memory_that_could_not_be_measured_is_said_and_one_nobody_asked_for_is_n
     assert "memory" not in Document(page(given)).text.replace("gpu memory", "")
 
 
-def test_a_case_in_which_nobody_was_right_has_no_picture():
+def test_a_case_without_a_right_result_has_no_picture():
     given = result()
     given["cases"] = [{"name": "case", "rows": [{"contestant": "fastvae", "reason": "wrong: by 3"}]}]
     document = Document(page(given))
@@ -117,7 +117,7 @@ def test_a_case_in_which_nobody_was_right_has_no_picture():
 
 def test_title_and_rows_are_enough():
     document = Document(page({"title": "A", "cases": [{"name": "B", "rows": [{"contestant": "C"}]}]}))
-    shown = "Medians, with the interval that holds the median with a probability of 95 %."
+    shown = "Medians, with their 95 % intervals."
     assert document.text == f"A A B {shown} Contestant Images/s ms a call C not measured"
     with pytest.raises(ValueError, match="results must have a title and cases, got none called 'cases'"):
         page({"title": "A"})
@@ -130,7 +130,7 @@ def test_a_missing_extra_is_named(missing, monkeypatch):
         check_extra()
 
 
-def test_bars_are_svg_alike_every_time_and_differ_by_scheme():
+def test_bars_are_deterministic_svg_and_differ_by_scheme():
     rows = [row("fastvae", 10), row("diffusers", 40, images_per_second_interval=None)]
     light, dark = bars(rows), bars(rows, dark=True)
     assert light == bars(rows)
@@ -153,10 +153,10 @@ def test_bars_are_svg_alike_every_time_and_differ_by_scheme():
         (float("nan"), "nan"),
     ],
 )
-def test_numbers_for_people(value, written):
+def test_number_format(value, written):
     assert number(value) == written
 
 
-def test_intervals_and_megabytes_for_people():
+def test_format_of_intervals_and_megabytes():
     assert (interval((1.0, 23.4)), interval(None)) == ("1.00 to 23.4", "")
     assert (megabytes(1_234_567_890), megabytes(0), megabytes(None)) == ("1,235", "0", "")

@@ -1,4 +1,4 @@
-"""Rivals take turns, and the interval of a median is what the binomial distribution says."""
+"""Turns of rivals, and the interval of a median by the binomial distribution."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from fastvae.report.timing import FEWEST_ROUNDS, MOST_ROUNDS, interleaved, media
 
 
 def coverage(n, cut):
-    """The probability that a median lies between the sample of rank cut and the one of rank n - 1 - cut."""
+    """Return the probability that the median is between the samples of rank cut and n - 1 - cut."""
     return 1 - 2 * sum(math.comb(n, k) for k in range(cut + 1)) / 2**n
 
 
@@ -30,7 +30,7 @@ def test_too_few_samples_have_no_interval():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The calls in the order they come, and a clock on which each takes its own number of seconds."""
+    """Calls in their order, and a clock on which each takes a fixed number of seconds."""
     calls, clock = [], itertools.count()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
 
@@ -49,10 +49,10 @@ def test_rivals_take_turns_and_none_is_always_first(watched):
     assert "".join(calls) == "ab" + "abba" * (FEWEST_ROUNDS // 2)
 
 
-def test_rounds_end_with_the_budget_and_are_never_without_number(watched):
+def test_rounds_end_with_the_budget_and_have_a_maximum(watched):
     _, rivals = watched
     few = interleaved(rivals, torch.device("cpu"), budget=100)
-    # A round takes 8 seconds, and each question for the time takes one.
+    # A round takes 8 seconds, and each reading of the clock takes one.
     assert FEWEST_ROUNDS < len(few["a"]) < 100 / 8
     assert len(interleaved(rivals, torch.device("cpu"), budget=1e9)["b"]) == MOST_ROUNDS
 
@@ -62,10 +62,10 @@ def test_on_a_gpu_short_calls_come_in_bursts(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-3 * next(ticks))
     monkeypatch.setattr(timing, "synchronised", lambda device: calls.append("wait"))
     samples = interleaved({"a": lambda: calls.append("a")}, torch.device("cuda"), budget=0)
-    # A call alone takes one tick of the clock, so twenty fill a burst; between two of them nobody waits.
+    # One call takes one tick of the clock, so twenty fill a burst, without waiting between them.
     assert "".join(calls).startswith("waitawait" + "wait" + 20 * "a" + "wait")
     assert samples["a"] == pytest.approx([1e-3 / 20] * FEWEST_ROUNDS)
 
 
-def test_nobody_to_measure():
+def test_no_calls():
     assert interleaved({}, torch.device("cpu"), budget=1) == {}
