@@ -90,15 +90,16 @@ y = ops.group_norm_silu(x, weight, bias, 32, 1e-6)  # x [N, C, H, W] in channels
 """
 
 
-def portable(source: str) -> str:
-    """A module's source with relative imports, and with its ops in the namespace that ``_ops.py`` names.
+def portable(source: str, depth: int = 0) -> str:
+    """Return a module's source with relative imports and its ops in the namespace that ``_ops.py`` names.
 
-    Raises ValueError where a name of the installed package would be left.
+    depth: folders between the package and the module. Raises ValueError where a name of the installed package remains.
     """
-    source = re.sub(r"^from fastvae_kernels(?:\.(\w+))? import", _relative, source, flags=re.MULTILINE)
+    dots = "." * (depth + 1)
+    source = re.sub(r"^from fastvae_kernels\b\.?", f"from {dots}", source, flags=re.MULTILINE)
     source, ops = re.subn(r'\.custom_op\("fastvae::(\w+)"', r'.custom_op(add_op_namespace_prefix("\1")', source)
     if ops:
-        glue = "from ._ops import add_op_namespace_prefix\nfrom ."
+        glue = f"from {dots}_ops import add_op_namespace_prefix\nfrom ."
         source = re.sub(r"^from \.", glue, source, count=1, flags=re.MULTILINE)
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -115,13 +116,12 @@ def portable(source: str) -> str:
     return source
 
 
-def _relative(found: re.Match[str]) -> str:
-    return f"from .{found[1] or ''} import"
-
-
 def sources() -> dict[str, str]:
-    """Every file of the package as it is exported, by its path; the tables of tiles among them."""
-    files = {path.name: portable(path.read_text()) for path in sorted(SOURCES.glob("*.py"))}
+    """Return every file of the exported package by its path, the tables of tiles included."""
+    files = {}
+    for path in sorted(SOURCES.rglob("*.py")):
+        name = path.relative_to(SOURCES)
+        files[name.as_posix()] = portable(path.read_text(), len(name.parents) - 1)
     files |= {f"tuned/{path.name}": path.read_text() for path in sorted((SOURCES / "tuned").glob("*.json"))}
     imports = "\n".join(f"from .{module} import {', '.join(names)}" for module, names in PUBLIC.items())
     names = sorted(name for names in PUBLIC.values() for name in names)
@@ -130,7 +130,7 @@ def sources() -> dict[str, str]:
 
 
 def backends() -> dict[str, dict[str, object]]:
-    """What each folder says of its backend; the architectures are those of the compile audit."""
+    """Return the "backend" of each folder's metadata; the architectures are those of the compile audit."""
     cuda = [name.removeprefix("sm_") for name in TARGETS if name.startswith("sm_")]
     return {
         "cuda": {"type": "cuda", "archs": [f"{number[:-1]}.{number[-1]}" for number in cuda]},
@@ -140,7 +140,7 @@ def backends() -> dict[str, dict[str, object]]:
 
 
 def write_variant(folder: Path, backend: str, facts: dict[str, object]) -> None:
-    """One folder of ``build/``: the package for a backend, and what it is."""
+    """Write one folder of ``build/``: the package for a backend, and its metadata."""
     files = sources()
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     namespace = f"_{MODULE}_{backend}_{digest[:10]}"
@@ -165,13 +165,13 @@ def write_variant(folder: Path, backend: str, facts: dict[str, object]) -> None:
 
 
 def export(out: Path) -> Path:
-    """Write the repository into ``out``/fastvae-kernels, in place of the one that is there, and give its path.
+    """Write the repository as ``out``/fastvae-kernels, replacing an earlier export, and return its path.
 
-    Raises ValueError for a folder there that is no export.
+    Raises ValueError if that folder exists and is no export.
     """
     repository = out / NAME
     if repository.exists() and not list(repository.glob("build/torch-*/metadata.json")):
-        raise ValueError(f"{repository} is there and is no export of the kernels: name another folder")
+        raise ValueError(f"{repository} exists and is no export of the kernels: name another folder")
     shutil.rmtree(repository, ignore_errors=True)
     for backend, facts in backends().items():
         write_variant(repository / "build" / f"torch-{backend}", backend, facts)

@@ -1,4 +1,4 @@
-"""The kernels as the hub wants them: a package that needs no other, beside the installed one, with the same results."""
+"""The exported kernels: the hub's layout, no need of the installed package, and the same results beside it."""
 
 import ast
 import base64
@@ -20,7 +20,7 @@ BACKEND = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(name, path):
-    """A file as a module of that name, the way the hub's loader does it."""
+    """Return a file as a module of that name, as the hub's loader imports it."""
     specification = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -64,7 +64,7 @@ def tokens(seed):
     return torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed)).to(BACKEND)
 
 
-# What is called, and with what: one of every kind, those with a gradient among them.
+# Ops with their arguments: one of each kind, several with a gradient.
 CALLS = {
     "group_norm_silu": (group_norm_silu, lambda: (image(0), vector(1), vector(2), 4, 1e-6)),
     "residual_add": (residual, lambda: (image(0), image(1), vector(2))),
@@ -75,7 +75,7 @@ CALLS = {
 
 
 def computed(function, arguments):
-    """The results of a call, and the gradient of their sum of squares by everything that has one."""
+    """Return the results of a call, and the gradients of their sum of squares."""
     arguments = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
     results = function(*arguments)
     results = results if isinstance(results, (tuple, list)) else (results,)
@@ -95,13 +95,14 @@ def test_both_packages_in_one_process_give_the_same_bits(exported, name):
 
 
 def test_every_op_of_the_installed_package_has_a_twin_in_a_namespace_of_its_own(exported, namespace):
-    for path in exporter.SOURCES.glob("*.py"):
-        importlib.import_module(f"fastvae_kernels.{path.stem}".removesuffix(".__init__"))
+    for path in exporter.SOURCES.rglob("*.py"):
+        name = ".".join(path.relative_to(exporter.SOURCES.parent).with_suffix("").parts)
+        importlib.import_module(name.removesuffix(".__init__"))
     exports = {name for names in exporter.PUBLIC.values() for name in names}
     assert set(exported.__all__) == exports
     installed = {name.removeprefix("fastvae::") for name in _ops_of("fastvae")}
     assert installed == {name.removeprefix(f"{namespace}::") for name in _ops_of(namespace)}
-    # What is not exported by name is the backward of something that is.
+    # An op that is not exported by name is the backward of one that is.
     hidden = {name for name in installed - exports if not name.endswith("_backward")}
     assert hidden == {"group_norm_forward"}
 
@@ -122,7 +123,7 @@ def test_the_ops_have_their_kernels_fakes_and_gradients(exported, namespace):
 
 
 def test_it_needs_neither_fastvae_nor_its_kernels(variant, namespace):
-    """In a process that refuses both, by the place where older loaders look, which loads the other."""
+    """In a process that refuses both, through the folder of older loaders, which loads the package itself."""
     probe = f"""
 import importlib.util, sys
 import torch
@@ -139,7 +140,7 @@ for module in (old, sys.modules["{namespace}"]):
     command = [sys.executable, "-I", "-c", probe]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["tensor([2.8577])"] * 2  # silu(3): what is constant normalises to nothing
+    assert done.stdout.splitlines() == ["tensor([2.8577])"] * 2  # silu(3): a constant image normalises to 0
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "rocm"])
@@ -171,11 +172,17 @@ def _imports_nothing_else(path):
 def test_the_namespace_follows_the_sources(tmp_path, namespace, monkeypatch):
     same = exporter.export(tmp_path / "same")
     written = exporter.sources()
-    changed = {**written, "tiles.py": written["tiles.py"] + "\n# other\n"}
+    changed = written | {"shared/tiles.py": written["shared/tiles.py"] + "\n# other\n"}
     monkeypatch.setattr(exporter, "sources", lambda: changed)
     other = exporter.export(tmp_path / "other")
     names = [json.loads((r / "build" / f"torch-{BACKEND}" / "metadata.json").read_text())["id"] for r in (same, other)]
     assert names[0] == namespace != names[1]
+
+
+def test_imports_are_relative_to_the_folder_of_a_module():
+    source = "from fastvae_kernels import statistics\nfrom fastvae_kernels.shared.runtime import tl\n"
+    assert exporter.portable(source) == "from . import statistics\nfrom .shared.runtime import tl\n"
+    assert exporter.portable(source, 1) == "from .. import statistics\nfrom ..shared.runtime import tl\n"
 
 
 REFUSED = {
