@@ -1,4 +1,4 @@
-"""Compiled variants: a new size of image compiles nothing, beyond the few variants Triton makes of divisible sizes."""
+"""Compiled variants: a new size of image compiles nothing, or one variant more where Triton sees divisibility."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ATTENTION = {
 
 
 def counted(*cases):
-    """{case: {variant: count}} from one process without the interpreter."""
+    """Return {case: {variant: count}} from one process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folders = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
@@ -36,13 +36,13 @@ def found():
     return counted("passes", "posterior", "attention:512:bfloat16")
 
 
-def test_thirty_sizes_compile_at_most_two_variants_of_each_pass(found):
+def test_thirty_sizes_compile_one_variant_of_each_pass(found):
     found = found["passes"]
     assert len(found) >= 20, "of both numbers of channels"
-    assert max(found.values()) <= 2, {variant: n for variant, n in found.items() if n > 2}
+    assert max(found.values()) == 1, {variant: n for variant, n in found.items() if n > 1}
 
 
-def test_thirty_two_sizes_compile_two_variants_one_for_each_memory_format(found):
+def test_eight_sizes_compile_two_variants_one_for_each_memory_format(found):
     found = found["posterior"]
     assert len({variant[0] for variant in found}) == 5, "sample, divergence and sum, and two gradients"
     assert len(found) == 2 * 3 * (2 * 3 + 3), "dtypes, channels; the sampler's kernels in mode, by row and by stream"
