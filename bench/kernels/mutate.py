@@ -40,9 +40,7 @@ COPIED = (
     "pyproject.toml",
     "kernels",
     "tests/conftest.py",
-    "tests/support/accuracy.py",
-    "tests/support/thinned.py",
-    "tests/support/traffic.py",
+    "tests/support",
     "tests/ops",
 )
 TIMEOUT = 180
