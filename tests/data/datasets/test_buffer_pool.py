@@ -1,4 +1,4 @@
-"""Memory that is used again: never while anything still looks at it, and not without bound."""
+"""BufferPool reuses memory, never while anything refers to it, and keeps a bounded amount."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ def _for_small_tensors_too(monkeypatch):
     monkeypatch.setattr(fastvae.data.datasets.buffer_pool, "MIN_BYTES", 1)
 
 
-def test_memory_comes_back_when_the_tensor_is_gone():
+def test_memory_is_reused_when_the_tensor_is_freed():
     pool = BufferPool()
     first = pool.empty(SHAPE, HALF)
     place = first.data_ptr()
@@ -36,15 +36,15 @@ def test_memory_comes_back_when_the_tensor_is_gone():
     assert place in [tensor.data_ptr() for tensor in again]
 
 
-def test_a_small_tensor_leaves_a_batchs_memory_to_the_next_batch():
+def test_a_small_tensor_does_not_take_the_memory_of_a_batch():
     pool = BufferPool()
-    place = pool.empty(SHAPE, HALF).data_ptr()  # let go at once
+    place = pool.empty(SHAPE, HALF).data_ptr()  # freed at once
     small = pool.empty((1, 4, 16, 16), HALF)
     assert small.data_ptr() != place
     assert pool.empty(SHAPE, HALF).data_ptr() == place
 
 
-LOOKS = {
+REFERENCES = {
     "a view": lambda tensor: tensor[1:],
     "an array": lambda tensor: tensor.numpy(),
     "an array of a view": lambda tensor: tensor[2].numpy()[0],
@@ -55,11 +55,11 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_memory_that_is_looked_at_is_not_given_out(look):
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_memory_is_not_reused_while_something_refers_to_it(reference):
     pool = BufferPool()
     tensor = pool.empty(SHAPE, HALF).fill_(3)
-    kept, place = LOOKS[look](tensor), tensor.data_ptr()
+    kept, place = REFERENCES[reference](tensor), tensor.data_ptr()
     del tensor
     others = [pool.empty(SHAPE, HALF) for _ in range(3)]
     assert place not in [other.data_ptr() for other in others]
@@ -67,7 +67,7 @@ def test_memory_that_is_looked_at_is_not_given_out(look):
     assert pool.empty(SHAPE, HALF).data_ptr() == place
 
 
-def test_what_lies_free_is_bounded():
+def test_free_memory_is_bounded():
     pool = BufferPool()
     many = [pool.empty(SHAPE, HALF) for _ in range(3 * MAX_FREE)]
     many.clear()
@@ -91,8 +91,8 @@ def test_threads_never_share_memory():
     assert not wrong
 
 
-def test_batches_that_are_kept_stay_what_they_were(tmp_path):
-    """Rows are read into memory of batches that were let go, and never into that of one that is still there."""
+def test_kept_batches_do_not_change(tmp_path):
+    """Rows are read into the memory of freed batches, and never into that of a kept one."""
     keys = [f"{number}.png" for number in range(12)]
     dataset = LatentDataset(write_store(tmp_path / "out", {(32, 32): keys}))
     truth = {key: LatentDataset(tmp_path / "out")[number]["mean"].clone() for number, key in enumerate(keys)}
@@ -108,8 +108,8 @@ def test_batches_that_are_kept_stay_what_they_were(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system starts no process by fork")
-def test_worker_processes_hand_over_what_they_read(tmp_path):
-    """A worker's tensors move to shared memory, and their own memory takes the batch after next."""
+def test_batches_of_worker_processes_do_not_change(tmp_path):
+    """A worker's tensors are moved to shared memory, and their old memory is reused for the batch after next."""
     keys = [f"{number}.png" for number in range(24)]
     dataset = LatentDataset(write_store(tmp_path / "out", {(32, 32): keys}))
     truth = {key: dataset[number]["mean"].clone() for number, key in enumerate(keys)}
@@ -126,7 +126,7 @@ def test_worker_processes_hand_over_what_they_read(tmp_path):
                 assert torch.equal(mean, truth[key])
 
 
-def test_a_pickled_dataset_has_buffers_of_its_own(tmp_path):
+def test_a_pickled_dataset_has_a_pool_of_its_own(tmp_path):
     dataset = LatentDataset(write_store(tmp_path / "out", {(32, 32): ["a.png", "b.png"]}))
     dataset[0]
     again = pickle.loads(pickle.dumps(dataset))

@@ -1,7 +1,6 @@
-"""LatentDataset: every latent beside its own key, in this process, in workers, and in either space."""
+"""LatentDataset returns every latent with its own key, in this process and in workers."""
 
 import json
-import math
 import os
 import pickle
 import random
@@ -14,21 +13,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from support.accuracy import assert_as_accurate
-from support.small_store import moments_of, small_vae, write_store
-from torch.utils.data import DataLoader, default_collate
+from support.small_store import moments_of, write_store
+from torch.utils.data import DataLoader
 
-import fastvae
 from fastvae.data.datasets.collate import collate
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.datasets.sampler import BucketBatchSampler
 from fastvae.data.rows import noise_key, sample_id
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.shard import read_metadata
-from fastvae.latents.cpu_sampling import draw
 
 SQUARE, WIDE = (32, 32), (24, 48)
+
+
 ROWS = {SQUARE: ["a", "b.png", "b.jpg", "c/b.png", ("b.png", 1), "f"], WIDE: ["g", ("g", 1), "h"]}
+
+
 COLUMNS = {"a": {"txt": "an image", "score": 3}, "g": {"txt": "wide"}}
 
 
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
 
 
 def assert_is_its_own(item):
-    """Nothing of another row has got into ``item``."""
+    """Check that ``item`` has the values of its own key, and none of another row."""
     bucket = tuple(item["bucket"].tolist())
     mean, logvar = moments_of(item["key"], int(item["variant"]), bucket)
     assert np.array_equal(item["mean"], mean)
@@ -89,7 +89,7 @@ def test_an_item(made):
         assert_is_its_own(item)
 
 
-def test_any_selection_of_rows_is_each_rows_own(made):
+def test_any_selection_of_rows_returns_each_row_with_its_own_values(made):
     dataset = LatentDataset(made, seed=2)
     chooser = random.Random(0)
     for _ in range(40):
@@ -103,22 +103,22 @@ def test_any_selection_of_rows_is_each_rows_own(made):
             assert item["noise_key"].item() == noise_key(2, 0, item["key"], int(item["variant"]))
 
 
-def test_a_map_is_shown_to_other_threads_when_its_rows_facts_are_there(made):
-    """And the map that a thread made is its own to read, whatever another forgets meanwhile."""
+def test_a_map_is_published_after_its_row_info(made):
+    """A thread also reads its own map, although another thread may drop it from the cache."""
     dataset, truth = LatentDataset(made), LatentDataset(made)[0]["sample_id"]
     dataset._row_info[:] = -1
-    shown = []
+    unfilled = []
 
     class Forgetful(dict):
         def __setitem__(self, shard, mapped):
-            shown.append((dataset._row_info[dataset._shard_of == shard] == -1).any())
+            unfilled.append((dataset._row_info[dataset._shard_of == shard] == -1).any())
 
     dataset._maps = Forgetful()
     assert dataset[0]["sample_id"] == truth
-    assert shown == [False]
+    assert unfilled == [False]
 
 
-def test_reading_copies_what_it_hands_out(made):
+def test_items_are_copies(made):
     dataset = LatentDataset(made)
     for read in (lambda: dataset[0]["mean"], lambda: dataset.__getitems__([0])[0]["mean"]):
         read().zero_()
@@ -138,17 +138,17 @@ def test_opening_a_shard_reads_no_latents(made):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_the_same_rows(made, context):
     dataset = LatentDataset(made, seed=1)
-    own = [dataset[number] for number in range(6)]  # opens maps, which must not be carried over
+    own = [dataset[number] for number in range(6)]  # opens maps, which workers must not inherit
     loader = DataLoader(
         torch.utils.data.Subset(dataset, range(6)),
         batch_size=2,
-        num_workers=2 if context == "fork" else 1,  # each that is spawned imports torch anew
+        num_workers=2 if context == "fork" else 1,  # each spawned worker imports torch
         multiprocessing_context=context,
         collate_fn=collate,
         persistent_workers=True,
     )
     for epoch in (0, 1):
-        dataset.set_epoch(epoch)  # must reach workers that are there already
+        dataset.set_epoch(epoch)  # must reach persistent workers
         seen = 0
         for batch in loader:
             for row, key in enumerate(batch["key"]):
@@ -168,29 +168,7 @@ def test_a_pickle_carries_no_open_file(made):
     assert torch.equal(again[3]["mean"], dataset[3]["mean"])
 
 
-def test_a_batch_is_what_collation_makes_of_its_items(made):
-    dataset = LatentDataset(made, columns=["txt"])
-    batch = collate(dataset.__getitems__([4, 0, 1]))
-    items = [dataset[4], dataset[0], dataset[1]]
-    for other in (collate(items), default_collate([{**item, "txt": str(item["txt"])} for item in items])):
-        assert other.keys() == batch.keys()
-        for name, values in batch.items():
-            if isinstance(values, torch.Tensor):
-                assert torch.equal(values, other[name])
-                assert values.dtype == other[name].dtype
-            else:
-                assert list(map(str, other[name])) == list(map(str, values))
-    assert batch["txt"] == [None, "an image", None]
-
-
-def test_a_batch_of_two_buckets_is_refused_by_name(made):
-    with pytest.raises(ValueError, match="of one bucket, got 24x48, 32x32: take BucketBatchSampler"):
-        collate(LatentDataset(made).__getitems__([0, 6]))
-    with pytest.raises(ValueError, match="at least one item, got none"):
-        collate([])
-
-
-def test_columns_of_the_source_come_with_their_key(made):
+def test_source_columns_are_those_of_the_key(made):
     dataset = LatentDataset(made, columns=["score", "txt"])
     assert (dataset[0]["txt"], dataset[0]["score"]) == ("an image", 3)
     assert (dataset[6]["txt"], dataset[7]["txt"], dataset[6]["score"]) == ("wide", "wide", None)
@@ -200,7 +178,7 @@ def test_columns_of_the_source_come_with_their_key(made):
         LatentDataset(made, columns=["key"])
 
 
-def test_a_state_brings_back_the_epoch(made):
+def test_a_state_restores_the_epoch(made):
     dataset = LatentDataset(made, seed=4)
     dataset.set_epoch(3)
     again = LatentDataset(made, seed=4)
@@ -211,86 +189,7 @@ def test_a_state_brings_back_the_epoch(made):
         LatentDataset(made, seed=5).load_state_dict(dataset.state_dict())
 
 
-def test_draws_are_the_rows_own_in_any_batch(made):
-    dataset = LatentDataset(made, scaled=True, posterior="sample", seed=3)
-    moments = LatentDataset(made, scaled=True, seed=3)
-    batch = collate(dataset.__getitems__([4, 2, 0]))
-    assert "mean" not in batch
-    assert batch["latents"].dtype == torch.float32
-    for row, number in enumerate([4, 2, 0]):
-        assert torch.equal(batch["latents"][row], dataset[number]["latents"])
-        item = moments[number]
-        key = [item["noise_key"].item()]
-        assert torch.equal(batch["latents"][row], draw(item["mean"][None], item["logvar"][None], key)[0])
-    first = dataset[0]["latents"]
-    dataset.set_epoch(1)
-    assert not torch.equal(dataset[0]["latents"], first)
-
-
-SCALINGS = {
-    "factor": {"scaling_factor": 0.5},
-    "factor and shift": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-    "per channel": {
-        "scaling_factor": 0.5,
-        "latents_mean": (-1.6, 1.9, -1.4, 2.5),
-        "latents_std": (8.5, 5.9, 6.5, 5.2),
-    },
-}
-
-
-@pytest.mark.parametrize("case", SCALINGS)
-def test_scaled_is_what_scale_latents_gives_and_sampling_commutes(tmp_path, case):
-    vae = small_vae(**SCALINGS[case])
-    write_store(tmp_path / "out", {SQUARE: ["x", "y"]}, **SCALINGS[case])
-    raw, scaled = LatentDataset(tmp_path / "out")[1], LatentDataset(tmp_path / "out", scaled=True)[1]
-    truth = fastvae.scale_latents(vae, raw["mean"][None].double())
-    assert_as_accurate(scaled["mean"][None], fastvae.scale_latents(vae, raw["mean"][None].float()), truth)
-    # mean + std * noise, scaled, is scaled mean + scaled std * noise.
-    step = np.finfo(np.float32).eps
-    noise = torch.randn(4, 4, 4, dtype=torch.float64)
-    sampled = raw["mean"].double() + (0.5 * raw["logvar"].double()).exp() * noise
-    ours = scaled["mean"].double() + (0.5 * scaled["logvar"].double()).exp() * noise
-    target = fastvae.scale_latents(vae, sampled[None])[0]
-    # exp turns the log-variance's absolute rounding, at most |logvar| + |2 ln factor| fp32 steps, into a relative one.
-    bound = 8 * step * (scaled["logvar"].abs().max() + 2 * abs(math.log(0.05)) + 1) * target.abs().max()
-    assert (ours - target).abs().max() <= bound
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_logvar_of_eight_bits_is_within_half_a_level(tmp_path, scaled):
-    write_store(tmp_path / "bytes", {SQUARE: ["x", "y", "z"]}, logvar="u8")
-    batch = collate(LatentDataset(tmp_path / "bytes", scaled=scaled).__getitems__([2, 0]))
-    for row, key in enumerate(["z", "x"]):
-        logvar = torch.from_numpy(moments_of(key, 0, SQUARE)[1]).double()
-        half = (logvar.max() - logvar.min()) / 255 / 2
-        if scaled:
-            logvar, rounding = logvar + 2 * math.log(0.5), torch.finfo(torch.float32).eps
-        else:
-            rounding = torch.finfo(torch.float16).eps / 2
-        error = (batch["logvar"][row].double() - logvar).abs().max()
-        assert half / 2 < error <= half + 2 * rounding * logvar.abs().max()
-    assert batch["logvar"].dtype == batch["mean"].dtype
-
-
-def test_means_alone(tmp_path, made):
-    write_store(tmp_path / "out", {SQUARE: ["x"]}, posterior="mean")
-    for scaled in (False, True):
-        assert "logvar" not in LatentDataset(tmp_path / "out", scaled=scaled)[0]
-    assert "logvar" not in LatentDataset(made, posterior="mean")[0]
-    with pytest.raises(StoreError, match="has no posterior 'sample': it was made with 'mean'"):
-        LatentDataset(tmp_path / "out", posterior="sample")
-
-
-def test_a_store_of_draws_hands_them_out_as_latents(tmp_path):
-    write_store(tmp_path / "out", {SQUARE: ["x"]}, posterior="sample")
-    item = LatentDataset(tmp_path / "out")[0]
-    assert np.array_equal(item["latents"], moments_of("x", 0, SQUARE)[0])
-    assert "mean" not in item
-    with pytest.raises(StoreError, match="has no posterior 'mean'"):
-        LatentDataset(tmp_path / "out", posterior="mean")
-
-
-def test_names_that_are_no_text_come_back(tmp_path):
+def test_keys_that_are_not_utf_8_are_returned(tmp_path):
     name = os.fsdecode(b"caf\xe9\n\xff.png")
     write_store(tmp_path / "out", {SQUARE: [name]})
     dataset = LatentDataset(tmp_path / "out")
@@ -298,8 +197,8 @@ def test_names_that_are_no_text_come_back(tmp_path):
     assert dataset[0]["sample_id"].item() == sample_id(name)
 
 
-def test_a_shard_that_is_exchanged_under_way_is_refused(tmp_path):
-    """Its rows would be handed out under other images' keys."""
+def test_a_shard_that_is_exchanged_after_opening_is_refused(tmp_path):
+    """Its rows would be returned under the keys of other images."""
     write_store(tmp_path / "out", {SQUARE: ["a", "b", "c", "d"]}, rows_per_unit=2)
     dataset = LatentDataset(tmp_path / "out")
     first, second = sorted((tmp_path / "out" / "shards").glob("*.safetensors"))
@@ -309,7 +208,7 @@ def test_a_shard_that_is_exchanged_under_way_is_refused(tmp_path):
         dataset[2]
 
 
-def test_a_shard_of_another_type_is_not_rounded_to_its_neighbours(tmp_path):
+def test_a_shard_of_another_dtype_is_refused_and_not_rounded(tmp_path):
     write_store(tmp_path / "out", {SQUARE: ["a", "b", "c", "d"]}, rows_per_unit=2)
     second = sorted((tmp_path / "out" / "shards").glob("*.safetensors"))[1]
     tensors = load_file(second)
@@ -320,7 +219,7 @@ def test_a_shard_of_another_type_is_not_rounded_to_its_neighbours(tmp_path):
         LatentDataset(tmp_path / "out").__getitems__([0, 2])
 
 
-def test_what_cannot_be_read_is_said(tmp_path, made):
+def test_damaged_shards_and_wrong_arguments_are_refused(tmp_path, made):
     with pytest.raises(StoreError, match="is not a latent store"):
         LatentDataset(tmp_path)
     with pytest.raises(ValueError, match="posterior must be 'dist', 'mean' or 'sample', got 'mode'"):
@@ -343,12 +242,12 @@ def test_what_cannot_be_read_is_said(tmp_path, made):
 
 
 @pytest.mark.slow
-def test_reading_takes_little_more_than_a_bare_copy(tmp_path, monkeypatch):
-    """SDXL's size, moments of 256 KiB a row, from a warm cache, in batches of 16 mixed rows of one 256 MB shard.
+def test_reading_takes_little_more_than_a_copy(tmp_path, monkeypatch):
+    """Moments of SDXL's size, 256 KiB a row, from a warm cache, in batches of 16 shuffled rows of one 256 MB shard.
 
-    Counted in seconds of this process's CPU, in the best of eight pairs of passes: others may share cores and memory.
+    Measured in CPU seconds of this process, in the best of eight pairs of passes: others may share cores and memory.
     """
-    # The tests' deterministic mode would write every batch twice.
+    # Deterministic mode, which the tests set, would write every batch twice.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     keys = [f"{index}.jpg" for index in range(1000)]
     dataset = LatentDataset(write_store(tmp_path / "out", {(1024, 1024): keys}, rows_per_unit=1000))

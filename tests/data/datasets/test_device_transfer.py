@@ -1,4 +1,4 @@
-"""The hand-overs of a CUDA GPU, with stand-ins for its streams: what waits for what, and what is kept for whom."""
+"""Order of streams and events of CudaTransfer, with fake streams that record every wait."""
 
 import contextlib
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ class Event:
 
 
 class Values:
-    """A tensor that writes down what is done to it, and on which stream."""
+    """A fake tensor that records its copies, and on which stream."""
 
     def __init__(self, card, device, pinned=False, finite=True):
         self.card, self.device, self.pinned, self.finite = card, torch.device(device), pinned, finite
@@ -90,11 +90,11 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
         card.log.append(f"encoded on {card.current.name}")
         return {"latents": latents}, [latents]
 
-    made = transfer.receive(transfer.encode(transfer.upload(Values(card, "cpu", pinned)), encode))
-    assert made == ({"latents": latents}, True)
+    received = transfer.receive(transfer.encode(transfer.upload(Values(card, "cpu", pinned)), encode))
+    assert received == ({"latents": latents}, True)
     copied = 1 if pinned else 2
-    wanted = [
-        "encoding waits for step",  # for weights that are still on their way
+    expected = [
+        "encoding waits for step",  # for copies of the weights that have not ended
         *([] if pinned else ["pinned"]),
         "copied on copying",
         "event on copying",
@@ -105,10 +105,10 @@ def test_each_stream_waits_for_the_one_before(card, pinned):
         f"the caller waits for what encoding had at {copied + 5}",
         "kept for step",
     ]
-    assert card.log == wanted
+    assert card.log == expected
 
 
-def test_images_that_the_loader_made_on_the_gpu_are_not_copied(card):
+def test_images_on_the_gpu_are_not_copied(card):
     transfer = CudaTransfer(CARD)
     uploaded = transfer.upload(Values(card, CARD))
     transfer.encode(uploaded, lambda images: ({"latents": images}, [images]))
@@ -120,21 +120,21 @@ def test_images_that_the_loader_made_on_the_gpu_are_not_copied(card):
     ]
 
 
-def test_what_is_not_finite_is_said_with_the_batch(card):
+def test_a_batch_that_is_not_finite_is_reported_when_received(card):
     transfer = CudaTransfer(CARD)
     made, moments = {"mean": Values(card, CARD)}, Values(card, CARD, finite=False)
     finished = transfer.encode(transfer.upload(Values(card, "cpu")), lambda images: (made, [made["mean"], moments]))
     assert transfer.receive(finished) == (made, False)
 
 
-def test_what_comes_after_the_last_batch_waits_for_those_that_nobody_took(card):
+def test_the_end_waits_for_batches_that_were_not_received(card):
     transfer = CudaTransfer(CARD)
     transfer.encode(transfer.upload(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
     transfer.end()
     assert card.log[-1] == "step waits for encoding"
 
 
-def test_a_step_on_another_stream_has_the_memory_kept_for_it(card):
+def test_latents_are_recorded_on_the_stream_that_receives_them(card):
     transfer = CudaTransfer(CARD)
     finished = transfer.encode(transfer.upload(Values(card, "cpu")), lambda images: ({"latents": images}, [images]))
     card.current = Stream(card.log, "other")
@@ -149,5 +149,5 @@ def test_other_devices_need_no_streams(device):
 
 
 def test_one_transfer_serves_a_device():
-    """The allocator keeps what a stream freed for that stream: new ones would take an encode's memory anew."""
+    """The allocator keeps freed memory for its stream: new streams would allocate the memory of an encode again."""
     assert transfer_to(torch.device("cpu")) is transfer_to(torch.device("cpu"))

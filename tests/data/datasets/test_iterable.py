@@ -1,4 +1,4 @@
-"""LatentIterable: one order of batches for any number of workers, split over ranks, and resumed exactly."""
+"""LatentIterable has one order of batches for any number of workers, splits it by rank, and resumes exactly."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def batches_of(iterable, workers=0):
     return [(batch["key"], batch) for batch in DataLoader(iterable, batch_size=None, num_workers=workers)]
 
 
-def test_every_row_comes_once_beside_its_own_latent(store):
+def test_every_row_is_returned_once_with_its_own_latent(store):
     seen = []
     for keys, batch in batches_of(LatentIterable(store, 2, window=2)):
         for row, key in enumerate(keys):
@@ -32,7 +32,7 @@ def test_every_row_comes_once_beside_its_own_latent(store):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(store, workers):
+def test_the_number_of_workers_changes_nothing(store, workers):
     iterable = LatentIterable(store, 2, seed=3, window=2, posterior="sample")
     iterable.set_epoch(1)
     alone, shared = batches_of(iterable), batches_of(iterable, workers)
@@ -44,7 +44,7 @@ def test_workers_change_nothing(store, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 3, 11])
-def test_a_resumed_epoch_gives_the_rest(store, workers, done):
+def test_a_resumed_epoch_returns_the_rest(store, workers, done):
     iterable = LatentIterable(store, 2, window=3)
     iterable.set_epoch(2)
     whole = [keys for keys, _ in batches_of(iterable)]
@@ -59,7 +59,7 @@ def test_a_resumed_epoch_gives_the_rest(store, workers, done):
     assert [keys for keys, _ in batches_of(again)] == [keys for keys, _ in batches_of(iterable)] != whole
 
 
-def test_workers_that_live_on_take_the_next_epoch(store):
+def test_persistent_workers_take_the_next_epoch(store):
     iterable = LatentIterable(store, 2)
     loader = DataLoader(iterable, batch_size=None, num_workers=2, persistent_workers=True)
     epochs = []
@@ -70,15 +70,15 @@ def test_workers_that_live_on_take_the_next_epoch(store):
     assert epochs[0] != epochs[1]
 
 
-def test_ranks_share_the_rows(store):
+def test_ranks_split_the_rows(store):
     parts = [batches_of(LatentIterable(store, 2, rank=rank, ranks=2)) for rank in range(2)]
     assert len(parts[0]) == len(parts[1])
     keys = [key for part in parts for keys, _ in part for key in keys]
     assert {*keys} == {*KEYS}
-    assert len(keys) - len({*keys}) <= 2  # at most one row a bucket comes twice, to even the last step out
+    assert len(keys) - len({*keys}) <= 2  # at most one row a bucket is repeated, to fill the last step
 
 
-def test_a_window_keeps_to_its_shards(store):
+def test_rows_are_shuffled_within_a_window_of_shards(store):
     iterable = LatentIterable(store, 2, window=1, drop_last=True)
     shard_of = {
         iterable.dataset.keys()[number]: index
@@ -86,7 +86,7 @@ def test_a_window_keeps_to_its_shards(store):
         for number in rows.tolist()
     }
     order = [shard_of[key] for keys, _ in batches_of(iterable) for key in keys]
-    # A row waits for the next shard of its bucket at most: between the first and last of a shard lie few others.
+    # A row waits at most for the next shard of its bucket: few other rows are between the first and last of a shard.
     for shard in {*order}:
         places = [place for place, each in enumerate(order) if each == shard]
         assert places[-1] - places[0] < 12

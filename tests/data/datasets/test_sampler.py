@@ -1,4 +1,4 @@
-"""BucketBatchSampler: every row once an epoch, one bucket a batch, the same for all who agree on the numbers."""
+"""BucketBatchSampler returns every row once an epoch and one bucket a batch, in an order fixed by its numbers."""
 
 import collections
 
@@ -24,7 +24,7 @@ def store(tmp_path_factory):
 
 
 def shards_of(sizes):
-    """Shards of (bucket, number of rows), with rows numbered through."""
+    """Return shards of (bucket, row numbers) for (side, number of rows)."""
     shards, first = [], 0
     for side, rows in sizes:
         shards.append(((side, side), torch.arange(first, first + rows)))
@@ -51,7 +51,7 @@ def test_an_epoch_has_every_row_and_every_step_one_bucket(layout, batch_size, ra
     orders = [Order(batch_size, 5, shuffle, drop_last, rank, ranks, window) for rank in range(ranks)]
     taken = [list(order.batches(shards, epoch)) for order in orders]
     seen = collections.Counter(number for batches in taken for batch in batches for number in batch)
-    for step in zip(*taken, strict=True):  # strict: every rank takes as many batches
+    for step in zip(*taken, strict=True):  # strict: every rank has the same number of batches
         assert len({len(batch) for batch in step}) == 1
         assert len({bucket_of[number] for batch in step for number in batch}) == 1
     assert [order.count(shards) for order in orders] == [len(taken[0])] * ranks
@@ -63,10 +63,10 @@ def test_an_epoch_has_every_row_and_every_step_one_bucket(layout, batch_size, ra
             assert max(own.values()) <= 1
         else:
             assert min(own.values()) >= 1
-            assert sum(own.values()) - rows < ranks  # what evens the last step out, and no more
+            assert sum(own.values()) - rows < ranks  # only the rows that fill the last step
 
 
-def test_an_epoch_is_decided_by_its_numbers(store):
+def test_an_order_depends_on_seed_and_epoch_alone(store):
     dataset = LatentDataset(store)
     sampler, twin = (BucketBatchSampler(dataset, 3, seed=1) for _ in range(2))
     first = list(sampler)
@@ -83,7 +83,7 @@ def test_an_epoch_is_decided_by_its_numbers(store):
     assert list(BucketBatchSampler(dataset, 3, shuffle=False))[:4] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [11, 12, 13]]
 
 
-def test_rows_of_a_bucket_are_mixed_across_its_shards(store):
+def test_rows_of_a_bucket_are_shuffled_across_its_shards(store):
     dataset = LatentDataset(store)
     shard_of = {number: index for index, (_, rows) in enumerate(dataset.shards()) for number in rows.tolist()}
     mixed = [batch for batch in BucketBatchSampler(dataset, 4) if len({shard_of[number] for number in batch}) > 1]
@@ -91,23 +91,23 @@ def test_rows_of_a_bucket_are_mixed_across_its_shards(store):
 
 
 @pytest.mark.parametrize("done", [0, 1, 4, 6])
-def test_a_resumed_epoch_gives_the_rest_and_the_next_gives_all(store, done):
+def test_a_resumed_epoch_returns_the_rest_and_the_next_one_all(store, done):
     dataset = LatentDataset(store, seed=9)
     sampler = BucketBatchSampler(dataset, 3, seed=9)
     sampler.set_epoch(2)
-    whole = list(sampler)
+    complete = list(sampler)
     state = sampler.state_dict(done)
     again = BucketBatchSampler(LatentDataset(store, seed=9), 3, seed=9)
     again.load_state_dict(state)
     assert again.dataset.epoch == 2
-    again.set_epoch(2)  # as a loop over epochs does once more
-    assert list(again) == whole[done:]
+    again.set_epoch(2)  # as a loop over epochs does again
+    assert list(again) == complete[done:]
     sampler.set_epoch(3)
     again.set_epoch(3)
     assert list(again) == list(sampler)
 
 
-def test_the_state_counts_what_was_handed_out(store):
+def test_the_state_counts_the_returned_batches(store):
     sampler = BucketBatchSampler(LatentDataset(store), 3)
     batches = iter(sampler)
     taken = [next(batches), next(batches)]
@@ -125,14 +125,14 @@ def test_a_state_of_another_order_is_refused(store):
         BucketBatchSampler(dataset, 3, seed=1, shuffle=False).load_state_dict(state)
 
 
-def test_what_is_no_state_is_refused_in_a_sentence_by_all_that_take_one(store):
+def test_anything_but_a_state_is_refused_by_all_that_load_one(store):
     dataset = LatentDataset(store)
-    takers = [dataset, BucketBatchSampler(dataset, 3), LatentIterable(store, 3), LatentLoader([], small_vae())]
-    for taker in takers:
+    objects = [dataset, BucketBatchSampler(dataset, 3), LatentIterable(store, 3), LatentLoader([], small_vae())]
+    for each in objects:
         with pytest.raises(ValueError, match=r"^state must be what state_dict\(\) gave, got one without .*seed"):
-            taker.load_state_dict({})
+            each.load_state_dict({})
         with pytest.raises(ValueError, match=r"^state must be what state_dict\(\) gave, got None"):
-            taker.load_state_dict(None)
+            each.load_state_dict(None)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_what_is_no_state_is_refused_in_a_sentence_by_all_that_take_one(store):
         ({"seed": -1}, "seed must be an integer"),
     ],
 )
-def test_numbers_that_make_no_order_are_refused(store, options, message):
+def test_invalid_numbers_are_refused(store, options, message):
     with pytest.raises(ValueError, match=message):
         BucketBatchSampler(LatentDataset(store), **{"batch_size": 2, **options})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_with_it_gives_batches_of_one_size(store, workers):
+def test_a_dataloader_returns_the_samplers_batches(store, workers):
     dataset = LatentDataset(store)
     sampler = BucketBatchSampler(dataset, 3)
-    wanted = [[dataset.keys()[number] for number in batch] for batch in sampler]
+    expected = [[dataset.keys()[number] for number in batch] for batch in sampler]
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
-    assert [batch["key"] for batch in loader] == wanted
+    assert [batch["key"] for batch in loader] == expected
