@@ -113,7 +113,7 @@ def test_repair_encodes_what_is_damaged_and_says_so(encoded):
     assert path.read_bytes() == whole
     plan = result.stderr.splitlines()
     assert plan[0].startswith(f"verify  {made}  1 of 2 units, 2 rows, ")
-    assert plan[1].endswith("what the store names; --vae takes another")
+    assert plan[1].endswith("named by the store; --vae takes another")
     assert plan[2].startswith("repair  ")
     assert "4 images" in plan[2]
     facts = json.loads(run(made, source, "--json", "-q", verb="repair").stdout)

@@ -1,4 +1,4 @@
-"""How many images a step takes, in each bucket, and how many threads work beside one another: chosen from memory."""
+"""Images per step in each bucket, and the number of threads, chosen from memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastvae.system.terminal import format_bytes
 
 MAX_BATCH, MAX_WORKERS = 65_536, 1024
 GPU_BATCH_PIXELS = 16 * 512 * 512  # one batch on a GPU: 16 images of 512x512, 1 of 2048x2048
-GPU_SHARE = 0.7  # of the memory that is free: what a step needs is an estimate
+GPU_SHARE = 0.7  # of free memory: the bytes of a step are an estimate
 
 
 class BatchSizes:
-    """The batch of each bucket; ``of`` may be asked and ``halve`` told by any thread."""
+    """Batch size of each bucket; ``size_for`` and ``halve`` may be called by any thread."""
 
     def __init__(self, asked: int | str, encoder: MomentEncoder):
         self._asked = None if asked == "auto" else parse_positive("batch", asked, MAX_BATCH)
@@ -34,14 +34,14 @@ class BatchSizes:
         self.halved = 0
 
     def size_for(self, bucket: Size) -> int:
-        """How many images a step of ``bucket`` takes."""
+        """Return the number of images in a step of ``bucket``."""
         with self._guard:
             if bucket not in self._batches:
                 self._batches[bucket] = self._asked or self._automatic(bucket)
             return self._batches[bucket]
 
     def halve(self, bucket: Size, tried: int) -> int:
-        """Half of ``tried``, which did not fit in memory: the most that the bucket takes from now on."""
+        """Return half of ``tried``, which did not fit in memory; the bucket's batch is at most that from now on."""
         if self._encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         with self._guard:
@@ -51,7 +51,7 @@ class BatchSizes:
         return half
 
     def as_dict(self) -> dict[str, int]:
-        """The batch of every bucket that was asked for, by the bucket's name."""
+        """Return the batch size of every bucket used so far, by the bucket's name."""
         with self._guard:
             return {size_name(bucket): batch for bucket, batch in self._batches.items()}
 
@@ -68,26 +68,26 @@ class BatchSizes:
 def choose_workers(
     report: EncodeReport, batches: BatchSizes, encoder: MomentEncoder, counts: dict[Size, int], workers: int | str
 ) -> None:
-    """Fill the report's workers and threads_per_worker for so many images in each bucket."""
+    """Fill the report's workers and threads_per_worker; ``counts``: images in each bucket."""
     on_cpu = encoder.device.type == "cpu"
-    cores = torch.get_num_threads()  # what the user or OMP_NUM_THREADS allows, else every core
+    cores = torch.get_num_threads()  # OMP_NUM_THREADS or torch.set_num_threads, else every core
     if workers != "auto":
         report.workers = parse_positive("workers", workers, MAX_WORKERS)
     elif on_cpu:
-        # Streams that do not fit in memory become threads.
+        # One stream a core, as far as memory allows; each gets the threads of those that do not fit.
         steps = sum(math.ceil(count / batches.size_for(bucket)) for bucket, count in counts.items())
         streams = [step_bytes(batches.size_for(bucket), bucket, encoder.widest, encoder.dtype) for bucket in counts]
         fitting = free_memory(encoder.device) // (2 * max(streams, default=1))
         report.workers = max(1, min(cores, steps, fitting))
     else:
         report.workers = max(2, min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8))
-    # Deterministic runs take one: oneDNN and torch sum in another order where two threads share an image.
+    # One in deterministic runs: oneDNN and torch sum in another order when two threads share an image.
     shared = 1 if encoder.deterministic else max(1, cores // report.workers)
     report.threads_per_worker = shared if on_cpu else cores
 
 
 def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
-    """Raises ValueError for a bucket and batch that the device's whole memory could not hold for one step."""
+    """Raise ValueError if one step of the largest bucket needs more than the device's total memory."""
     size = 1 if batch == "auto" else parse_positive("batch", batch, MAX_BATCH)
     bucket = largest(settings.buckets.sizes)
     needed = step_bytes(size, bucket, int(model.config.block_out_channels[0]), DTYPES[str(settings.dtype)])
@@ -100,10 +100,10 @@ def check_memory(model: Any, settings: Settings, batch: int | str) -> None:
 
 
 def largest(buckets: Iterable[Size]) -> Size:
-    """The bucket of most pixels."""
+    """Return the bucket with the most pixels."""
     return max(buckets, key=lambda bucket: bucket[0] * bucket[1])
 
 
 def step_bytes(batch: int, bucket: Size, widest: int, dtype: torch.dtype) -> int:
-    """About how many bytes a step takes: eight activations of ``widest`` channels at full size."""
+    """Estimate the bytes of a step: eight activations of ``widest`` channels at full size."""
     return 8 * batch * bucket[0] * bucket[1] * widest * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Pixels to stored moments with one model: the dtype, what is done where it fails, and how far it is from fp32."""
+"""Pixels to moments with one model: its dtype, the retry in fp32, and the dtype's error against fp32."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastvae.system.devices import DTYPES
 
 
 class MomentEncoder:
-    """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, keeping an fp32 copy for rows that come out wrong.
+    """Encodes batches of uint8 pixels with ``vae`` in ``dtype``, and rows that are not finite again in fp32.
 
-    The caller's model is copied, not changed. The copies take the fast path, frozen. ``deterministic``: image by image,
-    so that each gets the bits that it gets alone.
+    The caller's model is copied, not changed. The copies use the fast path, frozen. ``deterministic``: image by image,
+    so that no bit depends on the batch.
     """
 
     def __init__(self, vae: torch.nn.Module, dtype: str, device: torch.device, deterministic: bool = False):
@@ -34,31 +34,31 @@ class MomentEncoder:
         self.model = self.reference if self.dtype == torch.float32 else _placed(vae, self.dtype, device)
 
     def start(self, pixels: np.ndarray) -> Pending:
-        """Begin to encode uint8 ``pixels`` [B, H, W, 3]; on a GPU this returns before it is done.
+        """Begin to encode uint8 ``pixels`` [B, H, W, 3]; on a GPU, return before it is done.
 
-        Raises torch.OutOfMemoryError where the device has too little memory for them.
+        Raises torch.OutOfMemoryError if the device has too little memory.
         """
         with torch.inference_mode():
             return Pending(self, pixels, *self._to_host(self._run(self.model, self._upload(pixels), self.dtype)))
 
     def moments(self, pixels: np.ndarray) -> tuple[np.ndarray, int]:
-        """fp32 [B, 2L, h, w] of uint8 ``pixels`` [B, H, W, 3], and how many rows had to be done again in fp32.
+        """Return moments, fp32 [B, 2L, h, w], of uint8 ``pixels`` [B, H, W, 3], and the number of rows redone in fp32.
 
-        Only rows whose first result is not finite are; those that still are not stay so, for the caller to see.
+        Rows that are not finite are encoded again in fp32. Those that are still not finite are returned as they are.
         """
         return self.start(pixels).result()
 
     def in_fp32(self, pixels: np.ndarray) -> Tensor:
-        """fp32 [B, 2L, h, w] of uint8 ``pixels`` on the CPU, one after another: a batch that fits may not in fp32."""
+        """Return moments, fp32 [B, 2L, h, w] on the CPU, computed one by one: a batch that fits may not fit in fp32."""
         with torch.inference_mode():
             images = [self._upload(image[None]) for image in pixels]
             return torch.cat([self._run(self.reference, image, torch.float32).cpu() for image in images])
 
     def error_against_fp32(self, pixels: np.ndarray) -> float | None:
-        """rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32 itself.
+        """Return rms(mean - mean in fp32) / rms(mean in fp32) on uint8 ``pixels`` [B, H, W, 3]; None in fp32.
 
-        Rows that are not finite in either are left out (they will be done in fp32, or quarantined); None if all are,
-        and where every mean is zero.
+        Rows that are not finite in either are left out: they are redone in fp32, or quarantined. None if no row is
+        left, or if every mean is zero.
         """
         if self.model is self.reference:
             return None
@@ -74,7 +74,7 @@ class MomentEncoder:
 
     def _run(self, model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
-        # Summed in an order that hangs on the batch: by oneDNN's 1x1 convolutions from 24 images of 64x64 on, for one.
+        # The order of a sum can depend on the batch: in oneDNN's 1x1 convolutions from 24 images of 64x64 on, for one.
         result = torch.cat([_moments(model, row) for row in x.split(1)]) if self.deterministic else _moments(model, x)
         if result.ndim != 4 or result.shape[1] != self.channels:
             raise ValueError(
@@ -86,7 +86,7 @@ class MomentEncoder:
     def _upload(self, pixels: np.ndarray) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(pixels))
         if self._uploads is not None:
-            # Pinned, and on a stream of its own: it is copied while the batch before is computed.
+            # Pinned, and on its own stream: it is copied while the previous batch is computed.
             with torch.cuda.stream(self._uploads):
                 x = host.pin_memory().to(self.device, non_blocking=True)
             computing = torch.cuda.current_stream(self.device)
@@ -108,7 +108,7 @@ class MomentEncoder:
 
 
 class Pending:
-    """Moments on their way from the device; ``result`` waits for them."""
+    """Moments that are being copied from the device; ``result`` waits for them."""
 
     def __init__(
         self, encoder: MomentEncoder, pixels: np.ndarray, moments: Tensor, copied: torch.cuda.Event | None
@@ -116,7 +116,7 @@ class Pending:
         self._encoder, self._pixels, self._moments, self._copied = encoder, pixels, moments, copied
 
     def result(self) -> tuple[np.ndarray, int]:
-        """What MomentEncoder.moments returns."""
+        """Return the moments and the number of rows redone in fp32, as MomentEncoder.moments does."""
         if self._copied is not None:
             self._copied.synchronize()
         bad = (~torch.isfinite(self._moments).flatten(1).all(1)).nonzero().flatten().tolist()
@@ -128,25 +128,25 @@ class Pending:
 
 
 class Finished:
-    """Moments that are there already, in Pending's place."""
+    """Moments that are complete, with Pending's interface."""
 
     def __init__(self, moments: np.ndarray, redone: int) -> None:
         self._result = moments, redone
 
     def result(self) -> tuple[np.ndarray, int]:
-        """The moments, and how many were done again in fp32."""
+        """Return the moments and the number of rows redone in fp32."""
         return self._result
 
 
 def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    # The memo makes the copy without its decoder: half the weights, and none of them needed.
+    # The memo leaves the decoder out of the copy: half of the weights, none of them needed.
     decoder = getattr(vae, "decoder", None)
     model = copy.deepcopy(vae, {id(decoder): None} if decoder is not None else None)
     for switch in ("use_tiling", "use_slicing"):  # the caller's, for other uses: a store's latents are made whole
         if hasattr(model, switch):
             setattr(model, switch, False)
     model = model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    if ACCELERATED in vars(model):  # the caller's settings; what was packed is of another dtype or device
+    if ACCELERATED in vars(model):  # keeps the caller's settings; the packed weights have another dtype or device
         return refresh(model)
     return accelerate(model, freeze=True) if hasattr(model, "encoder") else model
 
@@ -156,5 +156,5 @@ def _moments(model: Any, x: Tensor) -> Tensor:
         return encode_moments(model, x)
     if hasattr(model, "encode_moments"):
         return model.encode_moments(x)
-    result = model.encoder(x)  # diffusers' class
+    result = model.encoder(x)  # a model of diffusers
     return result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)

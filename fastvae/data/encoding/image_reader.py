@@ -1,4 +1,4 @@
-"""How a source's files become pixels, and how large they will be: the policies of a run, applied to one file."""
+"""ImageReader: pixels, size and hash of one file of a source, by the policies of a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fastvae.system.atomic_files import sha256_of
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Where files come from, what they are brought to, and the policies of read_image.
+    """Source, buckets, crops and policies of read_image.
 
-    ``factor``: pixels per latent. ``listed``: the place of each key of the source now. A plan may be another's: what it
-    names beside is not opened.
+    ``factor``: pixels per latent. ``listed``: the place of each key that the source lists. A plan may have been edited,
+    so a file at any other place is not opened.
     """
 
     source: Source
@@ -36,21 +36,21 @@ class ImageReader:
     animated: str = "first"
 
     def size(self, file: SourceFile) -> Size:
-        """The upright (height, width) that a file's header states; (0, 0) for one that cannot be used."""
+        """Return the upright (height, width) in a file's header; (0, 0) for one that cannot be used."""
         try:
             return image_size(self._content(file), max_pixels=self.max_pixels, name=file.key)
-        except ImageError:  # it fails again when its row is due, and is quarantined there
+        except ImageError:  # it fails again when its row is encoded, and is quarantined then
             return 0, 0
 
     def bucket_of(self, original_hw: Size) -> Size:
-        """The bucket of an image; of one whose size is not known, the table's first."""
+        """Return the bucket of an image; the first of the table if its size is unknown."""
         return self.buckets.nearest(original_hw) if all(original_hw) else self.buckets.sizes[0]
 
     def picture(self, file: SourceFile, bucket: Size) -> Picture:
-        """The image of ``file`` for ``bucket``; raises ImageError for one that cannot be used.
+        """Return the image of ``file`` for ``bucket``; raises ImageError if it cannot be used.
 
-        Also for one that belongs to another bucket than its unit's: its file was changed, or could not be read, when
-        the run was planned, so it is "unreadable", and tried again by the next run.
+        Also if it belongs to another bucket than its unit's: the file was changed after the run was planned, or could
+        not be read then. The reason is "unreadable", so the next run tries it again.
         """
         content = self._content(file)
         policies = {"alpha": self.alpha, "animated": self.animated, "max_pixels": self.max_pixels}
@@ -61,13 +61,13 @@ class ImageReader:
         return picture
 
     def mask(self, picture: Picture, bucket: Size, variant: int, key: str) -> np.ndarray | None:
-        """The opacity of each latent of a row, uint8 [h, w], under the policy that keeps it; else None."""
+        """Return the opacity of each latent of a row, uint8 [h, w], with alpha="mask"; else None."""
         if self.alpha != "mask":
             return None
         return pool_opacity(picture, bucket, self.factor, self.variants, variant, key)
 
     def opens(self, file: SourceFile) -> bool:
-        """Whether the bytes of ``file`` can be had now."""
+        """Return True if the bytes of ``file`` can be read now."""
         try:
             content = self._content(file)
             if isinstance(content, Path):
@@ -78,7 +78,7 @@ class ImageReader:
         return True
 
     def sha256(self, file: SourceFile) -> str:
-        """The sha256 of a file's bytes; "" where they cannot be had."""
+        """Return the sha256 of a file's bytes; "" if they cannot be read."""
         try:
             content = self._content(file)
             return sha256_of(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()

@@ -30,7 +30,7 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     parts: tuple[str, ...] = ("encoder", "decoder"),
 ) -> Any:
-    """The model at ``source`` (a directory, a Hub id or "tiny"), of the class that its config names, on the CPU.
+    """Load the model at ``source`` (a directory, a Hub id or "tiny"), of the class that its config names, on the CPU.
 
     Raises what from_pretrained raises.
     """
@@ -42,10 +42,10 @@ def open_model(
 
 
 def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """The model and where it came from, as decode can load it again.
+    """Return the model and where it came from, for decode to load it again.
 
-    It is loaded in fp32 whatever runs later, so that the same weights have the same digest. Raises what check_model
-    raises.
+    It is loaded in fp32 for every dtype of the run, so that the same weights have the same digest. Raises what
+    check_model raises.
     """
     if isinstance(vae, torch.nn.Module):
         check_model(vae)
@@ -55,17 +55,17 @@ def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[A
     check_model(model)
     folder = os.path.abspath(os.path.expanduser(name))
     if name != TINY and os.path.isdir(folder):
-        name = folder  # a later decode may run elsewhere
+        name = folder  # a later decode may run in another folder
     return model, {"vae": name, "subfolder": subfolder, "revision": revision}
 
 
 def named_model(
     store: Store, vae: Any, subfolder: str | None, revision: str | None
 ) -> tuple[Any, str | None, str | None]:
-    """``vae`` where it is given, else the model that the store names, with its subfolder and revision.
+    """Return ``vae`` if given, else the model that the store names, with its subfolder and revision.
 
-    A store may be another's, so what it names is said on stderr before it is opened. Raises ValueError where it was
-    made with an object, which no name finds again.
+    A store may come from somebody else, so the model's name is printed on stderr before it is opened. Raises ValueError
+    for a store that was made with a model object, which has no name.
     """
     if vae is not None:
         return vae, subfolder, revision
@@ -77,7 +77,7 @@ def named_model(
         raise StoreError(f"{store.path / 'store.json'} is damaged: source.subfolder and source.revision must be text")
     if source["vae"] != TINY:
         place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
-        print_stderr(f"model   {place}: what the store names; --vae takes another\n")
+        print_stderr(f"model   {place}: named by the store; --vae takes another\n")
     return source["vae"], parts[0], parts[1]
 
 
@@ -86,20 +86,20 @@ def _commit(model: Any) -> str | None:
 
 
 def weight_files(model: Any) -> list[dict[str, str]]:
-    """Name and sha256 of the files that the weights were read from, for whoever wants to find them again."""
+    """Return name and sha256 of the files that the weights were read from."""
     files = getattr(getattr(model, "load_report", None), "files", None) or []
     return [{"name": Path(file).name, "sha256": sha256_of(Path(file))} for file in files if Path(file).is_file()]
 
 
 def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
-    """The config of ``vae`` and the sha256 of the weights that make latents (the decoder's do not count)."""
+    """Return the config of ``vae`` and the sha256 of the weights that make latents (without the decoder)."""
     import torch
 
     hasher = hashlib.sha256()
     state = vae.state_dict()
     for name in sorted(state):
         if name.startswith(ENCODER_PARTS):
-            # In fp32 whatever it is held in: a bf16 object is the same model as its file, which is read in fp32.
+            # Hashed in fp32, so that a model object in bf16 has the digest of its file, which is read in fp32.
             tensor = state[name].detach().to("cpu", torch.float32).contiguous()
             hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
@@ -112,12 +112,11 @@ def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
 
 
 def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Class, parameters, dtype, latent space and config of a model; raises what from_pretrained raises.
+    """Return class, parameters, dtype, scaling and config of a model; raises what from_pretrained raises.
 
     ``presets``: the known models that have this config; their weights are not compared.
     """
     from fastvae.checkpoints.presets import matching
-    from fastvae.data.encoding.model import open_model
     from fastvae.latents.scaling import scaling_of
 
     vae = open_model(source, subfolder, revision)
@@ -138,7 +137,7 @@ def model_facts(source: str, subfolder: str | None = None, revision: str | None 
 
 
 def check_model(vae: Any) -> None:
-    """Raises ValueError, naming the class, for a model whose latents a store cannot hold or its identity not tell."""
+    """Raise ValueError, naming the class, for a model whose latents a store cannot hold or identify."""
     kind = type(vae).__name__
     if not hasattr(vae, "config") or getattr(vae, "encoder", None) is None:
         raise ValueError(f"vae must have a config and an encoder, got {kind}")
@@ -149,12 +148,12 @@ def check_model(vae: Any) -> None:
         raise ValueError(f"vae must have {lacking[0]} in its config, as AutoencoderKL has, got {kind}")
     if vae.config.in_channels != 3:
         raise ValueError(f"vae must take RGB images, got {kind}, which takes {vae.config.in_channels}-channel images")
-    wanted = 2 * vae.config.latent_channels
+    expected = 2 * vae.config.latent_channels
     given = _moment_channels(vae)
-    if given != wanted:
+    if given != expected:
         found = "has no convolution at the end of its encoder" if given is None else f"gives {given}"
         raise ValueError(
-            f"vae must give mean and log-variance, {wanted} channels for its {vae.config.latent_channels} latent "
+            f"vae must give mean and log-variance, {expected} channels for its {vae.config.latent_channels} latent "
             f"channels, got {kind}, which {found}"
         )
     _check_processors(vae.encoder, kind)
@@ -169,11 +168,11 @@ def _moment_channels(vae: Any) -> int | None:
 def _check_processors(encoder: torch.nn.Module, kind: str) -> None:
     for name, module in encoder.named_modules():
         processor = getattr(module, "processor", None)
-        found = type(processor)  # the class itself: what a subclass computes is not known
+        found = type(processor)  # the exact class: a subclass may compute something else
         if processor is None:
             continue
         if found.__name__ not in BUILT_IN_PROCESSORS or found.__module__ not in PROCESSOR_MODULES:
             raise ValueError(
                 f"vae must compute attention by a built-in processor ({', '.join(BUILT_IN_PROCESSORS)}), got {kind} "
-                f"with {found.__name__} at encoder.{name}: the store's identity could not tell its latents apart"
+                f"with {found.__name__} at encoder.{name}: the store's identity could not distinguish its latents"
             )

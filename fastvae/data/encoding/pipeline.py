@@ -1,4 +1,4 @@
-"""Files to encoded rows: decoding, encoding and collecting at the same time, in the order of the plan.
+"""Files to encoded rows: decodes, encodes and collects at the same time, in the order of the plan.
 
 On a GPU, a pool of threads decodes while one thread feeds the model, one batch ahead of the results that it collects.
 On a CPU each thread of the pool decodes and encodes its own images with its share of the cores: two streams of one
@@ -36,7 +36,7 @@ MESSAGES = {
 
 @dataclass
 class Decoded:
-    """One row's pixels uint8 [H, W, 3], where they come from, and where it is kept its opacity, uint8 [h, w]."""
+    """Pixels of one row, uint8 [H, W, 3], its crop, and its opacity, uint8 [h, w], with alpha="mask"."""
 
     row: PlannedRow
     pixels: np.ndarray
@@ -47,7 +47,7 @@ class Decoded:
 
 @dataclass
 class Chunk:
-    """A few rows of one unit on their way; ``last`` marks the unit's final chunk."""
+    """A few rows of one unit; ``last`` marks the unit's final chunk."""
 
     unit: Unit
     planned: tuple[PlannedRow, ...]
@@ -63,7 +63,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encodes: the model, how rows are stored, and how many a step takes."""
+    """Model, format of stored rows, and batch sizes."""
 
     encoder: MomentEncoder
     row_format: RowFormat
@@ -71,7 +71,7 @@ class Encoding:
 
 
 def chunks_of(units: Iterable[Unit], batches: BatchSizes) -> Iterator[Chunk]:
-    """Every unit's rows in groups of at most its bucket's batch, which never cross a unit."""
+    """Yield every unit's rows in chunks of at most its bucket's batch; a chunk never crosses a unit."""
     for unit in units:
         start = 0
         while start < len(unit.rows):
@@ -81,7 +81,7 @@ def chunks_of(units: Iterable[Unit], batches: BatchSizes) -> Iterator[Chunk]:
 
 
 def decode_chunk(chunk: Chunk, reader: ImageReader) -> Chunk:
-    """Read and crop the chunk's rows, neighbours of one file at once; those that cannot be used become failures."""
+    """Read and crop the chunk's rows; a file is read once for neighbouring rows. Errors become failures."""
     started = time.perf_counter()
     key, found = None, None
     for row in chunk.planned:
@@ -118,7 +118,7 @@ def start_chunk(chunk: Chunk, encoding: Encoding) -> Pending | Finished | None:
 
 
 def start_in_parts(pixels: np.ndarray, bucket: tuple[int, int], encoding: Encoding) -> Pending | Finished:
-    """Begin to encode ``pixels``; where the memory does not suffice, in halves, and the bucket's batch stays smaller.
+    """Begin to encode ``pixels``; out of memory, encode in halves and halve the bucket's batch.
 
     Raises torch.OutOfMemoryError if a single image does not fit.
     """
@@ -127,7 +127,7 @@ def start_in_parts(pixels: np.ndarray, bucket: tuple[int, int], encoding: Encodi
     except torch.OutOfMemoryError:
         if len(pixels) == 1:
             raise
-    # Outside of the except: the error's frames would keep what they had allocated.
+    # Outside the except: the frames of the error keep their allocations.
     half = encoding.batches.halve(bucket, len(pixels))
     parts = [start_in_parts(pixels[:half], bucket, encoding).result()]
     parts += [start_in_parts(pixels[half:], bucket, encoding).result()]
@@ -135,7 +135,7 @@ def start_in_parts(pixels: np.ndarray, bucket: tuple[int, int], encoding: Encodi
 
 
 def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, row_format: RowFormat) -> Chunk:
-    """Collect the chunk's latents; rows that are not finite even in fp32, or overflow the store, become failures."""
+    """Collect the chunk's latents; rows that are not finite in fp32, or overflow the store's dtype, become failures."""
     started = time.perf_counter()
     if pending is not None:
         moments, chunk.redone = pending.result()
@@ -155,18 +155,18 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, row_format: R
 def encoded_chunks(
     chunks: Iterator[Chunk], reader: ImageReader, encoding: Encoding, workers: int, threads: int
 ) -> Generator[Chunk, None, None]:
-    """The chunks, encoded, in their own order. Any error in a thread is raised here, after the others have stopped."""
+    """Yield the chunks, encoded, in order; raise a thread's error here after the other threads have stopped."""
 
-    def whole(chunk: Chunk) -> Chunk:
+    def encode(chunk: Chunk) -> Chunk:
         decode_chunk(chunk, reader)
         return finish_chunk(chunk, start_chunk(chunk, encoding), encoding.row_format)
 
     if encoding.encoder.device.type == "cpu":
         before = torch.get_num_threads()
         try:
-            # torch keeps the number of threads for each thread and a default for new ones: both are put back.
+            # torch has a number of threads for each thread and a default for new ones: both are restored.
             with quiet_pillow():
-                yield from ordered_map(whole, chunks, workers, lambda: torch.set_num_threads(threads))
+                yield from ordered_map(encode, chunks, workers, lambda: torch.set_num_threads(threads))
         finally:
             torch.set_num_threads(before)
         return

@@ -1,4 +1,4 @@
-"""Files to rows: which images need work, in which bucket, and how many rows make a unit."""
+"""Files to planned rows: finds the images that need a row, and the bucket of each."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.store import Store
 from fastvae.system.threads import ordered_map
 
-# Headers are waited for, not computed: more threads than cores.
+# Reading a header is mostly waiting, so there are more threads than cores.
 HEADER_THREADS = 16
 
 
 def files_to_encode(
     store: Store, listed: list[SourceFile], files: list[SourceFile], reader: ImageReader, retry: bool = False
 ) -> list[SourceFile]:
-    """Those of ``files`` that need a unit, among them failures whose cause may be gone.
+    """Return those of ``files`` that need a unit, among them failures whose cause may be gone.
 
-    A failure is in the file's bytes, but for two: what could not be read and can be now, and what was too large for a
-    lower limit than today's. With ``retry`` every one is tried again.
-    Raises ValueError if nothing ``listed`` shares a key with the plan: its rows would mix with another folder's.
+    Two kinds of failures are tried again: a file that could not be read and can be read now, and one that was too large
+    for a lower ``max_pixels``. With ``retry`` all are.
+    Raises ValueError if no key of ``listed`` is in the plan: rows of two folders would be mixed.
     """
     known = {row.file.key for unit in store.units() for row in unit.rows}
     if known and known.isdisjoint(file.key for file in listed):
@@ -45,11 +45,11 @@ def files_to_encode(
 
 
 def orphan_records(store: Store) -> list[Path]:
-    """The records of no unit; raises StoreError for those with a shard beside them, whose plan was lost.
+    """Return the commit records of no unit; raises StoreError for one with a shard beside it, whose plan is lost.
 
-    No file tells any more of which images they are: what has their keys now may have been edited.
+    Without the plan nothing says which images they are: files of the same keys may have been edited.
     """
-    records = store.records()  # before the plan is read: another run adds to the plan first, and then commits
+    records = store.records()  # read before the plan: another run adds to the plan first, and then commits
     stems = {unit.stem for unit in store.units()}
     records = [path for path in records if path.stem not in stems]
     if whole := [path for path in records if path.with_suffix(".safetensors").exists()]:
@@ -61,15 +61,15 @@ def orphan_records(store: Store) -> list[Path]:
 
 
 def with_sha256(files: Sequence[SourceFile], reader: ImageReader) -> list[SourceFile]:
-    """``files`` with the sha256 of their bytes, all of which are read for it."""
+    """Return ``files`` with the sha256 of their bytes; reads every file."""
     digests = ordered_map(reader.sha256, files, HEADER_THREADS)
     return [replace(file, sha256=digest) for file, digest in zip(files, digests, strict=True)]
 
 
 def plan_rows(files: Sequence[SourceFile], reader: ImageReader) -> list[tuple[Size, PlannedRow]]:
-    """Every variant of ``files`` with its bucket, the buckets in the table's order, by what the headers say.
+    """Return every variant of ``files`` with its bucket, from the images' headers, buckets in the table's order.
 
-    An image whose header cannot be used is planned all the same, so that its unit quarantines it.
+    An image whose header cannot be used is planned too, so that its unit quarantines it.
     """
     order = {size: number for number, size in enumerate(reader.buckets.sizes)}
     rows = []
@@ -80,7 +80,7 @@ def plan_rows(files: Sequence[SourceFile], reader: ImageReader) -> list[tuple[Si
 
 
 def count_by_bucket(units: Sequence[Unit]) -> dict[Size, int]:
-    """How many rows the units have in each bucket."""
+    """Return the number of rows in each bucket."""
     counts: dict[Size, int] = {}
     for unit in units:
         counts[unit.bucket] = counts.get(unit.bucket, 0) + len(unit.rows)
@@ -88,11 +88,11 @@ def count_by_bucket(units: Sequence[Unit]) -> dict[Size, int]:
 
 
 def needed_bytes(counts: dict[Size, int], row_size: Callable[[Size], int]) -> int:
-    """About how many bytes so many rows take."""
+    """Estimate the bytes of ``counts`` rows in each bucket."""
     return sum(count * row_size(bucket) for bucket, count in counts.items())
 
 
 def rotated_for_rank(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
-    """``units`` from the place where process ``rank`` of ``ranks`` starts, and then around."""
+    """Return ``units`` rotated so that process ``rank`` of ``ranks`` starts at its own share."""
     start = len(units) * rank // ranks
     return units[start:] + units[:start]

@@ -1,4 +1,4 @@
-"""What an encode run did, in figures: the end-of-run block and its JSON twin."""
+"""EncodeReport: counts and times of a run, as lines and as JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastvae.system.terminal import first_few, format_bytes
 
 @dataclass
 class EncodeReport:
-    """Rows are variants of images: ``ok`` newly encoded, ``failed`` newly quarantined, ``resumed`` found committed
-    before, ``elsewhere`` committed by other processes meanwhile; ``taken_over`` counts units lost to one of them;
-    ``kept`` rows a repair took over from damaged shards, since their images gave none.
+    """Counts and times of a run. Rows are variants of images.
 
-    ``planned`` is a dry run's: rows by bucket, ``planned_bytes`` what they will take, ``unreadable_headers`` how many
-    of them will fail. ``batches`` is by bucket; ``halved`` counts how often one did not fit in memory. Seconds are wall
-    time for ``seconds``, and summed over threads for ``decode_seconds`` and ``encode_seconds``. ``ignored_files``
-    counts what is no image; ``unreadable_places`` names the folders and links in it that could not be looked into, at
-    most 100. ``exceeded`` says whether failures (earlier ones included) are above the limit.
+    ``ok``: rows encoded, ``failed``: quarantined, ``resumed``: committed before, ``elsewhere``: committed by other
+    processes meanwhile, ``kept``: copied by a repair from damaged shards, since their images no longer encode.
+    ``taken_over``: units that other processes took over. Of a dry run, ``planned``: rows by bucket, ``planned_bytes``:
+    their size, ``unreadable_headers``: rows that will fail. ``batches``: batch size by bucket; ``halved``: times that
+    one did not fit in memory. ``seconds`` is wall time; ``decode_seconds`` and ``encode_seconds`` are summed over
+    threads. ``ignored_files``: files that are no image; ``unreadable_places``: folders and links among them that could
+    not be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit.
     """
 
     store: str
@@ -74,15 +74,15 @@ class EncodeReport:
         self.flags = dict(Counter(self.flags) + Counter(commit.flags))
 
     def to_json(self) -> str:
-        """The report as one JSON document."""
+        """Return the report as one JSON document."""
         return strict_json(self.facts())
 
     def facts(self) -> dict[str, Any]:
-        """The report in values that JSON takes."""
+        """Return the report as a dict of JSON values."""
         return {**asdict(self), "images_per_second": round(self.images_per_second, 3)}
 
     def lines(self) -> list[str]:
-        """The report for people, a line each."""
+        """Return the report as lines of text."""
         if self.planned is not None:
             return self._plan_lines() + self._source_lines()
         total = max(1, self.ok + self.kept + self.failed + self.resumed + self.failed_before)
@@ -133,7 +133,7 @@ class EncodeReport:
         """Fill ``bottleneck`` and ``suggestion`` from the seconds spent."""
         if not self.ok:
             return
-        # On a CPU every worker decodes and encodes, so shares of thread time compare; a GPU encodes from one thread.
+        # On a CPU every worker decodes and encodes, so both are divided by the workers; a GPU encodes from one thread.
         encode = self.encode_seconds / (self.workers if on_cpu else 1)
         shares = {"decode": self.decode_seconds / self.workers, "encode": encode, "write": self.write_seconds}
         self.bottleneck = max(shares, key=lambda name: shares[name])
@@ -148,7 +148,7 @@ class EncodeReport:
 
 
 def parse_limit(limit: str | float | int, total: int) -> int:
-    """How many of ``total`` rows may fail: "0.1%", a fraction below 1 as a float, or a count. Raises ValueError."""
+    """Return the number of ``total`` rows that may fail: "0.1%", a fraction below 1, or a count. Raises ValueError."""
     try:
         if isinstance(limit, str) and limit.strip().endswith("%"):
             share = float(limit.strip()[:-1]) / 100

@@ -1,4 +1,4 @@
-"""What of a row's moments is stored, and how: mean and log-variance, the mean, or one draw."""
+"""Moments to stored tensors: mean and log-variance, the mean, or one draw, in a dtype."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows are stored. ``posterior``: one of shard.POSTERIORS, drawn with ``seed``; ``mean``: "fp16" or "fp32"."""
+    """Format of stored rows. ``posterior``: of shard.POSTERIORS, drawn with ``seed``; ``mean``: "fp16" or "fp32"."""
 
     posterior: str = "dist"
     mean: str = "fp16"
@@ -35,11 +35,11 @@ class RowFormat:
 
     @property
     def logvar_dtype(self) -> str | None:
-        """How log-variances are stored, None if they are not."""
+        """Format of stored log-variances, None if they are not stored."""
         return self.logvar if self.posterior == "dist" else None
 
     def identity(self) -> dict[str, object]:
-        """What the numerics of a store's identity say of this."""
+        """Return the fields of the store's identity, under "numerics"."""
         clamped = f"clamped to {list(LOGVAR_RANGE)}"
         spelt = {"fp16": f"fp16, {clamped}", "u8": f"u8 over each row's least to greatest, {clamped}", None: None}
         return {
@@ -50,10 +50,10 @@ class RowFormat:
         }
 
     def split(self, moments: np.ndarray, key: str, variant: int) -> EncodedRow | str:
-        """What is stored of one row's ``moments`` [2L, h, w], or the reason why it cannot be: non_finite, overflow.
+        """Return the tensors to store of a row's ``moments`` [2L, h, w], or a reason of failure: non_finite, overflow.
 
-        The log-variance is clamped to [-30, 20], as the posterior does before any use of it, so it fits half precision;
-        a mean or draw beyond half precision is refused rather than stored as infinity.
+        The log-variance is clamped to [-30, 20], as the posterior does before any use, so it fits in half precision. A
+        mean or draw outside half precision is refused, not stored as infinity.
         """
         mean, logvar = np.split(moments, 2, axis=0)
         if not np.isfinite(moments).all():
@@ -73,8 +73,8 @@ class RowFormat:
 
 
 def _levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``values`` as uint8 and the fp32 [least, greatest] that 0 and 255 stand for."""
+    """Return ``values`` as uint8, and the fp32 [least, greatest] that 0 and 255 represent."""
     least, greatest = values.min(), values.max()
-    # In double, so that the difference to the nearest level is at most half a level and nothing of the division's.
+    # In double, so that the error is at most half a level, without the rounding of the division.
     levels = (values.astype(np.float64) - least) * (255 / max(float(greatest) - float(least), np.finfo("f4").tiny))
     return np.rint(levels).astype(np.uint8), np.array([least, greatest], np.float32)

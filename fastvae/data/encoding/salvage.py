@@ -1,4 +1,4 @@
-"""Rows of a damaged shard that are sound by themselves: what a repair keeps of images that give no latent any more."""
+"""Sound rows of a damaged shard, which a repair keeps for images that no longer encode."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STORED = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4"), "u8": np.dtype("u1")
 def sound_rows(
     shard: Path, unit: Unit, facts: Mapping[str, Any], settings: Settings
 ) -> dict[tuple[str, int], ShardRow]:
-    """The rows of ``shard``, a damaged one of ``unit``, that are what was planned, by name; none if it is no shard.
+    """Return the sound rows of the damaged ``shard`` of ``unit``, by name; none if the file is not a shard.
 
-    It must state what store.json's ``facts`` say. Of a row the checksum fits, all is finite, the number is its key's,
-    and size and crop, over which no checksum goes, are those that follow from the plan.
+    The shard's metadata must agree with store.json's ``facts``. In a sound row the checksum fits, values are finite,
+    the sample id is the key's, and size and crop, which no checksum covers, follow from the plan.
     """
     row_format, planned = settings.row_format, {row.name: row for row in unit.rows}
     latent = (settings.latent_channels, *(side // settings.factor for side in unit.bucket))
@@ -61,7 +61,7 @@ def sound_rows(
 
 
 def _place(row: PlannedRow, unit: Unit, settings: Settings) -> list[int] | None:
-    """Variant, original_hw and crop_tlhw of a row; None for one of unknown size."""
+    """Return variant, original_hw and crop_tlhw of a row; None if its size is unknown."""
     if not all(row.original_hw):
         return None
     free = [scaled - side for scaled, side in zip(scaled_size(row.original_hw, unit.bucket), unit.bucket, strict=True)]

@@ -1,4 +1,4 @@
-"""Whether the fast path gives what torch's own layers give, on this device and with this model, before a run begins."""
+"""Compares the fast path with torch's layers on one image, on this device and with this model, before a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.scaling import pixel_multiple
 
 SIDE = 32
-# Times torch's own error in the same dtype, against float64. The kernels' tests allow 2; here one small image speaks
-# for all of them, a wrong result is orders of magnitude away, and a false alarm costs a run its speed.
+# Multiple of torch's own error in the same dtype, against float64. The kernels' tests allow 2. Here one small image
+# represents all images, a wrong result is orders of magnitude away, and a false alarm makes a whole run slow.
 ALLOWED = 8
 
 
 def check_fast_path(encoder: MomentEncoder) -> str | None:
-    """None where one small image has the latents that torch's own layers give it.
+    """Return None if one small image has the latents that torch's layers compute.
 
-    Else a sentence that says by how much they differ; the encoder's models are then stock, and slower. A model that
-    was not accelerated is not looked at.
+    Else return a sentence with the error, and restore the encoder's models, which are then slower. A model that was not
+    accelerated is not checked.
     """
     model: Any = encoder.model
     if ACCELERATED not in vars(model):
@@ -41,7 +41,7 @@ def check_fast_path(encoder: MomentEncoder) -> str | None:
 
 
 def _errors(model: Any, device: torch.device) -> tuple[float, float]:
-    """rms(fast - exact) / rms(exact) of one image, and what is allowed; exact is stock in float64, fp32 for halves."""
+    """Return rms(fast - exact) / rms(exact) of one image, and its limit; exact: torch, float64, fp32 for halves."""
     side = max(SIDE, pixel_multiple(model))
     x = _pattern(side).to(device)
     dtype = next(model.encoder.parameters()).dtype
@@ -52,7 +52,7 @@ def _errors(model: Any, device: torch.device) -> tuple[float, float]:
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         exact = _moments(stock.to(wide), x.to(wide)).double()
     scale = exact.square().mean().sqrt()
-    # Infinities of half precision are found and mended row by row: they are no sign of a wrong kernel.
+    # Infinities of half precision are found and redone row by row: they do not indicate a wrong kernel.
     if not plain.isfinite().all():
         return 0.0, 0.0
     own, ours = (float((y.double() - exact).square().mean().sqrt() / scale) for y in (plain, fast))
@@ -65,6 +65,6 @@ def _moments(model: Any, x: Tensor) -> Tensor:
 
 
 def _pattern(side: int) -> Tensor:
-    """Waves in [-1, 1] that differ in every channel and pixel, fp32 [1, 3, side, side]: no flat or symmetric part."""
+    """Return waves in [-1, 1], fp32 [1, 3, side, side], that differ in every channel and pixel."""
     at = torch.arange(3 * side * side, dtype=torch.float64)
     return torch.sin(at * 0.7 + torch.sin(at * 0.013) * 5).float().view(1, 3, side, side)

@@ -1,4 +1,4 @@
-"""What an encode run is asked for, made definite: the model, and the store it may go into."""
+"""Settings of a store, resolved with its model, and the identity and layout that they make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastvae.system.strict_json import json_bytes
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a store's identity, the model apart. ``dtype`` None: not decided yet."""
+    """Settings that decide a store's identity together with the model. ``dtype`` None: see with_dtype."""
 
     dtype: str | None
     row_format: RowFormat
@@ -43,7 +43,7 @@ class Settings:
     animated: str = "first"
 
     def row_size(self, bucket: Size) -> int:
-        """About how many bytes a row of ``bucket`` takes in the store."""
+        """Estimate the bytes of a row of ``bucket`` in the store."""
         height, width = (side // self.factor for side in bucket)
         return row_bytes(
             self.latent_channels,
@@ -56,8 +56,9 @@ class Settings:
 
 
 def with_dtype(out: Path, settings: Settings) -> Settings:
-    """``settings`` with their dtype: the one asked for, else that of a store at ``out`` (so that one begun elsewhere is
-    continued as it was), else the device's default. Raises StoreError for a damaged store.
+    """Return ``settings`` with a dtype: the given one, else that of a store at ``out``, else the device's default.
+
+    A store begun on another machine is so continued in its dtype. Raises StoreError for a damaged store.
     """
     dtype = settings.dtype
     if dtype is None and (out / "store.json").exists():
@@ -67,14 +68,14 @@ def with_dtype(out: Path, settings: Settings) -> Settings:
 
 
 def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
-    """What the store's identity says it was made with; that it was made so with ``model``, the identity has to show.
+    """Return the settings in the store's identity; the caller checks that the identity is that of ``model``.
 
-    Raises StoreError where this version knows no such settings.
+    Raises StoreError for settings that this version does not know.
     """
     numerics, preprocess = store.facts["identity"]["numerics"], store.facts["identity"]["preprocess"]
     crop = "centre" if preprocess.get("crop") == "centre" else "random"
-    told = re.search(r"seed (\d{1,20})$", f"{numerics.get('noise')}\n{preprocess.get('crop')}", re.MULTILINE)
-    seed = int(told[1]) if told else 0
+    match = re.search(r"seed (\d{1,20})$", f"{numerics.get('noise')}\n{preprocess.get('crop')}", re.MULTILINE)
+    seed = int(match[1]) if match else 0
     logvar = "u8" if str(numerics.get("logvar")).startswith("u8") else "fp16"
     try:
         check_choices(
@@ -100,7 +101,7 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
 
 
 def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
-    """The identity of a store that is made with ``model`` and ``settings``, whose dtype is decided."""
+    """Return the identity of a store made with ``model`` and ``settings``, which have a dtype."""
     return {
         "model": model_identity(model),
         "numerics": {
@@ -113,7 +114,7 @@ def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
 
 
 def layout_of(model: Any, source: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """What store.json holds beside the identity: where the model came from, and what readers need."""
+    """Return the fields of store.json beside the identity: where the model came from, and what readers need."""
     scaling = scaling_of(model)
     metadata = {name: json.dumps(value) for name, value in scaling.items()}
     metadata |= {"fvl": "1", "space": "raw"}
@@ -129,9 +130,9 @@ def layout_of(model: Any, source: dict[str, Any], settings: Settings) -> dict[st
 
 
 def check_layout(store: Store, layout: dict[str, Any]) -> None:
-    """Raises StoreError where store.json says otherwise than ``layout`` how latents are shaped and scaled.
+    """Raise StoreError if shape or scaling of latents differ between store.json and ``layout``.
 
-    The model is the same by its digest: store.json was edited, and shards of a run would state what it says.
+    The model has the same digest, so store.json was edited, and new shards would record the edited values.
     """
     names = ("scaling", "latent_channels", "downsample_factor", "metadata")
     ours = json.loads(json_bytes({name: layout[name] for name in names}))

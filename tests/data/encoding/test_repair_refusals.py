@@ -109,7 +109,7 @@ def test_the_models_name_is_said_before_it_is_opened_and_drives_no_terminal(made
     with pytest.raises((OSError, ValueError)):
         mend(made, tmp_path / "in")
     said = capsys.readouterr().err
-    assert f"model   {tmp_path}/?[2Jgone fastvae: all is well: what the store names; --vae takes another\n" in said
+    assert f"model   {tmp_path}/?[2Jgone fastvae: all is well: named by the store; --vae takes another\n" in said
     facts["source"]["subfolder"] = ["vae"]
     (made / "store.json").write_text(json.dumps(facts))
     with pytest.raises(StoreError, match=r"source\.subfolder and source.revision must be text"):
