@@ -1,8 +1,8 @@
 """Make the stores of format 1 that tests/golden keeps: python tests/golden/make_stores.py NEW_FOLDER
 
 The stores in tests/golden/stores were made by fastvae 0.1.0, commit f7ea018, on 2026-11-30, on a CPU, by torch 2.13.0.
-test_golden_stores.py opens, resumes, verifies, repairs and exports copies of them: every later version must read them
-as this build did. They are never made again, and this script refuses a folder that exists. A store of a new rule or a
+The tests in tests/golden open, resume, verify, repair and export copies of them: every later version must read them as
+this build did. They are never made again, and this script refuses a folder that exists. A store of a new rule or a
 new format is made by the build that brings the rule, gets a name of its own, and is added beside them.
 
 NAME/source has the images and NAME/store the store. NAME/expected.json has the options of encode, the counts of verify,

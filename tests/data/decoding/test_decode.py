@@ -37,12 +37,12 @@ def test_rows_are_decoded_under_their_own_keys(made, tmp_path):
     ]
     with torch.no_grad():
         sample = vae.decode(LatentDataset(made)[1]["mean"][None].float()).sample[0]
-    wanted = ((sample / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    expected = ((sample / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     with Image.open(written[0][1]) as image:
         shown = np.asarray(image)
     assert shown.shape == (SIDE, SIDE, 3)
     # Rounding to the nearest level, and a hundredth for scaling there and back in fp32.
-    assert np.abs(shown - wanted).max() <= 0.51
+    assert np.abs(shown - expected).max() <= 0.51
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system limits no file's size")
@@ -82,9 +82,9 @@ def test_a_store_of_draws_is_decoded_from_its_draws(tmp_path):
     written = decode(out, tmp_path / "png", vae=vae, progress=False)
     with torch.no_grad():
         sample = vae.decode(LatentDataset(out)[1]["latents"][None].float()).sample[0]
-    wanted = ((sample / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    expected = ((sample / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     with Image.open(written[1][1]) as image:
-        assert np.abs(np.asarray(image) - wanted).max() <= 0.51
+        assert np.abs(np.asarray(image) - expected).max() <= 0.51
 
 
 def test_arguments_are_refused(made, tmp_path):

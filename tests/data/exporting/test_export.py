@@ -1,4 +1,4 @@
-"""Exports: each layout read back, bit for bit, by the reader that its users have."""
+"""Exports are read back bit for bit by the readers of their users."""
 
 import errno
 import importlib.util
@@ -37,19 +37,20 @@ def run(store, out, to, **options):
 
 
 def bits(array):
+    """Return dtype, shape and bytes."""
     array = np.ascontiguousarray(array)
     return array.dtype.str, array.shape, array.tobytes()
 
 
 def check(key, variant, found):
-    """``found``: mean and logvar as they were read."""
+    """Compare mean and logvar that were read back with the stored ones."""
     for name, stored in zip(("mean", "logvar"), moments_of(key, variant, KEYS[key]), strict=True):
         assert bits(found[name]) == bits(stored), (key, name)
 
 
-# Its reader leaves the archives open.
+# WebDataset leaves the archives open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_webdataset_reads_its_tars(store, tmp_path):
+def test_webdataset_reads_the_tars(store, tmp_path):
     wds = pytest.importorskip("webdataset", reason="WebDataset is not installed")
     done = run(store, tmp_path / "out", "wds", shard_mb=0.003)
     tars = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
@@ -64,7 +65,7 @@ def test_webdataset_reads_its_tars(store, tmp_path):
     assert rows[5]["json"]["crop_tlhw"] == [0, 0, 48, 32]
 
 
-def test_pyarrow_reads_its_parquet(store, tmp_path):
+def test_pyarrow_reads_the_parquet_files(store, tmp_path):
     done = run(store, tmp_path / "out", "parquet", shard_mb=0.0005)
     paths = sorted((tmp_path / "out").glob("*.parquet"))
     assert len(paths) == done.files - 1
@@ -80,7 +81,7 @@ def test_pyarrow_reads_its_parquet(store, tmp_path):
     assert json.loads(rows[0]["columns"]) == {"caption": "a \u2603"}
 
 
-def test_datasets_loads_its_folder(store, tmp_path, monkeypatch):
+def test_datasets_loads_the_folder(store, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
     run(store, tmp_path / "out", "hf")
@@ -106,7 +107,7 @@ def test_numpy_reads_the_caches_of_sd_scripts(store, tmp_path, family):
         found = cache[f"latents{ending}"]
         assert cache[f"original_size{ending}"].tolist() == [32, 48]
         assert cache[f"crop_ltrb{ending}"].tolist() == [0, 0, 32, 48]
-    if family == "flux":  # scaled by the 0.5 of the store: a power of two, so rounding is the same
+    if family == "flux":  # scaled by 0.5, a power of two, so rounding is the same
         drawn = draw(mean * 0.5, logvar + 2 * torch.tensor(0.5).log(), [noise_key(3, 0, "tall1.png")])[0]
     assert bits(found) == bits(drawn.numpy())
 
@@ -133,7 +134,7 @@ def test_the_crop_is_that_of_the_example_for_sd_scripts(monkeypatch):
         assert crop_ltrb((width, height), (across, down)) == example.crop_ltrb((width, height), (across, down))
 
 
-def test_scaled_and_a_mean_alone(store, tmp_path):
+def test_a_scaled_export_of_means_alone(store, tmp_path):
     done = run(store, tmp_path / "out", "wds", posterior="mean", scaled=True)
     assert (done.about["space"], done.about["posterior"]) == ("scaled", "mean")
     with tarfile.open(next((tmp_path / "out").glob("*.tar"))) as tar:
@@ -145,15 +146,15 @@ def test_scaled_and_a_mean_alone(store, tmp_path):
     assert bits(values) == bits(moments_of("a/0.b.png", 0, (32, 32))[0].astype(np.float32) * np.float32(0.5))
 
 
-def test_a_store_of_draws_gives_its_draws(tmp_path):
+def test_a_store_of_draws_is_exported_as_draws(tmp_path):
     store = write_store(tmp_path / "store", {(32, 32): ["x.png"]}, posterior="sample")
     run(store, tmp_path / "out", "npz-kohya")
     with np.load(tmp_path / "out" / "x_0032x0032_sdxl.npz") as cache:
         assert bits(cache["latents"]) == bits(moments_of("x.png", 0, (32, 32))[0].astype(np.float32))
 
 
-def test_what_is_planned_and_not_committed_is_left_out_and_counted(store, tmp_path, capsys):
-    """A unit that no run has made, and one whose record cannot be trusted."""
+def test_rows_not_committed_are_left_out_and_counted(store, tmp_path, capsys):
+    """One unit was never encoded, and one has a damaged record."""
     last, first = (store / "shards" / name for name in ("000002-48x32.json", "000000-32x32.json"))
     for out, (damage, pending) in {"unmade": (last.unlink, 3), "noise": (lambda: first.write_text("[]"), 7)}.items():
         damage()
@@ -163,7 +164,7 @@ def test_what_is_planned_and_not_committed_is_left_out_and_counted(store, tmp_pa
         assert f"{8 - pending} rows of 8, the others are not committed  wds" in capsys.readouterr().err
 
 
-def test_a_whole_store_leaves_nothing_out(store, tmp_path, capsys):
+def test_a_complete_store_is_exported_completely(store, tmp_path, capsys):
     done = export(store, tmp_path / "out", to="wds")
     assert (done.rows, done.pending, done.about["pending"]) == (8, 0, 0)
     assert "8 rows  wds" in capsys.readouterr().err
@@ -177,7 +178,7 @@ def masked(tmp_path):
     return write_store(tmp_path / "masked", BUCKETS, preprocess=MASK)
 
 
-# Its reader leaves the archives open.
+# WebDataset leaves the archives open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_the_masks(masked, tmp_path):
     wds = pytest.importorskip("webdataset", reason="WebDataset is not installed")
@@ -206,8 +207,8 @@ def test_pyarrow_and_datasets_read_the_masks(masked, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
-def test_sd_scripts_weighs_its_loss_by_the_masks(tmp_path, family):
-    """Its trainer stacks masks at the bucket's size and takes their means over each latent; it mirrors them itself."""
+def test_sd_scripts_weights_its_loss_by_the_masks(tmp_path, family):
+    """The trainer stacks masks at the bucket's size and takes their mean over each latent; it mirrors them itself."""
     names = [("a.png", 0), ("a.png", 1), ("b.png", 0)]
     store = write_store(tmp_path / "store", {(48, 32): names}, preprocess={**MASK, "flip": True})
     run(store, tmp_path / "out", "npz-kohya", family=family)
@@ -220,13 +221,13 @@ def test_sd_scripts_weighs_its_loss_by_the_masks(tmp_path, family):
         weights = torch.nn.functional.interpolate(torch.from_numpy(found)[None, None], size=(6, 4), mode="area")
         levels = opacity_of(key, 0, (48, 32))
         assert np.array_equal(torch.round(weights[0, 0] * 255).byte(), levels)
-        # Each of a sum's 63 additions is rounded by half a step.
+        # Each of the 63 additions of a sum is rounded by half a step.
         assert np.abs(weights[0, 0].numpy() - levels / 255).max() <= 32 * np.finfo(np.float32).eps
     assert (tmp_path / "out" / f"a_0032x0048_{family}.npz").stat().st_size < 48 * 32 * 4
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)
-def test_nothing_that_is_there_is_replaced(store, tmp_path, to):
+def test_an_existing_folder_is_not_replaced(store, tmp_path, to):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match=r"dst must be a new folder, .*out is there already"):
         run(store, tmp_path / "out", to)
@@ -250,7 +251,7 @@ def test_two_keys_of_one_cache_are_refused(tmp_path):
     assert os.listdir(tmp_path) == ["store"]
 
 
-def test_a_key_that_is_no_utf_8_goes_to_tars_alone(tmp_path):
+def test_a_key_that_is_not_utf_8_is_exported_to_tars_alone(tmp_path):
     store = write_store(tmp_path / "store", {(32, 32): ["\udcff.png"]})
     with pytest.raises(ValueError, match="is not UTF-8"):
         run(store, tmp_path / "out", "parquet")
@@ -280,11 +281,11 @@ def test_a_full_disk_leaves_nothing(store, tmp_path, monkeypatch):
         ({"to": "wds", "seed": -1}, "seed must be"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(store, tmp_path, wrong, words):
+def test_wrong_arguments_are_refused(store, tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         export(store, tmp_path / "out", progress=False, **wrong)
 
 
-def test_what_is_no_store_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"it has no store\.json"):
         run(tmp_path, tmp_path / "out", "wds")
