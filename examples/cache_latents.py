@@ -1,14 +1,14 @@
-"""Cache latents beside their pictures as kohya's sd-scripts does with ``--cache_latents_to_disk``, for it to train on.
+"""Cache latents beside their pictures for kohya's sd-scripts, in the format of its ``--cache_latents_to_disk``.
 
     python examples/cache_latents.py photographs/ --vae path/to/vae --family sdxl --side 1024
 
-One file a picture, NAME_WIDTHxHEIGHT_FAMILY.npz with the picture's own size, holding float32 ``latents`` [L, h, w],
+One file a picture, NAME_WIDTHxHEIGHT_FAMILY.npz with the size of the picture, holds float32 ``latents`` [L, h, w],
 ``original_size`` (width, height) and ``crop_ltrb``, and with --flip ``latents_flipped``. For SD3 and FLUX.1 each name
-ends in the latents' size, _HxW, so that a file holds several resolutions. SD, SDXL and SD3 latents are raw, FLUX.1's
-scaled and shifted: as those models' own code in sd-scripts hands them out.
+ends in the size of the latents, _HxW, so that a file holds several resolutions. SD, SDXL and SD3 latents are raw;
+FLUX.1's are scaled and shifted, as sd-scripts' code of that model returns them.
 
-Buckets and crops follow its defaults, and like it this does not apply EXIF orientation. The pixels are not its own to
-the last bit (Pillow's Lanczos in place of OpenCV), nor is the noise, which here hangs on a picture's name alone.
+Buckets and crops follow the defaults of sd-scripts, and EXIF orientation is not applied, as there. The pixels differ in
+the last bit (Pillow's Lanczos instead of OpenCV's), and the noise differs: here it depends on the picture's name only.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ import fastvae
 from fastvae.latents.convert import moments_of_images
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# Families whose files hold several resolutions, and those whose latents are kept as the model wants them.
+# Families whose files hold several resolutions, and families whose latents are scaled.
 SEVERAL_SIZES, SCALED = {"sd3", "flux"}, {"flux"}
 Size = tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture, its own size and the size that it is brought to."""
+    """A picture, its size and the size of its bucket."""
 
     path: Path
     size: Size
     bucket: Size
 
     def cache(self, family: str) -> Path:
-        """Where its latents are kept."""
+        """Return the path of the cache."""
         width, height = self.size
         return self.path.with_name(f"{self.path.stem}_{width:04d}x{height:04d}_{family}.npz")
 
 
 def bucket_sizes(side: int, step: int = 64, least: int = 256, most: int | None = None) -> list[Size]:
-    """Sizes of about side² pixels, their sides multiples of ``step`` from ``least`` to ``most``."""
+    """Return sizes of about side² pixels, with sides that are multiples of ``step`` from ``least`` to ``most``."""
     most = max(side, 1024) if most is None else most
     square = side // step * step
     sizes = {(square, square)}
@@ -61,13 +61,13 @@ def bucket_sizes(side: int, step: int = 64, least: int = 256, most: int | None =
 
 
 def bucket_for(size: Size, sizes: list[Size]) -> Size:
-    """The size itself where it is one of them, else the one of nearest aspect ratio."""
+    """Return the size itself if it is in ``sizes``, else the size of the nearest aspect ratio."""
     aspect = size[0] / size[1]
     return size if size in sizes else min(sizes, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
 
 
 def crop_ltrb(size: Size, bucket: Size) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the whole picture as it would lie inside its bucket."""
+    """Return left, top, right and bottom of the complete picture, fitted inside its bucket."""
     aspect = size[0] / size[1]
     wider = bucket[0] / bucket[1] > aspect
     width, height = (bucket[1] * aspect, bucket[1]) if wider else (bucket[0], bucket[0] / aspect)
@@ -76,27 +76,27 @@ def crop_ltrb(size: Size, bucket: Size) -> tuple[float, float, float, float]:
 
 
 def pixels_of(picture: Planned) -> Tensor:
-    """The picture scaled to cover its bucket and cropped in the middle: uint8 [3, H, W]."""
-    (width, height), (wanted_width, wanted_height) = picture.size, picture.bucket
-    scale = max(wanted_width / width, wanted_height / height)
+    """Scale a picture to cover its bucket and crop the centre: uint8 [3, H, W]."""
+    (width, height), (bucket_width, bucket_height) = picture.size, picture.bucket
+    scale = max(bucket_width / width, bucket_height / height)
     covering = int(width * scale + 0.5), int(height * scale + 0.5)
-    left, top = (covering[0] - wanted_width) // 2, (covering[1] - wanted_height) // 2
+    left, top = (covering[0] - bucket_width) // 2, (covering[1] - bucket_height) // 2
     with Image.open(picture.path) as image:
         scaled = image.convert("RGB").resize(covering, Image.Resampling.LANCZOS)
-    cropped = scaled.crop((left, top, left + wanted_width, top + wanted_height))
+    cropped = scaled.crop((left, top, left + bucket_width, top + bucket_height))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
 
 
 def plan(folder: Path, sizes: list[Size]) -> list[Planned]:
-    """Every picture under ``folder``, those of one bucket together.
+    """List every picture under ``folder``, sorted by bucket.
 
-    Raises ValueError for two that differ by extension alone, whose caches would have one name.
+    Raises ValueError for two that differ only by extension: their caches would have one name.
     """
     planned = []
     seen: dict[tuple[Path, Size], Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
-            with Image.open(path) as image:  # reads the header alone
+            with Image.open(path) as image:  # reads only the header
                 size = image.size
             other = seen.setdefault((path.with_suffix(""), size), path)
             if other != path:
@@ -106,7 +106,7 @@ def plan(folder: Path, sizes: list[Size]) -> list[Planned]:
 
 
 def draw(vae: fastvae.AutoencoderKL, pixels: Tensor, seeds: list[int], family: str) -> np.ndarray:
-    """A draw from each picture's posterior, float32 [B, L, h, w]; rows that overflow fp16 are done again in fp32."""
+    """Draw from each picture's posterior, float32 [B, L, h, w]; rows that overflow fp16 are encoded again in fp32."""
     latents = fastvae.sample_posterior(moments_of_images(vae, pixels), seeds=seeds)
     if family in SCALED:
         latents = vae.scale_latents(latents)
@@ -114,12 +114,12 @@ def draw(vae: fastvae.AutoencoderKL, pixels: Tensor, seeds: list[int], family: s
 
 
 def seed_of(name: str, seed: int) -> int:
-    """An unsigned 64-bit seed of the picture's own: no batch and no order changes its latents."""
+    """Return a picture's unsigned 64-bit seed, so that latents do not depend on batch and order."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
 
 
-def keep(path: Path, values: dict[str, np.ndarray]) -> None:
-    """Write a cache, with what it holds of other resolutions; whole or not at all."""
+def write_cache(path: Path, values: dict[str, np.ndarray]) -> None:
+    """Write a cache atomically, and keep its arrays of other resolutions."""
     held = {}
     if path.exists():
         with np.load(path) as file:
@@ -130,8 +130,8 @@ def keep(path: Path, values: dict[str, np.ndarray]) -> None:
     partial.replace(path)
 
 
-def is_kept(path: Path, names: list[str], size: tuple[int, int]) -> bool:
-    """Whether a cache holds all of these arrays, the first of them latents of this height and width."""
+def is_cached(path: Path, names: list[str], size: tuple[int, int]) -> bool:
+    """Return True if a cache has all of these arrays, the first with latents of this height and width."""
     if not path.exists():
         return False
     with np.load(path) as held:
@@ -141,14 +141,14 @@ def is_kept(path: Path, names: list[str], size: tuple[int, int]) -> bool:
 def cache(
     vae: fastvae.AutoencoderKL, pictures: list[Planned], family: str, *, batch: int, flip: bool = False, seed: int = 0
 ) -> int:
-    """Encode the pictures that have no cache yet, and say how many they were."""
+    """Encode the pictures that have no cache yet, and return their number."""
     done = 0
     for bucket, group in groupby(pictures, key=lambda picture: picture.bucket):
         f = vae.downsample_factor
         ending = f"_{bucket[1] // f}x{bucket[0] // f}" if family in SEVERAL_SIZES else ""
         names = [f"{name}{ending}" for name in ("latents", "original_size", "crop_ltrb", *["latents_flipped"] * flip)]
         size = bucket[1] // f, bucket[0] // f
-        missing = (picture for picture in group if not is_kept(picture.cache(family), names, size))
+        missing = (picture for picture in group if not is_cached(picture.cache(family), names, size))
         while rows := list(islice(missing, batch)):
             pixels = torch.stack([pixels_of(picture) for picture in rows])
             seeds = [seed_of(picture.path.name, seed) for picture in rows]
@@ -156,22 +156,22 @@ def cache(
             drawn += [draw(vae, pixels.flip(3), seeds, family)] if flip else []
             for picture, *latents in zip(rows, *drawn, strict=True):
                 values = [latents[0], np.array(picture.size), np.array(crop_ltrb(picture.size, bucket)), *latents[1:]]
-                keep(picture.cache(family), dict(zip(names, values, strict=True)))
+                write_cache(picture.cache(family), dict(zip(names, values, strict=True)))
             done += len(rows)
     return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photographs", type=Path, help="a folder of pictures, read recursively; caches lie beside them")
+    parser.add_argument("photographs", type=Path, help="a folder of pictures, read recursively")
     parser.add_argument("--vae", required=True, help="a directory or a Hub id")
     parser.add_argument("--family", choices=["sd", "sdxl", "sd3", "flux"], required=True)
-    parser.add_argument("--side", type=int, default=1024, help="as sd-scripts' --resolution")
-    parser.add_argument("--step", type=int, default=64, help="as its --bucket_reso_steps")
-    parser.add_argument("--least", type=int, default=256, help="as its --min_bucket_reso")
-    parser.add_argument("--most", type=int, help="as its --max_bucket_reso; by default 1024, or the side if larger")
+    parser.add_argument("--side", type=int, default=1024, help="--resolution of sd-scripts")
+    parser.add_argument("--step", type=int, default=64, help="its --bucket_reso_steps")
+    parser.add_argument("--least", type=int, default=256, help="its --min_bucket_reso")
+    parser.add_argument("--most", type=int, help="its --max_bucket_reso; default: 1024, or the side if larger")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--flip", action="store_true", help="the mirrored picture's latents too, for its --flip_aug")
+    parser.add_argument("--flip", action="store_true", help="also cache mirrored pictures, for its --flip_aug")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     sizes = bucket_sizes(arguments.side, arguments.step, arguments.least, arguments.most)
@@ -186,7 +186,7 @@ def main() -> None:
             device="cuda" if cuda else "cpu",
             parts=("encoder",),
         )
-    except (OSError, ValueError) as error:  # a model that is none, a picture that cannot be read, two of one cache
+    except (OSError, ValueError) as error:  # no model, an unreadable picture, or two pictures of one cache
         parser.error(str(error))
     fastvae.accelerate(vae, freeze=True)
     done = cache(vae, pictures, arguments.family, batch=arguments.batch, flip=arguments.flip, seed=arguments.seed)

@@ -1,10 +1,10 @@
-"""Write the kernels in the layout of Hugging Face's kernel hub, where its package ``kernels`` loads them from.
+"""Write the kernels in the layout of Hugging Face's kernel hub, from which its package ``kernels`` loads them.
 
     python examples/export_kernels.py dist/
 
-A folder under ``build/`` for each backend, which is all that Python-only kernels need: the modules with relative
-imports, ``_ops.py`` with the namespace of their ops, ``metadata.json`` with the digest of each file. The namespace ends
-in a hash of the sources: the export lives in one process with the installed package and with other exports. Layout:
+Each backend has a folder under ``build/``: the modules with relative imports, ``_ops.py`` with the namespace of their
+ops, ``metadata.json`` with the digest of each file. The namespace ends in a hash of the sources, so that the export can
+be loaded beside the installed package and other exports. Layout:
 huggingface.co/docs/kernels, "Kernel requirements".
 """
 
@@ -25,7 +25,7 @@ from fastvae_kernels.shared.tiles import TARGETS
 SOURCES = Path(fastvae_kernels.__file__).parent
 NAME = "fastvae-kernels"
 MODULE = NAME.replace("-", "_")
-# By the hub's convention 0 is what may still change.
+# By the hub's convention, version 0 may still change.
 VERSION = 0
 PUBLIC = {
     "attention": ["spatial_attention", "spatial_attention_shared"],
@@ -43,7 +43,7 @@ FACE = '''"""Triton kernels for the autoencoder of latent diffusion; channels_la
 
 __all__ = {names}
 '''
-OPS = '''"""The namespace of this build's ops, which no other build shares."""
+OPS = '''"""Namespace of this build's ops; every build has another."""
 
 import torch
 
@@ -54,7 +54,7 @@ ops = getattr(torch.ops, NAMESPACE)
 def add_op_namespace_prefix(op_name: str) -> str:
     return f"{{NAMESPACE}}::{{op_name}}"
 '''
-# Versions of `kernels` from before the flat layout import this folder, as a module that has no parent.
+# Old versions of `kernels`, before the flat layout, import this folder as a module without a parent.
 OLD_PLACE = '''"""The kernels under the name that older versions of `kernels` look for."""
 
 import importlib.util
@@ -75,7 +75,7 @@ tags: [kernels, triton, vae, diffusers]
 ---
 # {name}
 
-Triton kernels for the autoencoder of latent diffusion (diffusers' AutoencoderKL), as fastvae runs them. Written by
+Triton kernels for the autoencoder of latent diffusion (diffusers' AutoencoderKL), as in fastvae. Written by
 `examples/export_kernels.py`; they need torch 2.11 and Triton 3.6 or newer. On a CPU each op is its reference in torch.
 
 ```python
@@ -182,7 +182,7 @@ def export(out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("dist"), help="where the repository is written")
+    parser.add_argument("out", type=Path, nargs="?", default=Path("dist"), help="folder of the repository")
     repository = export(parser.parse_args().out)
     for variant in sorted(repository.glob("build/*")):
         print(variant, json.loads((variant / "metadata.json").read_text())["id"])

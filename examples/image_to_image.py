@@ -1,10 +1,10 @@
-"""diffusers' image to image before and after one line: the VAE's share of the time, and how far the pictures part.
+"""diffusers' image to image before and after ``fastvae.accelerate``: the VAE's share of the time, and the difference.
 
     python examples/image_to_image.py picture.jpg --model path/to/pipeline --prompt "a watercolour"
-    python examples/image_to_image.py --tiny  # a pipeline of random weights: nothing is fetched
+    python examples/image_to_image.py --tiny  # random weights, no download
 
 Needs `pip install "fastvae[diffusers]"`, and for a model with a text encoder `pip install transformers`. On a CPU the
-fused kernels do not run; what ``accelerate`` does there is in docs/performance.md.
+fused kernels do not run; docs/performance.md describes the effect of ``accelerate`` there.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from PIL import Image
 
 import fastvae
 
-# Any: a type checker sees neither its lazy exports nor that its parts may be None.
+# Any: type checkers do not see its lazy exports, nor that its parts may be None.
 diffusers: Any = importlib.import_module("diffusers")
 
 
 @dataclass
 class Run:
-    """A picture, uint8 [H, W, 3], and the seconds that it took: in all, and in the VAE."""
+    """A picture, uint8 [H, W, 3], and its seconds: in total, and in the VAE."""
 
     picture: np.ndarray
     seconds: float
@@ -44,7 +44,7 @@ class Run:
 
 
 def tiny_pipeline() -> Any:
-    """Stable Diffusion's image to image with a few hundred thousand random weights and no text encoder."""
+    """Return Stable Diffusion's image to image with a few hundred thousand random weights and no text encoder."""
     torch.manual_seed(0)
     channels = (32, 64, 64, 64)
     vae = diffusers.AutoencoderKL(
@@ -72,7 +72,7 @@ def tiny_pipeline() -> Any:
 
 @contextlib.contextmanager
 def clocked(vae: Any) -> Iterator[Counter]:
-    """Count the seconds of ``encode`` and ``decode`` while the block runs; it waits for the GPU around each call."""
+    """Count the seconds of ``encode`` and ``decode`` in the block, waiting for the GPU around each call."""
     seconds: Counter[str] = Counter()
 
     def timed(function):
@@ -92,14 +92,14 @@ def clocked(vae: Any) -> Iterator[Counter]:
 
 
 def now() -> float:
-    """Seconds, after all that was asked of the GPU is done."""
+    """Return the time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def fastest(pipe: Any, repeat: int, **call: Any) -> Run:
-    """The fastest of ``repeat`` runs after one that warms up; each starts from the same noise."""
+    """Return the fastest of ``repeat`` runs after one to warm up; each starts from the same noise."""
     runs = []
     with clocked(pipe.vae) as seconds:
         for _ in range(repeat + 1):
@@ -111,7 +111,7 @@ def fastest(pipe: Any, repeat: int, **call: Any) -> Run:
 
 
 def before_and_after(pipe: Any, repeat: int, **call: Any) -> tuple[Run, Run]:
-    """The pipeline as it is, then with its VAE accelerated; it is left accelerated."""
+    """Run the pipeline unchanged, then with its VAE accelerated; it stays accelerated."""
     stock = fastest(pipe, repeat, **call)
     fastvae.accelerate(pipe)  # the one line
     return stock, fastest(pipe, repeat, **call)
@@ -119,37 +119,37 @@ def before_and_after(pipe: Any, repeat: int, **call: Any) -> tuple[Run, Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path, nargs="?", help="what to start from; with --tiny a gradient is taken")
+    parser.add_argument("picture", type=Path, nargs="?", help="the input; default with --tiny: a gradient")
     parser.add_argument("--model", help="a pipeline: a directory or a Hub id")
     parser.add_argument("--tiny", action="store_true", help="random weights")
     parser.add_argument("--prompt", default="a watercolour")
     parser.add_argument("--side", type=int, default=512, help="pixels of the square picture")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where the accelerated pipeline's picture is saved")
+    parser.add_argument("--out", type=Path, help="file for the accelerated pipeline's picture")
     arguments = parser.parse_args()
     if arguments.tiny == bool(arguments.model) or (arguments.model and not arguments.picture):
         parser.error("give a picture and --model, or --tiny")
 
     if arguments.tiny:
         pipe = tiny_pipeline()
-        words = {"prompt_embeds": torch.randn(1, 4, 16), "guidance_scale": 1.0}
+        prompt = {"prompt_embeds": torch.randn(1, 4, 16), "guidance_scale": 1.0}
     else:
         half = torch.float16 if torch.cuda.is_available() else torch.float32
         pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(arguments.model, torch_dtype=half)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        words = {"prompt": arguments.prompt}
+        prompt = {"prompt": arguments.prompt}
     pipe.set_progress_bar_config(disable=True)
     square = (arguments.side, arguments.side)
     start = (
         Image.open(arguments.picture).convert("RGB") if arguments.picture else Image.linear_gradient("L").convert("RGB")
     )
-    call = {**words, "image": start.resize(square), "num_inference_steps": arguments.steps, "strength": 0.5}
+    call = {**prompt, "image": start.resize(square), "num_inference_steps": arguments.steps, "strength": 0.5}
 
     stock, fast = before_and_after(pipe, arguments.repeat, **call)
-    apart = np.abs(stock.picture.astype(int) - fast.picture)
+    difference = np.abs(stock.picture.astype(int) - fast.picture)
     print(f"diffusers  {stock}\nfastvae    {fast}")
-    print(f"pictures   {(apart > 0).mean():.2%} of the values differ, by {apart.max()} of 255 at most")
+    print(f"pictures   {(difference > 0).mean():.2%} of the values differ, by {difference.max()} of 255 at most")
     for reason, blocks in Counter(fastvae.explain(pipe).reasons.values()).items():
         print(f"not fused  {blocks} x {reason.name}: {reason.value}")
     if arguments.out:

@@ -1,10 +1,10 @@
-"""A denoiser trained on latents that are encoded in the loop, and by the same loop on latents that are stored.
+"""Train a denoiser on latents that are encoded in the loop, and with the same loop on stored latents.
 
     python examples/train_loop.py photographs/ --side 64 --steps 20
 
-Both see the same latents: an image's noise depends on the seed, the epoch and its key alone. Encoded in the loop, the
-next batch is made while one trains on the last; stored, batches are read from memory-mapped files and drawn from on the
-training device. Needs `pip install "fastvae[diffusers]"`.
+Both see the same latents: an image's noise depends only on the seed, the epoch and its key. In the loop, the next batch
+is encoded during a training step; stored batches are read from memory-mapped files and sampled on the training device.
+Needs `pip install "fastvae[diffusers]"`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Epoch = Callable[[int], Iterable[dict[str, Any]]]
 
 
 class Photographs(Dataset):
-    """The pictures of a folder as uint8 [3, side, side], each with its key, the path inside the folder."""
+    """Pictures of a folder as uint8 [3, side, side], each with its key, the path inside the folder."""
 
     def __init__(self, folder: Path, side: int):
         self.folder, self.side = folder, side
@@ -49,7 +49,7 @@ class Photographs(Dataset):
 
 
 def encoded_in_the_loop(folder: Path, side: int, vae: Any, batch_size: int, seed: int, workers: int) -> Epoch:
-    """Batches with ``latents`` [B, L, side / f, side / f], made one ahead of the step."""
+    """Return epochs of batches with ``latents`` [B, L, side / f, side / f], encoded one step ahead."""
     images = DataLoader(Photographs(folder, side), batch_size, shuffle=True, num_workers=workers)
     loader = fastvae.LatentLoader(images, vae, seed=seed)
 
@@ -61,7 +61,7 @@ def encoded_in_the_loop(folder: Path, side: int, vae: Any, batch_size: int, seed
 
 
 def stored(store: Path, device: torch.device, batch_size: int, seed: int, workers: int) -> Epoch:
-    """The same batches from a latent store of any number of buckets, drawn on ``device``."""
+    """Return epochs of the same batches from a latent store, with any number of buckets, sampled on ``device``."""
     dataset = fastvae.LatentDataset(store, scaled=True, seed=seed)
     sampler = fastvae.BucketBatchSampler(dataset, batch_size, seed=seed)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=fastvae.collate, num_workers=workers)
@@ -76,7 +76,7 @@ def stored(store: Path, device: torch.device, batch_size: int, seed: int, worker
 
 
 class Denoiser:
-    """A small UNet that learns to tell the noise in latents with ``channels`` channels."""
+    """A small UNet that learns to predict the noise in latents with ``channels`` channels."""
 
     def __init__(self, channels: int, device: torch.device, seed: int = 0, width: int = 32):
         torch.manual_seed(seed)
@@ -94,7 +94,7 @@ class Denoiser:
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-3)
 
     def step(self, latents: Tensor) -> float:
-        """One step on scaled latents [B, L, h, w]; the loss before it."""
+        """Make one step on scaled latents [B, L, h, w], and return the loss before it."""
         noise = torch.randn_like(latents)
         times = torch.randint(0, self.scheduler.config["num_train_timesteps"], latents.shape[:1], device=latents.device)
         noisy = self.scheduler.add_noise(latents, noise, times)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class Denoiser:
 
 
 def train(denoiser: Denoiser, epoch: Epoch, steps: int) -> list[float]:
-    """The losses of ``steps`` steps, over as many epochs as they take."""
+    """Train for ``steps`` steps, over as many epochs as needed, and return their losses."""
     batches = itertools.chain.from_iterable(epoch(number) for number in itertools.count())
     return [denoiser.step(batch["latents"]) for batch in itertools.islice(batches, steps)]
 

@@ -1,4 +1,4 @@
-"""bench/device.sh runs, writes what it promises and turns red on a wrong result; tune.py chooses as it says."""
+"""bench/device.sh: its results files, and its status after a wrong or killed part."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def run_script(out, *arguments, **environment):
 needs_bash = pytest.mark.skipif(shutil.which("timeout") is None, reason="the script is for Linux: bash and timeout")
 
 
-# What one part writes is in the tests of wrong and killed ones below.
+# The tests of wrong and killed parts below check the results of one part.
 @needs_bash
 @pytest.mark.slow
 def test_a_dry_run_writes_its_results(tmp_path):
@@ -57,7 +57,7 @@ def test_a_dry_run_writes_its_results(tmp_path):
         assert "(--without)" in rows["diffusers"]["left_out"]
         timed = {name for name, row in rows.items() if "median_seconds" in row}
         assert timed == {"eager, NCHW", "eager, channels_last", "fastvae", "fastvae, frozen"}
-        assert all("left_out" in rows[name] for name in rows.keys() - timed), "a reason for everybody else"
+        assert all("left_out" in rows[name] for name in rows.keys() - timed), "all others have a reason"
         assert f"{part} tiny" in done.stdout
     assert whole["generator"]
     assert all(row["largest_difference"] <= 2e-6 for row in whole["generator"].values())
@@ -81,7 +81,7 @@ def pytest_collection_finish(session):
 
 
 @needs_bash
-def test_a_wrong_result_is_red_and_has_no_time(tmp_path):
+def test_a_wrong_result_fails_and_has_no_time(tmp_path):
     (tmp_path / "planted.py").write_text(WRONG)
     out = tmp_path / "out"
     done = run_script(out, "--dry", "--only", "ops", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
@@ -105,8 +105,8 @@ def pytest_runtest_setup(item):
 
 
 @needs_bash
-def test_a_part_that_is_killed_keeps_the_cases_it_had_done(tmp_path):
-    """As a case is that hangs in a compiler, and does not hear that its time is up."""
+def test_a_killed_part_keeps_its_finished_cases(tmp_path):
+    """A case that hangs in a compiler is killed in this way."""
     (tmp_path / "planted.py").write_text(KILLED)
     out = tmp_path / "out"
     done = run_script(out, "--dry", "--only", "ops", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
@@ -126,7 +126,7 @@ def pytest_collection_finish(session):
 
 @needs_bash
 @pytest.mark.slow  # its short form is tests/bench/timing/test_networks.py
-def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
+def test_a_wrong_network_fails_and_has_no_time(tmp_path):
     (tmp_path / "planted.py").write_text(WRONG_NETWORK)
     out = tmp_path / "out"
     done = run_script(out, "--dry", "--only", "encoder", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
@@ -135,11 +135,11 @@ def test_a_wrong_network_is_red_and_has_no_time(tmp_path):
     assert "fastvae                      failed: AssertionError: largest error" in done.stdout
     (entry,) = json.loads((out / "results.json").read_text())["networks"].values()
     assert entry["contestants"]["fastvae"].keys() == {"failed"}
-    assert "median_seconds" in entry["contestants"]["eager, NCHW"], "the others are measured all the same"
+    assert "median_seconds" in entry["contestants"]["eager, NCHW"], "the others are measured"
 
 
 @needs_bash
-def test_what_the_script_does_not_know_is_refused_in_words(tmp_path):
+def test_unknown_arguments_are_refused(tmp_path):
     done = run_script(tmp_path, "--only", "everything")
     assert done.returncode == 2
     assert "--only takes tests, ops, philox, encoder, decoder, profile, loader or tune, got 'everything'" in done.stderr

@@ -1,4 +1,4 @@
-"""The examples as modules, on what a user's CPU does."""
+"""The examples as modules, on the path of a user's CPU."""
 
 import importlib.util
 import sys
@@ -12,14 +12,14 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(autouse=True)
 def as_a_users_cpu(monkeypatch):
-    """The tests' interpreter takes seconds a call; without it the CPU is what it is for a user."""
+    """Disable the kernels on the CPU: the interpreter takes seconds a call, and a user's CPU does not run it."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
     monkeypatch.setattr("fastvae.latents.sampling.posterior_op", posterior.reference)
 
 
 @pytest.fixture(scope="session")
 def example():
-    """A function that gives an example's module by its name; they are scripts, and no package."""
+    """Return a function that loads an example by its name; examples are scripts, not a package."""
 
     def load(name):
         specification = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")

@@ -1,4 +1,4 @@
-"""Caches as sd-scripts reads them: names, arrays, sizes, and latents that hang on the picture alone."""
+"""Caches in the format of sd-scripts: names, arrays, sizes, and latents that depend only on the picture."""
 
 import copy
 
@@ -46,7 +46,7 @@ def arrays(path):
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_a_cache_has_the_names_that_are_read(kohya, vae, photographs, family):
-    """As its readers have them: several resolutions in one file for SD3 and FLUX.1, and one for the others."""
+    """SD3 and FLUX.1 keep several resolutions in one file, the others one."""
     assert kohya.cache(vae, planned(kohya, photographs), family, batch=2, flip=True) == 4
     written = {str(path.relative_to(photographs)) for path in photographs.rglob("*.npz")}
     sizes = {"wide": "0096x0080", "deep/tall": "0080x0096", "other": "0100x0080", "long": "0160x0064"}
@@ -65,7 +65,7 @@ def test_latents_are_draws_raw_or_scaled(kohya, vae, photographs, family):
     assert held["latents"].dtype == np.float32
     assert held["latents"].shape == (4, 4, 12)
     assert held["original_size"].tolist() == [160, 64]
-    # 160 x 64 inside 96 x 32: as high as it, 80 wide, 8 from the left.
+    # 160 x 64 fitted inside 96 x 32: full height, 80 wide, 8 from the left.
     assert held["crop_ltrb"].tolist() == [8, 0, 88, 32]
     with Image.open(photographs / "long.png") as image:
         pixels = torch.from_numpy(np.array(image.resize((96, 38), Image.Resampling.LANCZOS).crop((0, 3, 96, 35))))
@@ -99,19 +99,19 @@ def test_neither_batch_nor_order_changes_a_picture(kohya, vae, photographs, tmp_
     assert not np.array_equal(*latents), "another seed, another draw"
 
 
-def test_what_is_there_is_not_done_again(kohya, vae, photographs):
+def test_cached_pictures_are_not_encoded_again(kohya, vae, photographs):
     pictures = planned(kohya, photographs)
     assert kohya.cache(vae, pictures, "sd3", batch=2) == 4
     assert kohya.cache(vae, pictures, "sd3", batch=2) == 0
     kept = arrays(photographs / "wide_0096x0080_sd3.npz")
-    # Another resolution joins the first one in its file.
+    # Another resolution is added to the same file.
     assert kohya.cache(vae, kohya.plan(photographs, [(32, 32)]), "sd3", batch=2) == 4
     both = arrays(photographs / "wide_0096x0080_sd3.npz")
     assert {name: value.tolist() for name, value in both.items() if "4x4" not in name} == {
         name: value.tolist() for name, value in kept.items()
     }
     assert both["latents_4x4"].shape == (4, 4, 4)
-    # Mirrored latents were not asked for before.
+    # The caches have no mirrored latents yet.
     assert kohya.cache(vae, pictures, "sd3", batch=2, flip=True) == 4
 
 
@@ -125,7 +125,7 @@ def test_two_pictures_of_one_cache_are_refused(kohya, photographs):
 
 def test_buckets(kohya):
     sizes = kohya.bucket_sizes(512)
-    # The sizes that sd-scripts trains a 512 model in.
+    # The bucket sizes of sd-scripts for a model of 512.
     narrow = [(256, side) for side in range(832, 1025, 64)] + [(320, 704), (320, 768), (384, 640), (448, 576)]
     assert set(sizes) == {(512, 512), *narrow, *((high, wide) for wide, high in narrow)}
     assert kohya.bucket_for((1024, 1024), sizes) == (512, 512)
@@ -151,7 +151,7 @@ def test_a_folder_without_pictures_is_refused(kohya, tmp_path, monkeypatch, caps
     assert "there is no picture (.bmp, .jpeg, .jpg, .png, .webp) under" in capsys.readouterr().err
 
 
-def test_a_model_that_is_none_is_one_sentence(kohya, photographs, tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_model_is_refused(kohya, photographs, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(
         "sys.argv", ["cache_latents.py", str(photographs), "--vae", str(tmp_path / "empty"), "--family", "sd"]

@@ -1,4 +1,4 @@
-"""The example's two loops: they train, and on the same latents."""
+"""The two loops of the example: both train, on the same latents."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_both_loops_see_the_same_latents(train_loop, vae, made):
         by_key.append(latents)
     encoded, read = by_key
     assert sorted(encoded) == sorted(read) == [f"{index:03d}.png" for index in range(6)]
-    # Moments are stored in fp16: half a unit of the mean, and half a unit of the log-variance, halved, of the spread.
+    # Moments are stored in fp16, with errors of half a unit of the mean and of the log-variance.
     unit = torch.finfo(torch.float16).eps
     for key in encoded:
         assert (encoded[key] - read[key]).abs().max() <= 2 * unit * encoded[key].abs().max()

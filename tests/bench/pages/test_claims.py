@@ -1,4 +1,4 @@
-"""No page claims a speed that nothing stands behind: a result by its file, or the word that it is predicted."""
+"""Every speed on a page links to a results file, or is called a prediction."""
 
 import re
 from pathlib import Path
@@ -20,11 +20,11 @@ SPEED = re.compile(
 )
 PREDICTED = re.compile(r"\b(?:predicted|prediction|assumed|guess(?:es)?)\b", re.IGNORECASE)
 RESULT = re.compile(r"\]\((?P<link>[^)\s]*bench/results/[^)\s]+\.json)\)")
-COUNTED = re.compile(r"<!-- roofline -->.*?<!-- end -->", re.DOTALL)  # another test holds it to its program
+COUNTED = re.compile(r"<!-- roofline -->.*?<!-- end -->", re.DOTALL)  # tests/fast/test_budget.py checks it
 
 
 def loose(text, folder):
-    """The paragraphs outside of results that state a speed, and neither name a result nor say it is predicted."""
+    """Return the paragraphs outside of results with a speed that neither link a result nor call it a prediction."""
     found, heading = [], ""
     for block in re.split(r"\n\s*\n", COUNTED.sub("", tables.SECTION.sub("", text))):
         heading = block if block.startswith("#") else heading
@@ -36,7 +36,7 @@ def loose(text, folder):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_speed_on_a_page_has_something_behind_it(page):
+def test_every_speed_on_a_page_has_a_source(page):
     found = loose((ROOT / page).read_text(), (ROOT / page).parent)
     assert not found, "\n".join(found)
 
@@ -51,7 +51,7 @@ def test_every_speed_on_a_page_has_something_behind_it(page):
         "## Predicted\n\nFine.\n\n## Measured\n\nIt takes 3 ms.",
     ],
 )  # fmt: skip
-def test_a_claim_with_nothing_behind_it_is_seen(claim):
+def test_a_claim_without_a_source_is_found(claim):
     assert loose(claim, ROOT)
 
 
@@ -64,5 +64,5 @@ def test_a_claim_with_nothing_behind_it_is_seen(claim):
         "It moves 37 % of the bytes, at 8 images of 512², in 101 launches.",
     ],
 )  # fmt: skip
-def test_a_claim_with_something_behind_it_is_let_through(claim):
+def test_a_claim_with_a_source_passes(claim):
     assert not loose(claim, ROOT)

@@ -1,4 +1,4 @@
-"""bench/pages/merge_parts.py keeps every part of a device's results: whose data, of which commit, and how it ended."""
+"""merge_parts.py keeps the data, the commit and the status of every part of a device's results."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def facts(commit, **data):
-    """A part's own results file."""
+    """Return the results file of a part."""
     empty = {name: {} for name in merge_parts.EMPTY}
     machine = {"commit": commit, "device": "A GPU", "driver": "1", "date": "2030-01-02", "versions": {"torch": "9"}}
     return machine | {"dry": False, "passed": True, "failed": [], "roof": {"bytes": commit}} | empty | data
@@ -33,7 +33,7 @@ def network(part, median):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a device's first run left: an encoder, a decoder and ops, of one commit."""
+    """Results of a device's first run: encoder, decoder and ops of one commit."""
     write(tmp_path, "encoder", facts("first", networks={"e": network("encoder", 0.02)}))
     write(tmp_path, "decoder", facts("first", networks={"d": network("decoder", 0.04)}))
     write(tmp_path, "ops", facts("first", cases={"an op": OP}))

@@ -1,4 +1,4 @@
-"""The pages' tables and pictures are what the results say, and nothing else in them looks like a measurement."""
+"""Tables and pictures of the pages agree with the results, and no other table has numbers."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_a_table_older_than_its_data_is_seen(tmp_path):
     assert written(tmp_path, newer) != text
 
 
-def test_what_was_not_measured_says_so(tmp_path):
+def test_a_missing_result_is_not_measured_yet(tmp_path):
     assert tables.NOT_YET in tables.with_results(PAGE.format("encoder"), tmp_path)
     for table in tables.TABLES:
         assert tables.NOT_YET in written(tmp_path, ORIGIN, table)
@@ -88,18 +88,18 @@ def test_dry_results_and_unknown_tables_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("page", tables.PAGES)
-def test_the_pages_say_what_was_measured(page):
+def test_the_pages_agree_with_the_results(page):
     text = (ROOT / page).read_text()
     assert tables.SECTION.search(text)
     assert tables.with_results(text) == text, "run: make report"
-    # Sections of results, and of what is counted (another test holds those), are the only tables there.
+    # Only sections of results and of counted costs (checked by tests/fast/test_budget.py) have tables of numbers.
     rest = tables.SECTION.sub("", text)
     while "<!-- roofline -->" in rest:
         before, _, after = rest.partition("<!-- roofline -->")
         rest = before + after.partition("<!-- end -->")[2]
     number = re.compile(r"(?<![A-Za-z])[0-9]")  # not the name jinja2
     loose = [line for line in rest.splitlines() if line.startswith("|") and number.search(line)]
-    assert not loose, "a table of numbers with no result behind it"
+    assert not loose, "a table of numbers without a result"
 
 
 def test_the_pictures_are_of_these_results():
@@ -109,7 +109,7 @@ def test_the_pictures_are_of_these_results():
         assert (ROOT / name).read_text() == svg, f"{name} is older than its data, run: make report"
     there = {f"docs/images/{path.name}" for path in (ROOT / "docs" / "images").glob("*.svg")}
     ours = {name for name in there if name.rpartition("-")[2] in {f"{table}.svg" for table in tables.TABLES}}
-    assert ours == made.keys(), "a picture whose data are gone"
+    assert ours == made.keys(), "a picture without data"
 
 
 @pytest.mark.parametrize("page", tables.PAGES)

@@ -1,4 +1,4 @@
-"""Where time goes: every operator and kernel in its group, nothing lost on the way, and pictures that say the same."""
+"""Profiles: the group of every operator and kernel, complete totals, and pictures that agree."""
 
 import ast
 import contextlib
@@ -87,7 +87,7 @@ def test_the_parts_of_a_call_are_the_whole_call():
 
 
 def test_on_a_gpu_kernels_count_and_neither_operators_nor_annotations(monkeypatch):
-    """An operator's row carries the time of its kernels once more, and so does a range that somebody named."""
+    """The rows of operators and of named ranges repeat the time of their kernels."""
 
     def event(key, device_type, seconds, named=False):
         averages = profiler_util.FunctionEventAvg()
@@ -150,7 +150,7 @@ def test_the_table_of_a_profile(tmp_path):
 
 
 def widths(svg):
-    """What each bar says, and how long it is."""
+    """Return (tooltip, length) of each bar."""
     name = "{http://www.w3.org/2000/svg}"
     drawn = ElementTree.fromstring(svg).iter(f"{name}rect")
     return {bar.findtext(f"{name}title", ""): float(bar.get("width", "nan")) for bar in drawn}
@@ -158,7 +158,7 @@ def widths(svg):
 
 def test_the_bars_of_a_profile_are_as_long_as_its_times():
     drawn = widths(pictures.stacks([ENTRY]))
-    by_time = {words: float(re.findall(r"([\d.]+) ms", words)[0]) for words in drawn if " ms" in words}
+    by_time = {label: float(re.findall(r"([\d.]+) ms", label)[0]) for label in drawn if " ms" in label}
     scale = drawn["eager, convolution: 20.0 ms"] / 20
     for words, time in by_time.items():
         assert drawn[words] == pytest.approx(scale * time, abs=0.2), words

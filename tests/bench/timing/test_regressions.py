@@ -1,4 +1,4 @@
-"""regressions.py sees a slower kernel, a slower network and a wrong result, and is quiet about the same tree."""
+"""regressions.py reports a slower kernel, a slower network and a wrong result, and passes the same tree."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ def reference(*given, **named):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with this tree's package as its one commit."""
+    """A repository with this tree's package in one commit."""
     for name in ("fastvae", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
     (tmp_path / "bench").mkdir()
@@ -50,7 +50,7 @@ def tree(tmp_path):
     return tmp_path
 
 
-# What a clock says gates no run of the tests: on a shared processor a fifth is lost in the noise now and then.
+# Tests of speed are slow tests: on a shared processor the noise is sometimes a fifth.
 timed = pytest.mark.slow
 
 RESIDUAL, WALK = "kernels/fastvae_kernels/residual.py", "fastvae/fast/network_walk.py"
@@ -62,45 +62,45 @@ def plant(tree, text, where=RESIDUAL):
 
 
 def run(tree, capsys, only="residual_add 1x128x256x256"):
-    # By the seconds of work of one thread: others on this machine do not count.
+    # CPU seconds of one thread: other processes do not count.
     given = ["HEAD", "--only", only, "--clock", "cpu", "--rounds", "15", "--dry"]
     return regressions.main(given, root=tree), capsys.readouterr().out
 
 
 @timed
 def test_the_same_tree_is_not_slower(tree, capsys):
-    status, said = run(tree, capsys, only="encoder")
-    assert status == 0, said
-    assert said.startswith("encoder tiny 1x64x64 float32")
-    assert said.splitlines()[-1] == "1 cases, none slower than x1.10"
+    status, output = run(tree, capsys, only="encoder")
+    assert status == 0, output
+    assert output.startswith("encoder tiny 1x64x64 float32")
+    assert output.splitlines()[-1] == "1 cases, none slower than x1.10"
 
 
 @timed
 def test_a_network_slower_by_a_fifth_is_seen(tree, capsys):
     plant(tree, SLOWER.format(function="run_part"), WALK)
-    status, said = run(tree, capsys, only="encoder")
-    assert status == 1, said
-    assert said.splitlines()[-1].startswith("red: slower than x1.10: encoder tiny")
+    status, output = run(tree, capsys, only="encoder")
+    assert status == 1, output
+    assert output.splitlines()[-1].startswith("red: slower than x1.10: encoder tiny")
 
 
 @timed
 def test_a_slow_down_of_a_fifth_is_seen(tree, capsys):
     plant(tree, SLOWER.format(function="reference"))
-    status, said = run(tree, capsys)
-    assert status == 1, said
-    assert "SLOWER" in said
-    assert said.splitlines()[-1].startswith("red: slower than x1.10: residual_add")
-    # The base's checkout is gone, and git has forgotten it.
+    status, output = run(tree, capsys)
+    assert status == 1, output
+    assert "SLOWER" in output
+    assert output.splitlines()[-1].startswith("red: slower than x1.10: residual_add")
+    # The checkout of the base is removed, and git no longer lists it.
     listed = subprocess.run(["git", "worktree", "list"], cwd=tree, capture_output=True, text=True, check=True).stdout
     assert len(listed.splitlines()) == 1
 
 
 def test_a_wrong_result_has_no_ratio(tree, capsys):
     plant(tree, WRONG)
-    status, said = run(tree, capsys)
-    assert status == 1, said
-    assert "this tree cannot run it: AssertionError: largest error" in said
-    assert " ms x" not in said
+    status, output = run(tree, capsys)
+    assert status == 1, output
+    assert "this tree cannot run it: AssertionError: largest error" in output
+    assert " ms x" not in output
 
 
 def verdict(ratio, wobble=0.0, rounds=15):
@@ -111,7 +111,7 @@ def test_what_counts_as_slower():
     assert verdict(1.2).slower(1.1)
     assert not verdict(1.05).slower(1.1)
     assert not verdict(1.0).slower(1.1)
-    # Above the threshold in the middle, and below 1 as often as not: noise.
+    # The median is above the threshold, the interval reaches below 1: noise.
     assert not verdict(1.15, wobble=0.3).slower(1.1)
 
 

@@ -1,4 +1,4 @@
-"""bench/timing/stopwatch.py counts as it says, with a device and a clock that do what they are told."""
+"""Stopwatch with a simulated device and clock."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from bench.timing import stopwatch
 
 
 def test_the_stopwatch_on_a_gpu(monkeypatch):
-    """Its arithmetic, with a device that needs 3 ms for every call of one rival and 1 ms for the other's."""
+    """Arithmetic with a device that takes 3 ms for a call of one rival and 0.1 ms for the other's."""
     seconds = [0.0]
 
     class Event:
