@@ -60,11 +60,12 @@ fuzz: $(VENV)/.dev $(FUZZ_FOLDER)/.done
 		PYTHONPATH=$(FUZZ_FOLDER) $(ONE_THREAD) $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/guided.py $$parser \
 			-max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -timeout=20 -verbosity=0 -print_final_stats=1 || exit 1; done
 
-# Lint, format and types.
+# Lint, format, types and plain English.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_plain_english.py
 
 # Times ops, encoder, decoder and a folder of photographs beside their rivals, profiles both networks, then writes the
 # tables; at most ten minutes.
