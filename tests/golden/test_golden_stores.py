@@ -61,7 +61,8 @@ def test_encode_finds_nothing_to_do(golden):
     assert golden.files() == before
 
 
-@pytest.mark.parametrize("golden", sorted({*DIGESTS} - {"tar"}), indirect=True)  # every image of a changed tar is encoded again
+# Not of the tar: every image of a changed one is encoded again.
+@pytest.mark.parametrize("golden", sorted({*DIGESTS} - {"tar"}), indirect=True)
 def test_an_added_image_is_the_only_one_encoded(golden):
     before = golden.files("shards")
     if golden.source.is_dir():

@@ -262,6 +262,6 @@ def _source_columns(store: Store, names: Sequence[str], keys: list[str]) -> dict
     given = store.columns()
     found = {name: {key: given[key][name] for key in keys if name in given.get(key, {})} for name in names}
     if missing := [name for name in names if not found[name]]:
-        there = sorted({name for key in keys for name in given.get(key, {})})
-        raise ValueError(f"columns must be among those of the source, {', '.join(there) or 'none'}, got {missing[0]}")
+        known = sorted({name for key in keys for name in given.get(key, {})})
+        raise ValueError(f"columns must be among those of the source, {', '.join(known) or 'none'}, got {missing[0]}")
     return found

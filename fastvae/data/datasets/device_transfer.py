@@ -35,7 +35,7 @@ def transfer_to(device: torch.device) -> Transfer:
     """Return the transfer to ``device``: streams and events for a CUDA GPU, nothing for another device.
 
     One serves a device in all epochs: the allocator gives what a stream has freed to that stream alone, so new streams
-    would allocate the memory of an encode anew each time.
+    would allocate the memory of an encode again each time.
     """
     return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
 

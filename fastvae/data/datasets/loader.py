@@ -158,15 +158,12 @@ class LatentLoader:
                 batch, place, seeds, moments, encoded = finished
                 latents, finite = transfer.receive(encoded)
                 if not finite:
-                    # Encode an accelerated model's half-precision rows again in fp32, and refuse the rest. Not in the
-                    # encoder's thread, which may wait for batches that come after this one was trained on.
                     uploaded = transfer.upload(_images_of(batch, place), seeds)
+                    # Not in the encoder's thread, which may wait for batches that come after this one was trained on.
                     with new_encoder() as mender:
-                        mended = mender.submit(
-                            transfer.encode, uploaded, functools.partial(self._encode_in_fp32, *moments)
-                        )
-                        latents, _ = transfer.receive(mended.result())
-                    del mended, uploaded
+                        mend = functools.partial(self._encode_in_fp32, *moments)
+                        latents, _ = transfer.receive(mender.submit(transfer.encode, uploaded, mend).result())
+                    del mend, uploaded
                 batch = _with_latents(batch, place, latents)
                 self._batches, self._done = self._batches + 1, self._done + len(seeds)
                 del finished, moments, encoded, latents
@@ -234,6 +231,7 @@ class LatentLoader:
 
     @torch.no_grad()
     def _encode_in_fp32(self, moments: Tensor, images: Tensor, seeds: Tensor) -> EncodedTensors:
+        """Encode an accelerated model's half-precision rows again in fp32; raises ValueError if more is not finite."""
         moments = redo_overflow(self.vae, images, moments)
         latents = self._latents(moments, seeds)
         for name, values in latents.items():

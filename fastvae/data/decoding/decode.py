@@ -47,9 +47,6 @@ def decode(
     written, ENOSPC if the disk is full.
     """
     from fastvae.data.datasets.dataset import LatentDataset
-    from fastvae.data.store.store import Store
-    from fastvae.system.atomic_files import free_bytes
-    from fastvae.system.terminal import format_bytes, print_stderr
 
     dataset = LatentDataset(store)
     numbers = range(len(dataset))[rows]
@@ -60,12 +57,7 @@ def decode(
         raise ValueError(f"sheet must be a file in a folder that is there, got {os.fspath(sheet)!r}")
     folder = Path(out)
     if progress:
-        most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
-        free = format_bytes(free_bytes(folder))
-        pending = Store.open(dataset.path).pending()
-        rest = f", {pending} planned ones not committed" if pending else ""
-        what = f"{len(numbers)} of {len(dataset)} rows{rest}"
-        print_stderr(f"decode  {dataset.path}  {what}  at most {format_bytes(most)} (free {free})\n")
+        _announce(dataset, numbers, folder)
     written, thumbnails = [], []
     for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +71,20 @@ def decode(
     if sheet is not None:
         write_contact_sheet(thumbnails, sheet)
     return written
+
+
+def _announce(dataset: LatentDataset, numbers: Sequence[int], folder: Path) -> None:
+    """Print the plan line of a decode."""
+    from fastvae.data.store.store import Store
+    from fastvae.system.atomic_files import free_bytes
+    from fastvae.system.terminal import format_bytes, print_stderr
+
+    most = 3 * len(numbers) * max(height * width for (height, width), _ in dataset.shards())
+    free = format_bytes(free_bytes(folder))
+    pending = Store.open(dataset.path).pending()
+    rest = f", {pending} planned ones not committed" if pending else ""
+    what = f"{len(numbers)} of {len(dataset)} rows{rest}"
+    print_stderr(f"decode  {dataset.path}  {what}  at most {format_bytes(most)} (free {free})\n")
 
 
 def decoded_rows(

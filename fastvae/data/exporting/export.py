@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def export(
         posterior = stored  # the store has one draw, or one mean, and nothing else
     rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
     about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
-    columns = opened.columns()
+    records = _rows(rows, opened.columns())
     _sweep(out)
     needed = _size(rows)
     if progress:
@@ -95,21 +95,34 @@ def export(
         what = f"{opened.path}  {len(rows)} rows{missing}  {to}  {posterior}  {about['space']}"
         print_stderr(f"export  {what}  ~{format_bytes(needed)} (free {format_bytes(free_bytes(out))})\n")
     check_room(out, needed)
+    written = _write_folder(
+        out, about, lambda content: _writer(to, content, about, opened, int(shard_mb * 1e6)), records
+    )
+    return ExportReport(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
+
+
+def _write_folder(
+    out: Path,
+    about: dict[str, Any],
+    make_writer: Callable[[Path], Kohya | Tar | Parquet],
+    rows: Iterator[dict[str, Any]],
+) -> list[int]:
+    """Write ``rows`` and export.json to a temporary folder, and rename it to ``out``; return the sizes of the files."""
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
     content = temporary / CONTENT
     content.mkdir(parents=True)
     try:
         # Shows that this process is alive, so that no other export deletes the folder.
         with Leases(temporary / LEASES):
-            with _writer(to, content, about, opened, int(shard_mb * 1e6)) as writer:
-                for row in _rows(rows, columns):
+            with make_writer(content) as writer:
+                for row in rows:
                     writer.add(row)
             write_atomically(content / EXPORT_RECORD, [json_bytes(about, indent=1)])
-            written = _synchronise_files(content)
+            sizes = _synchronise_files(content)
             _take_name(content, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return ExportReport(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
+    return sizes
 
 
 def _take_name(content: Path, out: Path) -> None:
