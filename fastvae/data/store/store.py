@@ -74,7 +74,7 @@ class Store:
             check_kinds(path)
             store = cls.open(path)
             lines = identities.differences(store.facts["identity"], json.loads(identities.canonical_json(identity)))
-            if lines and store._has_records():
+            if lines and store.records():
                 raise IdentityMismatch(path, lines)
             return None if lines else store
         if path.is_symlink() and not path.exists():
@@ -84,7 +84,7 @@ class Store:
         if path.exists() and not path.is_dir():
             raise StoreError(f"the output must be a folder, {path} is a file")
         if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_own_name(entry))):
-            if (path / "store.json").exists():  # another process has made the store since the look above
+            if (path / "store.json").exists():  # another process has made the store since the first check
                 return cls.check(path, identity)
             raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
         check_kinds(path)
@@ -275,9 +275,6 @@ class Store:
     def _files(self, folder: str, names: str) -> list[Path]:
         inside = self.path / folder
         return sorted(path for path in inside.iterdir() if matches(path.name, names)) if inside.is_dir() else []
-
-    def _has_records(self) -> bool:
-        return bool(self.records())
 
     def _sweep(self, leases: Leases) -> None:
         """Delete temporary files of killed runs, but not those that the holder of a live lease is writing."""
