@@ -1,4 +1,4 @@
-"""Small models of every shape that the fast path meets, in fastvae's classes and in diffusers'."""
+"""Small models of every structure that the fast path supports, in fastvae's and in diffusers' classes."""
 
 import diffusers
 import torch
@@ -51,32 +51,32 @@ SMALLEST = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_
 LIBRARIES = {"fastvae": fastvae, "diffusers": diffusers}
 
 
-def small_model(shape: str = "SD", hand: str = "fastvae", seed: int = 0) -> nn.Module:
-    """A frozen model in eval mode with random weights, those of its norms and biases too."""
+def small_model(shape: str = "SD", library: str = "fastvae", seed: int = 0) -> nn.Module:
+    """Return a frozen model in eval mode with random weights, including norms and biases."""
     name, config = CONFIGS[shape]
     torch.manual_seed(seed)
-    vae = getattr(LIBRARIES[hand], name)(**config)
+    vae = getattr(LIBRARIES[library], name)(**config)
     for weight in vae.parameters():
         if weight.ndim == 1:
             nn.init.normal_(weight, mean=1.0 if weight.mean() > 0.9 else 0.0, std=0.2)
     return vae.eval().requires_grad_(False)
 
 
-def smallest_model(hand: str = "fastvae", seed: int = 0, **config) -> nn.Module:
-    """A frozen AutoencoderKL in eval mode with a block of every kind and a few thousand random weights."""
+def smallest_model(library: str = "fastvae", seed: int = 0, **config) -> nn.Module:
+    """Return a frozen AutoencoderKL in eval mode with a block of every kind and a few thousand random weights."""
     torch.manual_seed(seed)
-    return LIBRARIES[hand].AutoencoderKL(**{**SMALLEST, **config}).eval().requires_grad_(False)
+    return LIBRARIES[library].AutoencoderKL(**{**SMALLEST, **config}).eval().requires_grad_(False)
 
 
 def pixels(vae: nn.Module, batch: int = 2, height: int = 20, width: int = 12) -> torch.Tensor:
-    """Random floats in [-1, 1] of no round size, in the model's dtype."""
+    """Return random floats in [-1, 1], in the model's dtype."""
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(batch, vae.config.in_channels, height, width, generator=generator) * 2 - 1
     return x.to(next(vae.parameters()).dtype)
 
 
 def latents(vae: nn.Module, batch: int = 2, height: int = 5, width: int = 6) -> torch.Tensor:
-    """Random latents in the model's dtype."""
+    """Return random latents in the model's dtype."""
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(batch, vae.config.latent_channels, height, width, generator=generator)
     return z.to(next(vae.parameters()).dtype)

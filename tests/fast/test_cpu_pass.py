@@ -1,11 +1,13 @@
-"""On a CPU, where no kernel runs: torch's operators in place, as accurate as eager, under a reason that says so."""
+"""The pass on a CPU, without fused kernels: torch's operators with reused memory, as accurate as eager."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from fast.small_models import CONFIGS, LIBRARIES, latents, pixels, small_model
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 from support.small_store import small_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,7 +23,7 @@ def _as_a_users_cpu(monkeypatch):
 
 
 def both_ways(vae, x, z):
-    """Moments and images."""
+    """Return moments and images."""
     return vae.encode(x).latent_dist.parameters, vae.decode(z).sample
 
 
@@ -29,15 +31,22 @@ def in_channels_last(*values):
     return [copy.deepcopy(value).to(memory_format=torch.channels_last) for value in values]
 
 
-@pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "no oneDNN"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("hand", LIBRARIES)
-@pytest.mark.parametrize("shape", CONFIGS)
-def test_a_cpu_is_as_accurate_as_eager(shape, hand, dtype, onednn, monkeypatch):
-    if not onednn:
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORT = {(shape, "fastvae", torch.float32, "oneDNN") for shape in CONFIGS}
+SHORT |= {("SD", "diffusers", dtype, onednn) for dtype in DTYPES for onednn in ("oneDNN", "no oneDNN")}
+SHORT |= {("FLUX.2", "diffusers", torch.bfloat16, "oneDNN")}
+
+
+@pytest.mark.parametrize(
+    ("shape", "library", "dtype", "onednn"),
+    short_run(itertools.product(CONFIGS, LIBRARIES, DTYPES, ("oneDNN", "no oneDNN")), SHORT),
+    ids=str,
+)
+def test_a_cpu_is_as_accurate_as_eager(shape, library, dtype, onednn, monkeypatch):
+    if onednn == "no oneDNN":
         for module in ("packed_weights", "cpu_pass"):
             monkeypatch.setattr(f"fastvae.fast.{module}.takes_onednn", lambda weight: False)
-    vae = small_model(shape, hand).to(dtype)
+    vae = small_model(shape, library).to(dtype)
     x, z = pixels(vae), latents(vae)
     eager = both_ways(*in_channels_last(vae, x, z))
     truth = both_ways(copy.deepcopy(vae).double(), x.double(), z.double())
@@ -59,7 +68,7 @@ def test_a_cpu_is_as_accurate_as_eager(shape, hand, dtype, onednn, monkeypatch):
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
 def test_weights_that_do_not_lie_in_one_piece_are_read_as_they_are(freeze):
-    """Views of a larger tensor, as a checkpoint that is assigned may hold."""
+    """Views of a larger tensor, as an assigned checkpoint may contain."""
     vae = small_model("SD")
     expected = both_ways(*in_channels_last(vae, pixels(vae), latents(vae)))
     for weight in vae.parameters():
@@ -69,9 +78,9 @@ def test_weights_that_do_not_lie_in_one_piece_are_read_as_they_are(freeze):
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_what_a_hook_kept_is_not_written_into(hand):
-    vae = fastvae.accelerate(small_model("SD", hand))
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_a_hook_kept_is_not_written_into(library):
+    vae = fastvae.accelerate(small_model("SD", library))
     x, z = pixels(vae), latents(vae)
     kept, copies = [], []
 
@@ -89,7 +98,7 @@ def test_what_a_hook_kept_is_not_written_into(hand):
 
 
 def test_an_identity_that_gives_its_input_back_is_not_written_into():
-    """A part of the walk that is no block of ours may hand on the very tensor that it was given."""
+    """A module that is not ours may return its input tensor itself."""
     vae = small_model("CogView: no attention, two residual blocks")
     seen = []
 
@@ -130,7 +139,7 @@ def test_deterministic_rows_are_those_of_images_alone(dtype):
 
 
 def test_deterministic_latents_and_images_are_those_of_images_alone_in_a_large_batch():
-    """Of 24 images on oneDNN sums a 1x1 convolution otherwise: quant_conv and post_quant_conv, which are not ours."""
+    """From 24 images on oneDNN sums 1x1 convolutions in another order: quant_conv and post_quant_conv."""
     vae = fastvae.accelerate(small_vae(), deterministic=True)
     x = torch.rand(24, 3, 64, 64) * 2 - 1
     z = fastvae.encode_latents(vae, x, posterior="mode")
@@ -140,7 +149,7 @@ def test_deterministic_latents_and_images_are_those_of_images_alone_in_a_large_b
 
 
 def test_an_empty_batch_and_a_trace_are_torchs_own():
-    """Exporters read a trace, and know no operators but torch's."""
+    """Exporters read the trace and support only torch's operators."""
     vae = fastvae.accelerate(small_model("SD"))
     assert vae.encode(pixels(vae)[:0]).latent_dist.parameters.shape[0] == 0
     trace = torch.jit.trace(vae.encoder, pixels(vae), check_trace=False)
@@ -149,7 +158,7 @@ def test_an_empty_batch_and_a_trace_are_torchs_own():
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
 def test_fake_tensors_and_symbolic_traces_are_torchs_own(freeze):
-    """Of oneDNN's operators torch knows no shapes."""
+    """torch has no shape functions for oneDNN's operators."""
     vae = fastvae.accelerate(small_model("SD"), freeze=freeze)
     x = pixels(vae)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -161,7 +170,7 @@ def test_fake_tensors_and_symbolic_traces_are_torchs_own(freeze):
 
 
 def test_this_torch_has_the_operators_by_their_names():
-    """They are torch's own, and not of its public face: a release that drops them is to be noticed here."""
+    """They are private in torch: this test fails for a release that removes them."""
     assert torch.backends.mkldnn.is_available()
     for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight"):
         assert hasattr(cpu_pass.ONEDNN, name), name

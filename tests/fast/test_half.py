@@ -1,4 +1,4 @@
-"""Half precision that never breaks: a model built to overflow as SDXL's does, and what catches the rest."""
+"""Half precision: a model that overflows in eager as SDXL's does, the factors, and rows redone in fp32."""
 
 import copy
 import threading
@@ -17,7 +17,7 @@ from fastvae.fast.fast_path import UNSCALED, Factors
 from fastvae.fast.inference_pass import InferencePass
 
 CONFIG = {**TWO, "block_out_channels": (16, 32), "norm_num_groups": 4}
-# The interpreter computes in numpy, which tells of the overflows that are made here on purpose.
+# The interpreter computes in numpy, which warns of the overflows made here on purpose.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
@@ -25,10 +25,10 @@ pytestmark = [
 NORMS = ("norm1", "group_norm", "conv_norm_out")
 
 
-def half_model(hand="fastvae", gain=1.0, seed=0):
-    """Small, in fp16 and well inside its range. eps is large, so that a wrong one is seen; gain: that of norm2."""
+def half_model(library="fastvae", gain=1.0, seed=0):
+    """Return a small fp16 model well inside fp16's range. eps is large so that an error in it shows; gain of norm2."""
     torch.manual_seed(seed)
-    vae = LIBRARIES[hand].AutoencoderKL(**CONFIG)
+    vae = LIBRARIES[library].AutoencoderKL(**CONFIG)
     for name, layer in vae.named_modules():
         for weight in layer._parameters.values():
             if weight is not None and weight.ndim == 1:
@@ -41,7 +41,7 @@ def half_model(hand="fastvae", gain=1.0, seed=0):
 
 
 def blown_up(vae, stream=2.0**16, inner=2.0**16):
-    """The same function from weights that make both streams as many times larger: GroupNorm forgets it."""
+    """Return the same function with activations ``stream`` and ``inner`` times larger, which GroupNorm divides out."""
     vae = copy.deepcopy(vae)
     for name, layer in vae.named_modules():
         place = name.split(".")[-1]
@@ -77,7 +77,7 @@ CALLS = {
 
 
 def reached(part, call):
-    """{block: largest |output|} of the residual blocks and samplers of a part while ``call`` runs."""
+    """Return {block: largest |output|} of the residual blocks and samplers of a part while ``call`` runs."""
     found, hooks = {}, []
     for name, layer in part.named_modules():
         if type(layer).__name__.startswith(("ResnetBlock", "Downsample", "Upsample")):
@@ -95,12 +95,12 @@ def in_channels_last(x):
 
 
 @pytest.mark.parametrize(
-    ("name", "hand", "shared"),
+    ("name", "library", "shared"),
     [("encoder", "fastvae", True), ("encoder", "diffusers", False), ("decoder", "fastvae", False)],
 )
-def test_a_model_that_overflows_is_as_accurate_as_one_that_does_not(name, hand, shared, monkeypatch):
+def test_a_model_that_overflows_is_as_accurate_as_one_that_does_not(name, library, shared, monkeypatch):
     call, given = CALLS[name]
-    sound = half_model(hand)
+    sound = half_model(library)
     x, vae = given(sound), blown_up(sound)
     wide, fits = copy.deepcopy(vae).double(), copy.deepcopy(sound).to(memory_format=torch.channels_last)
     beyond = reached(getattr(wide, name), lambda: call(wide, x.double()))
@@ -119,7 +119,7 @@ def test_a_model_that_overflows_is_as_accurate_as_one_that_does_not(name, hand, 
 
 
 def photograph_like(side=32):
-    """Sums of noise at every scale, coarse ones stronger, as in photographs: fp16 [1, 3, side, side] in [-1, 1]."""
+    """Return noise at every scale, coarse ones stronger, as in photographs: fp16 [1, 3, side, side] in [-1, 1]."""
     generator = torch.Generator().manual_seed(3)
     sizes = [2**octave for octave in range(1, 6)]
     layers = [torch.randn(1, 3, size, size, generator=generator) / size**0.5 for size in sizes]
@@ -128,7 +128,7 @@ def photograph_like(side=32):
 
 
 def test_what_the_factor_costs_a_value():
-    """Of every fp16 value: none beyond fp16's own rounding, or 1.9e-6 where that is less."""
+    """For every fp16 value the error is at most fp16's own rounding, or 1.9e-6 if that is larger."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).double()
     values = values[values.isfinite()]
     carried = (values * 2**-6).half().double() * 2**6
@@ -162,7 +162,7 @@ def test_a_block_that_runs_as_a_module_gets_true_values():
     x = pixels(vae, 1, 8, 8)
     eager, truth = copy.deepcopy(vae).to(memory_format=torch.channels_last), copy.deepcopy(vae).double()
     fastvae.accelerate(vae)
-    # The first is handed what a fused downsample made, whose bias is still to come.
+    # The first takes the output of a fused downsample, whose bias is still pending.
     for layer in (vae.encoder.down_blocks[1].resnets[0], vae.encoder.mid_block.attentions[0]):
         layer.register_forward_hook(lambda *_: None)
     assert_as_accurate(moments_of(vae, x), moments_of(eager, in_channels_last(x)), moments_of(truth, x.double()))
@@ -215,7 +215,7 @@ def test_calibration_says_where_it_does_nothing():
 
 
 def dim_and_bright(vae, given):
-    """Three rows of which the middle one alone overflows conv_in, and the model's conv_in made for it."""
+    """Return three rows of which only the middle one overflows conv_in, and scale the model's conv_in for it."""
     for part in (vae.encoder, vae.decoder):
         part.conv_in.weight *= 2.0**17
     rows = given(vae).repeat(3, 1, 1, 1)
@@ -249,25 +249,25 @@ def test_a_row_that_overflows_is_encoded_again_in_fp32():
 
     def batches():
         yield {"image": x, "key": ["a", "b", "c"]}
-        assert trained.wait(60), "a batch that is made again must not wait for the next one"
+        assert trained.wait(60), "a batch that is redone must not wait for the next one"
 
     loading = iter(fastvae.LatentLoader(batches(), vae, posterior="mean", images="image"))
     loaded = next(loading)["latents"]
     trained.set()
-    assert torch.equal(loaded, ours), "a loader looks after the launch, and does the same"
+    assert torch.equal(loaded, ours), "a loader checks after the launch and redoes the same row"
     assert next(loading, None) is None
     assert {
         **fastvae.fast_report(vae),
         "rows": 9,
         "non_finite_rows": 3,
         "rows_again_in_fp32": 2,
-    } == fastvae.fast_report(vae), "a batch that is mended counts once"
+    } == fastvae.fast_report(vae), "a redone batch counts once"
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_a_row_that_overflows_is_decoded_again_in_fp32(hand):
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_row_that_overflows_is_decoded_again_in_fp32(library):
     """precision="exact" overflows where eager does."""
-    vae = half_model(hand)
+    vae = half_model(library)
     vae.post_quant_conv.bias.zero_()
     z = dim_and_bright(vae, lambda vae: latents(vae, 1, 4, 3))
     fastvae.accelerate(vae, precision="exact")
@@ -283,7 +283,7 @@ def test_a_row_that_overflows_is_decoded_again_in_fp32(hand):
 
 
 def test_the_command_lines_encoder_takes_the_fast_path():
-    """Its own copies, frozen; a caller's own settings stay."""
+    """The encoder copies and freezes the model; the settings of an accelerated model stay."""
     vae = half_model()
     for device in (torch.device("meta"), torch.device("cpu")):
         placed = _placed(vae, torch.float16, device)

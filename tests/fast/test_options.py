@@ -1,4 +1,4 @@
-"""The forms of accelerate: compiled, in a block, twice, on wrappers, from threads; and what a copy computes with."""
+"""Forms of accelerate: compiled, in a block, twice, on wrappers, from threads; and copies."""
 
 import copy
 import functools
@@ -17,6 +17,7 @@ import torch
 from fast.small_models import LIBRARIES
 from fast.small_models import smallest_model as tiny
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 from torch import nn
 from torch.nn.parallel import replicate
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,14 +32,20 @@ def _as_a_users_cpu(monkeypatch):
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
 
 
+# A trace takes seconds: in the short run tests that only count calls of torch.compile do not trace.
+TRACED = pytest.mark.parametrize(
+    "compilations", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["not traced", "traced"], indirect=True
+)
+
+
 @pytest.fixture
-def compilations(monkeypatch):
-    """What torch.compile is asked for, with a compiler that takes no minute."""
+def compilations(monkeypatch, request):
+    """Functions that torch.compile received; it traces them without a C++ compiler, or returns them untraced."""
     asked, plain = [], torch.compile
 
     def compile_at_once(function, **options):
         asked.append(function)
-        return plain(function, backend="eager", **options)
+        return plain(function, backend="eager", **options) if getattr(request, "param", True) else function
 
     monkeypatch.setattr(torch, "compile", compile_at_once)
     return asked
@@ -48,12 +55,21 @@ def pixels(batch=1, side=8):
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+# Few layers, because torch traces them.
+ONE_BLOCK = {
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (8,),
+    "mid_block_add_attention": False,
+}
+
+
 def moments(vae, x):
     return vae.encode(x).latent_dist.parameters
 
 
 def settings(vae):
-    """The path that a model and its parts are on: stock, one object, or a mixture."""
+    """Return the settings of the path that the model and its parts share, or None for a stock model."""
     paths = {id(path): path for module in (vae, vae.encoder, vae.decoder) if (path := vars(module).get("_fastvae"))}
     forwards = {getattr(module, "forward").__module__ for module in (vae.encoder, vae.decoder)}  # noqa: B009
     assert len(paths) <= 1
@@ -65,9 +81,9 @@ def settings(vae):
 # compile=True
 
 
-@pytest.mark.parametrize("hand", ["fastvae", pytest.param("diffusers", marks=pytest.mark.slow)])
-def test_each_part_is_compiled_at_its_first_call(hand, compilations):
-    stock = tiny(hand)
+@pytest.mark.parametrize("library", ["fastvae", pytest.param("diffusers", marks=pytest.mark.slow)])
+def test_each_part_is_compiled_at_its_first_call(library, compilations):
+    stock = tiny(library)
     vae = fastvae.accelerate(copy.deepcopy(stock), compile=True)
     keys = list(vae.state_dict())
     assert not compilations
@@ -90,6 +106,7 @@ def test_without_compile_nothing_is(compilations):
     assert not compilations
 
 
+@TRACED
 def test_a_compiled_model_copies_pickles_and_restores(compilations):
     stock, x = tiny("diffusers"), pixels()
     vae = fastvae.accelerate(copy.deepcopy(stock), compile=True)
@@ -104,7 +121,7 @@ def test_a_compiled_model_copies_pickles_and_restores(compilations):
 
 
 def test_a_compiled_model_sees_a_write_and_a_gradient(compilations):
-    vae, x = fastvae.accelerate(tiny(), compile=True), pixels()
+    vae, x = fastvae.accelerate(tiny(**ONE_BLOCK), compile=True), pixels()
     before = moments(vae, x)
     vae.encoder.conv_in.weight.data.mul_(2)
     assert not torch.allclose(moments(vae, x), before)
@@ -114,7 +131,7 @@ def test_a_compiled_model_sees_a_write_and_a_gradient(compilations):
     assert len(compilations) == 1
 
 
-def test_who_watches_a_compiled_model_sees_its_operators(compilations):
+def test_a_dispatch_mode_sees_the_operators_of_a_compiled_model(compilations):
     vae = fastvae.accelerate(tiny(), compile=True)
     with FlopCounterMode(display=False) as counter:
         moments(vae, pixels())
@@ -122,8 +139,9 @@ def test_who_watches_a_compiled_model_sees_its_operators(compilations):
     assert not compilations
 
 
+@TRACED
 def test_refresh_compiles_anew(compilations):
-    """Which form frozen attention takes is decided while it is traced."""
+    """Tracing decides the form of attention with frozen weights."""
     vae = fastvae.accelerate(tiny(), compile=True, freeze=True)
     for _ in range(2):
         moments(vae, pixels())
@@ -131,9 +149,9 @@ def test_refresh_compiles_anew(compilations):
     assert len(compilations) == 2
 
 
-def test_a_compiled_model_is_let_go_and_shares_nothing(compilations):
-    """torch keeps what it compiled with the code of a function, eight variants of it."""
-    models = [fastvae.accelerate(tiny(seed=seed), compile=True) for seed in range(2)]
+def test_a_compiled_model_is_freed_and_shares_no_code(compilations):
+    """torch caches up to eight compiled variants with the code object of a function."""
+    models = [fastvae.accelerate(tiny(seed=seed, **ONE_BLOCK), compile=True) for seed in range(2)]
     for vae in models:
         moments(vae, pixels())
     assert compilations[0].__code__ is not compilations[1].__code__
@@ -162,7 +180,7 @@ def test_settings_that_exclude_each_other_are_refused(also, named):
 
 @pytest.mark.slow
 def test_inductor_is_as_accurate():
-    """A minute: it calls a C++ compiler."""
+    """Takes a minute: it calls a C++ compiler."""
     stock, x = tiny(), pixels()
     vae = fastvae.accelerate(copy.deepcopy(stock), compile=True)
     assert_as_accurate(moments(vae, x), moments(stock, x), moments(copy.deepcopy(stock).double(), x.double()))
@@ -171,9 +189,9 @@ def test_inductor_is_as_accurate():
 # Twice, and inside a block.
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_twice_is_once_with_the_settings_of_the_last(hand):
-    vae, x = tiny(hand), pixels()
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_twice_is_once_with_the_settings_of_the_last(library):
+    vae, x = tiny(library), pixels()
     before = moments(vae, x)
     fastvae.accelerate(vae, "exact")
     fastvae.accelerate(vae, deterministic=True)
@@ -196,7 +214,7 @@ def test_a_block_gives_back_a_stock_model():
 
 @pytest.mark.parametrize("inside", [lambda vae: None, fastvae.restore, fastvae.accelerate], ids=["nothing", "r", "a"])
 def test_nested_blocks_give_back_what_was_before(inside):
-    """Whatever was done inside, and packed copies of frozen weights among it."""
+    """Also after other calls inside, and with the packed copies of frozen weights."""
     vae = fastvae.accelerate(tiny(), freeze=True)
     moments(vae, pixels())
     packed = int(fastvae.fast_report(vae)["packed_bytes"])
@@ -246,7 +264,7 @@ def test_a_block_takes_a_pipeline_and_leaves_a_part_that_was_not_accelerated():
 
 
 class Wrapper(nn.Module):
-    """In the form of DistributedDataParallel, which needs a group of processes."""
+    """Wrapper with the structure of DistributedDataParallel, which needs a process group."""
 
     def __init__(self, module):
         super().__init__()
@@ -297,7 +315,7 @@ def through_copy(part):
 
 
 def through_replicate(part):
-    """What DataParallel does to a module on its way to a device, whose weights then come from a broadcast."""
+    """Copy a module as DataParallel does for a device; the broadcast of weights is left out."""
     twin = part._replicate_for_data_parallel()
     twin._modules = dict(part._modules)
     return twin
@@ -314,11 +332,19 @@ def through_torch_save(part):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [through_copy, through_replicate, through_pickle, through_torch_save])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_a_copied_part_is_stock_and_uses_its_own_layers(hand, copied):
-    stock, other, x = tiny(hand), tiny(hand, seed=1), pixels()
-    vae = fastvae.accelerate(tiny(hand))
+COPIES = (through_copy, through_replicate, through_pickle, through_torch_save)
+
+
+@pytest.mark.parametrize(
+    ("library", "copied"),
+    short_run(
+        [(library, copied) for library in LIBRARIES for copied in COPIES],
+        [*(("diffusers", copied) for copied in COPIES), ("fastvae", through_copy)],
+    ),
+)
+def test_a_copied_part_is_stock_and_uses_its_own_layers(library, copied):
+    stock, other, x = tiny(library), tiny(library, seed=1), pixels()
+    vae = fastvae.accelerate(tiny(library))
     twin = copied(vae.encoder)
     assert torch.equal(twin(x), stock.encoder(x)), "stock"
     for name, layer in other.encoder.named_children():
@@ -333,13 +359,13 @@ def test_a_copied_part_is_stock_and_uses_its_own_layers(hand, copied):
 
 
 def test_replicas_on_two_devices_compute_with_their_own_weights(monkeypatch):
-    """torch.nn.parallel.replicate itself; the broadcast, which needs GPUs, gives the second device twice the values."""
+    """torch.nn.parallel.replicate with a fake broadcast, which gives the second device twice the values."""
     vae, x = fastvae.accelerate(tiny("diffusers")), pixels()
 
     def broadcast(tensors, devices, detach=False):
         return [[tensor * (1 + place) for tensor in tensors] for place in range(len(devices))]
 
-    # By its module, which the function of the same name hides.
+    # By sys.modules: the function has the name of its module.
     monkeypatch.setattr(sys.modules[replicate.__module__], "_broadcast_coalesced_reshape", broadcast)
     doubled = tiny("diffusers")
     for weight in doubled.parameters():
@@ -367,7 +393,7 @@ def test_a_deep_copy_stays_accelerated_with_weights_of_its_own(which):
 
 
 def in_ten_threads(work):
-    """work(number) in ten threads that start at once; raises the first error."""
+    """Run work(number) in ten threads that start at once; raise the first error."""
     barrier, errors = threading.Barrier(10), []
 
     def run(number):
@@ -387,9 +413,9 @@ def in_ten_threads(work):
 
 
 def test_ten_threads_accelerate_restore_and_encode(monkeypatch):
-    """Every call finds the one forward or the other, and the parts of a model are never on different paths."""
+    """Every call finds one forward or the other, and the parts of a model are never on different paths."""
     put_on = copying.attach
-    # Others come to their turn between the parts.
+    # Gives other threads time between the parts.
     monkeypatch.setattr(copying, "attach", lambda part: (time.sleep(random.uniform(0, 3e-3)), put_on(part)))
     vae, x = tiny("diffusers"), pixels()
     stock = moments(vae, x)

@@ -1,4 +1,4 @@
-"""Nothing grows, nothing is left behind, and nothing starts behind the user's back: on what a user's CPU does."""
+"""Over many calls on a CPU: memory does not grow, nothing stays behind, and no compiler starts."""
 
 import ctypes
 import gc
@@ -30,11 +30,11 @@ def _as_a_users_cpu(monkeypatch):
 
 
 def pixels():
-    return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def resident_bytes():
-    """What the process holds of the machine's memory; what earlier tests freed goes back first, or hides a growth."""
+    """Return the resident bytes of the process, trimmed first: memory freed by earlier tests would hide growth."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
@@ -44,7 +44,7 @@ def resident_bytes():
 
 
 def growth(work, cycles):
-    """By how many bytes the process grows over these cycles, after as many as warm it up."""
+    """Return by how many bytes the process grows over these cycles, after a warm-up."""
     for _ in range(WARM_UP):
         work()
     before = resident_bytes()
@@ -54,7 +54,7 @@ def growth(work, cycles):
 
 
 def in_and_out(vae):
-    """Accelerated with what keeps most, called, and stock again."""
+    """Return work that accelerates with packed copies, encodes and restores."""
 
     def work():
         fastvae.accelerate(vae, freeze=True)
@@ -80,7 +80,7 @@ def encoded(vae):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("cycles", [pytest.param(100, id="short"), pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("hand", "work"),
+    ("library", "work"),
     [
         ("fastvae", encoded),
         ("diffusers", in_and_out),
@@ -90,21 +90,21 @@ def encoded(vae):
         pytest.param("fastvae", nested, marks=pytest.mark.slow),
     ],
 )
-def test_memory_is_flat(hand, work, cycles):
-    assert growth(work(tiny(hand)), cycles) < MOST_GROWTH
+def test_memory_is_flat(library, work, cycles):
+    assert growth(work(tiny(library)), cycles) < MOST_GROWTH
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
 def test_what_measures_memory_sees_a_leak():
-    """30 kB a cycle, as a packed copy that nobody dropped would take."""
+    """30 kB a cycle, as much as a packed copy that is not dropped."""
     kept = []
     assert growth(lambda: kept.append(torch.ones(7500)), 200) > MOST_GROWTH
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("end", ["restored", "accelerated"])
-def test_no_reference_is_left(hand, end):
-    vae = fastvae.accelerate(tiny(hand), freeze=True)
+def test_no_reference_is_left(library, end):
+    vae = fastvae.accelerate(tiny(library), freeze=True)
     vae.decode(vae.encode(pixels()).latent_dist.mode())
     if end == "restored":
         fastvae.restore(vae)
@@ -118,9 +118,9 @@ def test_no_reference_is_left(hand, end):
     assert not any(value() is not None for value in gone)
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_no_warning_and_an_unchanged_state_dict(hand):
-    vae = tiny(hand)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_warning_and_an_unchanged_state_dict(library):
+    vae = tiny(library)
     before = {name: (value, value.clone(), value.stride()) for name, value in vae.state_dict(keep_vars=True).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -170,7 +170,7 @@ print(json.dumps({"accelerate": in_place, "times": times, "new": sorted(modules(
 
 
 def test_the_first_encode_is_no_slower_and_nothing_is_compiled():
-    """In a process of its own, with the imports done: accelerate and one call, against the median of later calls."""
+    """In a separate process, after the imports: accelerate and one call, against the median of later calls."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     found = []

@@ -1,20 +1,18 @@
-"""Training through the fused ops: outputs and gradients of eager, with gradient checkpointing and without."""
+"""Training through the fused ops: eager's outputs and gradients, with and without gradient checkpointing."""
 
 import copy
 
 import pytest
 import torch
-from fast.small_models import LIBRARIES, pixels, small_model
+from fast.small_models import LIBRARIES, pixels, small_model, smallest_model
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 
 import fastvae
 
 
 def step(vae, x):
-    """The reconstruction, and all gradients in one vector, each parameter's by the size of its own in float64.
-
-    Together, because a vector of 4 sums over 768 pixels errs more than eager's by chance: in fp32 one in ten does.
-    """
+    """Return the reconstruction and the gradients of all parameters after one backward pass."""
     vae.zero_grad()
     out = vae(x).sample
     (out - x).square().sum().backward()
@@ -22,9 +20,13 @@ def step(vae, x):
 
 
 def whitened(gradients, truth):
+    """Return all gradients as one vector, each parameter's divided by its rms in float64.
+
+    One vector, because a vector of 4 sums over 768 pixels errs more than eager's by chance: in fp32 one in ten does.
+    """
     sizes = [exact.square().mean().sqrt() for exact in truth]
     cancelled = [size < 1e-9 * max(sizes) for size in sizes]
-    # The bias of the keys has no gradient in truth: what is constant along a row cancels in the softmax.
+    # The true gradient of the keys' bias is zero: a constant along a row cancels in the softmax.
     assert sum(cancelled) in (0, 2)
     for ours, is_nothing in zip(gradients, cancelled, strict=True):
         assert not is_nothing or ours.abs().max() < 1e-6 * max(sizes)
@@ -32,17 +34,15 @@ def whitened(gradients, truth):
     return torch.cat([(ours / size).flatten().to(ours.dtype) for ours, size, is_nothing in pairs if not is_nothing])
 
 
-SLOWER = [("FLUX: no quant_conv", "diffusers"), ("CogView: no attention, two residual blocks", "fastvae")]
-SLOWER += [("FLUX.2", "diffusers"), ("128 channels", "fastvae")]
+MODELS = [*(("SD", library) for library in LIBRARIES), ("FLUX: no quant_conv", "diffusers"), ("FLUX.2", "diffusers")]
+MODELS += [("CogView: no attention, two residual blocks", "fastvae"), ("128 channels", "fastvae")]
+CASES = [(*model, checkpointing) for model in MODELS for checkpointing in (False, True)]
+SHORT = [("SD", "fastvae", False), ("SD", "diffusers", True)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
-@pytest.mark.parametrize(
-    ("shape", "hand"),
-    [*(("SD", hand) for hand in LIBRARIES), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)],
-)
-def test_gradients_are_those_of_eager(shape, hand, checkpointing):
-    vae = small_model(shape, hand).requires_grad_(True).train()
+@pytest.mark.parametrize(("shape", "library", "checkpointing"), short_run(CASES, SHORT))
+def test_gradients_are_those_of_eager(shape, library, checkpointing):
+    vae = small_model(shape, library).requires_grad_(True).train()
     x = pixels(vae, batch=1, height=12, width=8)
     eager, exact = copy.deepcopy(vae), copy.deepcopy(vae).double()
     if checkpointing:
@@ -57,9 +57,9 @@ def test_gradients_are_those_of_eager(shape, hand, checkpointing):
 
 
 def test_one_gradient_step_changes_the_next_output():
-    """Nothing of an older step is kept: what training sees is what the parameters are."""
-    vae = fastvae.accelerate(small_model(), freeze=True).requires_grad_(True)
-    x = pixels(vae, batch=1, height=8, width=8)
+    """Nothing computed in an earlier step is kept: training uses the current parameters."""
+    vae = fastvae.accelerate(smallest_model(), freeze=True).requires_grad_(True)
+    x = pixels(vae, batch=1, height=4, width=4)
     optimizer = torch.optim.SGD(vae.parameters(), lr=1e-3)
     before, _ = step(vae, x)
     optimizer.step()
@@ -68,7 +68,7 @@ def test_one_gradient_step_changes_the_next_output():
 
 
 def test_the_gradient_of_an_input_goes_through_a_frozen_model():
-    """As for guidance by a loss on pixels: no parameter wants a gradient, the latents do."""
+    """As for guidance by a loss on pixels: only the latents require a gradient."""
     vae = small_model()
     exact = copy.deepcopy(vae).double()
     eager = copy.deepcopy(vae)
@@ -82,17 +82,26 @@ def test_the_gradient_of_an_input_goes_through_a_frozen_model():
 
 
 def test_frozen_parameters_leave_no_graph_whatever_grad_mode_says():
-    vae = fastvae.accelerate(small_model())
+    vae = fastvae.accelerate(smallest_model())
     x = pixels(vae, batch=1, height=8, width=8)
     assert torch.is_grad_enabled()
     assert not vae.encode(x).latent_dist.parameters.requires_grad
     assert {row.path for row in fastvae.explain(vae).rows} == {"fused"}
 
 
-@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "in place"])
-@pytest.mark.parametrize("where", ["down_blocks.0.resnets.0", "down_blocks.1", "mid_block.resnets.1"])
+HOOKED = ("down_blocks.0.resnets.0", "down_blocks.1", "mid_block.resnets.1")
+
+
+@pytest.mark.parametrize(
+    ("where", "devices"),
+    short_run(
+        [(where, devices) for where in HOOKED for devices in (("cpu",), ())],
+        [("down_blocks.0.resnets.0", ("cpu",)), ("mid_block.resnets.1", ())],
+    ),
+    ids=str,
+)
 def test_a_gradient_that_a_hook_asks_for_is_eagers(where, devices, monkeypatch):
-    """No parameter and no input wants one, and what a hook adds on the way does: guidance and control do this."""
+    """Only a tensor that a hook adds requires a gradient, as in guidance and control."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", devices)
     vae = small_model("CogView: no attention, two residual blocks")
     exact, eager = copy.deepcopy(vae).double(), copy.deepcopy(vae)

@@ -1,4 +1,4 @@
-"""Weights that move: written in place, recast, saved, copied, and seen by the next call; frozen ones after refresh."""
+"""Changed weights: written, recast, saved, copied; the next call uses them, frozen ones after refresh."""
 
 import copy
 import io
@@ -8,22 +8,18 @@ import diffusers
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from fast.small_models import LIBRARIES, TWO, small_model
+from fast.small_models import LIBRARIES
+from fast.small_models import smallest_model as tiny
 from safetensors.torch import load_file, save_file
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
 from fastvae.fast.fallback_reasons import Reason
 
-SMALL = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}
 WHERE = "encoder.mid_block.resnets.0.conv1.weight"
-
-
-def tiny(hand="fastvae", seed=0):
-    torch.manual_seed(seed)
-    return getattr(LIBRARIES[hand], "AutoencoderKL")(**SMALL).eval().requires_grad_(False)  # noqa: B009
 
 
 def pixels(dtype=torch.float32):
@@ -31,7 +27,7 @@ def pixels(dtype=torch.float32):
 
 
 def assert_computes(vae, weights, dtype=torch.float32):
-    """The accelerated encoder computes with the weights of another model, in this dtype; its output is returned."""
+    """Assert that the accelerated encoder computes with the weights of another model; return its output."""
     rows = fastvae.fast_report(vae)["rows"]
     eager = copy.deepcopy(weights.encoder).to(dtype)
     truth = copy.deepcopy(eager).double()
@@ -45,7 +41,7 @@ def assert_computes(vae, weights, dtype=torch.float32):
     return ours
 
 
-# Ways in which training scripts write weights: each takes a model, and one whose weights it shall have.
+# Ways in which training scripts write weights: each gives the first model the weights of the second.
 
 
 def through_data(vae, other):
@@ -67,7 +63,7 @@ def averaged(vae, other):
 
 
 def stored_and_back(vae, other):
-    """EMAModel's way around a validation: the averages in, and the model's own out again."""
+    """EMAModel around a validation: write the averages, then restore the model's own weights."""
     average = EMAModel(vae.parameters())
     through_data(vae, other)
     own = EMAModel(vae.parameters())
@@ -107,7 +103,7 @@ WRITES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("name", short_run(WRITES, ["through data", "data exchanged", "assigned"]))
 def test_a_write_is_seen_by_the_next_call(name):
     vae, other = fastvae.accelerate(tiny("diffusers")), tiny("diffusers", seed=1)
     before = vae.encoder(pixels())
@@ -115,7 +111,9 @@ def test_a_write_is_seen_by_the_next_call(name):
     assert not torch.allclose(assert_computes(vae, other), before)
 
 
-@pytest.mark.parametrize("name", ["through data", "averaged", "loaded", "made in inference mode"])
+@pytest.mark.parametrize(
+    "name", short_run(["through data", "averaged", "loaded", "made in inference mode"], ["made in inference mode"])
+)
 def test_a_write_to_frozen_weights_is_seen_after_refresh(name):
     vae, other = fastvae.accelerate(tiny(), freeze=True), tiny(seed=1)
     before = vae.encoder(pixels())
@@ -126,18 +124,23 @@ def test_a_write_to_frozen_weights_is_seen_after_refresh(name):
     assert not torch.allclose(assert_computes(vae, other), before)
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_recast_and_back(hand, freeze):
-    """SDXL's pipelines do this within one call; frozen weights are packed for each dtype."""
-    vae, plain = fastvae.accelerate(tiny(hand).half(), freeze=freeze), tiny(hand).half()
+# Each library and each setting once.
+LIBRARY_AND_FREEZE = short_run(
+    [(library, freeze) for library in LIBRARIES for freeze in (False, True)], [("fastvae", False), ("diffusers", True)]
+)
+
+
+@pytest.mark.parametrize(("library", "freeze"), LIBRARY_AND_FREEZE)
+def test_recast_and_back(library, freeze):
+    """SDXL's pipelines recast within one call; frozen weights are packed for each dtype."""
+    vae, plain = fastvae.accelerate(tiny(library).half(), freeze=freeze), tiny(library).half()
     for dtype in (torch.float16, torch.float32, torch.float16):
         vae.to(dtype)
         assert_computes(vae, plain, dtype)
 
 
 def test_a_model_that_was_away_and_came_back():
-    """On the meta device nothing can be kept of it; what is loaded then is what counts."""
+    """Nothing of the weights is kept on the meta device; weights loaded later are used."""
     vae, other = fastvae.accelerate(tiny()), tiny(seed=1)
     vae.encoder(pixels())
     vae.to("meta")
@@ -156,8 +159,8 @@ def test_weights_packed_in_inference_mode_serve_outside_it():
 
 
 def test_weights_packed_under_a_fake_mode_are_not_kept():
-    """They have no values, and a call after it would give a fake tensor."""
-    vae, x = fastvae.accelerate(small_model("CogView: no attention, two residual blocks"), freeze=True), torch.ones(1)
+    """They have no values, and later calls would return fake tensors."""
+    vae, x = fastvae.accelerate(tiny(mid_block_add_attention=False), freeze=True), torch.ones(1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         vae.encoder(torch.empty(1, 3, 4, 4))
     assert fastvae.fast_report(vae)["packed_bytes"] == 0
@@ -166,7 +169,7 @@ def test_weights_packed_under_a_fake_mode_are_not_kept():
 
 def test_a_refresh_by_another_thread_takes_nothing_from_a_call():
     class Forgetful(dict):
-        """Somebody refreshes after every question whether something is there."""
+        """A dictionary that another thread clears after every membership test."""
 
         def __contains__(self, key):
             found = super().__contains__(key)
@@ -180,11 +183,10 @@ def test_a_refresh_by_another_thread_takes_nothing_from_a_call():
     assert torch.equal(vae.encoder(pixels()), before)
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_the_state_dict_is_that_of_before(hand, freeze, tmp_path):
-    """Same keys, values and strides, so safetensors takes it: it refuses channels_last."""
-    vae = tiny(hand)
+@pytest.mark.parametrize(("library", "freeze"), LIBRARY_AND_FREEZE)
+def test_the_state_dict_is_that_of_before(library, freeze, tmp_path):
+    """Same keys, values and strides, so safetensors, which refuses channels_last, can save it."""
+    vae = tiny(library)
     before = {name: (value.clone(), value.stride()) for name, value in vae.state_dict().items()}
     fastvae.accelerate(vae, freeze=freeze)
     vae.encoder(pixels())
@@ -197,13 +199,13 @@ def test_the_state_dict_is_that_of_before(hand, freeze, tmp_path):
     assert load_file(tmp_path / "vae.safetensors").keys() == before.keys()
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_a_saved_model_is_stock(hand, tmp_path):
-    vae = fastvae.accelerate(tiny(hand), freeze=True)
+@pytest.mark.parametrize("library", short_run(LIBRARIES, ["diffusers"]))
+def test_a_saved_model_is_stock(library, tmp_path):
+    vae = fastvae.accelerate(tiny(library), freeze=True)
     vae.encoder(pixels())
     vae.save_pretrained(tmp_path)
     stock = diffusers.AutoencoderKL.from_pretrained(tmp_path)
-    assert torch.equal(stock.encoder(pixels()), tiny(hand).encoder(pixels()))
+    assert torch.equal(stock.encoder(pixels()), tiny(library).encoder(pixels()))
 
 
 def through_pickle(vae):
@@ -217,13 +219,18 @@ def through_torch_save(vae):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [through_pickle, through_torch_save])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_a_pickled_copy_comes_back_stock(hand, copied):
-    vae = fastvae.accelerate(tiny(hand), freeze=True)
+@pytest.mark.parametrize(
+    ("library", "copied"),
+    short_run(
+        [(library, copied) for library in LIBRARIES for copied in (through_pickle, through_torch_save)],
+        [("diffusers", through_pickle), ("fastvae", through_torch_save)],
+    ),
+)
+def test_a_pickled_copy_comes_back_stock(library, copied):
+    vae = fastvae.accelerate(tiny(library), freeze=True)
     fast = vae.encoder(pixels())
     twin = copied(vae)
-    assert torch.equal(twin.encoder(pixels()), tiny(hand).encoder(pixels()))
+    assert torch.equal(twin.encoder(pixels()), tiny(library).encoder(pixels()))
     with pytest.raises(ValueError, match="not accelerated"):
         fastvae.fast_report(twin)
     fastvae.accelerate(twin, freeze=True)
@@ -231,7 +238,7 @@ def test_a_pickled_copy_comes_back_stock(hand, copied):
     assert fastvae.fast_report(twin)["rows"] == 1
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
+@pytest.mark.parametrize("freeze", short_run([False, True], [True]))
 def test_a_deep_copy_is_fast_and_independent(freeze):
     vae, other = fastvae.accelerate(tiny(), freeze=freeze), tiny(seed=1)
     fast = vae.encoder(pixels())
@@ -257,7 +264,7 @@ def test_a_shared_weight_and_one_without_bias_are_taken():
 
 
 def test_weights_that_cannot_take_the_shared_form_are_safe_without_a_refresh():
-    """W_q^T W_k leaves fp16's range where W_q and W_k do not: what moves never takes the form that multiplies them."""
+    """W_q^T W_k leaves fp16's range although W_q and W_k do not: unfrozen weights never take the shared form."""
     vae, x = fastvae.accelerate(tiny().half()), pixels().half()
     vae.encoder(x)
     attention = vae.encoder.mid_block.attentions[0]
@@ -266,4 +273,4 @@ def test_weights_that_cannot_take_the_shared_form_are_safe_without_a_refresh():
     assert not (attention.to_q.weight.mT @ attention.to_k.weight).isfinite().all()
     assert vae.encoder(x).isfinite().all()
     frozen = fastvae.accelerate(vae, freeze=True)
-    assert frozen.encoder(x).isfinite().all(), "decided anew, for the plain form"
+    assert frozen.encoder(x).isfinite().all(), "decided again, for the plain form"

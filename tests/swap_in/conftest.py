@@ -1,9 +1,9 @@
-"""What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call."""
+"""Setting of a user's CPU: torch's own layers instead of the interpreter, which takes seconds a call."""
 
 import pytest
 
 
 @pytest.fixture
 def users_cpu(monkeypatch):
-    """No kernel runs; a test that wants the fused ones puts KERNEL_DEVICES back."""
+    """Run no fused kernel; a test that needs them sets KERNEL_DEVICES again."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())

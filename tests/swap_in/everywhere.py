@@ -1,4 +1,4 @@
-"""A pytest plugin under which every AutoencoderKL of diffusers is accelerated as soon as it is built.
+"""A pytest plugin that accelerates every AutoencoderKL of diffusers when it is constructed.
 
 For tests that know nothing of fastvae, diffusers' own above all: what they assert of a stock model must hold as well.
 ``python -m pytest -p swap_in.everywhere <files>``, with this folder's parent on the path; make test-diffusers does it.
@@ -15,10 +15,10 @@ COUNTS = {"models": 0, "calls": 0}
 
 
 def accelerate_at_construction(kind):
-    """Let a class accelerate each instance it makes; what is returned undoes that."""
+    """Make a class accelerate each new instance; return a function that undoes it."""
     stock = kind.__init__
 
-    # By its signature and names it stays what it was: configs are made from them.
+    # wraps keeps signature and names, from which diffusers makes configs.
     @functools.wraps(stock)
     def init(self, *args, **kwargs):
         stock(self, *args, **kwargs)
@@ -33,7 +33,7 @@ def accelerate_at_construction(kind):
 
 
 def count_calls():
-    """Count the encoders' and decoders' calls that come to the fast path; what is returned undoes that."""
+    """Count calls of encoders and decoders that reach the fast path; return a function that undoes it."""
     run = FastPath.run
 
     def counted(self, part, x):
@@ -53,7 +53,7 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says how much was really run so: a suite that builds no model would pass as well."""
+    """Print the counts, because a suite that builds no model passes as well."""
     terminalreporter.write_line(
         "fastvae: {models} models accelerated at construction, {calls} calls on the fast path".format(**COUNTS)
     )

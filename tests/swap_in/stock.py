@@ -1,4 +1,4 @@
-"""A tiny VAE beside its stock twin: what every test of the contract compares, and how it sees which path was taken."""
+"""A tiny VAE and its stock copy, comparisons between them, and a record of the path taken."""
 
 import copy
 
@@ -19,9 +19,9 @@ offloads_groups = pytest.mark.skipif(
 )
 
 
-def tiny(hand="diffusers", seed=0, **config):
-    """The smallest frozen model with a block of every kind."""
-    return smallest_model(hand, seed, **config)
+def tiny(library="diffusers", seed=0, **config):
+    """Return the smallest frozen model with a block of every kind."""
+    return smallest_model(library, seed, **config)
 
 
 def pixels(batch=1, size=16, dtype=torch.float32):
@@ -37,7 +37,7 @@ def moments_of(vae, x):
 
 
 def both_ways(vae, dtype=torch.float32, batch=1, size=16):
-    """Moments and image of a model, in this dtype."""
+    """Return moments and image of a model, in this dtype."""
     return moments_of(vae, pixels(batch, size, dtype)), vae.decode(latents(batch, size // 2, dtype)).sample
 
 
@@ -47,11 +47,11 @@ def assert_same_bits(vae, stock, dtype=torch.float32):
 
 
 def assert_computes_like(vae, stock, dtype=torch.float32, batch=1, size=16):
-    """The outputs of a model are as accurate as those of stock; its eager twin in channels_last, as our layers are."""
+    """Assert that a model is as accurate as stock in channels_last, the layout of our convolutions."""
     plain = copy.deepcopy(stock).to(memory_format=torch.channels_last)
     exact = copy.deepcopy(stock).double()
     wanted = both_ways(plain, dtype, batch, size), both_ways(exact, torch.float64, batch, size)
-    # The same rounded inputs for the truth.
+    # The truth gets the same rounded inputs.
     if dtype != torch.float32:
         x, z = pixels(batch, size, dtype).double(), latents(batch, size // 2, dtype).double()
         wanted = wanted[0], (moments_of(exact, x), exact.decode(z).sample)
@@ -60,7 +60,7 @@ def assert_computes_like(vae, stock, dtype=torch.float32, batch=1, size=16):
 
 
 class Walks:
-    """Counts the encoders and decoders that were walked block by block, which no module's own forward is."""
+    """Record of the encoders and decoders that ran block by block, not through their own forward."""
 
     def __init__(self, monkeypatch):
         self.parts, through = [], network_walk.run_part
@@ -72,7 +72,7 @@ class Walks:
         monkeypatch.setattr(network_walk, "run_part", counted)
 
     def taken(self):
-        """The names of the parts that were walked since last asked."""
+        """Return the class names of the parts recorded since the last call."""
         parts, self.parts = self.parts, []
         return parts
 
@@ -82,7 +82,7 @@ def is_accelerated(vae):
 
 
 def tiny_pipeline(vae=None):
-    """A text-to-image pipeline without its text encoder; its VAE is the tiny one."""
+    """Return a text-to-image pipeline with the tiny VAE and without a text encoder."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -106,6 +106,6 @@ def tiny_pipeline(vae=None):
     )
 
 
-def fast_and_stock(hand="diffusers", **options):
-    """An accelerated model and its stock twin."""
-    return fastvae.accelerate(tiny(hand), **options), tiny(hand)
+def fast_and_stock(library="diffusers", **options):
+    """Return an accelerated model and its stock copy."""
+    return fastvae.accelerate(tiny(library), **options), tiny(library)

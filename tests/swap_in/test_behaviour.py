@@ -1,4 +1,4 @@
-"""How pipelines call a VAE and what they keep of it: an accelerated one takes the same calls and gives as much."""
+"""Calls that pipelines make on a VAE and the results they keep: an accelerated VAE behaves as stock."""
 
 import copy
 import inspect
@@ -36,10 +36,10 @@ def seeded(seed=7):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_calls_in_every_form(hand):
-    """By name and place, with and without return_dict: one result, in the form that was asked for."""
-    vae, x, z = fastvae.accelerate(tiny(hand)), pixels(), latents()
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_calls_in_every_form(library):
+    """Positional and keyword, with and without return_dict: the same result in the requested form."""
+    vae, x, z = fastvae.accelerate(tiny(library)), pixels(), latents()
     output = vae.encode(x)
     (posterior,) = vae.encode(x, return_dict=False)
     assert hasattr(output, "latent_dist")
@@ -66,7 +66,7 @@ def test_calls_in_every_form(hand):
 
 
 def test_signatures_are_those_of_stock():
-    """Latte's pipeline hands over num_frames where the signature of ``forward`` names it."""
+    """Latte's pipeline passes num_frames if the signature of ``forward`` names it."""
     vae, stock = fast_and_stock()
     for name in ("forward", "encode", "decode"):
         assert inspect.signature(getattr(vae, name)) == inspect.signature(getattr(stock, name))
@@ -78,11 +78,11 @@ def test_signatures_are_those_of_stock():
 
 
 @pytest.mark.parametrize("mode", ["sample", "argmax"])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_retrieve_latents(hand, mode):
-    vae, stock = fast_and_stock(hand)
-    exact, x = tiny(hand).double(), pixels()
-    # The noise of a CPU's generator is drawn in the dtype of the parameters; fp64's is another.
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_retrieve_latents(library, mode):
+    vae, stock = fast_and_stock(library)
+    exact, x = tiny(library).double(), pixels()
+    # A CPU generator draws noise in the dtype of the parameters; in fp64 it differs.
     noise = torch.randn(stock.encode(x).latent_dist.mean.shape, generator=seeded())
     truth = exact.encode(x.double()).latent_dist
     truth = truth.mean + truth.std * noise.double() if mode == "sample" else truth.mean
@@ -90,26 +90,26 @@ def test_retrieve_latents(hand, mode):
     assert_as_accurate(*found, truth)
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_a_list_of_generators_is_one_for_each_row(hand):
-    vae, stock = fast_and_stock(hand)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_list_of_generators_is_one_for_each_row(library):
+    vae, stock = fast_and_stock(library)
     x = pixels(batch=3)
     posterior, plain = (model.encode(x).latent_dist for model in (vae, stock))
     drawn = posterior.sample([seeded(seed) for seed in (1, 2, 3)])
     noise = torch.cat([torch.randn(1, *drawn.shape[1:], generator=seeded(seed)) for seed in (1, 2, 3)])
     assert torch.equal(drawn, posterior.mean + posterior.std * noise)
     torch.testing.assert_close(drawn, plain.sample([seeded(seed) for seed in (1, 2, 3)]))
-    with pytest.raises(IndexError if hand == "diffusers" else ValueError):
+    with pytest.raises(IndexError if library == "diffusers" else ValueError):
         posterior.sample([seeded(1), seeded(2)])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_latents_kept_over_steps_are_owned(hand, freeze, layout):
-    """DreamBooth keeps every posterior of a data set in a list and samples it epochs later."""
-    # As FLUX's: what the encoder gives is handed out as it is.
-    vae = fastvae.accelerate(tiny(hand, use_quant_conv=False, use_post_quant_conv=False), freeze=freeze)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_latents_kept_over_steps_are_owned(library, freeze, layout):
+    """DreamBooth keeps every posterior of a data set in a list and samples it in later epochs."""
+    # As in FLUX: the encoder's own output is returned.
+    vae = fastvae.accelerate(tiny(library, use_quant_conv=False, use_post_quant_conv=False), freeze=freeze)
     kept, copies, given = [], [], []
     for step in range(4):
         x, z = (made.mul((step + 1) / 4).contiguous(memory_format=layout) for made in (pixels(), latents()))
@@ -131,7 +131,7 @@ def test_latents_kept_over_steps_are_owned(hand, freeze, layout):
 
 
 def processed(model, given, dtype, kind):
-    """A pipeline's way from a picture to a picture."""
+    """Preprocess, encode, decode and postprocess an image as a pipeline does."""
     processor = VaeImageProcessor(vae_scale_factor=2)
     x = processor.preprocess(given).to(dtype)
     assert x.shape == (1, 3, 16, 16)
@@ -150,11 +150,11 @@ GIVEN = {
 
 @pytest.mark.parametrize("kind", GIVEN)
 def test_image_processors_before_and_behind(kind):
-    """From pictures of each kind to pictures of it."""
+    """Images of each type in, images of the same type out."""
     ours, plain = (processed(model, GIVEN[kind], torch.float32, kind) for model in fast_and_stock())
     assert type(ours) is type(plain)
     if kind == "pil":
-        # Whole numbers: what lies between two of them may fall to either side.
+        # Bytes: a value near the middle of two may be rounded to either.
         steps = np.abs(np.asarray(ours, dtype=int) - np.asarray(plain, dtype=int))
         assert steps.max() <= 1
         assert (steps > 0).mean() < 0.01
@@ -167,17 +167,17 @@ def test_image_processors_before_and_behind(kind):
 
 
 def switched(vae, tiling, slicing):
-    """A model with tiles of 16 pixels; its inputs are larger."""
+    """Return a model with tiles of 16 pixels, smaller than the inputs."""
     vae.tile_sample_min_size, vae.tile_latent_min_size = 16, 8
     vae.enable_tiling() if tiling else vae.disable_tiling()
     vae.enable_slicing() if slicing else vae.disable_slicing()
     return vae
 
 
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_tiling_and_slicing_on_and_off(hand, monkeypatch):
-    """Each tile and each slice is walked; what was on is off again without a trace."""
-    vae, stock = fast_and_stock(hand)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_tiling_and_slicing_on_and_off(library, monkeypatch):
+    """Each tile and each slice takes the fast path; switching both off restores the first bits."""
+    vae, stock = fast_and_stock(library)
     before, walks = both_ways(vae, batch=2, size=24), Walks(monkeypatch)
     walked = {}
     for tiling, slicing in [(True, False), (True, True), (False, True), (False, False)]:
@@ -185,7 +185,7 @@ def test_tiling_and_slicing_on_and_off(hand, monkeypatch):
             switched(model, tiling, slicing)
         assert_computes_like(vae, stock, batch=2, size=24)
         walked[tiling, slicing] = len(walks.taken())
-    # Tiles start every 12 pixels, so four an image; a batch goes through as one unless sliced.
+    # Tiles start every 12 pixels, so there are four an image; a batch is one call unless sliced.
     assert walked == {(True, False): 8, (True, True): 16, (False, True): 4, (False, False): 2}
     assert all(map(torch.equal, both_ways(vae, batch=2, size=24), before))
 
@@ -203,7 +203,7 @@ def test_accelerating_keeps_the_switches_and_so_does_restore():
 
 
 def test_another_vae_in_the_pipeline(monkeypatch, tmp_path):
-    """What is put in is stock until it is accelerated; what was taken out stays as it was."""
+    """A VAE assigned to the pipeline is stock until accelerated; the one taken out stays accelerated."""
     pipe, first, other = fastvae.accelerate(tiny_pipeline()), tiny(), tiny(seed=1)
     taken_out, factor = pipe.vae, pipe.vae_scale_factor
     pipe.vae = other
@@ -225,7 +225,7 @@ def test_another_vae_in_the_pipeline(monkeypatch, tmp_path):
 
 
 def test_one_vae_in_two_pipelines(monkeypatch):
-    """Accelerated by either it is so in both, once; restored by either, in neither."""
+    """Two pipelines with one VAE: accelerating or restoring it through either holds for both."""
     vae = tiny()
     one, two, walks = tiny_pipeline(vae), tiny_pipeline(vae), Walks(monkeypatch)
     fastvae.accelerate(fastvae.accelerate(one) and two)
@@ -237,7 +237,7 @@ def test_one_vae_in_two_pipelines(monkeypatch):
 
 
 def test_a_method_that_a_caller_put_on_the_model_is_left_alone():
-    """Callers wrap encode to count, cast or cache; accelerate and restore leave theirs in place."""
+    """Users wrap encode to count, cast or cache; accelerate and restore keep the wrapper."""
     vae, calls = tiny(), []
     own = vae.encode
 

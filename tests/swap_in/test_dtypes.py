@@ -1,4 +1,4 @@
-"""Weights recast, moved and laid out by whoever holds the model: in all forms, within a call, in part and back.
+"""Weights that change dtype, device or layout: in every form of the call, within one call, in part, and back.
 
 Every call is held to stock in the same state, and to the path that this state allows.
 """
@@ -11,6 +11,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 from swap_in.stock import (
     Walks,
     assert_computes_like,
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("users_cpu")
 WALKED = ["Encoder", "Decoder"]
 
 
-# Each way is given a model and gives what the call gave.
+# Each function receives a model and returns the result of the call.
 WAYS = {
     "to(dtype)": lambda vae: vae.to(torch.bfloat16),
     "to(dtype=)": lambda vae: vae.to(dtype=torch.float16),
@@ -53,12 +54,12 @@ WAYS = {
 }
 
 
-# Every form on diffusers' class; on ours one of each kind, and the rest in the long run.
+# Every form on diffusers' class; on ours one of each kind, the rest in the long run.
 OURS_OFTEN = ("to(dtype)", "to(memory_format=)", "half and float", "train")
 
 
 @pytest.mark.parametrize(
-    ("way", "hand"),
+    ("way", "library"),
     [
         *((way, "diffusers") for way in WAYS),
         *(
@@ -67,8 +68,8 @@ OURS_OFTEN = ("to(dtype)", "to(memory_format=)", "half and float", "train")
         ),
     ],
 )
-def test_every_form_of_moving_and_recasting(way, hand, monkeypatch):
-    vae, stock = fast_and_stock(hand)
+def test_every_form_of_moving_and_recasting(way, library, monkeypatch):
+    vae, stock = fast_and_stock(library)
     moved = WAYS[way](vae)
     assert moved is vae
     WAYS[way](stock)
@@ -83,9 +84,9 @@ def test_every_form_of_moving_and_recasting(way, hand, monkeypatch):
     assert_same_bits(fastvae.restore(vae), stock, stock.dtype)
 
 
-@pytest.mark.parametrize("hand", ["diffusers", "fastvae"])
-def test_double_runs_the_modules(hand, monkeypatch):
-    vae, stock = fast_and_stock(hand)
+@pytest.mark.parametrize("library", ["diffusers", "fastvae"])
+def test_double_runs_the_modules(library, monkeypatch):
+    vae, stock = fast_and_stock(library)
     walks = Walks(monkeypatch)
     assert_same_bits(vae.double(), stock.double(), torch.float64)
     assert not walks.taken()
@@ -93,11 +94,16 @@ def test_double_runs_the_modules(hand, monkeypatch):
     assert walks.taken() == WALKED
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
-@pytest.mark.parametrize("hand", ["diffusers", "fastvae"])
-def test_sdxls_ping_pong_within_one_call(hand, freeze, monkeypatch):
-    """Half precision outside, fp32 for the decode where force_upcast says so; twice, and the weights come back."""
-    vae, stock = tiny(hand, force_upcast=True).half(), tiny(hand, force_upcast=True).half()
+@pytest.mark.parametrize(
+    ("library", "freeze"),
+    short_run(
+        [(library, freeze) for library in ("diffusers", "fastvae") for freeze in (False, True)],
+        [("diffusers", True), ("fastvae", False)],
+    ),
+)
+def test_sdxls_ping_pong_within_one_call(library, freeze, monkeypatch):
+    """Half precision, and fp32 for the decode with force_upcast; twice, and the weights keep their values."""
+    vae, stock = tiny(library, force_upcast=True).half(), tiny(library, force_upcast=True).half()
     fastvae.accelerate(vae, freeze=freeze)
     z, walks, images = latents(dtype=torch.float16), Walks(monkeypatch), []
     for _ in range(2):
@@ -118,7 +124,7 @@ def test_sdxls_ping_pong_within_one_call(hand, freeze, monkeypatch):
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused projections"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_animatediffs_casts_of_some_layers(dtype, fused, monkeypatch):
-    """Its SDXL pipeline upcasts all but what lies before the up blocks: mixed dtypes are stock's matter, and go by."""
+    """AnimateDiff's SDXL pipeline upcasts only some layers: with mixed dtypes the part runs as stock does."""
     vae, stock = fast_and_stock()
     models = [vae, stock]
     for model in models:
@@ -143,7 +149,7 @@ def test_animatediffs_casts_of_some_layers(dtype, fused, monkeypatch):
 
 
 def outcome(vae, z):
-    """The image, or the words of what a model refuses with."""
+    """Return the image, or the text of the error."""
     try:
         return vae.decode(z).sample.tolist()
     except RuntimeError as refusal:
@@ -151,7 +157,7 @@ def outcome(vae, z):
 
 
 def test_a_decoder_in_two_dtypes_that_fit_is_walked_around_them(monkeypatch):
-    """Cast by hooks where the dtype changes, as a mixed decoder must be: that block runs as the module it is."""
+    """Hooks cast where the dtype changes: that block runs as a module."""
     stock, vae, exact = tiny(), fastvae.accelerate(tiny()), tiny().double()
     for model in (stock, vae):
         model.decoder.mid_block.to(torch.bfloat16)
@@ -167,7 +173,7 @@ ON_DISK = {"encoder": "disk", "decoder": "cpu", "quant_conv": "cpu", "post_quant
 
 @pytest.mark.parametrize("places", [{"": "cpu"}, ON_DISK], ids=["one place", "the encoder on disk"])
 def test_loaded_by_a_device_map(places, tmp_path, monkeypatch):
-    """What lies on disk is read by hooks on every layer, which then run as they stand."""
+    """Hooks on every layer read weights from disk; these layers run as modules."""
     tiny().save_pretrained(tmp_path)
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "away")
     fastvae.accelerate(vae.requires_grad_(False))
@@ -183,7 +189,7 @@ def test_loaded_by_a_device_map(places, tmp_path, monkeypatch):
 
 
 def test_requires_grad_back_and_forth(monkeypatch):
-    """Fine-tuning of the decoder alone, as VAE trainers do: gradients where they are asked for, and nowhere else."""
+    """Fine-tuning of the decoder only, as VAE trainers do: gradients exist for its weights and for no others."""
     vae, stock = fast_and_stock()
     exact, walks, gradients = copy.deepcopy(stock).double(), Walks(monkeypatch), []
     for model in (vae, stock, exact):
@@ -202,7 +208,7 @@ def test_requires_grad_back_and_forth(monkeypatch):
 
 
 def test_the_fused_kernels_take_the_ping_pong(monkeypatch):
-    """Under the interpreter: packed weights of one dtype are not used for another."""
+    """In the interpreter: packed weights of one dtype are not used for another."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", KERNEL_DEVICES)
     small = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",)}
     small |= {"up_block_types": ("UpDecoderBlock2D",), "mid_block_add_attention": False}

@@ -1,13 +1,15 @@
-"""The plugin that accelerates models at construction: it reaches each way of building one, and is counted."""
+"""The plugin that accelerates models at construction: every way of building a model, and the counts."""
 
 import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
+import torch
 from fast.small_models import SMALLEST
 from swap_in import everywhere
 from swap_in.stock import is_accelerated, moments_of, pixels, tiny
@@ -64,7 +66,23 @@ def test_one():
 """
 
 
-def test_as_a_plugin_of_somebody_elses_tests(tmp_path):
+def test_the_plugin_counts_and_undoes_itself(monkeypatch):
+    """The hooks that pytest calls, without the process that the slow test starts."""
+    monkeypatch.setattr(everywhere, "COUNTS", {"models": 0, "calls": 0})
+    stock, lines, undo = diffusers.AutoencoderKL.__init__, [], []
+    everywhere.pytest_configure(SimpleNamespace(add_cleanup=undo.append))
+    try:
+        diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2)(torch.zeros(1, 3, 8, 8))
+    finally:
+        for step in undo:
+            step()
+    everywhere.pytest_terminal_summary(SimpleNamespace(write_line=lines.append))
+    assert lines == ["fastvae: 1 models accelerated at construction, 2 calls on the fast path"]
+    assert diffusers.AutoencoderKL.__init__ is stock
+
+
+@pytest.mark.slow
+def test_as_a_plugin_of_another_projects_tests(tmp_path):
     (tmp_path / "test_elsewhere.py").write_text(SUITE)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "swap_in.everywhere", "-p", "no:cacheprovider", "."]

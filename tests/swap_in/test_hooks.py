@@ -1,6 +1,6 @@
-"""Hooks of accelerate and diffusers around an accelerated VAE: heard, in whatever order, and the outputs right.
+"""Hooks of accelerate and diffusers on an accelerated VAE: called in any order, with correct outputs.
 
-Where a hook sits on a whole encoder it wraps the fast path; where it sits on layers they run as they stand.
+A hook on a whole encoder wraps the fast path; hooks on layers make these run as modules.
 """
 
 import copy
@@ -37,7 +37,7 @@ SHAPE = (1, 3, 16, 16)
 
 
 class Instead(ModelHook):
-    """diffusers' kind of hook, in the place of a forward."""
+    """A hook of diffusers that replaces a forward."""
 
     def __init__(self, calls):
         super().__init__()
@@ -64,7 +64,7 @@ def take_off(kind, module):
 
 
 def orders(*kinds):
-    """Every order of accelerate and restore, and of each hook's coming and going; hooks go as they came, in turn."""
+    """Yield every order of accelerate, restore and each hook's addition and removal; hooks leave in reverse order."""
     events = ["accelerate the model", "restore it", *((kind, way) for kind in kinds for way in ("on", "off"))]
     for order in itertools.permutations(events):
         hooks = [event for event in order if isinstance(event, tuple)]
@@ -90,7 +90,7 @@ IN_PAIRS = [("accelerate", "diffusers"), ("diffusers, instead", "accelerate")]
     ],
 )
 def test_every_order_of_hooks_and_of_accelerating(kinds, step):
-    """Heard while it is there, fast while accelerated, and stock to the bit before, between and after."""
+    """Called while registered, fast while accelerated, and otherwise the bits of stock."""
     some = list(orders(*kinds))
     assert len(some) == (6 if kinds in ALONE else 60)
     x, stock = pixels(), tiny()
@@ -118,7 +118,7 @@ def test_every_order_of_hooks_and_of_accelerating(kinds, step):
 
 
 def assert_is_stock(part):
-    """Nothing of ours is left on a module; hooks that are gone leave the class's own forward."""
+    """Nothing of ours stays on a module; removed hooks leave the class's own forward."""
     own = vars(part)
     assert set(own) - set(vars(tiny().encoder)) <= {"forward", "_diffusers_hook"}
     assert getattr(own.get("forward"), "__func__", type(part).forward) is type(part).forward
@@ -140,12 +140,12 @@ def test_a_pipeline_can_be_accelerated_under_a_hook_and_keeps_both(kind, monkeyp
     assert len(calls) == 4
 
 
-# Offloading. On a CPU its own device is where weights are brought to; that they were away is seen on "meta".
+# Offload. On a CPU the execution device is the CPU itself; weights that are away are on "meta".
 
 
 @pytest.mark.parametrize("accelerated", ["before", "after"])
 def test_model_offload(accelerated, monkeypatch):
-    """enable_model_cpu_offload's hook sits on the whole VAE, and encode and decode call it."""
+    """enable_model_cpu_offload hooks the whole VAE, and encode and decode call the hook."""
     vae, stock, heard = tiny(), tiny(), []
     if accelerated == "before":
         fastvae.accelerate(vae)
@@ -169,7 +169,7 @@ def test_model_offload(accelerated, monkeypatch):
 
 @pytest.mark.parametrize("accelerated", ["before", "after"])
 def test_sequential_offload(accelerated, monkeypatch):
-    """enable_sequential_cpu_offload hooks every layer: they run as they stand, and are fast again without."""
+    """enable_sequential_cpu_offload hooks every layer: they run as modules, and are fast again without the hooks."""
     vae, stock = tiny(), tiny()
     if accelerated == "before":
         fastvae.accelerate(vae)
@@ -190,7 +190,7 @@ def test_sequential_offload(accelerated, monkeypatch):
 
 @pytest.mark.parametrize("accelerated", ["before", "after"])
 def test_offload_of_a_whole_part(accelerated, monkeypatch):
-    """One hook brings in an encoder with all its layers, which are there when the fast path runs."""
+    """One hook moves an encoder with all its layers before the fast path runs."""
     vae, stock = tiny(), tiny()
     if accelerated == "before":
         fastvae.accelerate(vae)
@@ -232,7 +232,7 @@ def test_group_offload_to_the_cpu(level, accelerated, monkeypatch):
 
 @pytest.mark.parametrize("accelerated", ["before", "after"])
 def test_layerwise_casting(accelerated, monkeypatch):
-    """Stored in a byte a value and computed in fp32, as without fastvae; nothing is walked."""
+    """Weights stored in fp8 and computed in fp32, as without fastvae; the parts run as modules."""
     cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
     vae, stock = tiny(), tiny()
     stock.enable_layerwise_casting(**cast)
@@ -249,7 +249,7 @@ def test_layerwise_casting(accelerated, monkeypatch):
 
 
 def test_the_pipelines_own_calls_around_hooks():
-    """LoRA loaders ask every component for its hook and take it off; remove_all_hooks does as much."""
+    """LoRA loaders remove the hook of every component; so does remove_all_hooks."""
     pipe, stock = fastvae.accelerate(tiny_pipeline()), tiny()
     expected = both_ways(fastvae.accelerate(tiny()))
     cpu_offload_with_hook(pipe.vae, CPU)
@@ -265,7 +265,7 @@ def test_the_pipelines_own_calls_around_hooks():
 
 
 def test_the_fused_kernels_run_under_a_hook(monkeypatch):
-    """With the same bits as without."""
+    """The bits are those without the hook."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", KERNEL_DEVICES)
     vae, x, calls = fastvae.accelerate(tiny()), pixels(size=8), []
     put_on("accelerate", vae.encoder, calls)

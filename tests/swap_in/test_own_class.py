@@ -1,4 +1,4 @@
-"""fastvae's own AutoencoderKL as the ``vae`` of a diffusers pipeline: what works, and what is refused in words."""
+"""fastvae's own AutoencoderKL as the ``vae`` of a diffusers pipeline: supported calls and errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import hooks
+from support.short_run import short_run
 from swap_in.stock import offloads_groups
 from swap_in.tiny_parts import autoencoder
 from swap_in.tiny_pipelines import CASES, build, call
@@ -21,11 +22,11 @@ import fastvae
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
 MIXED = "SDXL, image to image"
-"""A case that encodes and decodes, and that recasts a VAE of half precision within one call."""
+"""A case that encodes and decodes, and recasts a VAE of half precision within one call."""
 
 
 def own(vae: nn.Module) -> Any:
-    """fastvae's model under the name of diffusers' one, with its weights."""
+    """Return fastvae's model with the config and weights of diffusers' one."""
     ours = getattr(fastvae, type(vae).__name__).from_config(vae.config)
     ours.load_state_dict(vae.state_dict())
     return ours.to(vae.dtype).eval()
@@ -37,13 +38,11 @@ def pipeline_with_ours(case: str = "image to image") -> tuple[Any, fastvae.Autoe
     return pipe, pipe.vae
 
 
-# Of the others test_pipelines.py says in each run that an accelerated VAE of diffusers' does as stock.
-OFTEN = ("image to image", "SDXL", "FLUX", "ControlNet")
+# test_pipelines.py runs more cases with diffusers' class.
+SHORT = ("image to image", "FLUX")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in OFTEN else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", short_run(CASES, SHORT))
 def test_images_are_those_of_diffusers_class(case):
     pipe = build(case)
     expected, fast = call(pipe, case), call(fastvae.accelerate(pipe), case)
@@ -56,7 +55,7 @@ def test_images_are_those_of_diffusers_class(case):
 @pytest.mark.filterwarnings("ignore:.upcast_vae:FutureWarning")
 @pytest.mark.parametrize("fast", [False, True], ids=["", "accelerated"])
 def test_a_pipeline_recasts_it_like_diffusers_class(fast):
-    """SDXL's force_upcast takes an fp16 VAE to fp32 for a call, and back."""
+    """SDXL's force_upcast casts an fp16 VAE to fp32 for a call, and back."""
     images = []
     pipe = build(MIXED).to(torch.float16)
     for vae in (pipe.vae, own(pipe.vae)):
@@ -70,7 +69,7 @@ def test_a_pipeline_recasts_it_like_diffusers_class(fast):
 
 
 class Bringing(accelerate.hooks.ModelHook):
-    """Stands for the hook that brings a model to a GPU: here its weights come as zeros before they are brought."""
+    """A hook as the one that moves a model to a GPU: until it runs, the weights are zeros."""
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self.weights = copy.deepcopy(module.state_dict())
@@ -84,8 +83,16 @@ class Bringing(accelerate.hooks.ModelHook):
         return args, kwargs
 
 
-@pytest.mark.parametrize("method", ["encode", "decode", "forward", "encode_latents", "decode_latents"])
-@pytest.mark.parametrize("fast", [False, True], ids=["", "accelerated"])
+METHODS = ("encode", "decode", "forward", "encode_latents", "decode_latents")
+
+
+@pytest.mark.parametrize(
+    ("method", "fast"),
+    short_run(
+        [(method, fast) for method in METHODS for fast in (False, True)],
+        [*((method, True) for method in METHODS), ("encode", False)],
+    ),
+)
 def test_a_model_offload_hook_brings_the_weights_first(method, fast):
     ours = own(autoencoder()).requires_grad_(False)
     if fast:
@@ -127,16 +134,22 @@ def stored_in_one_byte(pipe: Any) -> None:
 
 
 OFFLOADS = [
-    offloaded_by_model,
-    offloaded_by_layer,
-    pytest.param(offloaded_by_group, marks=offloads_groups),
-    pytest.param(of_the_pipeline_by_group, marks=offloads_groups),
-    stored_in_one_byte,
+    (offloaded_by_model, []),
+    (offloaded_by_layer, []),
+    (offloaded_by_group, [offloads_groups]),
+    (of_the_pipeline_by_group, [offloads_groups]),
+    (stored_in_one_byte, []),
 ]
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["", "accelerated"])
-@pytest.mark.parametrize("offload", OFFLOADS, ids=lambda offload: offload.__name__)
+@pytest.mark.parametrize(
+    ("offload", "fast"),
+    [
+        pytest.param(offload, fast, marks=marks if fast else [*marks, pytest.mark.slow])
+        for offload, marks in OFFLOADS
+        for fast in (True, False)
+    ],
+)
 def test_an_offloaded_pipeline_computes_as_with_diffusers_class(offload, fast):
     case, images = "image to image", []
     pipes = build(case), pipeline_with_ours(case)[0]
@@ -150,7 +163,7 @@ def test_an_offloaded_pipeline_computes_as_with_diffusers_class(offload, fast):
 
 
 def test_from_pipe_keeps_it():
-    """Where a class of diffusers' would have to be the very one: ours is none of theirs, and goes along unasked."""
+    """from_pipe checks the type of diffusers' classes only, so ours is kept."""
     pipe, ours = pipeline_with_ours("image to image")
     fastvae.accelerate(pipe)
     other = diffusers.StableDiffusionInpaintPipeline.from_pipe(pipe, requires_safety_checker=False)
@@ -162,7 +175,7 @@ def test_from_pipe_keeps_it():
 
 
 def test_saving_a_pipeline_with_it_is_refused(tmp_path):
-    """diffusers logs a line and writes a pipeline without a VAE."""
+    """Without the error diffusers logs a line and writes a pipeline without a VAE."""
     pipe, _ = pipeline_with_ours()
     with pytest.raises(ValueError, match=r"fastvae\.accelerate.*vae\.save_pretrained"):
         pipe.save_pretrained(tmp_path)
@@ -194,7 +207,7 @@ def test_loading_a_pipeline_around_it_is_refused(tmp_path):
 
 @pytest.mark.parametrize("processor", ["AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"])
 def test_attention_processors_of_diffusers_are_refused(processor):
-    """They read what only diffusers' Attention has, and say so as a missing ``spatial_norm``."""
+    """They read attributes of diffusers' Attention; without the check they raise for a missing ``spatial_norm``."""
     ours = own(autoencoder())
     before = ours.attn_processors
     foreign = getattr(diffusers.models.attention_processor, processor)()
@@ -204,7 +217,7 @@ def test_attention_processors_of_diffusers_are_refused(processor):
 
 
 def test_projections_are_fused_on_the_model_and_not_by_the_pipeline():
-    """The pipeline's method asks for diffusers' class, and says so before it changes the VAE."""
+    """The pipeline's method requires diffusers' class, and raises before it changes the VAE."""
     pipe, ours = pipeline_with_ours("text to image")
     names = set(ours.state_dict())
     with pytest.raises(ValueError, match="only supported for the VAE of type"):

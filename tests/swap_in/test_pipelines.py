@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 from swap_in.tiny_parts import two_sided_autoencoder
 from swap_in.tiny_pipelines import CASES, build, call
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
 
 LEAST_DEVIATION = 0.02
-"""Of the images: a picture that random weights drove to white shows no difference."""
+"""Standard deviation of the images: an image that random weights drive to white shows no difference."""
 
 
 class Call(NamedTuple):
-    """One call of a VAE: "encode" or "decode", what it was given, its moments or its image, and what else it saw."""
+    """One call of a VAE: "encode" or "decode", its input, its moments or image, and other tensor arguments."""
 
     name: str
     given: Tensor
@@ -35,7 +36,7 @@ class Call(NamedTuple):
 
 @contextmanager
 def replaced(vae: nn.Module, **methods: Any):
-    """A VAE whose ``encode`` and ``decode`` are others for a while, as users assign compiled ones."""
+    """Replace ``encode`` and ``decode`` of a VAE inside the block, as users assign compiled ones."""
     for name, method in methods.items():
         setattr(vae, name, method)
     try:
@@ -46,7 +47,7 @@ def replaced(vae: nn.Module, **methods: Any):
 
 
 def run(pipe: Any, case: str) -> tuple[Tensor, list[Call]]:
-    """A pipeline's images, and the calls of its VAE."""
+    """Return a pipeline's images and the calls of its VAE."""
     calls: list[Call] = []
 
     def listening(name):
@@ -66,7 +67,7 @@ def run(pipe: Any, case: str) -> tuple[Tensor, list[Call]]:
 
 
 def run_with(pipe: Any, other: nn.Module, case: str) -> Tensor:
-    """A pipeline's images where another VAE computes, in its own dtype and layout, what the pipeline's would."""
+    """Return a pipeline's images computed by another VAE in its own dtype and layout."""
     own = pipe.vae
 
     def encode(x, return_dict=True):
@@ -83,7 +84,7 @@ def run_with(pipe: Any, other: nn.Module, case: str) -> Tensor:
 
 
 def result_of(vae: nn.Module, name: str, x: Tensor, **shown: Tensor) -> Tensor:
-    """What a VAE gives for x [B, C, H, W] in its own dtype: the moments of ``encode``, the image of ``decode``."""
+    """Return a VAE's moments or image for x [B, C, H, W], computed in its own dtype."""
     dtype = next(vae.parameters()).dtype
     shown = {key: value.to(dtype) for key, value in shown.items()}
     with torch.no_grad():
@@ -92,7 +93,7 @@ def result_of(vae: nn.Module, name: str, x: Tensor, **shown: Tensor) -> Tensor:
 
 
 def same(one: tuple[Tensor, list[Call]], other: tuple[Tensor, list[Call]]) -> bool:
-    """Whether two runs gave the same images and asked the VAE for the same, to the bit."""
+    """Return True if two runs have the same images and the same calls of the VAE, to the bit."""
     pairs = list(zip(one[1], other[1], strict=True))
     return torch.equal(one[0], other[0]) and all(
         a.name == b.name and torch.equal(a.given, b.given) and torch.equal(a.result, b.result) for a, b in pairs
@@ -100,7 +101,7 @@ def same(one: tuple[Tensor, list[Call]], other: tuple[Tensor, list[Call]]) -> bo
 
 
 def assert_as_accurate_as_stock(pipe: Any, case: str, stock: nn.Module) -> tuple[Tensor, list[Call]]:
-    """Run an accelerated pipeline and hold every call of its VAE, and its images, to eager and to float64.
+    """Run an accelerated pipeline and compare its images and every call of its VAE with eager and float64.
 
     Eager in channels_last, as our convolutions are: on a CPU their rounding differs by the layout.
     """
@@ -116,7 +117,7 @@ def assert_as_accurate_as_stock(pipe: Any, case: str, stock: nn.Module) -> tuple
 
 @pytest.fixture
 def walked(monkeypatch):
-    """How often a part of a VAE came to the fast path."""
+    """Return the list of parts whose calls reached the fast path."""
     parts: list[str] = []
     original = FastPath.run
 
@@ -128,8 +129,12 @@ def walked(monkeypatch):
     return parts
 
 
+# Each kind of VAE, and each way in which a pipeline calls it.
+SHORT = ("image to image", "inpaint", "upscale", "SDXL", "SD3", "FLUX.2 with a picture to go by", "Marigold")
+
+
 @pytest.mark.usefixtures("users_cpu")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", short_run(CASES, SHORT))
 def test_images_are_those_of_stock(case, walked):
     pipe = build(case)
     stock, config = copy.deepcopy(pipe.vae), dict(pipe.config)
@@ -144,7 +149,7 @@ def test_images_are_those_of_stock(case, walked):
     assert walked == [{"encode": "Encoder", "decode": "Decoder"}[name] for name, *_ in calls]
     assert [name for name, *_ in fast_calls] == [name for name, *_ in calls]
     assert torch.equal(fast_calls[0].given, calls[0].given)
-    assert same(during, run(pipe, case)), "a run must not hang on the one before"
+    assert same(during, run(pipe, case)), "a run must not depend on the one before"
     assert type(pipe.vae) is type(stock)
     assert dict(pipe.config) == config
 
@@ -167,15 +172,13 @@ HALVES = {
 @pytest.mark.usefixtures("users_cpu")
 @pytest.mark.parametrize(
     ("case", "half"),
-    [
-        *(("SDXL", half) for half in HALVES),
-        ("SDXL, image to image", "fp16, decoded in fp32"),
-        pytest.param("SDXL, image to image", "fp16 throughout", marks=pytest.mark.slow),
-        pytest.param("SDXL, image to image", "bf16 throughout", marks=pytest.mark.slow),
-    ],
+    short_run(
+        [(case, half) for case in ("SDXL", "SDXL, image to image") for half in HALVES],
+        [("SDXL, image to image", "fp16, decoded in fp32"), ("SDXL", "bf16 throughout")],
+    ),
 )
 def test_half_precision_pipelines_recast_as_ever(case, half):
-    """Under force_upcast SDXL's pipelines take a VAE of fp16 to fp32 and back within each call."""
+    """With force_upcast SDXL's pipelines cast an fp16 VAE to fp32 and back within each call."""
     dtype, upcast = HALVES[half]
     pipe = build(case).to(dtype)
     pipe.vae.register_to_config(force_upcast=upcast)
@@ -192,8 +195,8 @@ def test_half_precision_pipelines_recast_as_ever(case, half):
 
 
 @pytest.mark.usefixtures("users_cpu")
-def test_a_decoder_that_is_shown_the_picture_runs_as_it_stands():
-    """AsymmetricAutoencoderKL's, which inpainting calls with more than latents; its encoder is AutoencoderKL's."""
+def test_a_decoder_that_takes_the_image_runs_as_a_module():
+    """AsymmetricAutoencoderKL: inpainting passes its decoder image and mask; its encoder is AutoencoderKL's."""
     case = "inpaint"
     pipe = build(case)
     pipe.vae = two_sided_autoencoder().requires_grad_(False)

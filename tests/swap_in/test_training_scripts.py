@@ -1,4 +1,4 @@
-"""The ways of diffusers' training scripts with a VAE, accelerated, beside the same on stock and in float64."""
+"""Uses of a VAE in diffusers' training scripts: accelerated, stock, and in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_as_accurate
+from support.short_run import short_run
 from swap_in.tiny_parts import autoencoder, ddim, sixteen_latents, unet
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from fastvae.fast.training_pass import TrainingPass
 
 @pytest.fixture(params=["a user's CPU", "fused kernels"], autouse=True)
 def passes(request, monkeypatch):
-    """Both ways that an accelerated VAE computes here, and the passes that its parts took: "inference", "training"."""
+    """Run on a CPU's operators or on fused kernels; return the set of passes taken: "inference", "training"."""
     if request.param == "fused kernels":
         if "cpu" not in fallback_reasons.KERNEL_DEVICES:
             pytest.skip("no interpreter, so that kernels run on a GPU alone")
@@ -37,12 +38,12 @@ def passes(request, monkeypatch):
     return taken
 
 
-# For what no other pass changes: the interpreter takes ten seconds a step.
+# For results that do not depend on the pass: the interpreter takes ten seconds a step.
 ON_A_USERS_CPU = pytest.mark.parametrize("passes", ["a user's CPU"], indirect=True)
 
 
 def models(build: Callable[[], nn.Module] = autoencoder, **settings: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """An accelerated VAE of diffusers', the same as it was in our layout, and in float64."""
+    """Return an accelerated VAE of diffusers', its stock copy in channels_last, and a float64 copy."""
     torch.manual_seed(0)
     vae = build().requires_grad_(False)
     stock = copy.deepcopy(vae).to(memory_format=torch.channels_last)
@@ -50,7 +51,7 @@ def models(build: Callable[[], nn.Module] = autoencoder, **settings: bool) -> tu
 
 
 def batch(rows: int = 2, seed: int = 1, side: int = 8) -> Tensor:
-    """Pixels [rows, 3, side, side] in [-1, 1]."""
+    """Return pixels [rows, 3, side, side] in [-1, 1]."""
     return torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -59,7 +60,7 @@ def like(x: Tensor, vae: nn.Module) -> Tensor:
 
 
 def saved_by_autograd(function) -> list[Tensor]:
-    """What a call leaves behind for a backward pass."""
+    """Return the tensors that a call saves for a backward pass."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         function()
@@ -67,9 +68,9 @@ def saved_by_autograd(function) -> list[Tensor]:
 
 
 def whitened(gradients: list[Tensor], truth: list[Tensor]) -> Tensor:
-    """Gradients as one vector, each on the scale that its true one has.
+    """Return gradients as one vector, each divided by the size of the true one.
 
-    Those that cancel in truth are left out: what is added to all keys alike does nothing in a softmax.
+    Gradients that are zero in truth are left out: a bias of all keys cancels in the softmax.
     """
     sizes = [exact.square().mean().sqrt() for exact in truth]
     pairs = [pair for pair in zip(gradients, sizes, strict=True) if pair[1] > 1e-9 * max(sizes)]
@@ -78,7 +79,7 @@ def whitened(gradients: list[Tensor], truth: list[Tensor]) -> Tensor:
 
 
 class Features(nn.Module):
-    """Stands for LPIPS' network: distances between the normalised features of two pictures, by frozen layers."""
+    """A small network as LPIPS': distance between the normalised features of two images, from frozen layers."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +87,7 @@ class Features(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The distance of a and b, both [B, 3, H, W]."""
+        """Return the distance of a and b, both [B, 3, H, W]."""
         distance = a.new_zeros(())
         for layer in self.layers:
             a, b = layer(a).tanh(), layer(b).tanh()
@@ -94,16 +95,16 @@ class Features(nn.Module):
         return distance
 
 
-# Encoding in the loop: frozen weights, and grad mode on as the scripts leave it.
+# Encoding in the loop: frozen weights, with grad mode on as in the scripts.
 
 
 def latents_of(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """The scripts' own line."""
+    """Return latents by the line that the scripts use."""
     return vae.encode(pixels.to(dtype=vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
 
 
 def exact_latents(vae: nn.Module, pixels: Tensor, seed: int) -> Tensor:
-    """The same in float64 with the noise of float32."""
+    """Return the same latents in float64, with the noise of float32."""
     posterior = vae.encode(pixels.double()).latent_dist
     torch.manual_seed(seed)
     noise = torch.randn(posterior.mean.shape)
@@ -117,7 +118,17 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+PASSES = ("a user's CPU", "fused kernels")
+
+
+@pytest.mark.parametrize(
+    ("way", "passes"),
+    short_run(
+        [(way, name) for way in WAYS for name in PASSES],
+        [*((way, "a user's CPU") for way in WAYS), ("frozen, grad mode on", "fused kernels")],
+    ),
+    indirect=["passes"],
+)
 def test_encoding_keeps_no_graph_and_draws_as_stock(way, passes):
     trainable, mode = WAYS[way]
     ours, stock, exact = models()
@@ -141,14 +152,14 @@ def test_encoding_keeps_no_graph_and_draws_as_stock(way, passes):
 
 
 def test_a_trainable_encoder_keeps_what_backward_needs():
-    """The other side of the test above: what it counts is there when it is needed."""
+    """Counterpart of the test above: tensors are saved when a gradient is needed."""
     ours, *_ = models()
     ours.requires_grad_(True)
     assert saved_by_autograd(lambda: ours.encode(batch(1)).latent_dist.sample())
 
 
 def denoising_gradient(net: nn.Module, latents: Tensor) -> Tensor:
-    """One step of text-to-image training: noise the latents, ask for the noise, give the loss back.
+    """Run one step of text-to-image training: add noise, predict the noise, return the loss.
 
     The gradient of all weights as one vector. In float64: a UNet's own rounding is larger than what comes of a VAE's.
     """
@@ -173,7 +184,7 @@ def test_a_step_of_text_to_image_training_gives_stocks_gradient():
     assert all(weight.grad is None for weight in ours.parameters())
 
 
-# DreamBooth with --cache_latents: whole posteriors are kept, the VAE is deleted, and every step draws anew.
+# DreamBooth with --cache_latents: posteriors are kept, the VAE is deleted, and every step draws a sample.
 
 
 @pytest.mark.parametrize(
@@ -182,12 +193,12 @@ def test_a_step_of_text_to_image_training_gives_stocks_gradient():
         pytest.param("a user's CPU", False, id="a user's CPU"),
         pytest.param("a user's CPU", True, id="a user's CPU, freeze"),
         pytest.param("fused kernels", False, id="fused kernels", marks=pytest.mark.slow),
-        pytest.param("fused kernels", True, id="fused kernels, freeze"),
+        pytest.param("fused kernels", True, id="fused kernels, freeze", marks=pytest.mark.slow),
     ],
     indirect=["passes"],
 )
 def test_posteriors_kept_over_steps_stay_what_they_were(freeze):
-    """FLUX's: no convolution behind the encoder makes what it gave anew."""
+    """FLUX's VAE: without quant_conv the encoder's own output is kept."""
     ours, *_ = models(sixteen_latents, freeze=freeze)
     factor = ours.config.scaling_factor
     cache, at_once = [], []
@@ -213,7 +224,7 @@ def test_posteriors_kept_over_steps_stay_what_they_were(freeze):
             drawn.zero_()
 
 
-# Losses on pixels that reach back through decode, as reward and LPIPS fine-tuning have them.
+# Losses on pixels through decode, as in reward and LPIPS fine-tuning.
 
 
 @pytest.mark.parametrize(
@@ -221,13 +232,13 @@ def test_posteriors_kept_over_steps_stay_what_they_were(freeze):
     [
         pytest.param("a user's CPU", False, id="a user's CPU"),
         pytest.param("a user's CPU", True, id="a user's CPU, gradient checkpointing"),
-        pytest.param("fused kernels", False, id="fused kernels"),
+        pytest.param("fused kernels", False, id="fused kernels", marks=pytest.mark.slow),
         pytest.param("fused kernels", True, id="fused kernels, gradient checkpointing", marks=pytest.mark.slow),
     ],
     indirect=["passes"],
 )
 def test_a_loss_on_pixels_goes_back_through_a_frozen_decoder(checkpointing, passes):
-    """By way of a network that made the latents: its gradients, and none of the VAE's own weights."""
+    """Gradients of the network that made the latents, and none of the VAE's weights."""
     torch.manual_seed(5)
     maker, distance = nn.Conv2d(4, 4, 3, padding=1), Features()
     target, noise = batch(1), torch.randn(1, 4, 4, 4)
@@ -253,7 +264,7 @@ def test_a_loss_on_pixels_goes_back_through_a_frozen_decoder(checkpointing, pass
 
 
 def vae_step(vae: nn.Module, pixels: Tensor, distance: nn.Module) -> list[Tensor]:
-    """Gradients of pixels, LPIPS and KL, after the last layer's own were asked for to weigh a discriminator."""
+    """Gradients of pixel, LPIPS and KL losses, after those of the last layer, which weigh a discriminator."""
     posterior = vae.encode(like(pixels, vae)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(6))
     picture = vae.decode(posterior.mean + posterior.std * like(noise, vae)).sample
@@ -264,7 +275,11 @@ def vae_step(vae: nn.Module, pixels: Tensor, distance: nn.Module) -> list[Tensor
     return [parameter.grad for parameter in vae.parameters()]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize(
+    ("checkpointing", "passes"),
+    short_run([(checkpointing, name) for checkpointing in (False, True) for name in PASSES], [(True, "fused kernels")]),
+    indirect=["passes"],
+)
 def test_a_step_of_vae_training_gives_stocks_gradients(checkpointing, passes):
     torch.manual_seed(5)
     distance = Features()
@@ -281,7 +296,7 @@ def test_a_step_of_vae_training_gives_stocks_gradients(checkpointing, passes):
 
 @ON_A_USERS_CPU
 def test_the_step_after_is_taken_from_the_weights_that_it_left():
-    """Nothing that was derived from the old ones outlives the optimizer's write."""
+    """Nothing computed from the old weights outlives the optimizer's write."""
     ours, *_ = models()
     ours.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2)

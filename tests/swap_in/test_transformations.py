@@ -1,6 +1,6 @@
-"""What is done to a model after it is accelerated, or before: adapters, compilation, checkpointing, fused projections.
+"""Changes to a model before or after it is accelerated: adapters, compilation, checkpointing, fused projections.
 
-Every step is held to a stock twin to which the same is done.
+Every step is compared with a stock copy that is changed in the same way.
 """
 
 import copy
@@ -57,7 +57,7 @@ ADAPTER_STEPS = {
 
 
 def test_adapters_through_their_whole_life(monkeypatch):
-    """Blocks with adapters run as they stand, the rest is walked, and all of it again when they are gone."""
+    """Blocks with adapters run as modules, the rest is fast, and everything is fast again without them."""
     vae, stock = fast_and_stock()
     walks, seen = Walks(monkeypatch), []
     for step, change in ADAPTER_STEPS.items():
@@ -76,7 +76,7 @@ def test_adapters_through_their_whole_life(monkeypatch):
     assert_computes_like(vae, stock)
     torch.testing.assert_close(moments_of(vae, pixels()), moments_of(tiny(), pixels()))
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ("cpu",))
-    assert not fastvae.explain(vae, SHAPE).reasons, "what is gone leaves no reason"
+    assert not fastvae.explain(vae, SHAPE).reasons, "removed adapters leave no reason"
 
 
 def test_an_adapter_on_the_first_convolution_keeps_the_part_from_the_walk(monkeypatch):
@@ -90,7 +90,7 @@ def test_an_adapter_on_the_first_convolution_keeps_the_part_from_the_walk(monkey
 
 
 def test_an_adapter_is_trained_saved_and_loaded(tmp_path):
-    """Its gradients are those of stock, and its file loads into stock and into an accelerated model."""
+    """Its gradients are stock's, and its file loads into a stock and into an accelerated model."""
     exact, stock, vae = tiny().double(), tiny(), fastvae.accelerate(tiny())
     gradients = []
     for model in (vae, stock, exact):
@@ -118,6 +118,13 @@ def test_an_adapter_is_trained_saved_and_loaded(tmp_path):
 
 # torch.compile, as pipelines assign it back.
 
+# Few layers, because torch traces them.
+ONE_BLOCK = {
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (8,),
+}
+
 
 @pytest.fixture
 def _compile_anew():
@@ -133,10 +140,17 @@ def compiled(vae):
 
 
 @pytest.mark.usefixtures("_compile_anew")
-@pytest.mark.parametrize(("hand", "accelerated"), [("diffusers", "before"), ("fastvae", "after")])
-def test_compiled_methods_follow_accelerate_and_restore(hand, accelerated, monkeypatch):
-    """pipe.vae.decode = torch.compile(pipe.vae.decode): a graph of what was there before is not run again."""
-    vae, stock = tiny(hand), tiny(hand)
+@pytest.mark.parametrize(
+    ("library", "accelerated", "config"),
+    [
+        pytest.param("diffusers", "before", ONE_BLOCK, id="before"),
+        pytest.param("fastvae", "after", ONE_BLOCK, id="after", marks=pytest.mark.slow),
+        pytest.param("diffusers", "before", {}, id="before, every layer", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_methods_follow_accelerate_and_restore(library, accelerated, config):
+    """pipe.vae.decode = torch.compile(pipe.vae.decode): a graph compiled before the change is not run again."""
+    vae, stock = tiny(library, **config), tiny(library, **config)
     vae = compiled(fastvae.accelerate(vae)) if accelerated == "before" else fastvae.accelerate(compiled(vae))
     fast = both_ways(vae)
     assert not torch.equal(fast[0], both_ways(stock)[0]), "else nothing here could fail"
@@ -164,10 +178,10 @@ def test_a_compiled_model_in_a_pipeline_is_saved_as_itself(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["checkpointing first", "accelerated first"])
-@pytest.mark.parametrize("hand", LIBRARIES)
-def test_gradient_checkpointing(hand, order):
-    """Blocks are computed again in the backward pass, as many as stock's, and the gradients are stock's."""
-    models, counts, gradients = [tiny(hand), tiny(hand), tiny(hand).double()], [], []
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_gradient_checkpointing(library, order):
+    """The backward pass recomputes as many blocks as stock, and the gradients are stock's."""
+    models, counts, gradients = [tiny(library), tiny(library), tiny(library).double()], [], []
     if order == "accelerated first":
         fastvae.accelerate(models[0])
     for model in models:
@@ -199,7 +213,7 @@ def counted(function, calls):
 
 
 def test_gradient_checkpointing_of_the_fused_kernels(monkeypatch):
-    """Under the interpreter every block of a walk with a gradient goes through the part's own checkpointing."""
+    """In the interpreter every block with a gradient goes through the part's own checkpointing."""
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", KERNEL_DEVICES)
     vae, calls = fastvae.accelerate(tiny()).requires_grad_(True).train(), []
     vae.enable_gradient_checkpointing()
@@ -226,7 +240,7 @@ def test_a_pipelines_projections_are_fused_and_taken_apart(order, monkeypatch):
         fastvae.accelerate(pipes[0])
     (vae, stock), walks = (pipe.vae for pipe in pipes), Walks(monkeypatch)
     assert hasattr(vae.encoder.mid_block.attentions[0], "to_qkv")
-    # What is changed in the fused layer shows: it is the one that computes.
+    # A change of the fused layer changes the output, so this layer computes.
     for model in (vae, stock):
         model.encoder.mid_block.attentions[0].to_qkv.weight.data.mul_(1.5)
     assert_computes_like(vae, stock)
@@ -240,7 +254,7 @@ def test_a_pipelines_projections_are_fused_and_taken_apart(order, monkeypatch):
 
 
 def test_a_copy_made_between_the_steps_is_right():
-    """Adapters, fused projections and a recast model, copied: each copy computes as its original."""
+    """A copy of a recast model with adapters computes as its original."""
     vae, stock = fast_and_stock()
     for model in (vae, stock):
         adapted(model, "one", 1, "to_out.0")

@@ -1,4 +1,4 @@
-"""The parts of tiny pipelines, with random weights and built from configs alone: nothing is fetched."""
+"""Parts of tiny pipelines with random weights, built from configs: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
 def clip(kind: str = "CLIPTextModel") -> tuple[Any, nn.Module]:
-    """A tokenizer of letters and a text encoder of width 32."""
+    """Return a tokenizer of letters and a text encoder of width 32."""
     letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
     vocab = {word: number for number, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=WORDS)
@@ -41,7 +41,7 @@ def clip(kind: str = "CLIPTextModel") -> tuple[Any, nn.Module]:
 
 
 def gemma() -> tuple[Any, nn.Module]:
-    """A tokenizer of letters and a language model of width 32."""
+    """Return a tokenizer of letters and a language model of width 32."""
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters]
     tokenizer = transformers.GemmaTokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
     config = transformers.Gemma2Config(vocab_size=len(letters), **LANGUAGE)
@@ -49,7 +49,7 @@ def gemma() -> tuple[Any, nn.Module]:
 
 
 def t5() -> tuple[Any, nn.Module]:
-    """A tokenizer of letters and an encoder of width 64."""
+    """Return a tokenizer of letters and an encoder of width 64."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
     tokenizer = transformers.T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
     config = transformers.T5Config(
@@ -59,7 +59,7 @@ def t5() -> tuple[Any, nn.Module]:
 
 
 def qwen(kind: str = "Qwen3Model") -> tuple[Any, nn.Module]:
-    """A tokenizer of letters with a chat template, and a language model of width 32."""
+    """Return a tokenizer of letters with a chat template, and a language model of width 32."""
     letters = ["<|endoftext|>", *string.ascii_letters, "Ġ", "Ċ"]
     tokenizer = transformers.Qwen2Tokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -68,7 +68,7 @@ def qwen(kind: str = "Qwen3Model") -> tuple[Any, nn.Module]:
 
 
 def autoencoder(blocks: int = 2, kind: str = "AutoencoderKL", **config: Any) -> Any:
-    """A VAE of 2 ** (blocks - 1) pixels a latent with random weights, those of its norms and biases too."""
+    """Return a VAE of 2 ** (blocks - 1) pixels a latent with random weights, those of its norms and biases too."""
     types = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
     vae = getattr(diffusers, kind)(block_out_channels=(16, 32, 32)[:blocks], norm_num_groups=4, **types, **config)
     with_random_vectors(vae)
@@ -76,14 +76,14 @@ def autoencoder(blocks: int = 2, kind: str = "AutoencoderKL", **config: Any) -> 
 
 
 def with_random_vectors(vae: nn.Module) -> None:
-    """Draw what a new model has as zeros and ones: biases, and the weights of norms."""
+    """Draw random biases and weights of norms, which are zeros and ones in a new model."""
     for weight in vae.parameters():
         if weight.ndim == 1:
             nn.init.normal_(weight, mean=1.0 if weight.mean() > 0.9 else 0.0, std=0.2)
 
 
 def two_sided_autoencoder() -> diffusers.AsymmetricAutoencoderKL:
-    """A VAE whose decoder is shown the picture and the mask."""
+    """Return a VAE whose decoder also takes the image and the mask."""
     vae = diffusers.AsymmetricAutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         down_block_out_channels=(16, 32),
@@ -96,18 +96,18 @@ def two_sided_autoencoder() -> diffusers.AsymmetricAutoencoderKL:
 
 
 def sixteen_latents(**config: Any) -> diffusers.AutoencoderKL:
-    """A VAE as SD3's and FLUX's: 16 latents, a shift, and no convolution of 1x1."""
+    """Return a VAE as SD3's and FLUX's: 16 latents, a shift, and no 1x1 convolutions."""
     return autoencoder(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **config)
 
 
 def unet(in_channels: int = 4, **config: Any) -> diffusers.UNet2DConditionModel:
-    """A UNet of two blocks, from ``in_channels`` to four."""
+    """Return a UNet of two blocks, from ``in_channels`` to four."""
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": UP_BLOCKS, **NARROW}
     return diffusers.UNet2DConditionModel(in_channels=in_channels, sample_size=SIDE // 2, **(blocks | config)).eval()
 
 
 def ddim() -> diffusers.DDIMScheduler:
-    """The scheduler of Stable Diffusion, without noise of its own."""
+    """Return the scheduler of Stable Diffusion, without noise of its own."""
     return diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -119,17 +119,17 @@ def ddim() -> diffusers.DDIMScheduler:
 
 
 def picture(side: int = SIDE) -> Tensor:
-    """A picture [1, 3, side, side] in [0, 1], of waves."""
+    """Return an image [1, 3, side, side] in [0, 1], of waves."""
     across, down = torch.meshgrid(*[torch.linspace(0, 3, side)] * 2, indexing="xy")
     waves = [torch.sin(across * (colour + 1) + down * 2) for colour in range(3)]
     return torch.stack(waves)[None] / 2 + 0.5
 
 
 def mask() -> Tensor:
-    """The left half of a picture, [1, 1, SIDE, SIDE]."""
+    """Return a mask of the left half, [1, 1, SIDE, SIDE]."""
     return (torch.arange(SIDE) < SIDE // 2).float().expand(1, 1, SIDE, SIDE)
 
 
 def as_pil(pixels: Tensor) -> Image.Image:
-    """Pixels [1, 3, H, W] in [0, 1] as a picture of bytes."""
+    """Return pixels [1, 3, H, W] in [0, 1] as a Pillow image."""
     return Image.fromarray((pixels[0].permute(1, 2, 0) * 255).byte().numpy())

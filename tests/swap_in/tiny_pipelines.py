@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 
 def stable_diffusion(pipeline: str = "StableDiffusionPipeline", **parts: Any) -> Any:
-    """A pipeline of Stable Diffusion 1.5's family; ``parts`` takes the place of its own."""
+    """Return a pipeline of Stable Diffusion 1.5's family; ``parts`` replaces its own parts."""
     tokenizer, text_encoder = clip()
     own = {
         "vae": autoencoder,
@@ -48,7 +48,7 @@ def stable_diffusion(pipeline: str = "StableDiffusionPipeline", **parts: Any) ->
 
 
 def controlnet() -> Any:
-    """Stable Diffusion under a ControlNet."""
+    """Return Stable Diffusion with a ControlNet."""
     guide = diffusers.ControlNetModel(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), conditioning_embedding_out_channels=(4, 8), **NARROW
     )
@@ -58,7 +58,7 @@ def controlnet() -> Any:
 
 
 def upscale() -> Any:
-    """The x4 upscaler: latents as large as the picture that it is given, and a VAE of four pixels a latent."""
+    """Return the x4 upscaler: latents of the size of its input image, and a VAE of four pixels a latent."""
     tokenizer, text_encoder = clip()
     return diffusers.StableDiffusionUpscalePipeline(
         vae=autoencoder(blocks=3, scaling_factor=0.08333),
@@ -71,7 +71,7 @@ def upscale() -> Any:
 
 
 def marigold() -> Any:
-    """Depth by a UNet that is shown the picture's latents beside the depth's."""
+    """Return Marigold's depth pipeline: its UNet takes the latents of the image and of the depth."""
     tokenizer, text_encoder = clip()
     return diffusers.MarigoldDepthPipeline(
         unet=unet(8),
@@ -84,7 +84,7 @@ def marigold() -> Any:
 
 
 def xl(pipeline: str = "StableDiffusionXLPipeline") -> Any:
-    """SDXL with its two text encoders and its sizes among the conditions."""
+    """Return SDXL with its two text encoders and image sizes as conditions."""
     tokenizer, text_encoder = clip()
     tokenizer_2, text_encoder_2 = clip("CLIPTextModelWithProjection")
     return getattr(diffusers, pipeline)(
@@ -105,7 +105,7 @@ def xl(pipeline: str = "StableDiffusionXLPipeline") -> Any:
 
 
 def stable_diffusion_3(pipeline: str = "StableDiffusion3Pipeline") -> Any:
-    """SD3: three text encoders, a transformer, sixteen latents."""
+    """Return SD3: three text encoders, a transformer, sixteen latents."""
     tokenizer, text_encoder = clip("CLIPTextModelWithProjection")
     tokenizer_2, text_encoder_2 = clip("CLIPTextModelWithProjection")
     tokenizer_3, text_encoder_3 = t5()
@@ -132,7 +132,7 @@ def stable_diffusion_3(pipeline: str = "StableDiffusion3Pipeline") -> Any:
 
 
 def flux(pipeline: str = "FluxPipeline") -> Any:
-    """FLUX.1: two text encoders, a transformer over packed latents, sixteen of them."""
+    """Return FLUX.1: two text encoders, a transformer over packed latents, sixteen of them."""
     tokenizer, text_encoder = clip()
     tokenizer_2, text_encoder_2 = t5()
     return getattr(diffusers, pipeline)(
@@ -155,7 +155,7 @@ def flux(pipeline: str = "FluxPipeline") -> Any:
 
 
 def z_image() -> Any:
-    """Z-Image: a language model reads the prompt, one transformer takes words and latents together."""
+    """Return Z-Image: a language model reads the prompt, one transformer takes text and latents together."""
     tokenizer, text_encoder = qwen()
     transformer = diffusers.ZImageTransformer2DModel(
         dim=32,
@@ -167,7 +167,7 @@ def z_image() -> Any:
         axes_dims=[4, 6, 6],
         axes_lens=[128, 32, 32],
     )
-    # Two vectors are left as memory holds them, for a checkpoint to fill.
+    # Two vectors are uninitialised memory, which a checkpoint would fill.
     for weight in (transformer.x_pad_token, transformer.cap_pad_token):
         nn.init.normal_(weight, std=0.02)
     return diffusers.ZImagePipeline(
@@ -180,7 +180,7 @@ def z_image() -> Any:
 
 
 def lumina() -> Any:
-    """Lumina 2: a language model reads the prompt; whatever the VAE, it reckons with eight pixels a latent."""
+    """Return Lumina 2: a language model reads the prompt; it assumes eight pixels a latent for any VAE."""
     tokenizer, text_encoder = gemma()
     return diffusers.Lumina2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -203,7 +203,7 @@ def lumina() -> Any:
 
 
 def flux_2() -> Any:
-    """FLUX.2 klein: latents in patches of 2x2, normalised by the statistics that its VAE keeps."""
+    """Return FLUX.2 klein: latents in patches of 2x2, normalised by statistics of its VAE."""
     tokenizer, text_encoder = qwen("Qwen3ForCausalLM")
     vae = autoencoder(kind="AutoencoderKLFlux2", latent_channels=32, layers_per_block=1)
     nn.init.normal_(vae.bn.running_mean, std=0.1)
@@ -275,7 +275,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
 
 
 def build(case: str, seed: int = 0) -> Any:
-    """The pipeline of a case with weights drawn from ``seed``, silent and frozen."""
+    """Return the pipeline of a case with weights drawn from ``seed``, frozen and without a progress bar."""
     torch.manual_seed(seed)
     pipe = CASES[case][0]()
     pipe.set_progress_bar_config(disable=True)
@@ -286,9 +286,9 @@ def build(case: str, seed: int = 0) -> Any:
 
 
 def call(pipe: Any, case: str, seed: int = 7) -> Tensor:
-    """The images [B, C, H, W] in [0, 1] of two steps from ``seed``."""
+    """Return the images [B, C, H, W] in [0, 1] of two steps from ``seed``."""
     given = {"num_inference_steps": 2, "output_type": "pt", "generator": torch.Generator().manual_seed(seed)}
-    words = {"prompt": "a red fox", "negative_prompt": "blurry"}
+    defaults = {"prompt": "a red fox", "negative_prompt": "blurry"}
     taken = inspect.signature(type(pipe).__call__).parameters
-    done = pipe(**{name: word for name, word in words.items() if name in taken}, **(given | CASES[case][1]()))
+    done = pipe(**{name: value for name, value in defaults.items() if name in taken}, **(given | CASES[case][1]()))
     return done.prediction if case == "Marigold" else done.images
