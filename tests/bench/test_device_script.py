@@ -81,6 +81,7 @@ def pytest_collection_finish(session):
 
 
 @needs_bash
+@pytest.mark.slow  # its short form is the test of a wrong and killed part below
 def test_a_wrong_result_fails_and_has_no_time(tmp_path):
     (tmp_path / "planted.py").write_text(WRONG)
     out = tmp_path / "out"
@@ -105,6 +106,7 @@ def pytest_runtest_setup(item):
 
 
 @needs_bash
+@pytest.mark.slow  # as above
 def test_a_killed_part_keeps_its_finished_cases(tmp_path):
     """A case that hangs in a compiler is killed in this way."""
     (tmp_path / "planted.py").write_text(KILLED)
@@ -114,6 +116,26 @@ def test_a_killed_part_keeps_its_finished_cases(tmp_path):
     whole = json.loads((out / "results.json").read_text())
     assert len(whole["cases"]) == 2
     assert whole["passed"] is whole["parts"]["ops"]["passed"] is False
+
+
+WRONG_AND_KILLED = WRONG.replace(
+    'if "residual" not in item.nodeid:', 'if item is not session.items[0] and "residual" not in item.nodeid:'
+)
+
+
+@needs_bash
+def test_a_wrong_and_killed_part_keeps_its_right_case(tmp_path):
+    """Three cases: a right one, a wrong one, and one in which the process is killed."""
+    (tmp_path / "planted.py").write_text(WRONG_AND_KILLED + KILLED)
+    out = tmp_path / "out"
+    done = run_script(out, "--dry", "--only", "ops", PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p planted")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "failed: ops"
+    whole = json.loads((out / "results.json").read_text())
+    assert whole["passed"] is whole["parts"]["ops"]["passed"] is False
+    assert [row["op"] for row in whole["cases"].values()] == ["group_norm_silu"]
+    (failed,) = whole["parts"]["ops"]["failed"]
+    assert "residual_add" in failed
 
 
 WRONG_NETWORK = """

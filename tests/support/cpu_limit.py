@@ -10,6 +10,7 @@ import pytest
 # Path or id of a test -> the reason why it may take longer.
 LONGER = {
     "tests/report/test_browser.py": "starts Chromium",
+    "tests/bench/test_device_script.py": "runs bench/device.sh",
     "tests/bench/timing/test_regressions.py::test_a_wrong_result_has_no_ratio": "starts two processes",
 }
 
