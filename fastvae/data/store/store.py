@@ -136,7 +136,7 @@ class Store:
         rows_per_unit: Callable[[Size], int],
         files: Iterable[SourceFile] = (),
     ) -> list[Unit]:
-        """Extend the plan, see WorkList.extend, without numbers of records whose plan was lost: they would match."""
+        """Extend the plan, see WorkList.extend; skip the numbers of records whose plan was lost, which would match."""
         numbers = [int(path.name.split("-")[0]) for path in self.records()]
         return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1)
 

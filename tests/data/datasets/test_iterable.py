@@ -47,16 +47,16 @@ def test_the_number_of_workers_changes_nothing(store, workers):
 def test_a_resumed_epoch_returns_the_rest(store, workers, done):
     iterable = LatentIterable(store, 2, window=3)
     iterable.set_epoch(2)
-    whole = [keys for keys, _ in batches_of(iterable)]
-    assert len(iterable) == len(whole) == 7 + 4
+    complete = [keys for keys, _ in batches_of(iterable)]
+    assert len(iterable) == len(complete) == 7 + 4
     again = LatentIterable(store, 2, window=3)
     again.load_state_dict(iterable.state_dict(done))
     again.set_epoch(2)
-    assert len(again) == len(whole) - done
-    assert [keys for keys, _ in batches_of(again, workers)] == whole[done:]
+    assert len(again) == len(complete) - done
+    assert [keys for keys, _ in batches_of(again, workers)] == complete[done:]
     iterable.set_epoch(3)
     again.set_epoch(3)
-    assert [keys for keys, _ in batches_of(again)] == [keys for keys, _ in batches_of(iterable)] != whole
+    assert [keys for keys, _ in batches_of(again)] == [keys for keys, _ in batches_of(iterable)] != complete
 
 
 def test_persistent_workers_take_the_next_epoch(store):

@@ -55,13 +55,13 @@ def test_row_15_an_incomplete_picture_is_never_left(tmp_path, full):
     write_pictures(tmp_path / "in", 1)
     encode(tmp_path / "in", tmp_path / "out", vae=vae, **options)
     decode(tmp_path / "out", out, vae=vae, progress=False)
-    (whole,) = out.iterdir()
-    before, size = whole.read_bytes(), whole.stat().st_size
+    (written,) = out.iterdir()
+    before, size = written.read_bytes(), written.stat().st_size
     black = np.zeros((side, side, 3), np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     writers = {
         "a picture": lambda: decode(tmp_path / "out", out, vae=vae, progress=False),
-        "a sheet": lambda: write_sheet([("a", black, noise)], whole),
+        "a sheet": lambda: write_sheet([("a", black, noise)], written),
     }
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
@@ -70,8 +70,8 @@ def test_row_15_an_incomplete_picture_is_never_left(tmp_path, full):
             writers[full]()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in out.iterdir()] == [whole.name]
-    assert whole.read_bytes() == before
+    assert [path.name for path in out.iterdir()] == [written.name]
+    assert written.read_bytes() == before
 
 
 def test_a_store_of_draws_is_decoded_from_its_draws(tmp_path):
