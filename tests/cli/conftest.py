@@ -1,4 +1,4 @@
-"""What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call."""
+"""Fixtures: a CPU as users have it, with torch's layers and without Triton's interpreter, which is slow."""
 
 import pytest
 from support.forks import forks as forks  # the fixture
@@ -13,7 +13,7 @@ def _as_a_users_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small model's folder, for all tests of a file."""
+    """Folder of a small model, shared by the tests of a file."""
     folder = tmp_path_factory.mktemp("model")
     small_vae().save_pretrained(folder)
     return str(folder)

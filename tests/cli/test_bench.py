@@ -1,4 +1,4 @@
-"""fastvae bench as a user runs it: what goes where, its exit codes, and what is refused before anything is measured."""
+"""fastvae bench as a user runs it: its output, its exit codes, and arguments refused before anything is measured."""
 
 import json
 import sys
@@ -97,7 +97,7 @@ def test_without_the_extra_nothing_is_measured_for_a_page(missing, tmp_path, mon
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_wrong_is_one_sentence(arguments, words, code, tmp_path):
+def test_a_wrong_argument_is_one_sentence(arguments, words, code, tmp_path):
     arguments = [argument.replace("{there}", str(tmp_path)) for argument in arguments]
     result = run(*arguments, code=code)
     assert words.replace("{there}", str(tmp_path)) in " ".join(result.stderr.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its exit codes, and that no foreseen error is a traceback."""
+"""The command line: its output, its exit codes, and foreseen errors without a traceback."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_decode_makes_a_contact_sheet(pictures, model, tmp_path):
             assert np.array_equal(pixels[top + 16 : top + 16 + SIDE, left : left + SIDE], np.asarray(image))
 
 
-def test_export_says_what_it_will_write_and_what_it_wrote(pictures, model, tmp_path):
+def test_export_prints_its_plan_and_its_result(pictures, model, tmp_path):
     out = tmp_path / "out"
     encode(pictures, out, model)
     result = run("export", out, tmp_path / "tars", "--to", "wds")
@@ -162,7 +162,7 @@ def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
     assert result.stderr.splitlines()[-1] == "fastvae: empty: bad.png holds no bytes"
 
 
-def test_retry_failed_does_what_failed_again_and_touches_nothing_else(pictures, model, tmp_path):
+def test_retry_failed_encodes_only_failed_images_again(pictures, model, tmp_path):
     bad, out = Path(pictures) / "000.png", tmp_path / "out"
     whole, times = bad.read_bytes(), bad.stat()
     bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(len(whole) - 8))
@@ -170,7 +170,7 @@ def test_retry_failed_does_what_failed_again_and_touches_nothing_else(pictures, 
     result = encode(pictures, out, model, code=3)
     assert "see " + str(out / "failures.jsonl") + "; again with --retry-failed" in result.stdout
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "shards").iterdir()}
-    bad.write_bytes(whole)  # as it was: neither its size nor its time tells
+    bad.write_bytes(whole)  # size and time as before: neither shows the edit
     os.utime(bad, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert "0 ok, 3 resumed, 1 quarantined" in encode(pictures, out, model, code=3).stdout
     result = encode(pictures, out, model, "--retry-failed").stdout
@@ -292,7 +292,7 @@ def test_wrong_usage_is_exit_code_2_and_a_sentence(arguments, words, pictures, m
     assert words in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_model_that_is_not_there_is_a_sentence(pictures, tmp_path):
+def test_a_missing_model_is_one_sentence(pictures, tmp_path):
     (tmp_path / "no model").mkdir()
     for command in (["encode", pictures, tmp_path / "out", "--vae"], ["info"]):
         result = CliRunner().invoke(cli, [*map(str, command), str(tmp_path / "no model")])
@@ -381,7 +381,7 @@ def test_as_a_process_without_torch_for_help(forks, pictures, model, tmp_path):
     assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels, got 7 in '7'\n"
 
 
-def test_a_reader_that_went_away_is_no_error(forks, pictures, model, tmp_path):
+def test_a_closed_pipe_is_exit_code_141(forks, pictures, model, tmp_path):
     """As with `| head -1`: the other end of the pipe is closed when the report comes."""
     encode(pictures, tmp_path / "out", model)
     reading, writing = os.pipe()
@@ -413,7 +413,7 @@ def test_a_closed_stderr_stops_nothing(forks, pictures, model, tmp_path):
     assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
 
 
-def test_a_store_that_another_run_plans_for_ever_is_exit_code_5(pictures, model, tmp_path, monkeypatch):
+def test_a_store_that_stays_locked_is_exit_code_5(pictures, model, tmp_path, monkeypatch):
     pytest.importorskip("fcntl", reason="this system has no such lock")
     encode(pictures, tmp_path / "out", model, "--limit", 1)
     monkeypatch.setattr("fastvae.data.store.lock.LOCK_TIMEOUT", 0.1)
@@ -423,7 +423,7 @@ def test_a_store_that_another_run_plans_for_ever_is_exit_code_5(pictures, model,
     assert "5 another run" in run("--help").stdout
 
 
-def test_decode_says_that_a_named_model_is_another(pictures, model, tmp_path):
+def test_decode_warns_of_another_model(pictures, model, tmp_path):
     encode(pictures, tmp_path / "out", model)
     small_vae(1).save_pretrained(tmp_path / "other")
     result = run("decode", tmp_path / "out", tmp_path / "png", "-q", "--vae", tmp_path / "other")

@@ -67,5 +67,5 @@ def test_a_fast_path_that_is_wrong_ends_in_code_1(folder, tmp_path, monkeypatch)
     ],
     ids=["no image", "no such file", "no image file", "no such device", "no such folder"],
 )
-def test_what_is_refused_says_so(folder, more, images, code, words):
+def test_a_refused_argument_is_named(folder, more, images, code, words):
     assert words in run(folder, *more, images=images, code=code).stderr

@@ -1,4 +1,4 @@
-"""Each row of docs/errors.md, produced: its exit code, its words, and no traceback."""
+"""Produces the error of each row of docs/errors.md: exit code, message, no traceback."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ ROWS = [
 
 @pytest.fixture
 def places(tmp_path, model):
-    """A folder of pictures, a store of generated rows, and where a verb may write."""
+    """A folder of pictures, a store of generated rows, and a path where a verb may write."""
     write_pictures(tmp_path / "in", 2)
     store = write_store(tmp_path / "store", {(32, 32): ["x.png", "x.jpg", "../y.png"]})
     return {"in": tmp_path / "in", "store": store, "out": tmp_path / "out", "model": model}

@@ -1,4 +1,4 @@
-"""What every verb says first: a line on stderr of what it is about to do, and how much; nothing with --quiet."""
+"""The plan line that every verb prints on stderr first; none with --quiet."""
 
 import re
 
@@ -25,7 +25,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("verb", PLANS)
-def test_a_verb_says_its_plan_first_and_quiet_leaves_it_out(tmp_path, model, verb):
+def test_a_verb_prints_its_plan_first_and_not_with_quiet(tmp_path, model, verb):
     write_pictures(tmp_path / "in", 3)
     picture(1, 32, 32).save(tmp_path / "one.png")
     store, new = write_store(tmp_path / "store", {(32, 32): list("abcde")}), tmp_path / "new"
@@ -62,14 +62,14 @@ def test_an_amount_is_in_a_unit_that_does_not_read_as_nothing():
         assert format_bytes(size) == text
 
 
-def test_a_model_of_a_known_config_is_told_by_name():
+def test_a_model_of_a_known_config_is_named():
     for name, preset in PRESETS.items():
         assert name in [found.name for found in matching(preset.config, preset.class_name)]
     sd15 = dict(PRESETS["sd15"].config)
     assert [preset.name for preset in matching(sd15, "AutoencoderKL")] == ["sd15"]
     listed = {**sd15, "block_out_channels": [128, 256, 512, 512]}  # as a config.json has it
     assert [preset.name for preset in matching(listed, "AutoencoderKL")] == ["sd15"]
-    # Another size to tile at is no other model; another scale is.
+    # Another tile size is the same model; another scaling factor is not.
     other = {preset.name for preset in matching({**sd15, "sample_size": 1}, "AutoencoderKL")}
     assert {"sd15", "sd21", "sd-vae-ft-mse"} <= other
     assert "sdxl" not in other

@@ -1,4 +1,4 @@
-"""Failure mode 23: SIGTERM and Ctrl-C, to a real process in the middle of its work."""
+"""Failure mode 23: SIGTERM and Ctrl-C, sent to a real process during a run."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(forks, tmp_path,
 
 
 def test_row_23_a_second_signal_ends_it_at_once(forks):
-    """While the first one's cleaning up hangs."""
+    """While the process is cleaning up after the first."""
     hanging = """
 import time
 from fastvae.cli.signals import orderly

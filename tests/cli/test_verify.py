@@ -1,4 +1,4 @@
-"""The verb that says whether a store is sound: in words, as JSON, and by its exit code."""
+"""fastvae verify: its text, its JSON and its exit codes."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_a_sound_store_is_exit_code_0(made, deep):
     assert (facts["committed"], facts["pending"], facts["damaged"], facts["deep"]) == (2, 0, [], bool(deep))
 
 
-def test_the_plan_is_said_first_and_quiet_leaves_it_out(made):
+def test_the_plan_is_printed_first_and_not_with_quiet(made):
     assert run(made).stderr == f"verify  {made}  2 of 2 units, 6 rows, 3.3 KiB: hashes\n"
     assert "hashes, rows and values" in run(made, "--deep").stderr
     assert run(made, "-q").stderr == ""
@@ -50,7 +50,7 @@ def test_damage_is_exit_code_1_and_names_the_file(made):
     assert [damage["unit"] for damage in facts["damaged"]] == [1]
 
 
-def test_a_stale_index_is_said_and_is_no_damage(made):
+def test_a_stale_index_is_reported_and_is_no_damage(made):
     (made / "index.jsonl").write_text("{}\n")
     for deep in ([], ["--deep"]):
         first, last = run(made, *deep).stdout.splitlines()
@@ -65,7 +65,7 @@ def test_a_missing_index_is_stale_where_something_is_committed(made, tmp_path):
     assert json.loads(run(write_store(tmp_path / "none", {}), "--json").stdout)["stale"] == []
 
 
-def test_rebuild_index_writes_what_the_records_say_and_no_shard(made):
+def test_rebuild_index_writes_the_index_from_the_records(made):
     run(made, "--rebuild-index")
     index = (made / "index.jsonl").read_bytes()
     assert len(index.splitlines()) == 6
@@ -83,7 +83,7 @@ def test_rebuild_index_writes_what_the_records_say_and_no_shard(made):
     assert not (made / "index.jsonl").exists()
 
 
-def test_what_is_no_store_is_exit_code_1_in_a_sentence(tmp_path):
+def test_a_folder_that_is_no_store_is_exit_code_1(tmp_path):
     result = run(tmp_path, code=1)
     assert result.stderr == f"fastvae: {tmp_path} is not a latent store: it has no store.json\n"
 
@@ -97,7 +97,7 @@ def encoded(tmp_path, model):
     return tmp_path / "in", tmp_path / "out"
 
 
-def test_repair_encodes_what_is_damaged_and_says_so(encoded):
+def test_repair_encodes_and_reports_damaged_units(encoded):
     source, made = encoded
     assert run(made, verb="repair").stdout == "repair  0 damaged units done again, 0 failed images tried again\n"
     path = made / "shards" / "000000-32x32.safetensors"
@@ -120,7 +120,7 @@ def test_repair_encodes_what_is_damaged_and_says_so(encoded):
     assert (facts["units"], facts["damaged"], facts["report"]) == ([], [], None)
 
 
-def test_repair_tries_again_what_failed_and_its_exit_code_is_encodes(encoded):
+def test_repair_retries_failures_with_the_exit_codes_of_encode(encoded):
     source, made = encoded
     (source / "bad.png").write_bytes(b"")
     run(source, made, "--vae", store_model(made), "--buckets", SIDE, "-q", verb="encode", code=3)

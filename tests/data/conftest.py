@@ -1,4 +1,4 @@
-"""What a user's CPU does: torch's own layers, and no interpreter, which takes seconds a call. And a small disk."""
+"""Fixtures: a CPU as users have it, without Triton's slow interpreter; a store to repair; a small disk."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ def _as_a_users_cpu(monkeypatch):
 
 @pytest.fixture
 def first(tmp_path_factory):
-    """The folder of the store that the tests of repair begin with, its source and its model; made once."""
+    """Folder of the store that the tests of repair begin with, its source and its model; made once."""
     from support.repairs import first_store  # not needed by the other tests here
 
     return first_store(tmp_path_factory)

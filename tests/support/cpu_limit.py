@@ -6,6 +6,7 @@ CPU seconds and not seconds of the clock: other processes on the machine must no
 import os
 
 import pytest
+from support import forks
 
 # Path or id of a test -> the reason why it may take longer.
 LONGER = {
@@ -16,9 +17,9 @@ LONGER = {
 
 
 def cpu_seconds() -> float:
-    """Return user and system time of this process and of its children that have ended."""
+    """Return user and system time of this process, of its children that have ended, and of forked processes."""
     taken = os.times()
-    return taken.user + taken.system + taken.children_user + taken.children_system
+    return taken.user + taken.system + taken.children_user + taken.children_system + sum(forks.CPU_SECONDS)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,6 +26,7 @@ import pytest
 
 FASTVAE = "from fastvae.cli.main import main; main()"
 NOT_INHERITED = ("TRITON_INTERPRET", "HF_HUB_OFFLINE", "CI")
+CPU_SECONDS = []  # of each process that has ended, its own children included
 CLOSED = object()  # a stream that the process does not have, as with 2>&- in a shell
 
 
@@ -56,7 +57,9 @@ class Process:
     def wait(self, timeout=60.0):
         """Return the exit code; raises subprocess.TimeoutExpired."""
         if self.returncode is None:
-            self.returncode = int(self._line(timeout))
+            code, seconds = self._line(timeout).split()
+            self.returncode = int(code)
+            CPU_SECONDS.append(float(seconds))
             os.close(self._replies)
         return self.returncode
 
@@ -168,7 +171,8 @@ def serve(server: socket.socket) -> dict | None:
             for descriptor in descriptors[1:]:
                 os.close(descriptor)
             os.write(replies, b"%d\n" % child)
-            os.write(replies, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            _, status, used = os.wait4(child, 0)
+            os.write(replies, b"%d %f\n" % (os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime))
             os._exit(0)
         for descriptor in descriptors:
             os.close(descriptor)

@@ -1,11 +1,11 @@
-"""Hooks of accelerate and diffusers that note whose forward they hear, and change nothing."""
+"""Hooks of accelerate and diffusers that record the module of each forward, and change nothing."""
 
 import accelerate.hooks
 import diffusers.hooks
 
 
 class Listening(accelerate.hooks.ModelHook):
-    """accelerate's kind of hook."""
+    """A hook of accelerate."""
 
     def __init__(self, calls):
         self.calls = calls
@@ -16,7 +16,7 @@ class Listening(accelerate.hooks.ModelHook):
 
 
 class Registered(diffusers.hooks.ModelHook):
-    """diffusers' kind of hook, around a forward."""
+    """A hook of diffusers, around a forward."""
 
     def __init__(self, calls):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of repair share: a store that was made once, what changed of one, and the call itself."""
+"""Helpers of the tests of repair: a store that is made once, the files that changed in a copy, and the call."""
 
 import shutil
 from pathlib import Path
@@ -10,15 +10,15 @@ from fastvae.data.encoding.repair import repair
 from fastvae.system.atomic_files import sha256_of
 
 OPTIONS = {"progress": False, "device": "cpu"}
-# Of no reading's: a run may touch them.
+# Files that no reader uses: a run may change them.
 PASSING = (".lock", "leases")
 _first: list[Path] = []
 
 
 def first_store(temporary) -> Path:
-    """A store of twelve pictures, four to a shard, and a file that was no picture; its source and model beside it.
+    """Return a folder: a store of twelve pictures, four to a shard, and one bad file, its source and its model.
 
-    Made once by each process, but inside a test: what conftest.py sets for each decides which layers run.
+    Made once by each process, but inside a test: the fixtures of conftest.py decide which layers run.
     """
     if not _first:
         folder = temporary.mktemp("first")
@@ -32,13 +32,13 @@ def first_store(temporary) -> Path:
 
 
 def copy_of(first: Path, place: Path) -> Path:
-    """A copy of that store, and of its source beside it."""
+    """Copy that store and its source."""
     shutil.copytree(first / "in", place / "in")
     return shutil.copytree(first / "out", place / "out")
 
 
 def state(out: Path) -> dict[str, tuple[str, int]]:
-    """The hash and the time of change of every file that a repair has no business with."""
+    """Return hash and modification time of every file that a reader uses."""
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     return {
         name: (sha256_of(path), path.stat().st_mtime_ns)

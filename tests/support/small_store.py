@@ -1,4 +1,4 @@
-"""What the tests of data and cli share: a VAE of a few thousand parameters, and folders of generated pictures."""
+"""A VAE of a few thousand parameters, folders of generated pictures, and stores of generated moments."""
 
 import hashlib
 from dataclasses import replace
@@ -16,11 +16,11 @@ from fastvae.data.store.store import Store
 from fastvae.models import AutoencoderKL
 
 SIDE = 32
-MASK = {"alpha": "mask"}  # of a store that keeps it: its preprocessing
+MASK = {"alpha": "mask"}  # preprocessing of a store with masks
 
 
 def small_vae(seed: int = 0, **changes) -> AutoencoderKL:
-    """Seeded random weights, f = 8, 4 latent channels."""
+    """Return a model of seeded random weights, f = 8, 4 latent channels."""
     torch.manual_seed(seed)
     config = {
         "block_out_channels": (8, 8, 16, 16),
@@ -33,7 +33,7 @@ def small_vae(seed: int = 0, **changes) -> AutoencoderKL:
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth gradient with some noise: compressible, and different for every seed."""
+    """Return a smooth gradient with some noise: compressible, and different for every seed."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 90 * np.sin(generator.uniform(0.05, 0.3) * x + generator.uniform(0.05, 0.3) * y) for _ in range(3)]
@@ -42,7 +42,7 @@ def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
 
 
 def write_pictures(folder: Path, count: int, suffix: str = ".png") -> list[str]:
-    """``count`` pictures in ``folder``; returns their keys in order."""
+    """Write ``count`` pictures to ``folder``; return their keys in order."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{index:03d}{suffix}" for index in range(count)]
     for index, name in enumerate(names):
@@ -51,7 +51,7 @@ def write_pictures(folder: Path, count: int, suffix: str = ".png") -> list[str]:
 
 
 def moments_of(key: str, variant: int, bucket: tuple[int, int], channels: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and log-variance, fp16 [L, h, w], that write_store gives a row: no two names have the same."""
+    """Return the mean and log-variance, fp16 [L, h, w], of a row of write_store, different for every name."""
     seed = int.from_bytes(hashlib.sha256(f"{variant} {key}".encode("utf-8", "surrogateescape")).digest()[:8], "little")
     shape = (2, channels, bucket[0] // 8, bucket[1] // 8)
     mean, logvar = np.random.default_rng(seed).normal(0, 5, shape)
@@ -59,7 +59,7 @@ def moments_of(key: str, variant: int, bucket: tuple[int, int], channels: int = 
 
 
 def opacity_of(key: str, variant: int, bucket: tuple[int, int]) -> np.ndarray:
-    """The opacity, uint8 [h, w], that write_store gives a row of a store with masks."""
+    """Return the opacity, uint8 [h, w], of a row of write_store with masks."""
     mean, _ = moments_of(key, variant, bucket)
     return np.clip(128 + 40 * mean[0], 0, 255).astype(np.uint8)
 
@@ -72,7 +72,7 @@ def write_store(
     columns: dict[str, dict] | None = None,
     **changes,
 ) -> Path:
-    """A store of generated moments: the keys, or (key, variant), of each bucket; ``changes`` are its scaling's.
+    """Write a store of generated moments: keys, or (key, variant), of each bucket; ``changes``: of its scaling.
 
     A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves it out. preprocess: of the
     identity; of MASK each row has its opacity_of.

@@ -1,4 +1,4 @@
-"""Whether a store on disk keeps its promises, by reading its files alone: safetensors, JSON and hashes, not fastvae."""
+"""Checks of a store on disk that read its files without fastvae: safetensors, JSON and hashes."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 
 def committed(out: Path) -> dict[tuple[str, int], bytes]:
-    """Every committed row and its latents' bytes; asserts that no record speaks of a shard that is bad.
+    """Return every committed row and the bytes of its latents; assert that no record is of a bad shard.
 
     Bad: missing, of another size or hash, with a row that fails its checksum or is not finite, or with a row twice.
     """
@@ -31,7 +31,7 @@ def committed(out: Path) -> dict[tuple[str, int], bytes]:
 
 
 def shard_rows(path: Path) -> dict[tuple[str, int], bytes]:
-    """(key, variant) of each row of a shard and its latents' bytes; asserts that checksums fit and all is finite."""
+    """Return the bytes of each row of a shard by (key, variant); assert that checksums fit and values are finite."""
     tensors = load_file(path)
     offsets, text = tensors["key_offset"].tolist(), tensors["key_utf8"].tobytes()
     rows = {}
@@ -47,7 +47,7 @@ def shard_rows(path: Path) -> dict[tuple[str, int], bytes]:
 
 
 def failures(out: Path) -> dict[str, str]:
-    """The reason of each key in failures.jsonl; asserts that no key is there twice."""
+    """Return the reason of each key in failures.jsonl; assert that no key is there twice."""
     lines = [json.loads(line) for line in (out / "failures.jsonl").read_text("utf-8").splitlines()]
     assert not [key for key, count in Counter(line["key"] for line in lines).items() if count > 1]
     return {line["key"]: line["reason"] for line in lines}

@@ -1,4 +1,4 @@
-"""A VAE whose encoder waits, as a GPU does, and computes next to nothing; and a loader of images for it."""
+"""A VAE whose encoder waits as for a GPU and computes almost nothing, and a dataset of images for it."""
 
 import threading
 import time

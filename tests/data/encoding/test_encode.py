@@ -1,4 +1,4 @@
-"""A run over a folder: what is stored, for which key, after which trouble."""
+"""encode over a folder: the rows stored, their keys, and errors on the way."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def latents(store) -> dict[str, np.ndarray]:
 
 
 def expected(vae, path) -> np.ndarray:
-    """The moments that the model gives for one file, as they are to be stored."""
+    """Return the moments of one file, computed by the model itself, in the dtype of the store."""
     pixels, _ = to_bucket(read_image(path, at_least=SIDE), SIDE)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def expected(vae, path) -> np.ndarray:
 
 
 def assert_half_equal(stored: np.ndarray, wanted: np.ndarray) -> None:
-    """Equal but for memory layout's other order of summation: within one step of half precision at the largest."""
+    """Assert equality up to the order of summation: within one step of half precision at the largest value."""
     scale = np.abs(wanted.astype(np.float64)).max()
     assert np.abs(stored.astype(np.float64) - wanted.astype(np.float64)).max() <= 2 * np.finfo(np.float16).eps * scale
 
@@ -60,7 +60,7 @@ def test_every_row_is_its_own_files(tmp_path):
 
 @pytest.fixture
 def two_threads():
-    """Torch computes with two, so that a single worker would share them out within an image."""
+    """Let torch compute with two threads, so that a single worker would use both within an image."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -285,7 +285,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_own_model_gives_the_same_store(tmp_path, family):
-    """The same weights, whoever holds them: equal rows, and one identity, so either may continue the other's store."""
+    """The same weights in either class: equal rows and one identity, so each may continue the other's store."""
     names = write_pictures(tmp_path / "in", 3)
     config = {key: small_vae().config[key] for key in SMALL_CONFIG} | FAMILIES[family]
     torch.manual_seed(0)
@@ -300,7 +300,7 @@ def test_diffusers_own_model_gives_the_same_store(tmp_path, family):
     assert sorted(their_rows) == names
     for name in names:
         assert np.array_equal(ours_rows[name], their_rows[name])
-    # Against the model itself, called as its owner calls it.
+    # Against the model, called by its own methods.
     pixels, _ = to_bucket(read_image(tmp_path / "in" / names[0], at_least=SIDE), SIDE)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
@@ -321,7 +321,7 @@ def test_weights_in_half_precision_are_the_same_model_as_their_file(tmp_path):
 
 
 class Poisoned(torch.nn.Module):
-    """conv_in's output with NaN wherever the first pixel is black: in half precision only, or always."""
+    """A conv_in whose output is NaN where the first pixel is black: in half precision only, or always."""
 
     def __init__(self, convolution, always):
         super().__init__()
@@ -385,7 +385,9 @@ def test_row_15_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    with monkeypatch.context() as patch:  # undo() would undo the conftest's as well, and wake the slow interpreter
+    with (
+        monkeypatch.context() as patch
+    ):  # undo() would undo the conftest's patches as well, and enable the slow interpreter
         patch.setattr(fastvae.system.atomic_files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left") as caught:
             encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), shard_mb=0.002, **OPTIONS)
@@ -398,7 +400,7 @@ def test_row_15_a_full_disk_leaves_the_committed_shards(tmp_path, monkeypatch):
     assert sorted(latents(tmp_path / "out")) == names
 
 
-def test_row_15_too_little_room_is_said_before_anything_is_encoded(tmp_path, monkeypatch):
+def test_row_15_too_little_room_is_reported_before_encoding(tmp_path, monkeypatch):
     write_pictures(tmp_path / "in", 2)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(OSError, match="are needed and 100 are free") as caught:
@@ -460,7 +462,7 @@ def test_another_folders_rows_are_not_mixed_in(tmp_path):
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
-def test_arguments_are_refused_in_words(tmp_path, change, words):
+def test_wrong_arguments_are_refused(tmp_path, change, words):
     write_pictures(tmp_path / "in", 1)
     with pytest.raises(ValueError, match=words):
         encode(tmp_path / "in", tmp_path / "out", **({"vae": small_vae()} | OPTIONS | change))

@@ -1,4 +1,4 @@
-"""Threads that decode, encode and write: order, errors, and the way a GPU takes, with a stand-in for it."""
+"""Threads that decode, encode and write: order, errors, and the path of a GPU, with a fake encoder."""
 
 import threading
 import time
@@ -66,7 +66,7 @@ def test_a_writers_error_is_raised(later):
 
 
 def test_no_more_than_one_write_is_under_way_when_submit_returns():
-    """A third unit is not begun while the first is being written: a kill loses two at most."""
+    """A third unit does not begin while the first is being written: a kill loses two at most."""
     done, allowed = [], threading.Event()
 
     def slow():
@@ -75,7 +75,7 @@ def test_no_more_than_one_write_is_under_way_when_submit_returns():
 
     with BackgroundWriter() as writer:
         writer.submit(slow)
-        assert done == []  # it does not wait for its own
+        assert done == []  # it does not wait for its own write
         threading.Timer(0.05, allowed.set).start()
         writer.submit(lambda: done.append("second"))
         assert done[0] == "first"
@@ -83,7 +83,7 @@ def test_no_more_than_one_write_is_under_way_when_submit_returns():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ImageError("empty", "x holds no bytes")])
-def test_what_was_submitted_is_written_whatever_ends_the_run(error):
+def test_submitted_units_are_written_after_any_error(error):
     done, allowed = [], threading.Event()
 
     def slow():
@@ -116,7 +116,7 @@ def test_an_interruption_while_a_unit_waits_loses_no_finished_unit(monkeypatch):
 
 
 class Launches:
-    """A stand-in for the encoder of a GPU: it starts on what it is given and takes ``most`` images a step."""
+    """Fake encoder of a GPU: returns before it is done, and takes at most ``most`` images a step."""
 
     device = torch.device("cuda")
     widest, dtype = 8, torch.float32
@@ -159,7 +159,7 @@ def encoded(reader, encoder, batch):
 
 
 def test_the_way_of_a_gpu_gives_the_same_rows(reader, real):
-    """One thread feeds the model batches that a pool decoded: here the model is the CPU's, under another device."""
+    """One thread feeds the model batches that a pool decoded; here the device is a CPU under another name."""
     keys = [row.file.key for row in one_unit(reader).rows]
     rows = {}
     for encoder, batch in ((real, 1), (Launches(real), 1), (Launches(real), 3)):
@@ -186,7 +186,7 @@ def test_a_gpu_begins_a_batch_before_the_one_before_is_collected(reader, real):
     assert [encoder.log.index(("start", n + 2)) > finished[n] for n in range(2)] == [True] * 2  # and no further ahead
 
 
-def test_a_batch_that_does_not_fit_is_halved_for_good(reader, real):
+def test_a_batch_that_does_not_fit_is_halved_from_then_on(reader, real):
     encoder = Launches(real, most=2)
     done, batches = encoded(reader, encoder, 6)
     assert sorted(row.key for chunk in done for row in chunk.rows) == [f"{n:03d}.png" for n in (0, 1, 2, 4, 5, 6)]
@@ -242,7 +242,7 @@ def test_streams_that_do_not_fit_in_memory_become_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:999"])
-def test_a_device_that_is_not_there_is_refused(device):
+def test_a_missing_device_is_refused(device):
     with pytest.raises(ValueError, match=f"device must be one of this machine's, .* got '{device}'"):
         resolve_device(device)
 

@@ -1,4 +1,4 @@
-"""Hashing and writing beside the encoder, with one that waits as a GPU does: it is never kept without work."""
+"""Hashing and writing in parallel with an encoder that waits as a GPU does: the encoder is never idle for them."""
 
 import shutil
 import sys
@@ -16,14 +16,14 @@ from fastvae.data.encoding.encode import encode
 ROWS, BATCH, SECONDS = 96, 8, 0.08
 LATENT = (8, 128, 128)  # SDXL's moments: 256 KiB a row in the store
 SHARD_MB = 0.0074  # 16 rows, by the latents of the small model that the run is given
-# How long the device may have nothing to do, as a share of the time that writes take.
+# Idle time that is allowed, as a share of the time of the writes.
 IDLE, TRIES = 0.3, 6
 
 
 class WaitingDevice:
-    """Stands in for MomentEncoder on a GPU: a batch takes ``SECONDS`` of the device's time and none of the CPU's.
+    """A fake MomentEncoder of a GPU: a batch takes ``SECONDS`` of the device's time and none of the CPU's.
 
-    ``idle``: the seconds that the device had nothing to do after its first batch.
+    ``idle``: seconds without work after the first batch.
     """
 
     device, dtype, widest, deterministic = torch.device("cuda"), torch.float32, 8, False
@@ -38,7 +38,7 @@ class WaitingDevice:
             self.idle += max(0.0, now - self.free_at)
         self.free_at = done_at = max(now, self.free_at or 0.0) + SECONDS
         self.batches += 1
-        # Every row is another: what is hashed cannot be guessed.
+        # Every row differs.
         moments = np.random.default_rng(self.batches).normal(size=(len(pixels), *LATENT)).astype(np.float32)
 
         def result():
@@ -52,7 +52,7 @@ class WaitingDevice:
 
 
 def held_up(folder, device, monkeypatch) -> float:
-    """Encode into a slow disk, of 0.8 of the time that the device takes for a shard; the seconds of writing."""
+    """Encode to a slow disk, which takes 0.8 of the device's time for a shard; return the seconds of writing."""
     real, written = fastvae.system.atomic_files.os.fsync, []
 
     def slow(descriptor):
@@ -73,7 +73,7 @@ def held_up(folder, device, monkeypatch) -> float:
 
 
 def test_hashing_and_writing_hold_no_encoder_up(tmp_path, monkeypatch):
-    """Where they did, the device would wait as long as they take. In the best of a few runs: a core must be free."""
+    """If they did, the device would be idle as long as they take. The best of a few runs: a core must be free."""
     write_pictures(tmp_path / "in", ROWS)
     shares = []
     while len(shares) < TRIES and min(shares, default=1) > IDLE:

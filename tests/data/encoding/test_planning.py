@@ -1,4 +1,4 @@
-"""The frozen plan and the rows made by it: buckets, variants, what is stored, and that no row is another's."""
+"""Plans and the rows made from them: buckets, variants, stored fields, and rows that are never mixed up."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ SIZES = ((60, 60), (90, 40), (40, 90), (64, 48), (120, 30), (33, 200))
 
 
 def write_sizes(folder, sizes=SIZES):
-    """A picture of each (width, height), by key."""
+    """Write a picture of each (width, height), by key."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = [f"{number:02d}.png" for number in range(len(sizes))]
     for number, (key, (width, height)) in enumerate(zip(keys, sizes, strict=True)):
@@ -40,7 +40,7 @@ def write_sizes(folder, sizes=SIZES):
 
 
 def rows_of(out) -> dict[tuple[str, int], dict[str, np.ndarray]]:
-    """Every row that the store serves: its tensors, and the bucket in its shard's name."""
+    """Return every row that the store serves: its tensors, and the bucket in its shard's name."""
     shards, rows = {}, {}
     for name, (shard, row) in Store.open(out).resolve().items():
         if shard not in shards:
@@ -53,7 +53,7 @@ def rows_of(out) -> dict[tuple[str, int], dict[str, np.ndarray]]:
 
 
 def moments(vae, path, bucket, variants=Variants(), variant=0, key=""):  # noqa: B008 (frozen)
-    """Mean and clamped log-variance of one variant of one file, encoded alone."""
+    """Return mean and clamped log-variance of one variant of one file, encoded alone."""
     pixels, crop = to_bucket(read_image(path, at_least=bucket), bucket, variants, variant, key)
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
@@ -62,7 +62,7 @@ def moments(vae, path, bucket, variants=Variants(), variant=0, key=""):  # noqa:
 
 
 def assert_half_equal(stored, wanted):
-    """Equal but for memory layout's other order of summation: within one step of half precision at the largest."""
+    """Assert equality up to the order of summation: within one step of half precision at the largest value."""
     scale = np.abs(wanted.astype(np.float64)).max()
     assert np.abs(stored.astype(np.float64) - wanted).max() <= 2 * np.finfo(np.float16).eps * scale
 
@@ -92,7 +92,7 @@ def test_every_row_is_its_own_image_in_the_nearest_bucket(tmp_path):
     assert facts["buckets"] == TABLE.names
 
 
-def test_the_plan_says_what_each_row_will_be(tmp_path):
+def test_the_plan_has_bucket_and_size_of_each_row(tmp_path):
     keys = write_sizes(tmp_path / "in")
     encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), flip=True, **OPTIONS)
     lines = plan_lines(tmp_path / "out")
@@ -197,7 +197,7 @@ def test_one_draw_is_the_posteriors_by_its_own_noise_key(tmp_path):
         mean, logvar = (torch.from_numpy(moments_of[key, variant][name])[None] for name in ("mean", "logvar"))
         wanted = draw(mean, logvar.float(), [noise_key(5, 0, key, variant)])[0].numpy()
         noise = np.abs(wanted - mean[0].numpy()).max()
-        # The log-variance that was stored beside is rounded to half precision: half a step of it in the exponent.
+        # The stored log-variance is rounded to half precision: half a step of it in the exponent.
         rounding = np.finfo(np.float16).eps * np.abs(logvar.numpy()).max() / 4
         assert 0 < np.abs(row["mean"] - wanted).max() <= 2 * rounding * noise + 1e-6 * np.abs(wanted).max()
 
@@ -289,7 +289,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Pictures, and the mean that each variant of each, as it is and mirrored, gives when it is encoded alone."""
+    """Pictures, and the mean of each variant, plain and mirrored, encoded alone."""
     folder = tmp_path_factory.mktemp("alone")
     vae, sizes = small_vae(), SIZES + SIZES[:2]
     keys, kinds = write_sizes(folder, sizes), Variants(flip=True)
@@ -301,7 +301,7 @@ def alone(tmp_path_factory):
 
 
 def encode_until(stop, monkeypatch, *arguments, **options) -> None:
-    """Encode, interrupted at step ``stop``; a run that has fewer steps ends."""
+    """Encode, interrupted at step ``stop``; a run of fewer steps ends."""
     real, calls = MomentEncoder.start, iter(range(100))
 
     def interrupted(encoder, pixels):
@@ -316,8 +316,8 @@ def encode_until(stop, monkeypatch, *arguments, **options) -> None:
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_row_is_anothers_whatever_happens_on_the_way(tmp_path, monkeypatch, alone, data):
-    """Pictures in any order under any name, some twice, spoilt or exchanged; runs that are interrupted, then one."""
+def test_rows_are_never_mixed_up(tmp_path, monkeypatch, alone, data):
+    """Pictures in any order and under any name, some twice, broken or exchanged; interrupted runs, then a whole one."""
     folder, means = alone
     pictures = sorted({key for key, _ in means})
     chosen = data.draw(st.lists(st.sampled_from(pictures), min_size=1, max_size=6), label="pictures")

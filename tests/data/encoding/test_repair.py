@@ -1,4 +1,4 @@
-"""Repair: damaged units encoded again and failed images tried again, by the store's own settings, and nothing else."""
+"""repair: encodes damaged units and failed images again, with the store's settings, and changes nothing else."""
 
 import json
 import shutil
@@ -49,13 +49,13 @@ def test_retry_failed_tries_those_alone_in_units_of_their_own(made, tmp_path):
     assert changed(before, after) == {*added, "index.jsonl", "failures.jsonl"}
 
 
-def test_what_fails_again_is_told_and_counts_against_the_limit(made, tmp_path):
+def test_an_image_that_fails_again_is_reported_and_counts(made, tmp_path):
     done = mend(made, tmp_path / "in", retry_failed=True, max_failures=0)
     assert (done.retried, done.report.failed, done.report.exceeded) == (1, 1, True)
     assert failures(made) == {"bad.png": "empty"}
 
 
-def test_what_fails_again_in_a_row_that_a_later_unit_serves_is_no_negative_count(made, tmp_path):
+def test_a_failure_of_a_row_in_a_later_unit_is_no_negative_count(made, tmp_path):
     picture(77).save(tmp_path / "in" / "bad.png")
     assert mend(made, tmp_path / "in", retry_failed=True).report.ok == 1
     (made / "shards" / "000003-32x32.json").write_text("[]")
@@ -141,7 +141,7 @@ def test_a_copy_of_the_source_with_other_times_serves_where_the_bytes_were_hashe
     assert not verify(tmp_path / "out", deep=True, progress=False).damaged
 
 
-def test_failures_that_are_not_in_the_source_are_said(made, tmp_path):
+def test_failures_that_are_not_in_the_source_are_reported(made, tmp_path):
     write_pictures(tmp_path / "elsewhere" / "deeper", 2)
     with pytest.raises(
         ValueError, match=r"src must hold the images that .* none of the 1 that failed is in .*elsewhere"
@@ -160,7 +160,7 @@ def test_failures_that_are_not_in_the_source_are_said(made, tmp_path):
 def test_a_record_that_an_encode_made_during_the_look_is_no_damage_and_is_not_deleted(
     made, first, tmp_path, monkeypatch
 ):
-    """It is of no unit by the plan that was read before, and of one by now."""
+    """Its unit is not in the plan that was read before, and is in the plan now."""
     picture(78).save(tmp_path / "in" / "new.png")
     options = {"buckets": SIDE, "dtype": "fp32", "shard_mb": 0.002, "max_failures": 1, **OPTIONS}
     encodes = iter([lambda: encode(tmp_path / "in", made, vae=first / "vae", **options)])

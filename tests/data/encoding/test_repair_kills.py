@@ -1,4 +1,4 @@
-"""Repairs that are killed in the middle: the same call goes on."""
+"""Repairs that are killed: the same call continues them."""
 
 import os
 import shutil
@@ -37,14 +37,14 @@ for number, out in enumerate(sys.argv[3:], 1):
 
 
 def killed(forks, source: Path, retry: str, *stores: Path) -> None:
-    """A repair of each store, killed at its first rename, at the second of the next, and so on."""
+    """Repair each store in a process that is killed at its first rename, the next at its second, and so on."""
     done = forks.run(KILLED, source, retry, *stores)
     assert done.stdout.split() == ["-9"] * len(stores), done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
 def test_row_16_a_repair_that_is_killed_while_it_tries_failures_again_goes_on(forks, made, tmp_path):
-    """The unit that it had planned is neither damaged nor a failure, and still the same call's."""
+    """The unit that it had planned is neither damaged nor failed; the same call encodes it."""
     picture(77).save(tmp_path / "in" / "bad.png")
     stores = [shutil.copytree(made, tmp_path / name) for name in ("before the shard", "before its record")]
     killed(forks, tmp_path / "in", "retry", *stores)

@@ -1,4 +1,4 @@
-"""What a repair refuses before anything is written: sources, models, plans and amounts that do not fit the store."""
+"""Sources, models, plans and amounts that repair refuses before anything is written."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_another_model_is_refused_and_nothing_is_changed(made, tmp_path):
     before = state(made)
     with pytest.raises(IdentityMismatch, match="encoder_weights_sha256"):
         mend(made, tmp_path / "in", vae=tmp_path / "other")
-    facts = json.loads((made / "store.json").read_text())  # what it names holds other weights by now
+    facts = json.loads((made / "store.json").read_text())  # the folder that it names holds other weights now
     facts["source"]["vae"] = str(tmp_path / "other")
     (made / "store.json").write_text(json.dumps(facts))
     before = state(made)
@@ -90,8 +90,8 @@ def test_a_running_writer_is_waited_for_by_the_user(made, tmp_path):
     assert mend(made, tmp_path / "in").units == [0]
 
 
-def test_row_13_a_plan_of_anothers_opens_nothing_outside_the_source_that_is_named(made, tmp_path):
-    """Their damaged unit names a picture of the user's beside the source: it is quarantined, not encoded."""
+def test_row_13_an_edited_plan_opens_nothing_outside_the_source(made, tmp_path):
+    """The damaged unit of somebody else's store names a user's picture outside the source: it is quarantined."""
     picture(9).save(tmp_path / "private.png")
     (plan,) = (made / "plan").iterdir()
     plan.write_text(plan.read_text().replace('"000.png"', '"../private.png"'))
@@ -101,7 +101,7 @@ def test_row_13_a_plan_of_anothers_opens_nothing_outside_the_source_that_is_name
     assert not {key for key, _ in committed(made)} & {"../private.png", "000.png"}
 
 
-def test_the_models_name_is_said_before_it_is_opened_and_drives_no_terminal(made, tmp_path, capsys):
+def test_the_models_name_is_printed_before_it_is_opened(made, tmp_path, capsys):
     flip(made / "shards" / "000000-32x32.safetensors")
     facts = json.loads((made / "store.json").read_text())
     facts["source"]["vae"] = f"{tmp_path}/\x1b[2Jgone\nfastvae: all is well"
@@ -126,7 +126,7 @@ def test_a_store_of_an_object_needs_the_model(tmp_path):
 
 
 def test_an_edited_scaling_is_refused_where_no_whole_shard_is_left_to_contradict_it(made, tmp_path):
-    """What the model says does: the shards that a repair made would state what was edited."""
+    """The model shows the edit: new shards would record the edited scaling."""
     facts = json.loads((made / "store.json").read_text())
     facts["scaling"]["scaling_factor"], facts["metadata"]["scaling_factor"] = 0.5, "0.5"
     (made / "store.json").write_text(json.dumps(facts))

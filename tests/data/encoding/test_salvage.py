@@ -1,4 +1,4 @@
-"""What a repair keeps of a damaged shard: rows that are sound, of images that give no latent any more."""
+"""Sound rows of a damaged shard, which repair keeps if their images no longer encode."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from fastvae.data.store.verify import verify
 
 
 def test_sound_rows_of_a_damaged_shard_are_kept_where_their_images_are_gone(made, tmp_path):
-    """004 and 005 are gone and sound, 006 is there, 007 is gone, and it is its mean that has another bit."""
+    """The images of 004, 005 and 007 are missing; a bit of 007's mean is flipped."""
     whole = committed(made)
     flip(made / "shards" / "000001-32x32.safetensors")
     for number in (4, 5, 7):
@@ -34,7 +34,7 @@ def test_sound_rows_of_a_damaged_shard_are_kept_where_their_images_are_gone(made
 
 
 def test_masks_of_images_that_are_gone_are_kept_and_a_level_of_one_is_not_changed_unseen(tmp_path, first):
-    """Of three rows with masks the image of the first is gone, and of the third too, whose mask has another level."""
+    """Three rows with masks: the images of the first and third are missing, and the third's mask is changed."""
     keys = write_pictures(tmp_path / "in", 3)
     for key in keys:
         image = Image.open(tmp_path / "in" / key)
@@ -54,7 +54,7 @@ def test_masks_of_images_that_are_gone_are_kept_and_a_level_of_one_is_not_change
     assert committed(out) == {name: row for name, row in whole.items() if name != (keys[2], 0)}
 
 
-def test_a_row_of_which_any_bit_is_another_is_not_kept_and_none_of_another_identity(made):
+def test_a_row_with_a_changed_bit_or_of_another_identity_is_not_kept(made):
     store = Store.open(made)
     unit, shard = store.units()[1], made / "shards" / "000001-32x32.safetensors"
     settings, whole = stored_settings(store, small_vae(), torch.device("cpu")), shard.read_bytes()
@@ -84,8 +84,8 @@ def test_a_damaged_unit_all_of_whose_rows_fail_leaves_no_shard(made, tmp_path):
     assert verify(made, deep=True, progress=False).damaged == []
 
 
-def test_a_sound_row_is_kept_whatever_has_become_of_its_image(made, tmp_path):
-    """One disk damaged a shard and a picture: that one has the size and the time that it had."""
+def test_a_sound_row_is_kept_if_its_image_is_broken(made, tmp_path):
+    """A shard and a picture are damaged; the picture has its old size and time."""
     whole = committed(made)
     flip(made / "shards" / "000001-32x32.safetensors")
     path = tmp_path / "in" / "005.png"
@@ -98,8 +98,8 @@ def test_a_sound_row_is_kept_whatever_has_become_of_its_image(made, tmp_path):
     assert committed(made) == whole
 
 
-def test_sound_rows_are_kept_of_a_unit_that_processes_die_of(made, tmp_path, monkeypatch):
-    """007 is the row that is damaged."""
+def test_sound_rows_are_kept_of_a_unit_that_crashes_processes(made, tmp_path, monkeypatch):
+    """Row 007 is damaged."""
     whole = committed(made)
     flip(made / "shards" / "000001-32x32.safetensors")
     monkeypatch.setattr(Leases, "is_taken", lambda leases, name: name.isdigit())

@@ -1,4 +1,4 @@
-"""Bad inputs, made on the fly, by real encoders where a real file is needed: what a run must refuse, or survive."""
+"""Generated bad inputs that a run must refuse or survive; real encoders make the real files."""
 
 import io
 import json
@@ -17,31 +17,31 @@ from fastvae.data.images.read import LARGEST_ASPECT
 
 
 def encoded(image: Image.Image, image_format: str, **options) -> bytes:
-    """``image`` as Pillow writes it."""
+    """Return ``image`` as Pillow writes it."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
-    """A chunk with its length and checksum."""
+    """Return a PNG chunk with its length and checksum."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG of these filtered ``rows``, whatever their number: for what Pillow does not write."""
+    """Return a PNG of these filtered ``rows``, of any number, which Pillow does not write."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
 def dimension_bomb(width: int = 20_000, height: int = 20_000) -> bytes:
-    """Less than a kilobyte that says it is 400 megapixels."""
+    """Return a file of less than a kilobyte whose header says 400 megapixels."""
     return png(width, height, 8, 2, bytes(900))
 
 
 def other_bombs() -> dict[str, bytes]:
-    """The same in other formats: real files whose header was made to say 30,000 x 30,000."""
+    """Return bombs in other formats: real files whose header is changed to 30,000 x 30,000."""
     small = picture(0, 16, 16)
     gif, bmp, jpeg = (bytearray(encoded(small, name)) for name in ("GIF", "BMP", "JPEG"))
     struct.pack_into("<HH", gif, 6, 30_000, 30_000)
@@ -88,7 +88,7 @@ REFUSED = {
 
 
 def bad_images() -> list[tuple[bytes, str]]:
-    """Bytes and the reason they are to be quarantined for: everything above, cut files, flipped checksums, bombs."""
+    """Return bytes and their reason of quarantine: everything above, cut files, flipped checksums, bombs."""
     cases = [(data, reason) for data, reason in REFUSED.values()]
     cases += [(data[: len(data) // 2], "truncated") for data in EVERY_KIND.values()]
     cases += [(dimension_bomb(), "too_large")] + [(bomb, "too_large") for bomb in other_bombs().values()]
@@ -98,7 +98,7 @@ def bad_images() -> list[tuple[bytes, str]]:
 
 
 def write_bad_images(folder: Path, count: int) -> dict[str, str]:
-    """``count`` bad files, all kinds in turn, all called .jpg; returns their reasons by key."""
+    """Write ``count`` bad files, all kinds in turn, all named .jpg; return their reasons by key."""
     kinds, reasons = bad_images(), {}
     for number in range(count):
         data, reason = kinds[number % len(kinds)]
@@ -109,7 +109,7 @@ def write_bad_images(folder: Path, count: int) -> dict[str, str]:
 
 
 def swapped_profile() -> bytes:
-    """sRGB with its red and blue primaries exchanged: as wide as sRGB, and plainly another."""
+    """Return sRGB with its red and blue primaries exchanged."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
     red, blue = tags[b"rXYZ"], tags[b"bXYZ"]
@@ -144,7 +144,7 @@ HOSTILE_NAMES = (
 
 
 def hostile_tar(path: Path, members: int = 200) -> int:
-    """An archive of names that lead out, links, devices and folders; returns how many members are images."""
+    """Write a tar of names that lead out of it, links, devices and folders; return the number of image members."""
     image, images = EVERY_KIND["png"], 0
     with tarfile.open(path, "w") as tar:
         for number in range(members):
@@ -165,17 +165,17 @@ def hostile_tar(path: Path, members: int = 200) -> int:
 
 
 def safetensors_bytes(header: bytes, data: bytes = b"") -> bytes:
-    """A safetensors file of this header, whatever it says."""
+    """Return a safetensors file of this header, valid or not."""
     return struct.pack("<Q", len(header)) + header + data
 
 
 def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
-    """One tensor's part of a header."""
+    """Return the part of a header for one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
 def hostile_safetensors() -> dict[str, bytes]:
-    """Small files whose header lies, by what it lies about."""
+    """Return small files with a false header, by the false field."""
 
     def file(tensors: object, data: bytes = b"") -> bytes:
         return safetensors_bytes(json.dumps(tensors).encode(), data)
@@ -202,7 +202,7 @@ def hostile_safetensors() -> dict[str, bytes]:
 
 
 def hostile_configs() -> dict[str, dict[str, object]]:
-    """Changes of a model's config.json that would cost memory or time, or crash, if they were believed."""
+    """Return changes of a config.json that would cost memory or time, or crash, if they were not refused."""
     return {
         "a thousand million channels": {"block_out_channels": [10**9] * 4},
         "no channels": {"block_out_channels": [0, 0, 0, 0]},

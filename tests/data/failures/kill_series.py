@@ -1,4 +1,4 @@
-"""Run by test_failures_kills.py in a process of its own: encodes in children, kills them, and says what each kill left.
+"""Program of test_failures_kills.py: encodes in children, kills them, and prints the result of each kill.
 
 Arguments: "random", "points" or "workers", how many kills ("workers": how many images), the seconds between two kills
 of workers, a seed, the source folder and a folder for the stores. Prints one JSON object for each kill, and for
@@ -38,7 +38,7 @@ OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "shard_mb": 0.002,
 
 
 def start(source: Path, out: Path, prepare=lambda: None) -> int:
-    """The number of a new process that encodes ``source`` into ``out``, with a log beside it of what it did."""
+    """Start a process that encodes ``source`` to ``out`` and logs rows and units beside it; return its number."""
     child = os.fork()
     if child:
         return child
@@ -56,22 +56,21 @@ def start(source: Path, out: Path, prepare=lambda: None) -> int:
         return record
 
     pipeline.finish_chunk, Store.commit = logged_finish, logged_commit
-    fastvae.data.encoding.worker.MAX_DEATHS = (
-        10**6
-    )  # these deaths are no unit's fault, however often they meet the same one
+    # No unit causes these deaths, however often they meet the same one.
+    fastvae.data.encoding.worker.MAX_DEATHS = 10**6
     prepare()
     encode(source, out, vae=small_vae(), **OPTIONS)
     os._exit(0)
 
 
 def end(child: int) -> int:
-    """Kill ``child`` and wait for it; its exit code, -9 where it was still running."""
+    """Kill ``child``, wait for it, and return its exit code, -9 if it was still running."""
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def look(out: Path) -> set:
-    """The rows that are committed; raises AssertionError for a bad one, whoever finds it."""
+    """Return the committed rows; raises AssertionError if store_checks or verify finds a bad one."""
     rows = set(committed(out))
     if (out / "store.json").exists():
         found = verify(out, deep=True).damaged
@@ -80,7 +79,7 @@ def look(out: Path) -> set:
 
 
 def log_of(out: Path) -> list[str]:
-    """What the processes that wrote into ``out`` have done, a line each."""
+    """Return the log of the processes that wrote to ``out``."""
     path = Path(f"{out}.log")
     return path.read_text().splitlines() if path.exists() else []
 
@@ -96,8 +95,8 @@ def wait_for_commits(out: Path, more: int, patience: float) -> None:
         time.sleep(0.0005)
 
 
-def told(out: Path, code: int, before: set, rows_before: int, **facts) -> tuple[dict, set]:
-    """What a kill left, as a line, and the rows that are committed now."""
+def result_of(out: Path, code: int, before: set, rows_before: int, **facts) -> tuple[dict, set]:
+    """Return the result of a kill, as a line, and the rows that are committed now."""
     after, rows = look(out), log_of(out).count("row") - rows_before
     assert before <= after, "a row that was committed is gone"
     lost = rows - (len(after) - len(before))
@@ -113,7 +112,7 @@ def told(out: Path, code: int, before: set, rows_before: int, **facts) -> tuple[
 
 
 def random_kills(count: int, generator: random.Random, source: Path, stores: Path) -> None:
-    """Kills at random moments, three of four of them after a random number of commits."""
+    """Kill at random moments, three times of four after a random number of commits."""
     whole, started = stores / "whole", time.monotonic()
     assert os.waitpid(start(source, whole), 0)[1] == 0
     patience, wanted = time.monotonic() - started, committed(whole)
@@ -126,7 +125,7 @@ def random_kills(count: int, generator: random.Random, source: Path, stores: Pat
             time.sleep(generator.uniform(0, patience / 20))
         else:
             time.sleep(generator.uniform(0, patience))
-        line, before = told(out, end(child), before, rows_before, store=number)
+        line, before = result_of(out, end(child), before, rows_before, store=number)
         kills += line["killed"]
         print(json.dumps(line), flush=True)  # noqa: T201
         if kills == count and line["killed"]:
@@ -140,13 +139,13 @@ POINTS = ("in the temporary write", "before the rename", "before the folder's fs
 
 
 def die() -> None:
-    """This process's end, as by kill -9: nothing is flushed, no handler runs."""
+    """Kill this process with SIGKILL: nothing is flushed, no handler runs."""
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
 def prepare_death(point: str, number: int) -> None:
-    """Let this process die at the ``number``-th time that it comes to ``point``."""
+    """Let this process die the ``number``-th time that it reaches ``point``."""
     left = [number]
 
     def comes() -> bool:
@@ -154,7 +153,7 @@ def prepare_death(point: str, number: int) -> None:
         return left[0] == 0
 
     class Torn:
-        """A file, of whose last write half arrives."""
+        """A file that writes half of its last block."""
 
         def __init__(self, file):
             self.file = file
@@ -199,7 +198,7 @@ def prepare_death(point: str, number: int) -> None:
 
 
 def point_kills(count: int, generator: random.Random, source: Path, stores: Path) -> None:
-    """Kills at the named points in turn, each the first to tenth time that a run comes there."""
+    """Kill at the named points in turn, each the first to seventh time that a run reaches it."""
     assert os.waitpid(start(source, stores / "whole"), 0)[1] == 0
     wanted = committed(stores / "whole")
     for number in range(count):
@@ -207,7 +206,7 @@ def point_kills(count: int, generator: random.Random, source: Path, stores: Path
         times = generator.randrange(1, 8)
         child = start(source, out, lambda point=point, times=times: prepare_death(point, times))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        line, _ = told(out, code, set(), 0, point=point, times=times)
+        line, _ = result_of(out, code, set(), 0, point=point, times=times)
         print(json.dumps(line), flush=True)  # noqa: T201
         assert os.waitpid(start(source, out), 0)[1] == 0
         assert committed(out) == wanted
@@ -216,7 +215,7 @@ def point_kills(count: int, generator: random.Random, source: Path, stores: Path
 
 
 def worker_kills(period: float, generator: random.Random, source: Path, stores: Path) -> None:
-    """Four processes on one output, of which one is killed every ``period`` seconds and started again."""
+    """Run four processes on one output; kill and restart one every ``period`` seconds."""
     out, ranks = stores / "shared", 4
 
     def prepare(rank: int) -> None:
@@ -225,7 +224,7 @@ def worker_kills(period: float, generator: random.Random, source: Path, stores: 
         real = MomentEncoder.start
 
         def slow(encoder, pixels):
-            time.sleep(0.05 * len(pixels))  # as one waits for a GPU
+            time.sleep(0.05 * len(pixels))  # as a GPU takes
             return real(encoder, pixels)
 
         MomentEncoder.start = slow
@@ -257,7 +256,7 @@ def worker_kills(period: float, generator: random.Random, source: Path, stores: 
 
 
 def main() -> None:
-    """See the module."""
+    """Run the series that the arguments name."""
     torch.set_num_threads(1)
     what, count, period, seed, source, stores = sys.argv[1:]
     generator, places = random.Random(int(seed)), (Path(source), Path(stores))

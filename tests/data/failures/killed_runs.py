@@ -1,4 +1,4 @@
-"""Run by test_store.py in a process of its own: encodes once for each point between two system calls, and dies there.
+"""Program of test_store.py: encodes once for each point between two system calls, and dies there.
 
 Arguments: the source folder, a folder for the stores. Prints one line for each point: its name and the child's exit
 code, 137 when it was killed, 0 once the run is shorter than that.
@@ -22,7 +22,7 @@ from fastvae.data.encoding.encode import encode  # noqa: E402
 
 
 def die_at(name: str, number: int) -> None:
-    """Make the ``number``-th os.replace or os.link of this process its end, before or after it took place."""
+    """End this process at its ``number``-th os.replace or os.link, before or after the call."""
     moment, call = name.split(" ")
     real = getattr(os, call)
     state = {"left": number}

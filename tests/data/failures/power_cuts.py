@@ -1,4 +1,4 @@
-"""A file layer that forgets: what a disk may hold after a power cut in the middle of a run.
+"""Model of a disk after a power cut during a run.
 
 POSIX promises of a file what was synchronised with fsync, and of a name what was synchronised with its folder. All else
 may have reached the disk or not, in any order. ``Disk`` watches a run's system calls and says, at any moment, what may
@@ -15,7 +15,7 @@ Listing = dict[str, int]  # names and inodes
 
 
 class Disk:
-    """What of ``root`` is certain to survive, and what is there now. ``at_each`` is called around every system call."""
+    """Files under ``root`` that are certain to survive, and those there now; calls ``at_each`` around system calls."""
 
     def __init__(self, root: Path, at_each: Callable[[str], None]):
         self.root, self.at_each = root, at_each
@@ -24,7 +24,7 @@ class Disk:
         self.moment = 0
 
     def watch(self, monkeypatch) -> None:
-        """Look at every fsync, rename, link and new folder under the root from now on."""
+        """Watch every fsync, rename, link and new folder under the root from now on."""
         for name in ("fsync", "replace", "link", "mkdir", "open"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
 
@@ -37,7 +37,7 @@ class Disk:
             if name == "fsync":
                 self._keep(arguments[0])
             elif name == "open" and counts and arguments[1] & os.O_CREAT and arguments[1] & os.O_EXCL:
-                self.bytes.pop(os.fstat(result).st_ino, None)  # the number of a file that is gone, used again
+                self.bytes.pop(os.fstat(result).st_ino, None)  # the inode of a deleted file, used again
             if counts and name != "open":
                 self._tell(f"after {name}")
             return result
@@ -60,10 +60,10 @@ class Disk:
             self.bytes[found.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
 
     def after_a_cut(self, into: Path, choose: Callable[[], bool]) -> None:
-        """Make in ``into`` what a cut at this moment may leave; ``choose`` says of each open change if it survives.
+        """Write to ``into`` a state that a cut at this moment may leave; ``choose`` decides which open changes survive.
 
-        A folder that was made is there where its parent's name for it survived. A name whose file was never
-        synchronised is there with none, half or all of its bytes.
+        A new folder survives if its name in the parent does. A name whose file was never synchronised has none, half or
+        all of its bytes.
         """
         self._folder(self.root, into, choose)
 
@@ -93,12 +93,12 @@ def _listing(folder: int | Path) -> Listing:
 
 
 def nothing() -> bool:
-    """No change survives that was not synchronised."""
+    """Choose no change that was not synchronised."""
     return False
 
 
 def all_names_and_no_bytes() -> Callable[[], bool]:
-    """Every second choice survives, in turn: names without their bytes, and the other way round."""
+    """Choose every second change: names without their bytes, and bytes without their names."""
     state = [False]
 
     def choose() -> bool:
@@ -109,5 +109,5 @@ def all_names_and_no_bytes() -> Callable[[], bool]:
 
 
 def at_random(generator: random.Random) -> Callable[[], bool]:
-    """Each change survives or not, by chance."""
+    """Choose each change at random."""
     return lambda: generator.random() < 0.5

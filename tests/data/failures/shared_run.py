@@ -1,4 +1,4 @@
-"""Run by test_leases.py in a process of its own: several processes encode into one output at the same time.
+"""Program of test_leases.py: several processes encode to one output at the same time.
 
 Arguments: the source folder, then for each output its path and, for each process that shares it, the number of the
 commit at which that one dies, 0 for none, as in 0,2. Prints for each output [[exit code, report or null], ...] as JSON.
@@ -26,7 +26,7 @@ OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "shard_mb": 0.001,
 
 
 def die_at(number: int) -> None:
-    """Make the ``number``-th commit of this process its end."""
+    """End this process at its ``number``-th commit."""
     real, calls = Store.commit, []
 
     def commit(store, *arguments, **facts):
@@ -39,7 +39,7 @@ def die_at(number: int) -> None:
 
 
 def share(source: str, out: str, deaths: list[int]) -> list[tuple[int, dict | None]]:
-    """(exit code, report) of each of the processes that encode ``source`` into ``out``."""
+    """Return (exit code, report) of each process that encodes ``source`` to ``out``."""
     children = []
     for rank, number in enumerate(deaths):
         child = os.fork()

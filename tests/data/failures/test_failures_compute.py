@@ -1,4 +1,4 @@
-"""Failure modes 19 and 21 as far as they need no GPU: what is computed wrongly."""
+"""Failure modes 19 and 21 without a GPU: wrong results of a kernel or a model."""
 
 import time
 
@@ -22,13 +22,13 @@ def means(out) -> dict[str, np.ndarray]:
     return {item["key"]: item["mean"].clone().numpy() for item in LatentDataset(out)}
 
 
-# By how much a kernel must be wrong to be seen: in half precision by more than eight times what rounding does.
+# Errors that must be found: in half precision more than eight times the rounding error.
 SEEN = {"fp32": 1.001, "bf16": 3.0}
 
 
 @pytest.mark.parametrize("dtype", SEEN)
 def test_row_21_a_wrong_kernel_is_noticed_and_torchs_own_layers_run(tmp_path, dtype, monkeypatch, capsys):
-    """The CPU's convolution, one of whose channels comes out too large: a kernel that is wrong here alone."""
+    """A convolution of the CPU, one of whose channels is too large: a kernel that is wrong on this device."""
     real = CpuPass._convolve
 
     def convolve(self, conv, x):
@@ -43,7 +43,7 @@ def test_row_21_a_wrong_kernel_is_noticed_and_torchs_own_layers_run(tmp_path, dt
     assert report.ok == 3
     assert "the fast path is wrong on this cpu in " in report.notes[-1]
     assert "the fast path is wrong on this cpu" in capsys.readouterr().err
-    # What is stored is what the model gives without any of it.
+    # The stored rows are those of the model without the fast path.
     found = means(tmp_path / "out")
     stock = MomentEncoder(vae, dtype, torch.device("cpu"))
     fastvae.restore(stock.model)
@@ -69,7 +69,7 @@ def test_row_21_a_right_one_passes_within_two_seconds(dtype, widths):
 
 
 def test_row_21_a_model_that_overflows_is_no_wrong_kernel():
-    """Infinities are what rows are looked at for, one by one."""
+    """Rows are checked for infinities one by one."""
     vae = small_vae()
     with torch.no_grad():
         vae.encoder.conv_in.weight *= 1e38
@@ -77,7 +77,7 @@ def test_row_21_a_model_that_overflows_is_no_wrong_kernel():
 
 
 def test_row_19_no_row_on_disk_is_other_than_finite(tmp_path):
-    """A model that gives infinities for some images in every dtype: those are failures, the others rows."""
+    """A model that gives infinities for some images in every dtype: those are failures, the others are rows."""
     from support.store_checks import committed, failures
 
     names = write_pictures(tmp_path / "in", 6)
@@ -93,6 +93,6 @@ def test_row_19_no_row_on_disk_is_other_than_finite(tmp_path):
         report = encode(tmp_path / "in", out, vae=vae, dtype=dtype, max_failures="100%", **OPTIONS)
         assert 0 < report.failed < 6
         assert set(failures(out).values()) == {"non_finite"}
-        rows = {key for key, _ in committed(out)}  # which looks at every value
+        rows = {key for key, _ in committed(out)}  # checks every value
         assert rows | failures(out).keys() == set(names)
         assert not rows & failures(out).keys()

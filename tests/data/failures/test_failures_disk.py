@@ -1,4 +1,4 @@
-"""Failure mode 15: a file system of 64 MB that fills up under the run, by a real one in memory."""
+"""Failure mode 15: a real file system of 64 MB, in memory, that fills up during the run."""
 
 import contextlib
 import json
@@ -14,8 +14,7 @@ SIZES = [pytest.param(2, id="short"), pytest.param(20, id="long", marks=pytest.m
 NO_SPACE = 6
 
 
-# For each line [NUMBER, LEFT, OUT] on stdin a process encodes, prints into OUT.said, and its exit code is printed.
-# When it comes to its NUMBER-th file, another program has filled the disk, all but LEFT bytes.
+# Encodes to OUT. Before its NUMBER-th file the disk is filled, all but LEFT bytes.
 FILLED = """
 import json, os, sys
 from pathlib import Path
@@ -67,7 +66,7 @@ def prepared(forks, tmp_path, small_disk):
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_row_15_a_full_disk_tears_nothing_and_the_run_goes_on_when_there_is_room(prepared, count):
+def test_row_15_a_full_disk_leaves_whole_files_and_the_run_resumes(prepared, count):
     """Exit code 6 in one sentence, nothing half written is left, and what was committed is whole."""
     (disk, pictures, run), generator, kept = prepared, random.Random(0), []
     for number in range(count):
@@ -93,7 +92,7 @@ def test_row_15_a_full_disk_tears_nothing_and_the_run_goes_on_when_there_is_room
     print(f"\nrow 15: {count} runs into a full disk of 64 MB, exit code 6 each, 0 torn, {sum(kept)} rows kept")  # noqa: T201
 
 
-def test_row_15_too_little_room_is_said_before_the_first_image(prepared):
+def test_row_15_too_little_room_is_reported_before_the_first_image(prepared):
     disk, _, run = prepared
     with open(disk / "ballast", "wb") as ballast, contextlib.suppress(OSError):
         ballast.write(bytes(64 * 2**20 - 8192))

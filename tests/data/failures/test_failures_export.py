@@ -1,4 +1,4 @@
-"""Failure modes 15 and 16 of exports: a real SIGKILL in the middle of one, and a real disk that fills up under it."""
+"""Failure modes 15 and 16 of exports: a real SIGKILL during one, and a real disk that fills up."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ def content(folder):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no such signals")
-def test_row_16_what_a_killed_export_leaves_is_swept_by_the_next_to_that_place_alone(forks, store, tmp_path):
+def test_row_16_the_next_export_sweeps_the_files_of_a_killed_one(forks, store, tmp_path):
     out, beside = tmp_path / "exports" / "out", tmp_path / "exports" / "other"
     process, exporting = begun(forks, store, out, beside)
     for number in exporting:

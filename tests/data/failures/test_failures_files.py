@@ -1,4 +1,4 @@
-"""Failure modes 25, 27 to 29 and 34: models and stores that lie, and what makes one store another.
+"""Failure modes 25, 27 to 29 and 34: models and stores with false fields, and the identity of a store.
 
 The messages of each are in tests/checkpoints/test_bad_files.py, by the same numbers.
 """
@@ -27,7 +27,7 @@ from fastvae.data.store.store import Store
 from fastvae.models import AutoencoderKL
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
-REFUSED_WITHIN = 0.1  # seconds of this process's own work
+REFUSED_WITHIN = 0.1  # CPU seconds of this process
 
 
 def peak_megabytes() -> float:
@@ -35,8 +35,8 @@ def peak_megabytes() -> float:
 
 
 @pytest.mark.parametrize("case", hostile_safetensors())
-def test_row_27_a_file_whose_header_lies_is_refused_by_every_reader(tmp_path, case):
-    """By the model's loader and both of a store's readers: fast, and in no more memory than the file has."""
+def test_row_27_a_false_header_is_refused_by_every_reader(tmp_path, case):
+    """By the model's loader and both of a store's readers: fast, and in no more memory than the file's size."""
     data = hostile_safetensors()[case]
     small_vae().save_pretrained(tmp_path / "vae")
     weights, shard = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "000000-32x32.safetensors"
@@ -52,13 +52,13 @@ def test_row_27_a_file_whose_header_lies_is_refused_by_every_reader(tmp_path, ca
         started = time.process_time()
         with pytest.raises(errors):
             read()
-        # A model's config builds it on no device first, which is the most of it.
+        # Most of it is building the model on the meta device.
         assert time.process_time() - started < (1.0 if reader == "model" else REFUSED_WITHIN), reader
     assert peak_megabytes() - before < 2 * len(data) / 2**20 + 16
 
 
 def test_row_27_a_header_is_capped_before_it_is_parsed(tmp_path):
-    """Two megabytes of empty tensors: the package that parses them would take them, a store does not."""
+    """Two megabytes of empty tensors: safetensors parses them, a store refuses them."""
     tensors = {f"t{number:06d}": entry("U8", [0], 0, 0) for number in range(2**15)}
     path = tmp_path / "000000-32x32.safetensors"
     path.write_bytes(safetensors_bytes(json.dumps(tensors).encode()))
@@ -68,7 +68,7 @@ def test_row_27_a_header_is_capped_before_it_is_parsed(tmp_path):
 
 
 def shard_of(text: bytes, offsets: list[int], variants: list[int], **changes) -> bytes:
-    """A shard's names alone, with whatever ``changes`` do to their headers."""
+    """Return the names of a shard, its headers changed by ``changes``."""
     parts = [np.array(offsets, "<i8").tobytes(), np.array(variants, "<u2").tobytes(), text]
     ends = np.cumsum([0, *map(len, parts)]).tolist()
     shapes = {
@@ -140,7 +140,7 @@ def test_row_27_a_shard_that_breaks_the_schema_is_a_store_error(tmp_path, case):
 WRONG_FACTS = {
     "no downsampling": ({"downsample_factor": 0}, "downsample_factor"),
     "channels by the million": ({"latent_channels": 10**9}, "latent_channels"),
-    "a scale in words": ({"scaling": {"scaling_factor": "1"}}, "scaling.scaling_factor"),
+    "a scale as text": ({"scaling": {"scaling_factor": "1"}}, "scaling.scaling_factor"),
     "no scale": ({"scaling": {"scaling_factor": None}}, "scaling.scaling_factor"),
     "a scale beyond a float": ({"scaling": {"scaling_factor": 10**400}}, "scaling.scaling_factor"),
     "a mean for one channel": ({"scaling": {"latents_mean": [0.0]}}, "scaling.latents_mean"),
@@ -161,8 +161,8 @@ def merged(facts, change):
 
 
 @pytest.mark.parametrize("case", WRONG_FACTS)
-def test_row_27_a_store_whose_facts_cannot_be_is_a_store_error(tmp_path, case):
-    """What fuzzing found: each ended in Python's own words, somewhere in a reader, where store.json has the digest."""
+def test_row_27_impossible_facts_are_a_store_error(tmp_path, case):
+    """Cases that fuzzing found: each raised an error of Python's in a reader, with a valid digest in store.json."""
     change, name = WRONG_FACTS[case]
     out = write_store(tmp_path / "out", {(SIDE, SIDE): ["a"]})
     facts = merged(json.loads((out / "store.json").read_text()), change)
@@ -174,12 +174,12 @@ def test_row_27_a_store_whose_facts_cannot_be_is_a_store_error(tmp_path, case):
 
 @pytest.mark.parametrize("case", hostile_configs())
 def test_row_28_a_hostile_config_is_refused_in_a_tenth_of_a_second(tmp_path, case):
-    """Before anything is built and before the weights are opened, in one short sentence."""
+    """Before anything is built or the weights are opened, with one short sentence."""
     small_vae().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | hostile_configs()[case]
     if isinstance(config["layers_per_block"], int) and config["layers_per_block"] > 10**300:
-        config["layers_per_block"] = 10**300  # json reads no longer numbers
+        config["layers_per_block"] = 10**300  # json refuses longer numbers
     path.write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     before, started = peak_megabytes(), time.process_time()
@@ -194,8 +194,8 @@ WRONG = (None, True, -1, 0, 2**63, 10**300, 0.5, float("nan"), "", "x" * 10**6, 
 
 
 @pytest.mark.parametrize("name", CONFIG_DEFAULTS)
-def test_row_28_every_key_refuses_what_it_cannot_be(name):
-    """Each of a config's keys set to each of many wrong values: a ValueError that names it, or it is legal there."""
+def test_row_28_every_key_refuses_wrong_values(name):
+    """Each key of a config set to each of many wrong values raises a ValueError that names it, unless it is legal."""
     refused = 0
     for key in CONFIG_DEFAULTS[name]:
         for value in WRONG:
@@ -237,7 +237,7 @@ print(found)
 
 
 class Payload:
-    """What a pickle of it does where somebody runs it: a shell command that leaves a file."""
+    """An object whose pickle runs a shell command that leaves a file."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -247,7 +247,7 @@ class Payload:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and still what hostile files may be
-def test_row_29_no_pickle_runs_whatever_it_is_called(forks, tmp_path):
+def test_row_29_no_pickle_runs_under_any_name(forks, tmp_path):
     """Pickles, archives of torch's and TorchScript, under every suffix, refused or read as weights alone."""
     import pickle
 
@@ -262,12 +262,12 @@ def test_row_29_no_pickle_runs_whatever_it_is_called(forks, tmp_path):
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
     assert not mark.exists()
     with (tmp_path / "models" / "raw.ckpt").open("rb") as file:
-        pickle.load(file)  # it does what it is meant to where somebody runs it: the test could fail
+        pickle.load(file)  # unpickled, it runs the command: the test can fail
     assert mark.exists()
 
 
 def identity_leaves(value, path=()):
-    """Every field of an identity: its path and its value."""
+    """Yield the path and value of every field of an identity."""
     if isinstance(value, dict) and value:
         for name, inside in value.items():
             yield from identity_leaves(inside, (*path, name))
@@ -276,7 +276,7 @@ def identity_leaves(value, path=()):
 
 
 def test_row_25_every_field_of_the_identity_is_compared(tmp_path):
-    """Each changed in turn, and each left out: all are found, each by its own name, and nothing is touched."""
+    """Each field changed, and each left out: all are found by name, and nothing is written."""
     write_pictures(tmp_path / "in", 1)
     out = tmp_path / "out"
     encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
@@ -312,7 +312,7 @@ WAYS = [(1, 1, None), (3, 2, None), (8, 1, (1, 2)), (24, 3, (3, 4))]
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_row_34_the_same_bytes_for_any_batch_workers_and_rank(tmp_path, dtype, monkeypatch):
-    """With deterministic=True. Without it another batch is summed in another order: by how much is said, not held."""
+    """With deterministic=True. Without it another batch is summed in another order: the difference is printed only."""
     write_pictures(tmp_path / "in", 24)
     found, moments = set(), {}
     options = {**OPTIONS, "dtype": dtype, "buckets": 64, "store_dtype": "fp32"}

@@ -1,4 +1,4 @@
-"""Failure modes 1 to 11: images as they come. The rules themselves are in test_images.py, by the same numbers."""
+"""Failure modes 1 to 11: bad images in a run. The rules are tested in test_images.py, by the same numbers."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ BAD_IN = [pytest.param(40, 240, id="short"), pytest.param(50, 1000, id="long", m
 
 @pytest.mark.parametrize(("bad", "count"), BAD_IN)
 def test_row_01_fifty_bad_images_of_a_thousand_are_fifty_quarantined_rows(tmp_path, bad, count):
-    """In the short form forty of 240: every kind once."""
+    """The short form has forty of 240, every kind once."""
     source = tmp_path / "in"
     source.mkdir()
     formats = [("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp"), ("BMP", ".bmp"), ("TIFF", ".tif")]
@@ -50,7 +50,7 @@ def picture_or_reason(data: bytes) -> np.ndarray | str:
 
 
 def test_row_02_twenty_files_cut_at_two_hundred_offsets(tmp_path):
-    """None gives a partial picture: a cut is refused, or the whole picture is what is read."""
+    """A cut file is refused or read whole; none gives a partial picture."""
     kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("BMP", {})]
     kinds += [("GIF", {}), ("AVIF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
     accepted = 0
@@ -105,14 +105,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_row_08_a_hundred_bombs_take_no_memory(forks):
-    """In a process of its own, whose peak no other test has raised before."""
+    """In another process, whose peak memory no other test has raised."""
     done = forks.run(IN_A_PROCESS_OF_ITS_OWN)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < BOMB_MEGABYTES * 1024  # KiB
 
 
 def test_row_08_large_images_that_are_allowed_are_decoded_one_at_a_time(monkeypatch):
-    """Four threads with an image each that counts as large: never are two of them inside the decoder."""
+    """Four threads with a large image each: never are two of them in the decoder."""
     from concurrent.futures import ThreadPoolExecutor
 
     monkeypatch.setattr("fastvae.data.images.read.LARGE_PIXELS", 100)
@@ -135,7 +135,7 @@ def test_row_08_large_images_that_are_allowed_are_decoded_one_at_a_time(monkeypa
 
 
 def test_row_09_no_interpreter_of_documents_is_ever_started(tmp_path, monkeypatch):
-    """PostScript, PDF and FITS under a picture's name: no plugin but those of the allow-list is imported for them."""
+    """PostScript, PDF and FITS named as pictures: only plugins of the allow-list are imported."""
     (tmp_path / "in").mkdir()
     for number, (data, _) in enumerate(bad_images()):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(data)
@@ -163,7 +163,7 @@ def test_row_10_first_frames_are_counted_in_the_report_or_their_files_left_out(t
 
 
 def test_row_11_needles_specks_and_slivers_end_as_a_row_or_a_reason(tmp_path):
-    """Real files of every awkward size, through the whole run in two tables of buckets."""
+    """Real files of extreme sizes, through the whole run with two tables of buckets."""
     sizes = [(1, 4096), (4096, 1), (1, 1), (7, 7), (8, 8), (7, 8), (8, 256), (8, 257), (256, 8), (257, 8), (9, 9)]
     (tmp_path / "in").mkdir()
     for width, height in sizes:
@@ -181,8 +181,8 @@ def test_row_11_needles_specks_and_slivers_end_as_a_row_or_a_reason(tmp_path):
         assert len(committed(out)) == report.ok == len(sizes) - len(wanted)
 
 
-def test_the_corpus_says_of_every_bad_image_what_it_is():
-    """The table's figures hang on the reasons that the corpus states: each is what reading it alone gives."""
+def test_the_corpus_has_the_reason_of_every_bad_image():
+    """The table's figures depend on the reasons in the corpus: reading each file alone gives its reason."""
     for data, reason in bad_images():
         with pytest.raises(ImageError) as caught:
             read_image(data)

@@ -1,4 +1,4 @@
-"""Failure modes 16 and 22: processes that are killed, by kill_series.py. The long form is the table's own figure."""
+"""Failure modes 16 and 22: processes killed by kill_series.py. The long form measures the table's figures."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def series(forks, tmp_path: Path, what: str, pictures: int, count: int, period=0
 
 
 def say(row: int, text: str) -> None:
-    """A figure for docs/reliability.md, shown by pytest -s."""
+    """Print a figure for docs/reliability.md, shown by pytest -s."""
     print(f"\nrow {row}: {text}")  # noqa: T201
 
 
 @pytest.mark.parametrize("long", SIZES)
 def test_row_16_killed_at_random_moments(forks, tmp_path, long):
-    """Nothing that was committed is bad or gone, and what is lost is at most two shards and what threads have begun."""
+    """No committed row is bad or missing; at most two shards and the threads' images are lost."""
     kills = [line for line in series(forks, tmp_path, "random", 32, 200 if long else 8) if line["killed"]]
     assert len(kills) == (200 if long else 8)
     later = sum(line["committed"] > 0 for line in kills)
@@ -62,7 +62,7 @@ def test_row_16_killed_at_named_points(forks, tmp_path, long):
 
 @pytest.mark.parametrize("long", SIZES)
 def test_row_22_one_of_four_workers_is_killed_again_and_again(forks, tmp_path, long):
-    """Another takes over what it held, none waits for it, and no row is there twice."""
+    """Another takes over its units, none waits for it, and no row is there twice."""
     pictures, period = (3000, 5) if long else (160, 0.7)
     (line,) = series(forks, tmp_path, "workers", pictures, 0, period)
     assert line["rows"] == pictures
@@ -73,8 +73,8 @@ def test_row_22_one_of_four_workers_is_killed_again_and_again(forks, tmp_path, l
             f"{line['encoded'] - pictures} encoded again")  # fmt: skip
 
 
-# Encodes as often as a process dies of it, at most argv[3] times; prints the exit codes. An image called "poison" kills
-# whoever reads it.
+# Encodes until a process ends without being killed, at most argv[3] times; prints the exit codes. The image "poison"
+# kills the process that reads it.
 POISONED = """
 import os, sys
 import torch
@@ -101,7 +101,7 @@ for _ in range(int(sys.argv[3])):
 """
 
 
-def test_row_22_a_unit_that_kills_whoever_does_it_is_given_up_after_three_and_no_other(forks, tmp_path):
+def test_row_22_a_unit_that_crashes_three_processes_is_given_up(forks, tmp_path):
     names = write_pictures(tmp_path / "in", 32)
     (tmp_path / "in" / "013.png").rename(tmp_path / "in" / "012 poison.png")
     done = forks.run(POISONED, tmp_path / "in", tmp_path / "out", 9)

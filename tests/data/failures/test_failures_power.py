@@ -1,4 +1,4 @@
-"""Failure mode 17: the power goes in the middle of a run."""
+"""Failure mode 17: a power cut during a run."""
 
 import hashlib
 import os
@@ -17,15 +17,15 @@ from fastvae.data.store.verify import verify
 from fastvae.system.atomic_files import write_atomically
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.001, "workers": 1}
-# The system's own, for what the tests themselves do meanwhile.
+# The real functions, for the test's own calls meanwhile.
 REAL = {name: getattr(os, name) for name in ("fsync", "replace", "link", "mkdir", "open")}
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="files are looked at by their descriptors")
 
 
 def cuts(tmp_path: Path, monkeypatch, mixtures: int, pictures: int) -> tuple[list[tuple[str, int]], list[str]]:
-    """Every state that a cut may leave at every moment of a run: (moment, committed rows) of each, and what is bad.
+    """Return (moment, committed rows) of every state that a cut may leave during a run, and those that are bad.
 
-    Every 61st stays in the folder "kept".
+    Every 61st state stays in the folder "kept".
     """
     (tmp_path / "kept").mkdir()
     write_pictures(tmp_path / "in", pictures)
@@ -57,7 +57,7 @@ def cuts(tmp_path: Path, monkeypatch, mixtures: int, pictures: int) -> tuple[lis
 
 
 def resumed(tmp_path: Path) -> int:
-    """How many of the kept states the same run completed, to the same rows, each verified."""
+    """Complete each kept state by the same run, to the same rows, verified; return their number."""
     whole, kept = committed(tmp_path / "out"), sorted((tmp_path / "kept").iterdir())
     for out in kept:
         before = committed(out)
@@ -68,7 +68,7 @@ def resumed(tmp_path: Path) -> int:
     return len(kept)
 
 
-def test_row_17_what_was_not_synchronised_leaves_no_committed_bad_shard(tmp_path, monkeypatch):
+def test_row_17_unsynchronised_writes_leave_no_bad_committed_shard(tmp_path, monkeypatch):
     states, bad = cuts(tmp_path, monkeypatch, 2, 6)
     assert bad == []
     assert max(rows for _, rows in states) == 6
@@ -76,8 +76,8 @@ def test_row_17_what_was_not_synchronised_leaves_no_committed_bad_shard(tmp_path
     assert resumed(tmp_path) > 4
 
 
-def test_row_17_what_was_committed_survives_whatever_else_does_not(tmp_path, monkeypatch):
-    """After a record's own folder was synchronised its rows are there, even if nothing else ever reached the disk."""
+def test_row_17_committed_rows_survive_without_anything_else(tmp_path, monkeypatch):
+    """Once a record's folder is synchronised its rows survive, even if nothing else reached the disk."""
     write_pictures(tmp_path / "in", 6)
     (tmp_path / "out").mkdir()
     rows: list[tuple[int, int]] = []
@@ -102,7 +102,7 @@ def test_row_17_what_was_committed_survives_whatever_else_does_not(tmp_path, mon
 
 
 class Careless:
-    """The system, but that files are not synchronised when one asks for it; folders are."""
+    """The module os, except that fsync of a file does nothing."""
 
     def __getattr__(self, name):
         return getattr(os, name)
@@ -113,7 +113,7 @@ class Careless:
 
 
 def record_first(path, parts, exclusive=False, *, held=[]):  # noqa: B006 (kept from call to call on purpose)
-    """write_atomically, but that a shard is written after the record that speaks of it."""
+    """Write as write_atomically does, but a shard after its record."""
     if path.suffix == ".safetensors":
         whole = b"".join(bytes(memoryview(part).cast("B")) if memoryview(part).nbytes else b"" for part in parts)
         held.append((path, [whole]))
@@ -126,7 +126,7 @@ def record_first(path, parts, exclusive=False, *, held=[]):  # noqa: B006 (kept 
 
 @pytest.mark.parametrize("fault", ["files are not synchronised", "the record is written first"])
 def test_row_17_the_layer_sees_a_store_that_does_it_wrongly(tmp_path, monkeypatch, fault):
-    """The same test of a store with a planted fault: it must find what it is there to find."""
+    """The same test of a store with a planted fault, which it must find."""
     if fault == "files are not synchronised":
         monkeypatch.setattr("fastvae.system.atomic_files.os", Careless())
     else:

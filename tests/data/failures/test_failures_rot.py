@@ -1,4 +1,4 @@
-"""Failure mode 32: a bit that changes on disk, in a shard that was committed long ago."""
+"""Failure mode 32: a bit that changes on disk, in a committed shard."""
 
 import json
 import random
@@ -51,8 +51,8 @@ def test_row_32_every_single_bit_that_flips_is_found(made, flips):
     print(f"\nrow 32: {seen} of {flips} single bit flips found, each by its shard's name")  # noqa: T201
 
 
-def test_row_32_rows_are_checked_by_themselves_where_a_hash_is_made_to_fit(made):
-    """Whoever writes another shard and its record's hash still leaves checksums, values and names that do not fit."""
+def test_row_32_rows_are_checked_separately_if_a_hash_is_made_to_fit(made):
+    """A changed shard whose record has its new hash still has checksums, values or names that do not fit."""
     from fastvae.data.store.shard import ShardRow, pack, read_metadata
 
     shard = sorted((made / "shards").glob("*.safetensors"))[0]
@@ -141,7 +141,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_row_32_every_kind_of_store_is_sound_and_a_bit_of_each_tensor_is_seen(tmp_path, kind):
-    """Also where the hash is made to fit: all that a row's checksum is over, and the number of its key."""
+    """Also if the hash is made to fit: every tensor under a row's checksum, and the sample id of its key."""
     write_pictures(tmp_path / "in", 5)
     out = tmp_path / "out"
     encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS | KINDS[kind])

@@ -1,4 +1,4 @@
-"""Failure modes 12 to 14, 26, 30, 31 and 33: where images come from, what they are called, and who is called for."""
+"""Failure modes 12 to 14, 26, 30, 31 and 33: sources, names of files, and network access."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def test_row_13_a_hostile_tar_of_two_hundred_members_writes_nothing_outside(tmp_
 
 
 def test_row_13_hostile_keys_in_a_manifest_are_data_all_the_way_to_pictures(tmp_path):
-    """Keys that lead out of any folder, control a terminal or end a line: stored as they are, never used as a path."""
+    """Keys that lead out of a folder, control a terminal or end a line are stored unchanged, never used as a path."""
     from fastvae.data.decoding.decode import decode
 
     (tmp_path / "in").mkdir()
@@ -88,8 +88,8 @@ def test_row_13_hostile_keys_in_a_manifest_are_data_all_the_way_to_pictures(tmp_
 
 
 @pytest.mark.parametrize("kind", ["by its key", "by its place"])
-def test_row_13_a_plan_of_anothers_opens_nothing_outside_the_source(tmp_path, kind):
-    """Someone else's OUT, whose plan names a picture of the user's: nothing of it comes into the store."""
+def test_row_13_an_edited_plan_opens_nothing_outside_the_source(tmp_path, kind):
+    """The plan of somebody else's OUT names a picture of the user: it is not encoded."""
     vae, out = small_vae(), tmp_path / "out"
     write_pictures(tmp_path / "in", 2)
     picture(9).save(tmp_path / "private.png")
@@ -111,11 +111,11 @@ def test_row_13_a_plan_of_anothers_opens_nothing_outside_the_source(tmp_path, ki
     encode(private, tmp_path / "what it would be", vae=vae, **OPTIONS)
     (theirs,) = committed(tmp_path / "what it would be").values()
     assert theirs not in committed(out).values()
-    # By its key it is a failure of its own; by its place one of a unit that a later unit has replaced.
+    # By its key it is a failure; by its place it is in a unit that a later unit has replaced.
     assert list(failures(out).values()) == (["unreadable"] if kind == "by its key" else [])
 
 
-def test_row_13_a_plan_of_anothers_asks_for_no_size_that_the_table_has_not(tmp_path):
+def test_row_13_an_edited_plan_has_no_other_bucket(tmp_path):
     write_pictures(tmp_path / "in", 1)
     out = tmp_path / "out"
     encode(tmp_path / "in", out, vae=small_vae(), **OPTIONS)
@@ -139,7 +139,7 @@ def test_row_14_the_number_of_keys_that_were_there_before_is_reported(tmp_path):
 
 
 def test_row_26_an_edited_image_is_seen_by_its_time_alone(tmp_path):
-    """Of the same size to the byte: the modification time, in nanoseconds, is what tells."""
+    """The size is the same to the byte; only the modification time, in nanoseconds, differs."""
     vae = small_vae()
     (tmp_path / "in").mkdir()
     path, out = tmp_path / "in" / "a.bmp", tmp_path / "out"
@@ -157,7 +157,7 @@ def test_row_26_an_edited_image_is_seen_by_its_time_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a manifest", "a tar", "a table"])
-def test_row_26_with_hashes_the_bytes_tell_and_not_the_time(tmp_path, kind):
+def test_row_26_with_hashes_edits_are_found_by_the_bytes(tmp_path, kind):
     """An edit that keeps size and time is seen in every kind of source; a new time alone encodes nothing."""
     vae, folder, out = small_vae(), tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -203,7 +203,7 @@ def test_row_26_with_hashes_the_bytes_tell_and_not_the_time(tmp_path, kind):
     write((0, 2))
     set_time(10**9)
     assert {path: path.stat().st_size for path in sizes} == sizes
-    assert run() == (0, 2)  # which is what hashes are for
+    assert run() == (0, 2)  # hashes are for this case
     assert run(hash="full") == (1, 2)
     assert run(hash="full") == (0, 3)
 
@@ -264,7 +264,7 @@ print(json.dumps([first, [line.split(" ")[0] for line in reached]]))
 
 
 def test_row_30_no_network_no_pickle_and_no_other_process(forks, tmp_path):
-    """Python's own audit of sockets, unpickling and processes, over encode, info, decode and reading."""
+    """Python's audit events of sockets, unpickling and processes, over encode, info, decode and a loader."""
     write_pictures(tmp_path / "in", 4)
     small_vae().save_pretrained(tmp_path / "vae")
     done = forks.run(GUARDED, tmp_path)
@@ -287,7 +287,7 @@ URLS = (
 
 @pytest.mark.parametrize("url", URLS)
 def test_row_31_a_manifest_reaches_no_server(tmp_path, url, monkeypatch):
-    """Off by default, and a scheme that is allowed opens no other; the machine's own files are no URLs."""
+    """URLs are off by default, and an allowed scheme allows no other; local files are not URLs."""
     monkeypatch.setattr("fastvae.data.sources.jsonl.open_remote", lambda root: pytest.fail(f"{root} was opened"))
     (tmp_path / "m.jsonl").write_text(json.dumps({"key": "a", "uri": url}))
     for schemes in ((), ("gs",)):
@@ -298,7 +298,7 @@ def test_row_31_a_manifest_reaches_no_server(tmp_path, url, monkeypatch):
 @pytest.mark.parametrize(
     "chained", ["simplecache::http://host/x.png", "zip://x.png::http://host/a.zip", "//host/x.png"]
 )
-def test_row_31_chained_urls_are_paths_that_are_not_there(tmp_path, chained):
+def test_row_31_chained_urls_are_missing_paths(tmp_path, chained):
     (tmp_path / "m.jsonl").write_text(json.dumps({"key": "a", "uri": chained}) + "\n")
     picture(0).save(tmp_path / "b.png")
     with (tmp_path / "m.jsonl").open("a") as lines:
@@ -318,7 +318,7 @@ def test_row_31_a_local_scheme_is_no_file_system_of_its_own():
 
 
 def test_row_33_hostile_names_cannot_drive_a_terminal(tmp_path):
-    """Every name on disk, as an image and as a broken one: not a control character in anything that is shown."""
+    """Every hostile name, for an image and for a broken file: no control character is printed."""
     from click.testing import CliRunner
 
     from fastvae.cli.main import cli
