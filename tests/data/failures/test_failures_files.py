@@ -310,7 +310,7 @@ def shards_of(out) -> bytes:
 WAYS = [(1, 1, None), (3, 2, None), (8, 1, (1, 2)), (24, 3, (3, 4))]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_row_34_the_same_bytes_for_any_batch_workers_and_rank(tmp_path, dtype, monkeypatch):
     """With deterministic=True. Without it another batch is summed in another order: the difference is printed only."""
     write_pictures(tmp_path / "in", 24)
