@@ -2,7 +2,7 @@
 
 import pytest
 from support.forks import forks as forks  # the fixture
-from support.small_store import small_vae
+from support.small_store import small_vae, write_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +17,10 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     small_vae().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Folder of four pictures."""
+    write_pictures(tmp_path / "in", 4)
+    return str(tmp_path / "in")

@@ -1,45 +1,17 @@
-"""The command line: its output, its exit codes, and foreseen errors without a traceback."""
+"""Verbs of the command line: what they print and write."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
-from support.forks import CLOSED
+from support.command_line import encode, run
 from support.small_store import SIDE, picture, small_vae, write_pictures
 
-import fastvae.system.atomic_files
-from fastvae.cli.main import cli
-from fastvae.cli.output import parse_count
 from fastvae.data.decoding.demo import PHOTOGRAPHS
-from fastvae.data.store.lock import locked
-from fastvae.system.terminal import strip_control_characters
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    write_pictures(tmp_path / "in", 4)
-    return str(tmp_path / "in")
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.stderr
-    return result
-
-
-def encode(pictures, out, model, *more, code=0):
-    return run("encode", pictures, out, "--vae", model, "--buckets", SIDE, "--dtype", "fp32", *more, code=code)
 
 
 def test_encode_info_decode(pictures, model, tmp_path):
@@ -152,16 +124,6 @@ def test_bf16_states_its_error_in_the_plan(pictures, model, tmp_path):
     assert "bf16 (error vs fp32 " in result.stderr.splitlines()[0]
 
 
-def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
-    (Path(pictures) / "bad.png").write_bytes(b"")
-    result = encode(pictures, tmp_path / "out", model, code=3)
-    assert "4 ok" in result.stdout
-    assert "failed  empty 1" in result.stdout
-    encode(pictures, tmp_path / "out", model, "--max-failures", "20%", code=0)
-    result = encode(pictures, tmp_path / "strict", model, "--on-error", "fail", code=3)
-    assert result.stderr.splitlines()[-1] == "fastvae: empty: bad.png holds no bytes"
-
-
 def test_retry_failed_encodes_only_failed_images_again(pictures, model, tmp_path):
     bad, out = Path(pictures) / "000.png", tmp_path / "out"
     whole, times = bad.read_bytes(), bad.stat()
@@ -183,55 +145,6 @@ def test_retry_failed_encodes_only_failed_images_again(pictures, model, tmp_path
     assert result.splitlines()[-1].startswith("note    no image of the source has failed before")
 
 
-def test_row_25_another_identity_is_exit_code_4_with_the_difference(pictures, model, tmp_path):
-    encode(pictures, tmp_path / "out", model)
-    result = encode(pictures, tmp_path / "out", model, "--posterior", "mean", code=4)
-    assert 'numerics.posterior: the store has "dist", this run "mean"' in result.stderr
-    assert result.stdout == ""
-
-
-def test_row_15_a_full_disk_is_exit_code_6(pictures, model, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(fastvae.system.atomic_files.os, "fsync", full)
-    result = encode(pictures, tmp_path / "out", model, code=6)
-    assert result.stderr.splitlines()[-1].startswith("fastvae: no space left")
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        ("no store", "is not a latent store: it has no store.json"),
-        ("damaged store.json", "is not readable as JSON"),
-        ("damaged shard", "000000-32x32.safetensors is damaged"),
-    ],
-)
-def test_a_store_that_is_damaged_or_none_is_exit_code_1(damage, words, pictures, model, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    if damage != "no store":
-        encode(pictures, out, model)
-    if damage == "damaged store.json":
-        (out / "store.json").write_text("{")
-    elif damage == "damaged shard":
-        shard = next(out.glob("shards/*.safetensors"))
-        shard.write_bytes(b"\xff" * shard.stat().st_size)
-    result = run("decode", out, tmp_path / "png", code=1)
-    assert words in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_debug_shows_the_traceback_before_the_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTVAE_DEBUG", "1")
-    result = CliRunner().invoke(cli, ["decode", str(tmp_path), str(tmp_path / "png")])
-    assert result.exit_code == 1
-    lines = result.stderr.splitlines()
-    assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-1] == f"fastvae: {tmp_path} is not a latent store: it has no store.json"
-    assert "FASTVAE_DEBUG=1" in run("--help").stdout
-
-
 def test_the_device_is_an_option(pictures, model, tmp_path):
     encode(pictures, tmp_path / "out", model, "--device", "cpu")
     run("decode", tmp_path / "out", tmp_path / "png", "--device", "cpu")
@@ -240,65 +153,6 @@ def test_the_device_is_an_option(pictures, model, tmp_path):
         assert "fastvae: device must be one of this machine's, such as 'cpu' or 'cuda:0', got 'gpu'" in result.stderr
         result = run(*command, "--device", "cpu:5", code=2)
         assert "got 'cpu:5' (there is one CPU, and it has no number)" in result.stderr
-
-
-def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch):
-    def interrupt(self, pixels):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fastvae.data.encoding.encoder.MomentEncoder.start", interrupt)
-    result = encode(pictures, tmp_path / "out", model, code=75)
-    assert result.stderr.splitlines()[-1] == "fastvae: interrupted; run the same command again to go on"
-
-
-def test_an_output_that_is_a_link_to_nothing_is_a_sentence(pictures, model, tmp_path):
-    (tmp_path / "out").symlink_to(tmp_path / "gone")
-    result = encode(pictures, tmp_path / "out", model, code=1)
-    said = f"the output must be a folder, {tmp_path / 'out'} is a link to {tmp_path / 'gone'}, which is not there"
-    assert result.stderr.splitlines()[-1] == f"fastvae: {said}"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (
-            ["encode", "{in}", "{out}", "--buckets", "sd"],
-            "buckets must be a side in pixels such as 512, 'sdxl', 'flux' or a JSON file, scaled down as in",
-        ),
-        (["encode", "{in}", "{out}", "--buckets", "36"], "buckets must be a multiple of the model's 8 pixels"),
-        (
-            ["encode", "{in}", "{out}", "--buckets", "sdxl@0"],
-            "buckets must be scaled to a side of at least the model's 8",
-        ),
-        (["encode", "{empty}", "{out}"], "no images under"),
-        (["encode", "{in}", "{in}"], "out must be another folder than src"),
-        (["encode", "{in}/nothing", "{out}"], "the source must be a folder of images"),
-        (["encode", "{in}", "{out}", "--max-pixels", "lots"], "expected a count such as 178M, got 'lots'"),
-        (["encode", "{in}", "{out}", "--max-failures", "some"], "max_failures must be"),
-        (["encode", "{in}", "{out}", "--batch", "0"], "batch must be 'auto' or at least 1"),
-        (["decode", "{empty}", "{out}", "--rows", "x"], "rows must look like 0:16"),
-        (["encode"], "Missing argument 'SRC...'"),
-    ],
-    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
-)
-def test_wrong_usage_is_exit_code_2_and_a_sentence(arguments, words, pictures, model, tmp_path):
-    (tmp_path / "empty").mkdir()
-    places = {"{in}": pictures, "{out}": str(tmp_path / "out"), "{empty}": str(tmp_path / "empty")}
-    for place, path in places.items():
-        arguments = [argument.replace(place, path) for argument in arguments]
-    if arguments[0] == "encode" and len(arguments) > 1:
-        arguments = [*arguments, "--vae", model]
-    result = run(*arguments, code=2)
-    assert words in " ".join(result.stderr.replace("│", " ").split())
-
-
-def test_a_missing_model_is_one_sentence(pictures, tmp_path):
-    (tmp_path / "no model").mkdir()
-    for command in (["encode", pictures, tmp_path / "out", "--vae"], ["info"]):
-        result = CliRunner().invoke(cli, [*map(str, command), str(tmp_path / "no model")])
-        assert result.exit_code in (1, 2)
-        assert isinstance(result.exception, SystemExit)
-        assert result.stderr.splitlines()[-1].startswith("fastvae: ")
 
 
 def test_info_of_a_model(model):
@@ -335,92 +189,6 @@ def test_demo_without_scikit_image_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     result = run("demo", tmp_path / "demo", code=1)
     assert 'pip install "fastvae[demo]"' in result.stderr
-
-
-def test_row_33_names_cannot_drive_the_terminal(model, tmp_path):
-    (tmp_path / "in").mkdir()
-    picture(0).save(tmp_path / "in" / "x.png")
-    os.rename(tmp_path / "in" / "x.png", tmp_path / "in" / "a\x1b[31mred\x07.png")
-    (tmp_path / "in" / "b\x1b]0;title\x07.png").write_bytes(b"")
-    result = encode(tmp_path / "in", tmp_path / "out", model, "--max-failures", 1)
-    assert "\x1b" not in result.output
-    result = encode(tmp_path / "in", tmp_path / "strict", model, "--on-error", "fail", code=3)
-    assert "\x1b" not in result.output
-    shown = run("decode", tmp_path / "out", tmp_path / "png").output
-    assert "\x1b" not in shown
-    assert "a?[31mred?.png" in shown
-    assert strip_control_characters("café ‮x\n") == "café ?x\n"
-
-
-@pytest.mark.parametrize(("text", "count"), [("178M", 178_000_000), ("1.5k", 1500), ("12", 12), ("2G", 2 * 10**9)])
-def test_counts(text, count):
-    assert parse_count(text) == count
-
-
-def test_as_a_process_without_torch_for_help(forks, pictures, model, tmp_path):
-    """python -m fastvae: help is light, a run works, and a wrong one is one line on stderr."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    probe = (
-        "import sys, runpy; sys.argv = ['fastvae', 'encode', '--help']\n"
-        "try: runpy.run_module('fastvae', run_name='__main__')\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        "heavy = {'torch', 'diffusers', 'numpy', 'PIL', 'tqdm', 'huggingface_hub'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "fastvae", "encode", pictures, tmp_path / "out", "--vae", model]
-    done = subprocess.run(
-        [*command, "--buckets", str(SIDE), "--json", "-q"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ok"] == 4
-    assert done.stderr == ""
-    done = forks.fastvae(*command[3:], "--buckets", "7")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fastvae: buckets must be a multiple of the model's 8 pixels, got 7 in '7'\n"
-
-
-def test_a_closed_pipe_is_exit_code_141(forks, pictures, model, tmp_path):
-    """As with `| head -1`: the other end of the pipe is closed when the report comes."""
-    encode(pictures, tmp_path / "out", model)
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        done = forks.fastvae("info", tmp_path / "out", "-q", stdout=writing)
-    finally:
-        os.close(writing)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_stdout_is_no_full_store_and_a_full_stderr_is_no_error(forks, pictures, model, tmp_path):
-    options = ["--vae", model, "--buckets", SIDE, "--dtype", "fp32"]
-    with open("/dev/full", "w") as full:
-        done = forks.fastvae("encode", pictures, tmp_path / "out", *options, stdout=full)
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith("fastvae: the work is done, but its report could not be written")
-        done = forks.fastvae("encode", pictures, tmp_path / "other", *options, stderr=full)
-        assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
-        done = forks.fastvae("info", tmp_path / "nothing", stderr=full)
-        assert done.returncode == 1
-
-
-@pytest.mark.skipif(os.name != "posix", reason="closes a descriptor before the program starts")
-def test_a_closed_stderr_stops_nothing(forks, pictures, model, tmp_path):
-    options = ["--vae", model, "--buckets", SIDE, "--dtype", "fp32"]
-    done = forks.fastvae("encode", pictures, tmp_path / "out", *options, stderr=CLOSED)
-    assert (done.returncode, done.stdout.split(" ok")[0]) == (0, "done    4")
-
-
-def test_a_store_that_stays_locked_is_exit_code_5(pictures, model, tmp_path, monkeypatch):
-    pytest.importorskip("fcntl", reason="this system has no such lock")
-    encode(pictures, tmp_path / "out", model, "--limit", 1)
-    monkeypatch.setattr("fastvae.data.store.lock.LOCK_TIMEOUT", 0.1)
-    with locked(tmp_path / "out"):
-        result = encode(pictures, tmp_path / "out", model, code=5)
-    assert f"is locked: process {os.getpid()} has been planning it" in result.stderr
-    assert "5 another run" in run("--help").stdout
 
 
 def test_decode_warns_of_another_model(pictures, model, tmp_path):
