@@ -4,7 +4,7 @@ Two products do it (attention_products): the flash form, all in one kernel, has 
 channels that every published model needs (64 queries a tile spill on sm_90, 32 are fewer than a wgmma takes), and at
 256 it took three times as long as torch's own on an H100. With keys = values (q' = x M, k = v = x, with the projections
 folded into their neighbours) the gradient has one tensor for both. The log-sum-exp [N, S], natural, is kept for the
-gradients (attention_gradient). No tile and no order of sums hangs on the batch. Traffic: cost's docstring.
+gradients (attention_gradient). No tile and no order of sums depends on the batch. Traffic: cost's docstring.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastvae_kernels.parts import attention_gradient, attention_products
 from fastvae_kernels.parts.attention_tiles import DTYPES, check
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
-# How many queries the reference takes at a time, so that its memory is linear in S as well.
+# Queries that the reference takes at a time, so that its memory is linear in S as well.
 REFERENCE_ROWS = 1024
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What spatial_attention computes, in plain torch and any dtype; half precision is widened to fp32."""
+    """Return spatial_attention in plain torch, in any dtype; half precision is widened to fp32."""
     outs, sums = [query.new_empty(len(query), 0, query.shape[2])], [_lse_like(query)[:, :0]]
     wide = sums[0].dtype
     for part in query.split(REFERENCE_ROWS, dim=1):
@@ -36,7 +36,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[
 def reference_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
-    """[dq, dk, dv], in plain torch and any dtype; half precision is widened to fp32."""
+    """Return [dq, dk, dv] in plain torch, in any dtype; half precision is widened to fp32."""
     grad, query, key, value, out = (values.to(lse.dtype) for values in (grad, query, key, value, out))
     delta = (grad * out).sum(dim=2, keepdim=True)
     # Not in the strides of key and value, which may be permuted: the fake promises contiguous gradients.
@@ -53,10 +53,10 @@ def reference_backward(
 
 
 def cost(query: Tensor, shared: bool = False) -> Cost:
-    """The forward pass with every tensor crossing memory once: two products of 2 S^2 d operations an image.
+    """Return the cost of the forward pass: every tensor once, two products of 2 S^2 d operations an image.
 
-    What programs really load and store, before any cache (attention_products.traffic), in bytes an image, at e bytes a
-    value and with c(S, n) = ceil(S / n), tiles of Q x K scores and of R queries x C channels, c(d, C) side by side:
+    The programs load and store more, before any cache (attention_products.traffic): in bytes an image, at e bytes a
+    value, with c(S, n) = ceil(S / n), tiles of Q x K scores and of R queries x C channels, c(d, C) side by side:
     scores e S d (c(S, K) + c(S, Q)) + S c(S, K) (e K + 8), sums S (12 c(S, K) + 8),
     output c(d, C) S (e S + 4 c(S, K) + 4) + e S d (c(S, R) + 1), its first S in whole steps of the product.
     """
@@ -67,7 +67,7 @@ def cost(query: Tensor, shared: bool = False) -> Cost:
 
 
 def backward_cost(query: Tensor, shared: bool = False) -> Cost:
-    """The gradients with every tensor crossing memory once: five products where the forward pass has two."""
+    """Return the cost of the gradients: every tensor once, five products where the forward pass has two."""
     images, length, channels = query.shape
     # q, k, v, out, its gradient and the log-sum-exp read, three gradients written; two where keys are values.
     moved = (6 if shared else 8) * size_in_bytes(query) + 4 * images * length
@@ -92,9 +92,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> t
 @torch.library.custom_op("fastvae::spatial_attention", mutates_args=())
 @on_its_device
 def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale * query key^T) value, [N, S, d], and its natural log-sum-exp, fp32 [N, S], without a gradient.
+    """Return softmax(scale * query key^T) value [N, S, d] and its natural log-sum-exp, fp32 [N, S], no gradient.
 
-    query, key, value: [N, S, d] of one dtype, d a multiple of 8 up to 512; contiguous ones are read as they lie.
+    query, key, value: [N, S, d] of one dtype, d a multiple of 8 up to 512; contiguous ones are read in place.
     Raises ValueError for others. Source: diffusers.models.attention_processor.AttnProcessor2_0, of one head.
     """
     check(query, key=key, value=value)
@@ -104,7 +104,7 @@ def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 @spatial_attention.register_kernel(KERNEL_DEVICES)
 @on_its_device
 def launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """spatial_attention without the dispatcher."""
+    """Run spatial_attention without the dispatcher."""
     check(query, key=key, value=value)
     return _attend(query, key, value, scale)
 
@@ -118,7 +118,7 @@ def _(query, key, value, scale):
 @torch.library.custom_op("fastvae::spatial_attention_shared", mutates_args=())
 @on_its_device
 def spatial_attention_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """spatial_attention(query, x, x, scale), whose gradient has one tensor for keys and values; errors alike."""
+    """Return spatial_attention(query, x, x, scale); its gradient has one tensor for keys and values. Same errors."""
     check(query, x=x)
     return reference(query, x, x, scale)
 
@@ -126,7 +126,7 @@ def spatial_attention_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Te
 @spatial_attention_shared.register_kernel(KERNEL_DEVICES)
 @on_its_device
 def launch_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """spatial_attention_shared without the dispatcher."""
+    """Run spatial_attention_shared without the dispatcher."""
     check(query, x=x)
     return _attend(query, x, None, scale)
 
@@ -142,7 +142,7 @@ def _(query, x, scale):
 def spatial_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
-    """[dq, dk, dv] from the gradient of the output; [dq, dx] where value is None and key serves as both."""
+    """Return [dq, dk, dv] from the gradient of the output; [dq, dx] where value is None and key is both."""
     grads = reference_backward(grad, query, key, key if value is None else value, out, lse, scale)
     grads = grads if value is not None else [grads[0], grads[1] + grads[2]]
     return [values.to(query.dtype) for values in grads]
@@ -153,7 +153,7 @@ def spatial_attention_backward(
 def launch_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
-    """spatial_attention_backward without the dispatcher."""
+    """Run spatial_attention_backward without the dispatcher."""
     if query.dtype == torch.float64:
         return spatial_attention_backward._init_fn(grad, query, key, value, out, lse, scale)
     grad, query, key, out, lse = (values.contiguous() for values in (grad, query, key, out, lse))
@@ -182,7 +182,7 @@ spatial_attention_shared.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:
-    """Every variant of the launches, as (name, call) on small tensors of a GPU, for the compile audit."""
+    """Return every variant of the launches for the compile audit, as (name, call) on small tensors of a GPU."""
 
     def variant(dtype: torch.dtype, channels: int, shared: bool) -> Callable[[], object]:
         def call() -> None:

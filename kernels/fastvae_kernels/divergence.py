@@ -33,14 +33,14 @@ _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
 
 
 def reference(moments: Tensor) -> Tensor:
-    """What kl_divergence computes, in plain torch; half precision is widened to fp32."""
+    """Return kl_divergence in plain torch; half precision is widened to fp32."""
     mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
     logvar = logvar.clamp(LOWEST, HIGHEST)
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 
 def reference_backward(grad: Tensor, moments: Tensor) -> Tensor:
-    """What kl_divergence_backward computes, in plain torch."""
+    """Return kl_divergence_backward in plain torch."""
     mean, logvar = moments.to(grad.dtype).chunk(2, dim=1)
     free = (logvar >= LOWEST) & (logvar <= HIGHEST)
     slope = torch.cat([mean, torch.where(free, 0.5 * (logvar.exp() - 1.0), 0.0)], dim=1)
@@ -48,7 +48,7 @@ def reference_backward(grad: Tensor, moments: Tensor) -> Tensor:
 
 
 def cost(moments: Tensor) -> Cost:
-    """The moments once, the chunks' sums written and read, the result."""
+    """Return the cost: the moments once, the chunks' sums written and read, the result."""
     chunks = moments.shape[0] * _chunks(moments)
     return Cost(size_in_bytes(moments) + 16 * chunks + 4 * moments.shape[0], 3 * moments.numel(), 2)
 
@@ -125,7 +125,7 @@ def _backward_kernel(
 
 
 def _layout(moments: Tensor) -> dict[str, int]:
-    """What both passes over dense moments are launched with."""
+    """Return the arguments of a launch that both passes over dense moments share."""
     return {
         "pixels": moments.shape[2:].numel(),
         "CHANNELS": moments.shape[1],
@@ -138,7 +138,7 @@ def _layout(moments: Tensor) -> dict[str, int]:
 @torch.library.custom_op("fastvae::kl_divergence", mutates_args=())
 @on_its_device
 def kl_divergence(moments: Tensor) -> Tensor:
-    """The divergence of each row of moments [N, 2L, h, w] in nats, fp32 [N] (float64 for float64).
+    """Return the divergence of each row of moments [N, 2L, h, w] in nats, fp32 [N] (float64 for float64).
 
     Raises ValueError for moments of another shape or of no floating-point dtype.
     """
@@ -149,7 +149,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
 @kl_divergence.register_kernel(KERNEL_DEVICES)
 @on_its_device
 def launch(moments: Tensor) -> Tensor:
-    """kl_divergence without the dispatcher."""
+    """Run kl_divergence without the dispatcher."""
     _check(moments)
     if moments.dtype == torch.float64:
         return reference(moments)
@@ -173,14 +173,14 @@ def _(moments):
 @torch.library.custom_op("fastvae::kl_divergence_backward", mutates_args=())
 @on_its_device
 def kl_divergence_backward(grad: Tensor, moments: Tensor) -> Tensor:
-    """The gradient of the moments from that of the divergences, [N]; zero where the log-variance was clamped."""
+    """Return the moments' gradient from that of the divergences [N]; zero where the log-variance was clamped."""
     return reference_backward(grad, moments)
 
 
 @kl_divergence_backward.register_kernel(KERNEL_DEVICES)
 @on_its_device
 def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
-    """kl_divergence_backward without the dispatcher."""
+    """Run kl_divergence_backward without the dispatcher."""
     if moments.dtype == torch.float64:
         return reference_backward(grad, moments)
     moments = dense(moments)
@@ -208,7 +208,7 @@ kl_divergence.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:
-    """Every variant of the launches, as (name, call) on small tensors of a GPU, for the compile audit."""
+    """Return every variant of the launches for the compile audit, as (name, call) on small tensors of a GPU."""
 
     def variant(dtype: torch.dtype, form: torch.memory_format) -> Callable[[], object]:
         def call() -> None:

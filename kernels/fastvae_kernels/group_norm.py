@@ -1,6 +1,6 @@
 """GroupNorm in pieces: act((x - mean) / deviation * weight + bias) as act(x * scale + shift), x in channels_last.
 
-group_norm_statistics reads x once (nothing when the producer left the partials); group_norm_affine turns partials into
+group_norm_statistics reads x once, unless the producer of x wrote the partials; group_norm_affine turns partials into
 fp32 (scale, shift) [N, C], a few kilobytes; scale_shift and scale_shift_silu read x once and write y once.
 The affine takes the bias of the convolution that made x: statistics and x are those without it, and it costs no pass.
 Source: torch.nn.GroupNorm; statistics.py has the layout of the partials.
@@ -60,12 +60,12 @@ def scale_shift_silu_reference(x: Tensor, scale: Tensor, shift: Tensor, factor: 
 
 
 def statistics_cost(x: Tensor) -> Cost:
-    """x read, partials written."""
+    """Return the cost: x read, partials written."""
     return Cost(size_in_bytes(x, statistics.new_partials(x.to("meta"))), 5 * x.numel(), 1)
 
 
 def affine_cost(partials: Tensor, weight: Tensor, bias: Tensor, conv_bias: Tensor | None = None) -> Cost:
-    """Partials and vectors read, scale and shift written; the folds of more than MERGED chunks beside that."""
+    """Return the cost: partials and vectors read, scale and shift written, and the folds of more than MERGED chunks."""
     batch, chunks, _, channels = partials.shape
     total, launches = size_in_bytes(partials, weight, bias, conv_bias) + 8 * batch * channels, 1
     while chunks > statistics.MERGED:
@@ -75,7 +75,7 @@ def affine_cost(partials: Tensor, weight: Tensor, bias: Tensor, conv_bias: Tenso
 
 
 def scale_shift_cost(x: Tensor, scale: Tensor, shift: Tensor) -> Cost:
-    """x read, y written; the same for scale_shift_silu."""
+    """Return the cost of scale_shift and scale_shift_silu: x read, y written."""
     return Cost(2 * size_in_bytes(x) + size_in_bytes(scale, shift), 2 * x.numel(), 1)
 
 
@@ -124,8 +124,8 @@ def _scale_shift_kernel(
     x_ptr, scale_ptr, shift_ptr, y_ptr, pixels, chunks, factor,
     CHANNELS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Last pixels first: the producer left the end of x in the L2 cache, and the convolution after this one begins at
-    # the start of y. Predicted to save 3 to 8 % on an H200 at 512², batch 8; not measured.
+    # Last pixels first: the L2 cache still holds the end of x, and the convolution after this kernel begins at the
+    # start of y. Predicted to save 3 to 8 % on an H200 at 512², batch 8; not measured.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image, chunk, block = statistics.locate(program, chunks, tl.cdiv(CHANNELS, COLUMNS))
     channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -145,7 +145,7 @@ def _scale_shift_kernel(
 @torch.library.custom_op("fastvae::group_norm_statistics", mutates_args=())
 @on_its_device
 def group_norm_statistics(x: Tensor) -> Tensor:
-    """Partial statistics of x [N, C, H, W], fp32 [N, chunks, 3, C] (statistics.py). Raises ValueError for others."""
+    """Return partial statistics of x [N, C, H, W], fp32 [N, chunks, 3, C] (statistics.py), or raise ValueError."""
     return statistics_reference(x)
 
 
@@ -174,10 +174,10 @@ def group_norm_affine(
     conv_bias: Tensor | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 (scale, shift) [N, C] such that x * scale + shift is GroupNorm of x / factor + conv_bias.
+    """Return fp32 (scale, shift) [N, C] such that x * scale + shift is GroupNorm of x / factor + conv_bias.
 
-    partials: those of x without conv_bias. weight, bias, conv_bias: [C] in any floating dtype. factor: what x is
-    multiplied by, where it is carried scaled (a positive number). Raises ValueError where shapes do not match.
+    partials: those of x without conv_bias. weight, bias, conv_bias: [C] in any floating dtype. factor: the
+    positive number that the stored x is multiplied by. Raises ValueError where shapes do not match.
     """
     return affine_reference(partials, weight, bias, groups, eps, conv_bias, factor)
 
@@ -234,9 +234,9 @@ def _launch(x: Tensor, scale: Tensor, shift: Tensor, factor: float, silu: bool) 
 @torch.library.custom_op("fastvae::scale_shift", mutates_args=())
 @on_its_device
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
-    """(x * scale + shift) * factor in channels_last, rounded once, for x [N, C, H, W] and fp32 scale, shift [N, C].
+    """Return (x * scale + shift) * factor in channels_last, rounded once; x [N, C, H, W], fp32 scale, shift [N, C].
 
-    factor: the power of two that the stream behind the next product carries. Raises ValueError for others.
+    factor: the power of two that the stream after the next product is multiplied by. Raises ValueError for others.
     """
     return scale_shift_reference(x, scale, shift, factor)
 
@@ -250,7 +250,7 @@ def launch_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 
 @torch.library.custom_op("fastvae::scale_shift_silu", mutates_args=())
 @on_its_device
 def scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
-    """silu(x * scale + shift) * factor in channels_last, rounded once; as scale_shift otherwise."""
+    """Return silu(x * scale + shift) * factor in channels_last, rounded once; otherwise as scale_shift."""
     return scale_shift_silu_reference(x, scale, shift, factor)
 
 
@@ -273,7 +273,7 @@ def _(x, scale, shift, factor=1.0):
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/kernels/audit.py)."""
+    """Yield (name, call) of launches for the compile audit (bench/kernels/audit.py)."""
     for name, dtype, channels in tiles.audited():
 
         def call(dtype=dtype, channels=channels):

@@ -1,8 +1,8 @@
 """GroupNorm with SiLU, or without: y = act((x - mean_g) * inverse_g * weight_c + bias_c), x [N, C, H, W] channels_last.
 
-Forward: x read twice and y written once; read once when the producer of x left its partials. Backward: x and dy read
-twice, dx written once. With dz = dy act'(z) and n the normalised x, one pass leaves the sums of dz and dz n for each
-chunk and channel (fp32, no atomics); they are dbias and dweight, and weighted and averaged over the group they make
+Forward: x read twice and y written once; read once if the producer of x wrote its partials. Backward: x and dy read
+twice, dx written once. With dz = dy act'(z) and n the normalised x, one pass writes the sums of dz and dz n for each
+chunk and channel (fp32, no atomics). They are dbias and dweight; weighted and averaged over the group they give
 dx = inverse (weight dz - average(weight dz) - n average(weight dz n)). Source: torch.nn.GroupNorm.
 """
 
@@ -29,7 +29,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, 
 
 
 def moments_reference(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / deviation) [N, groups] of x."""
+    """Return (mean, 1 / deviation) [N, groups] of x."""
     batch, channels, height, width = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide).reshape(batch, groups, channels // groups * height * width)
@@ -62,13 +62,13 @@ def backward_reference(
 
 
 def cost(x: Tensor, weight: Tensor, bias: Tensor, *, measured: bool = False) -> Cost:
-    """x read twice (once where the statistics are ``measured`` already) and y written."""
+    """Return the cost: x read twice (once where the statistics are ``measured`` already), y written."""
     vectors = size_in_bytes(weight, bias)
     return Cost((2 if measured else 3) * size_in_bytes(x) + vectors, (6 if measured else 11) * x.numel(), 3 - measured)
 
 
 def backward_cost(x: Tensor, weight: Tensor, bias: Tensor) -> Cost:
-    """x and dy read twice, dx written; the gradients of weight and bias."""
+    """Return the cost: x and dy read twice, dx written, and the gradients of weight and bias."""
     return Cost(5 * size_in_bytes(x) + 2 * size_in_bytes(weight, bias), 30 * x.numel(), 4)
 
 
@@ -98,7 +98,7 @@ def _normalize_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, inverse_ptr, y_ptr, pixels, chunks,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Last pixels first, as in group_norm.py: the end of x is what the L2 cache still holds.
+    # Last pixels first, as in group_norm.py: the L2 cache still holds the end of x.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image, chunk, block = statistics.locate(program, chunks, tl.cdiv(CHANNELS, COLUMNS))
     channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -119,7 +119,7 @@ def _normalize_kernel(
 def group_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, inverse): what the backward needs beside y, [N, groups]."""
+    """Return (y, mean, inverse); the backward pass needs mean and inverse [N, groups]."""
     statistics.check_partials(partials, x)
     return reference(x, weight, bias, groups, eps, silu), *moments_reference(x, groups, eps)
 
@@ -164,7 +164,7 @@ def _(x, weight, bias, groups, eps, silu, partials=None):
 def group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias)."""
+    """Return (dx, dweight, dbias)."""
     return backward_reference(dy, x, weight, bias, mean, inverse, silu)
 
 
@@ -199,10 +199,10 @@ group_norm_forward.register_autograd(_backward, setup_context=_keep)
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partials: Tensor | None = None
 ) -> Tensor:
-    """silu(GroupNorm(x)) in channels_last, differentiable in x, weight and bias.
+    """Return silu(GroupNorm(x)) in channels_last, differentiable in x, weight and bias.
 
-    x: [N, C, H, W] in any strides. weight, bias: [C] in any floating dtype. partials: what the producer of x left, in
-    place of a pass over x. Raises ValueError where shapes do not match.
+    x: [N, C, H, W] in any strides. weight, bias: [C] in any floating dtype. partials: written by the
+    producer of x, they save a pass over x. Raises ValueError where shapes do not match.
     """
     return group_norm_forward(x, weight, bias, groups, eps, True, _detached(partials))[0]
 
@@ -210,17 +210,17 @@ def group_norm_silu(
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partials: Tensor | None = None
 ) -> Tensor:
-    """GroupNorm(x) without an activation; as group_norm_silu otherwise."""
+    """Return GroupNorm(x) without an activation; otherwise as group_norm_silu."""
     return group_norm_forward(x, weight, bias, groups, eps, False, _detached(partials))[0]
 
 
 def _detached(partials: Tensor | None) -> Tensor | None:
-    # The gradient of x already goes through its statistics, wherever they were taken.
+    # The gradient of x already goes through its statistics, wherever they were computed.
     return None if partials is None else partials.detach()
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/kernels/audit.py)."""
+    """Yield (name, call) of launches for the compile audit (bench/kernels/audit.py)."""
 
     def case(dtype, channels, groups):
         x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))

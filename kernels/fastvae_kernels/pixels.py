@@ -1,7 +1,7 @@
 """Pixels to the first convolution's output: (conv3x3(pixels / 127.5 - 1) + bias) * factor, [N, C, H, W] channels_last.
 
-uint8 pixels are mapped to [-1, 1], floats are taken as they are; both are rounded to the weight's dtype, as they are
-when a network is handed them. The zeros of the padding stand beside the mapped pixels. Pixels lie in any strides.
+uint8 pixels are mapped to [-1, 1], floats are unchanged; both are rounded to the weight's dtype, as a network's input
+is. The padding is zero after the mapping. Pixels may have any strides.
 Traffic: pixels read (9 times from cache), y and its partial statistics written, no copy in between. Each program is
 one matrix product, 9 values of each colour per pixel, filled up to a power of two. Source: diffusers' Encoder.conv_in.
 """
@@ -26,13 +26,13 @@ def reference(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0)
 
 
 def mapped(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 as value / 127.5 - 1, floats as they are, in ``dtype``."""
+    """Return uint8 as value / 127.5 - 1 and floats unchanged, in ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
     return (pixels.to(wide) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels).to(dtype)
 
 
 def cost(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> Cost:
-    """Pixels and weights read, y and partials written."""
+    """Return the cost: pixels and weights read, y and partials written."""
     batch, _, height, width = pixels.shape
     y = torch.empty(batch, weight.shape[0], height, width, dtype=weight.dtype, device="meta")
     total = size_in_bytes(pixels, weight, bias, y, statistics.new_partials(y))
@@ -65,14 +65,14 @@ def _conv_in_kernel(
 ):  # fmt: skip
     image, chunk, block = statistics.locate(tl.program_id(0), chunks, tl.cdiv(CHANNELS, COLUMNS))
     channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    index = tl.arange(0, DEPTH)  # [DEPTH], colour, line and column of the window, as the weight lies
+    index = tl.arange(0, DEPTH)  # [DEPTH], colour, line and column of the window, in the weight's order
     weight = tl.load(
         weight_ptr + channel[None, :] * (9 * COLOURS) + index[:, None],
         (index[:, None] < 9 * COLOURS) & (channel[None, :] < CHANNELS), 0.0,
     )  # [DEPTH, COLUMNS]  # fmt: skip
     bias = tl.load(bias_ptr + channel, channel < CHANNELS, 0.0).to(tl.float32) * factor
     colour, line_offset, column_offset = index // 9, index // 3 % 3 - 1, index % 3 - 1
-    # Where a pixel's window lies beside the pixel; the rest of an address is one for all of it.
+    # Offsets of a pixel's window from the pixel; the rest of an address is the same for the whole window.
     window = colour.to(tl.int64) * colour_stride + line_offset * row_stride + column_offset * column_stride  # [DEPTH]
     pixels_ptr += image * image_stride
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
@@ -165,7 +165,7 @@ pixels_conv_in.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/kernels/audit.py)."""
+    """Yield (name, call) of launches for the compile audit (bench/kernels/audit.py)."""
     for name, dtype, channels in tiles.audited():
 
         def call(dtype=dtype, channels=channels):

@@ -1,8 +1,8 @@
 """Moments [N, 2L, h, w] to latents: z = (mean + exp(logvar / 2) * noise - shift) * scale, logvar within [-30, 20].
 
-The noise is Philox's, by the logical NCHW index of an element whatever the memory layout: of its row under the row's
-own seed, or as torch.randn counts on a GPU. Roundings are diffusers': noise, std, std * noise, the sum, the shift and
-the scale, each to the dtype. NCHW and channels_last are read and written as they lie.
+The noise is Philox's, by the logical NCHW index of an element in any memory layout: of its row under the row's own
+seed, or as torch.randn counts on a GPU. Roundings are diffusers': noise, std, std * noise, the sum, the shift and
+the scale, each to the dtype. NCHW and channels_last are read and written in place.
 Traffic: moments once in, latents once out; the noise never exists in memory.
 """
 
@@ -37,7 +37,7 @@ def reference(
     shift: float = 0.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """What sample_posterior computes, in plain torch and any dtype."""
+    """Return sample_posterior in plain torch, in any dtype."""
     mean, logvar = moments.chunk(2, dim=1)
     if seeds is not None:
         std = torch.exp(0.5 * logvar.clamp(LOWEST, HIGHEST))
@@ -48,7 +48,7 @@ def reference(
 def reference_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
-    """What sample_posterior_backward computes, in plain torch and any dtype."""
+    """Return sample_posterior_backward in plain torch, in any dtype."""
     scaled = grad * scale
     if seeds is None:
         return _like_moments(torch.cat([scaled, torch.zeros_like(scaled)], dim=1), moments)
@@ -59,7 +59,7 @@ def reference_backward(
 
 
 def cost(moments: Tensor, seeds: Tensor | None = None) -> Cost:
-    """One pass of sample_posterior: the moments it needs, the latents, and about 100 operations for a normal."""
+    """Return the cost of sample_posterior: the moments it needs, the latents, about 100 operations for a normal."""
     half = size_in_bytes(moments) // 2
     drawn = 0 if seeds is None else moments.numel() // 2
     return Cost((2 if seeds is None else 3) * half + size_in_bytes(seeds), 2 * (moments.numel() // 2) + 108 * drawn, 1)
@@ -76,7 +76,7 @@ def _check(moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, thread
         raise ValueError(f"moments must be floating point, got {moments.dtype}")
     if seeds is None:
         return
-    # Not len(): it would make the batch a constant of whatever torch.compile traces.
+    # Not len(): it would make the batch a constant in torch.compile's trace.
     batch = moments.shape[0]
     rows = (batch,) if offsets is None else (1, batch)
     if seeds.ndim != 1 or seeds.dtype != torch.int64 or seeds.shape[0] not in rows:
@@ -150,7 +150,7 @@ def sample_posterior(
     shift: float = 0.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """Latents [N, L, h, w] drawn from moments [N, 2L, h, w], shifted and scaled, in their dtype and memory format.
+    """Return latents [N, L, h, w] drawn from moments [N, 2L, h, w], shifted and scaled, in their dtype and format.
 
     seeds: int64 [N], the bits of unsigned 64-bit seeds (philox.seed_tensor), one a row; None gives the mode. With
     offsets, int64 like seeds, and threads (both from philox.reserve) a row is what torch.randn draws from a CUDA
@@ -172,7 +172,7 @@ def launch(
     shift: float = 0.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """sample_posterior without the dispatcher."""
+    """Run sample_posterior without the dispatcher."""
     _check(moments, seeds, offsets, threads)
     latents = _latents_like(moments)
     if moments.dtype == torch.float64:
@@ -194,7 +194,7 @@ def _(moments, seeds, offsets=None, threads=0, shift=0.0, scale=1.0):
 def sample_posterior_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
-    """The gradient of the moments, from that of the latents; zero where the log-variance was clamped."""
+    """Return the moments' gradient from that of the latents; zero where the log-variance was clamped."""
     return reference_backward(grad, moments, seeds, offsets, threads, scale)
 
 
@@ -203,7 +203,7 @@ def sample_posterior_backward(
 def launch_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
-    """sample_posterior_backward without the dispatcher."""
+    """Run sample_posterior_backward without the dispatcher."""
     if moments.dtype == torch.float64:
         return reference_backward(grad, moments, seeds, offsets, threads, scale)
     return gradient(grad, moments, seeds, offsets, threads, scale)
@@ -228,7 +228,7 @@ sample_posterior.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:
-    """Every variant of the launches, as (name, call) on small tensors of a GPU, for the compile audit."""
+    """Return every variant of the launches for the compile audit, as (name, call) on small tensors of a GPU."""
 
     def variant(dtype: torch.dtype, form: torch.memory_format, draw: str) -> Callable[[], object]:
         def call() -> None:

@@ -1,9 +1,9 @@
 """The end of a residual block: y = h + residual + (bias + residual_bias) * factor, [N, C, H, W] channels_last.
 
-bias belongs to the convolution that made h, residual_bias to the shortcut's; factor is what h and residual are carried
-multiplied by. The partial statistics of y as rounded come with it, so the next norm needs no pass of its own. y may lie
-in any strides: with pad = 1 it is written into an [N, H + 1, W + 1, C] buffer whose last row and column are zeros,
-which is the padding of the downsample that follows.
+bias belongs to the convolution that made h, residual_bias to the shortcut's; the stored h and residual are multiplied
+by factor. The partial statistics of the rounded y come with it, so the next norm needs no pass for them. y may have
+any strides: with pad = 1 it is written into an [N, H + 1, W + 1, C] buffer whose last row and column are zeros, the
+padding of the downsample that follows.
 Traffic: h and residual read once, y written once. Source: diffusers.models.resnet.ResnetBlock2D, Downsample2D.
 """
 
@@ -42,7 +42,7 @@ def cost(
     pad: int = 0,
     factor: float = 1.0,
 ) -> Cost:
-    """h and residual read, y written with its border, partials written."""
+    """Return the cost: h and residual read, y written with its border, partials written."""
     batch, channels, height, width = h.shape
     y = batch * channels * (height + pad) * (width + pad) * h.element_size()
     partials = size_in_bytes(statistics.new_partials(h.to("meta")))
@@ -73,8 +73,8 @@ def _residual_kernel(
 ):  # fmt: skip
     image, chunk, block = statistics.locate(tl.program_id(0), chunks, tl.cdiv(CHANNELS, COLUMNS))
     channel = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    # Strides in units of 8 values, the 16 bytes of a wide store, or of 1: specialised each by itself they would make a
-    # kernel for every other size.
+    # Strides in units of 8 values, the 16 bytes of a wide store, or of 1: specialised one by one they would compile
+    # a kernel for every other size.
     row_stride, column_stride = row_step.to(tl.int64) * UNIT, column_step.to(tl.int64) * UNIT
     y_ptr += image * image_step * UNIT
     added = tl.zeros([COLUMNS], tl.float32)
@@ -97,7 +97,7 @@ def _residual_kernel(
         target = y_ptr + line * row_stride + column * column_stride + channel
         tl.store(target, y, valid)
         if PAD:
-            # Whoever writes the last column or row writes the zeros beside it too.
+            # The program that writes the last column or row also writes the zeros beside it.
             zeros = tl.zeros_like(y)
             ends_line, ends_image = valid & (column == width - 1), valid & (line == height - 1)
             tl.store(target + column_stride, zeros, ends_line)
@@ -117,11 +117,11 @@ def residual_add(
     pad: int = 0,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(h + residual + (bias + residual_bias) * factor, its partial statistics); differentiable in the first four.
+    """Return (h + residual + (bias + residual_bias) * factor, its partial statistics); differentiable in the first 4.
 
-    h, residual: [N, C, H, W] of one dtype; bias, residual_bias: [C]. factor: what h and residual are carried multiplied
-    by. pad: 1 gives y [N, C, H + 1, W + 1] with a last
-    row and column of zeros, which the statistics do not count. Raises ValueError where shapes or dtypes differ.
+    h, residual: [N, C, H, W] of one dtype; bias, residual_bias: [C]. factor: h and residual are stored times factor.
+    pad: 1 gives y [N, C, H + 1, W + 1] with a last row and column of zeros, which the statistics do not count. Raises
+    ValueError where shapes or dtypes differ.
     """
     return reference(h, residual, bias, residual_bias, pad, factor)
 
@@ -193,7 +193,7 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, dy, dpartials):
     if ctx.pad:
         dy = dy[:, :, :-1, :-1]
-    # Arguments that were left out are not counted there.
+    # needs_input_grad does not count arguments that were left out.
     needed = (*ctx.needs_input_grad, False, False)[2:4]
     if not any(needed):
         return dy, dy, None, None, None, None
@@ -206,7 +206,7 @@ residual_add.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases():
-    """Launches for the compile audit (bench/kernels/audit.py)."""
+    """Yield (name, call) of launches for the compile audit (bench/kernels/audit.py)."""
     for name, dtype, channels in tiles.audited():
 
         def call(dtype=dtype, channels=channels):

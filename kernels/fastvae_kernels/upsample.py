@@ -1,8 +1,9 @@
 """Nearest 2x, then a 3x3 convolution, as one: y [N, D, 2H, 2W] from x [N, C, H, W], both channels_last.
 
-Two of three weights in a row always meet the same pixel of x, so they may be added before: what is left is one 4x4
-transposed convolution of stride 2, 4 products per result in place of 9. Exact in real arithmetic; in half precision the
-added weights are rounded once. The product is torch's (cuDNN's); the doubled image, four times x, is never made.
+Two of three weights in a row always meet the same pixel of x, so they are added first. The result is one 4x4
+transposed convolution of stride 2, with 4 products per result instead of 9. Exact in real arithmetic; in half
+precision the added weights are rounded once. The product is torch's (cuDNN's); the doubled image, four times x, is
+never made.
 Traffic: x and the folded weights read, y written. Source: diffusers.models.upsampling.Upsample2D.
 """
 
@@ -24,7 +25,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
-    """x and the folded weights read, y written; 4 products per result and channel."""
+    """Return the cost: x and the folded weights read, y written; 4 products per result and channel."""
     batch, channels, height, width = x.shape
     results = batch * weight.shape[0] * 4 * height * width
     folded = 16 * weight.shape[0] * channels * weight.element_size()
@@ -46,7 +47,7 @@ def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def fold_upsample_weights(weight: Tensor) -> Tensor:
-    """The 4x4 weights [C, D, 4, 4] of the transposed convolution, from the 3x3 ones [D, C, 3, 3].
+    """Return the 4x4 weights [C, D, 4, 4] of the transposed convolution, from the 3x3 ones [D, C, 3, 3].
 
     Added in fp32 and rounded once to the weight's dtype; a linear map, and differentiable.
     """
@@ -55,7 +56,7 @@ def fold_upsample_weights(weight: Tensor) -> Tensor:
 
 
 def _fold_last(weight: Tensor) -> Tensor:
-    # Output 2i - 1 + u reads pixel i by the weights 2 - u and 3 - u of the row, where there are such. By slices and
+    # Output 2i - 1 + u reads pixel i by the weights 2 - u and 3 - u of the row, where they exist. By slices and
     # additions: a product could be computed in tf32, and a constant would be copied to the GPU at every call.
     first, second, third = weight.unbind(-1)
     return torch.stack((third, second + third, first + second, first), dim=-1)
@@ -69,7 +70,7 @@ def _unfold_last(dfolded: Tensor) -> Tensor:
 @torch.library.custom_op("fastvae::upsample_conv", mutates_args=())
 @on_its_device
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """conv3x3(nearest2x(x)) + bias, [N, D, 2H, 2W] in channels_last; differentiable in all three.
+    """Return conv3x3(nearest2x(x)) + bias, [N, D, 2H, 2W] in channels_last; differentiable in all three.
 
     x: [N, C, H, W]. weight: [D, C, 3, 3] of x's dtype, as the layer holds it. bias: [D]. Raises ValueError for others.
     """
@@ -85,7 +86,7 @@ def _fold_and_launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 @on_its_device
 def launch(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
-    """upsample_conv by weights that fold_upsample_weights gave: for who keeps them."""
+    """Run upsample_conv with the weights of fold_upsample_weights, for callers that keep them."""
     batch, _, height, width = x.shape
     if batch == 0:
         return statistics.new_channels_last(0, folded.shape[1], 2 * height, 2 * width, like=x)
@@ -111,7 +112,7 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     dx = dweight = dbias = None
-    # A bias that was left out is not counted there.
+    # needs_input_grad does not count a bias that was left out.
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
     if x.shape[0] == 0:

@@ -1,9 +1,9 @@
 """Gradients of attention: dv = P^T do, dq = scale ds k, dk = scale ds^T q, for q, k, v [N, S, d].
 
 P = exp(scale q k^T - lse), ds = P (do v^T - delta), delta = the sum over channels of do * out. At d = 512 the flash
-form has no room (two accumulators of 512 channels and four operands), so a round at a time P and ds are laid down and
-plain products do the rest: every kernel is an ordinary tiled product, its sums in fp32, nothing added from two
-programs. dk and dv are summed over the chunks in their order, in fp32. Memory is linear in the sequence.
+form has no room (two accumulators of 512 channels and four operands), so P and ds are written a round at a time and
+plain products do the rest: every kernel is an ordinary tiled product with fp32 sums, and no two programs add to one
+value. dk and dv are summed over the chunks in their order, in fp32. Memory is linear in the sequence.
 Traffic: q, k, v, do, and P and ds [chunk, S] once written and read d / (columns of a tile) and twice that many times.
 """
 
@@ -141,7 +141,7 @@ def _grad_keys_kernel(
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    # weight^T matrix over the chunk's queries: ds^T q or P^T do, on top of what earlier chunks left in total.
+    # weight^T matrix over the chunk's queries: ds^T q or P^T do, added to the total of earlier chunks.
     parts: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
     image, block, part = place_of(tl.cdiv(length, KEYS), parts)
     keys = block * KEYS + tl.arange(0, KEYS)  # [KEYS]
@@ -180,20 +180,20 @@ def _plan(query: Tensor) -> tuple[tiles.Tile, tiles.Tile, int, list[Round]]:
     )
     across = -(-length // square.columns)
     row_bytes = 2 * across * square.columns * query.element_size()
-    # The fp32 sums of dk and dv (half of that where keys are values): eight times what P and ds take, and more, at 64
-    # tokens of 512 channels.
+    # The fp32 sums of dk and dv (half of that where keys are values): at 64 tokens of 512 channels more than eight
+    # times the bytes of P and ds.
     return square, tile, across, rounds_of(images, length, row_bytes, image_bytes=8 * length * channels)
 
 
 def count_launches(query: Tensor) -> int:
-    """How many kernels gradients launches."""
+    """Return the number of kernels that gradients launches."""
     return 1 + 4 * len(_plan(query)[-1])
 
 
 def gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
-    """[dq, dk, dv] of contiguous [N, S, d], or [dq, dx] where ``value`` is None and key serves as both."""
+    """Return [dq, dk, dv] of contiguous [N, S, d], or [dq, dx] where ``value`` is None and key is both."""
     results = [torch.empty_like(query) for _ in range(2 if value is None else 3)]
     images, length, channels = query.shape
     if not query.numel():
@@ -207,7 +207,7 @@ def gradients(
     _delta_kernel[(images * -(-length // 8),)](
         grad, out, delta, length, CHANNELS=channels, WIDTH=width_of(channels), ROWS=8, num_warps=4
     )
-    # Strides are handed over in units of 16, so that rows are known to begin on 32 bytes without a variant for each.
+    # Strides are passed in units of 16: the compiler knows that rows begin on 32 bytes, without a variant for each.
     layout = {"CHANNELS": channels, "COLUMNS": tile.columns, "DEPTH": tile.depth, "ALIGNED": 16}
     warps = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for begin, together, first, count in rounds:
@@ -234,7 +234,7 @@ def gradients(
             slope, key, results[0], *where, stride // 16, scale, QUERIES=tile.rows, **layout, **warps
         )
         for number, (left, right, factor) in enumerate(((slope, query, scale), (weight, grad, 1.0))):
-            # Where keys are values, both products end in the one result.
+            # Where keys are values, both products are added to one result.
             slot = 0 if value is None else number
             fresh = first == 0 and (number == 0 or value is not None)
             done = first + count == length and (number == 1 or value is not None)

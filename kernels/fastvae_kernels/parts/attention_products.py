@@ -1,10 +1,10 @@
 """Attention as two plain products, some images and a chunk of their queries at a time.
 
-P = 2^(scale log2(e) q k^T - m) by tiles, each with its own whole-numbered m per query; then out = sum over tiles of
+P = 2^(scale log2(e) q k^T - m) by tiles, each with its own integer m per query; then out = sum over tiles of
 (2^(m - M) P) v / l. With d = 512 a score costs 2048 operations and P's 4 bytes of traffic are cheap beside them, while
-neither product needs the accumulator of all channels that fills a multiprocessor in the flash form. They make
-352 TFLOP/s of one image of 4,096 tokens of 512 channels on an H100, 460 of eight. Since m is whole, scaling
-P by 2^(m - M) is exact in bf16, and in fp16 where 2^-14 and more is left: below it a weight loses digits, and below
+neither product needs the accumulator of all channels that fills a multiprocessor in the flash form. They reach
+352 TFLOP/s with one image of 4,096 tokens of 512 channels on an H100, 460 with eight. Since m is an integer, scaling
+P by 2^(m - M) is exact in bf16, and in fp16 down to 2^-14: below it a weight loses digits, and below
 2^-25 of its row's largest it is 0. Memory is linear in the sequence.
 Traffic: q, k, v, out, and P [chunk, S] once written and read d / (columns of the second tile) times.
 """
@@ -58,11 +58,11 @@ def _scores_kernel(
         query = tl.load(query_ptr + start, mask=(rows < count)[:, None] & deep[None, :], other=0.0)
         key = tl.load(key_ptr + start, mask=inside[None, :] & deep[:, None], other=0.0)
         scores = add_product(query, key, scores)
-    # At least the lowest number: beside infinity a row that is all -inf here has no difference to take.
+    # At least the lowest number: in a row that is all -inf here, -inf minus -inf would be NaN.
     top = tl.maximum(tl.max(tl.where(inside[None, :], scores, -float("inf")), axis=1), _LOWEST)
     largest = tl.maximum(tl.ceil(top * scale_log2), _LOWEST)
-    # Differences before products: rounded by itself, a product of hundreds costs the weight five digits. From 2^23 on
-    # products are whole, and the top's own rounding would be a power of two.
+    # Differences before products: rounded separately, a product of hundreds costs the weight five digits. From 2^23 on
+    # products are integers, and the rounding of the top would be a power of two.
     above = tl.where(tl.abs(largest) < 8388608.0, tl.fma(top, scale_log2, -largest), 0.0)
     exponents = tl.fma(scores - top[:, None], scale_log2, above[:, None])
     scores = tl.exp2(tl.where(inside[None, :], exponents, -float("inf")))
@@ -162,13 +162,13 @@ def _plan(query: Tensor, target: tiles.Target) -> tuple[tiles.Tile, tiles.Tile, 
 
 
 def count_launches(query: Tensor) -> int:
-    """How many kernels attend launches."""
+    """Return the number of kernels that attend launches."""
     return 3 * len(_plan(query, tiles.target_of(query.device))[-1])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention [N, S, d] and its log-sum-exp [N, S], of contiguous tensors of any d."""
-    if scale < 0:  # the kernels take the largest score for that of the largest weight
+    """Return attention [N, S, d] and its log-sum-exp [N, S], of contiguous tensors of any d."""
+    if scale < 0:  # to the kernels the largest score has the largest weight
         query, scale = -query, -scale
     images, length, channels = query.shape
     square, tile, across, rounds = _plan(query, tiles.target_of(query.device))
@@ -217,7 +217,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
 
 
 def traffic(query: Tensor, target: tiles.Target) -> int:
-    """The bytes that the programs load and store, each counting its own once: the formula is at attention.cost."""
+    """Return the bytes that the programs load and store, each program's own once; attention.cost has the formula."""
     images, length, channels = query.shape
     square, tile, across, rounds = _plan(query, target)
     parts, tokens, item = -(-channels // tile.columns), images * length, query.element_size()

@@ -1,7 +1,7 @@
-"""What the attention kernels share: tiles of a [length, CHANNELS] matrix in memory, rounds of launches, what ops take.
+"""Tiles of a [length, CHANNELS] matrix, rounds of launches and checks, which the attention kernels share.
 
-A tile is [ROWS, WIDTH], WIDTH the power of two that holds the channels; what lies outside reads as zero and is never
-written. A round is as many images as fit in WORKSPACE with a chunk of their queries each.
+A tile is [ROWS, WIDTH], WIDTH the power of two that holds the channels; values outside the matrix read as zero and are
+never written. A round is as many images as fit in WORKSPACE with a chunk of their queries each.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # 4096 queries of one image make 128 programs of a product at d = 512: one wave of 132 multiprocessors. The scores of a
 # chunk are then 8 KiB a token in half precision, 512 MiB at 65,536 tokens: linear in the sequence.
 CHUNK = 4096
-# Bytes that a round may lay down, and one chunk of one image where that alone is more: at 4096 tokens in half precision
-# a batch of eight is one round of three launches in place of eight. Larger rounds gain nothing, each product is then a
-# thousand programs.
+# Bytes that a round may write to its workspace, or one chunk of one image if that alone is more: at 4096 tokens in half
+# precision a batch of eight is one round of three launches instead of eight. Larger rounds gain nothing: each product
+# is then a thousand programs.
 WORKSPACE = 256 * 2**20
 
 
 class Round(NamedTuple):
-    """One round: ``images`` images from ``begin`` on, and of each ``count`` queries from ``first`` on."""
+    """One round: ``images`` images from ``begin`` on, with ``count`` queries of each from ``first`` on."""
 
     begin: int
     images: int
@@ -37,7 +37,7 @@ class Round(NamedTuple):
 
 
 def rounds_of(images: int, length: int, row_bytes: int, image_bytes: int = 0) -> list[Round]:
-    """The rounds in their order, the largest first; what one query and one image lay down in the workspace."""
+    """Return the rounds in order, the largest first, from the bytes that a query and an image need in the workspace."""
     rows = max(1, min(CHUNK, length))
     together = max(1, min(images, WORKSPACE // max(1, rows * row_bytes + image_bytes)))
     return [
@@ -49,14 +49,14 @@ def rounds_of(images: int, length: int, row_bytes: int, image_bytes: int = 0) ->
 
 @triton.jit
 def place_of(down, across):
-    """(image, tile down, tile across) of this program, of a grid of images x down x across; the image in int64."""
+    """Return (image, tile down, tile across) of this program in a grid of images x down x across; image is int64."""
     program = tl.program_id(0)
     return (program // (down * across)).to(tl.int64), program // across % down, program % across
 
 
 @triton.jit
 def load_tile(ptr, rows, length, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """The rows of a matrix as [ROWS, WIDTH]; int32 is enough, since length * CHANNELS stays below 2^31."""
+    """Return the rows of a matrix as [ROWS, WIDTH]; int32 is enough, since length * CHANNELS is below 2^31."""
     channels = tl.arange(0, WIDTH)
     inside = (rows < length)[:, None]
     if CHANNELS < WIDTH:
@@ -66,10 +66,10 @@ def load_tile(ptr, rows, length, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def add_product(left, right, total):
-    """total + left right, in fp32, for what an exponential is taken of.
+    """Return total + left right in fp32, for the argument of an exponential.
 
-    Values in fp32 as a sum of sums: tl.dot with an accumulator, and a plain + behind it, become one chain of multiply
-    and add, and one of 512 errs three times as much (an H100, logits of hundreds).
+    fp32 values as a sum of sums: tl.dot with an accumulator, or with a plain + after it, becomes one chain of
+    multiply-adds, and the error of a chain of 512 is three times as large (an H100, logits of hundreds).
     """
     return (
         tl.fma(tl.dot(left, right, input_precision="ieee"), 1.0, total)
@@ -79,7 +79,7 @@ def add_product(left, right, total):
 
 
 def width_of(channels: int) -> int:
-    """The power of two that holds the channels, at least the 16 that tl.dot takes."""
+    """Return the power of two that holds the channels, at least the 16 that tl.dot takes."""
     return max(16, 2 ** math.ceil(math.log2(channels)))
 
 

@@ -1,7 +1,7 @@
 """The gradients of GroupNorm with SiLU, or without: dx, dweight, dbias, for x [N, C, H, W] channels_last.
 
-With dz = dy act'(z) and n the normalised x, one pass leaves the sums of dz and dz n for each chunk and channel in fp32,
-without atomics; folded they are dbias and dweight, and weighted and averaged over a group they make
+With dz = dy act'(z) and n the normalised x, one pass writes the sums of dz and dz n for each chunk and channel in fp32,
+without atomics; folded they are dbias and dweight, and weighted and averaged over a group they give
 dx = inverse (weight dz - average(weight dz) - n average(weight dz n)) in a second pass.
 Traffic: x and dy read twice, dx written once.
 """
@@ -18,7 +18,7 @@ from fastvae_kernels.shared.runtime import tl, triton
 
 @triton.jit
 def _pull_back(dy, normalized, weight, bias, SILU: tl.constexpr):
-    """dz: the gradient in front of the activation."""
+    """Return dz, the gradient before the activation."""
     if SILU:
         z = normalized * weight + bias
         opened = tl.sigmoid(z)
@@ -46,7 +46,7 @@ def _gradient_sums_kernel(
         inside = (start + row < rows) & (channel < CHANNELS)
         place = first + (start + row) * CHANNELS + channel
         normalized = (tl.load(x_ptr + place, inside, 0.0).to(tl.float32) - mean) * inverse
-        # dy is 0 outside, and with it both products.
+        # dy is 0 outside, and so are both products.
         dz = _pull_back(tl.load(dy_ptr + place, inside, 0.0).to(tl.float32), normalized, weight, bias, SILU)
         plain += tl.sum(dz, axis=0)
         along += tl.sum(dz * normalized, axis=0)
@@ -78,7 +78,7 @@ def _input_gradient_kernel(
     weight, bias, mean, inverse = load_vectors(
         weight_ptr, bias_ptr, mean_ptr, inverse_ptr, image, channel, CHANNELS, GROUPS
     )
-    # Every column adds up the channels of its group itself: MEMBERS cached loads, and groups may straddle blocks.
+    # Every column sums the channels of its group: MEMBERS cached loads, and groups may straddle blocks.
     average = tl.zeros([COLUMNS], tl.float32)
     along = tl.zeros([COLUMNS], tl.float32)
     for index in range(MEMBERS):
@@ -101,7 +101,7 @@ def _input_gradient_kernel(
 def gradients(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) from the gradient of y and what the forward pass left, mean and inverse [N, groups]."""
+    """Return (dx, dweight, dbias) from the gradient of y and the forward pass's mean and inverse [N, groups]."""
     batch, channels, height, width = x.shape
     groups = mean.shape[1]
     dx = statistics.new_channels_last(batch, channels, height, width, like=x)
@@ -127,6 +127,6 @@ def gradients(
     _input_gradient_kernel[grid](
         dy, x, *saved, sums, dx, height * width, GROUPS=groups, SILU=silu, MEMBERS=channels // groups, **tile
     )
-    # Two sums, each a tensor of its own: outputs of an op may not share memory.
+    # Two sums in two tensors: outputs of an op may not share memory.
     plain, along = sums.squeeze(1).unbind(1)
     return dx, along.sum(0).to(weight.dtype), plain.sum(0).to(bias.dtype)

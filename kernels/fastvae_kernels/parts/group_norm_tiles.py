@@ -1,4 +1,4 @@
-"""What GroupNorm's composite and its gradient share: how x is cut in tiles, and the vectors of a tile's channels."""
+"""Tiles of x and vectors of a tile's channels, which GroupNorm's composite and its gradient share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvae_kernels.shared.runtime import tl, triton
 def load_vectors(
     weight_ptr, bias_ptr, mean_ptr, inverse_ptr, image, channel, CHANNELS: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """weight, bias, mean and inverse of each channel, [1, COLUMNS]."""
+    """Return weight, bias, mean and inverse of each channel, [1, COLUMNS]."""
     inside = channel < CHANNELS
     group = image * GROUPS + channel // (CHANNELS // GROUPS)
     weight = tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32)
@@ -23,7 +23,7 @@ def load_vectors(
 
 
 def pointwise(op: str, x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid over tiles of x, and the arguments that say what a tile is."""
+    """Return the grid over tiles of x, and the arguments that define a tile."""
     batch, channels, height, width = x.shape
     tile = tiles.choose(op, dtype=x.dtype, channels=channels, target=tiles.target_of(x.device))
     columns = statistics.block_columns(tile.columns, channels)

@@ -1,7 +1,7 @@
-"""The moments [N, 2L, h, w] of a posterior as they lie: what the sampler, its gradient and the divergence share.
+"""Layout of a posterior's moments [N, 2L, h, w], for the sampler, its gradient and the divergence.
 
 A row is the L means of every pixel, then the L log-variances; NCHW and channels_last are read and written in place, any
-other layout is copied to NCHW first. Offsets are int64, and what depends on the picture's size is no constant.
+other layout is copied to NCHW first. Offsets are int64, and no value that depends on the image size is a constant.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ NUM_WARPS = 4
 
 
 def is_channels_last(moments: Tensor) -> bool:
-    """Whether the kernels read moments as [N, h, w, 2L]; NCHW where both descriptions fit."""
+    """Return True if the kernels read moments as [N, h, w, 2L]; NCHW where both descriptions fit."""
     return not moments.is_contiguous() and moments.is_contiguous(memory_format=torch.channels_last)
 
 
 def format_of(moments: Tensor) -> torch.memory_format:
-    """The memory format that the kernels keep."""
+    """Return the memory format that the kernels keep."""
     return torch.channels_last if is_channels_last(moments) else torch.contiguous_format
 
 
 def dense(moments: Tensor) -> Tensor:
-    """moments themselves, or a copy in NCHW where they are strided otherwise."""
+    """Return moments unchanged, or a copy in NCHW if they have other strides."""
     return moments if is_channels_last(moments) else moments.contiguous()
 
 
 # The library's exponential, as eager torch has it; tl.exp is the fast one.
 @triton.jit
 def exponential(x):
-    """exp(x), fp32."""
+    """Return exp(x) in fp32."""
     return libdevice.exp(x) if backend() == "cuda" else tl.exp(x)
 
 
 @triton.jit
 def locate_latents(program, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """The BLOCK latents of a program: their row and its size; whether they are inside; their logical index in the row;
-    and where latent, mean and log-variance lie, counted from the first of the batch."""
-    # A multiple of CHANNELS, which the compiler may know: that is what makes loads of more than one element safe.
+    """Return, for the BLOCK latents of a program: row and its size, mask, logical index in the row, and the offsets of
+    latent, mean and log-variance from the first of the batch."""
+    # A multiple of CHANNELS, which the compiler can see: so it may load more than one element at a time.
     size = tl.cast(pixels, tl.int64) * CHANNELS
     blocks = tl.cdiv(size, BLOCK)
     row = program // blocks  # int64, as size is
@@ -61,7 +61,7 @@ def locate_latents(program, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.co
 
 @triton.jit
 def locate_moments(program, pixels, CHANNELS: tl.constexpr, SPAN: tl.constexpr):
-    """The SPAN moments of a program: their row and its size, and the first in it; CHANNELS counts both halves."""
+    """Return row, size of a row and first moment of a program's SPAN moments; CHANNELS counts both halves."""
     size = tl.cast(pixels, tl.int64) * CHANNELS
     spans = tl.cdiv(size, SPAN)
     return program // spans, size, program % spans * SPAN
@@ -76,7 +76,7 @@ def over_latents(
     kernel[(-(-size // BLOCK) * moments.shape[0],)](
         **rest,
         moments_ptr=moments,
-        # A pointer that is never followed: the mode draws nothing, and rows count from offset zero.
+        # A pointer that is never read: the mode draws nothing, and rows begin at offset zero.
         seeds_ptr=moments if seeds is None else seeds.contiguous(),
         offsets_ptr=moments if offsets is None else offsets.contiguous(),
         pixels=moments.shape[2:].numel(),

@@ -1,6 +1,6 @@
 """The gradient of sample_posterior: dmean = scale grad, dlogvar = dmean std noise / 2, zero where logvar was clamped.
 
-std and noise are made anew from the moments and the seeds, so that a forward pass keeps nothing but those. All in fp32,
+std and noise are computed again from the moments and the seeds, so a forward pass keeps only those. All in fp32,
 rounded once. Traffic: the latents' gradient and the log-variances in, the moments' gradient out.
 """
 
@@ -62,7 +62,7 @@ def _sample_backward_kernel(
 def gradient(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
-    """The gradient of the moments, in their dtype and memory format, from that of the latents."""
+    """Return the gradient of the moments, in their dtype and memory format, from that of the latents."""
     moments = dense(moments)
     form = format_of(moments)
     grad_moments = torch.empty_like(moments, memory_format=form)

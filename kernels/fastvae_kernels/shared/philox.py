@@ -1,6 +1,6 @@
 """Philox4x32-10: counter-based random numbers, so that an element of noise depends on its seed and index alone.
 
-The counter and key are laid out as torch's CUDA generator lays them out: key = seed, counter = (offset / 4, element).
+Counter and key have the layout of torch's CUDA generator: key = seed, counter = (offset / 4, element).
 A normal is sqrt(-2 ln u) * sin v, with u and v from the first two of the four words that a counter gives.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11; curand's Box-Muller transform.
 """
@@ -20,7 +20,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
-# 2 pi as curand has it, in fp32.
+# curand's 2 pi, in fp32.
 TURN = torch.tensor(2.0 * math.pi, dtype=torch.float32).item()
 
 _reserving = threading.Lock()
@@ -32,14 +32,14 @@ _TURN = tl.constexpr(TURN * 2.0**-32)
 
 
 def words(key: Tensor, counter: Tensor) -> Tensor:
-    """The four 32-bit words that each counter gives under its key, as int64 in [0, 2^32).
+    """Return the four 32-bit words that each counter gives under its key, as int64 in [0, 2^32).
 
     key [..., 2] and counter [..., 4] hold 32-bit words as int64, lowest first, and broadcast; the result is [..., 4].
     """
     k0, k1 = key.unbind(-1)
     c0, c1, c2, c3 = counter.unbind(-1)
     for _ in range(ROUNDS):
-        # The 64-bit product wraps in int64, and its bits are right all the same.
+        # The 64-bit product wraps in int64; its bits are correct.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (product1 >> 32 & WORD) ^ c1 ^ k0,
@@ -52,7 +52,7 @@ def words(key: Tensor, counter: Tensor) -> Tensor:
 
 
 def normals(seeds: Sequence[int] | Tensor, count: int, offset: int = 0) -> Tensor:
-    """``count`` standard normals for each seed, fp32 [len(seeds), count], on the CPU.
+    """Return ``count`` standard normals for each seed, fp32 [len(seeds), count], on the CPU.
 
     seeds: unsigned 64-bit integers (a tensor of int64 holds them by their bits). offset: the generator's, a multiple
     of 4. Raises ValueError for a seed outside [0, 2^64) or another offset.
@@ -60,15 +60,15 @@ def normals(seeds: Sequence[int] | Tensor, count: int, offset: int = 0) -> Tenso
     _check_offset(offset)
     element = torch.arange(count, dtype=torch.int64)
     counter = _counter(torch.tensor(offset // 4), element)
-    # One row at a time: the bits of a row then cannot hang on the others, and the memory is one row's.
+    # One row at a time: the bits of a row then cannot depend on the others, and the memory is that of one row.
     rows = [_normal(words(split_seed(seed), counter)) for seed in seed_list(seeds)]
     return torch.stack(rows) if rows else torch.empty(0, count)
 
 
 def stream_normals(seed: int, offset: int, count: int, threads: int) -> Tensor:
-    """What torch.randn(count) draws on a GPU from a generator at (seed, offset), fp32 [count], on the CPU.
+    """Return the numbers that torch.randn(count) draws on a GPU from a generator at (seed, offset), fp32 [count], CPU.
 
-    threads: how many that launch has (stream_threads). Element i comes from iteration i // (4 threads) of
+    threads: the number of threads of that launch (stream_threads). Element i comes from iteration i // (4 threads) of
     thread i % threads: its lane of four, (i % (4 threads)) // threads, takes one of two pairs of words, and sine or
     cosine. Raises ValueError for an offset that is no multiple of 4.
     """
@@ -81,7 +81,7 @@ def stream_normals(seed: int, offset: int, count: int, threads: int) -> Tensor:
 
 
 def normals_like(values: Tensor, seeds: Tensor, offsets: Tensor | None = None, threads: int = 0) -> Tensor:
-    """What draw_normal gives every element of values [N, ...], in their shape, dtype and device.
+    """Return what draw_normal gives each element of values [N, ...], in their shape, dtype and device.
 
     seeds, offsets: int64 [N], the seeds by their bits; or [1] where one stream runs through the whole batch.
     """
@@ -108,8 +108,8 @@ def _counter(step: Tensor, element: Tensor) -> Tensor:
 
 def _normal(drawn: Tensor, cosine: Tensor | None = None) -> Tensor:
     u = drawn[..., 0].float() * 2.0**-32 + 2.0**-33
-    # In double, then rounded: what a fused multiply-add gives. ln and sin in double as well, since torch's fp32 ones
-    # differ between the body of a vector loop and its tail.
+    # In double, then rounded, as a fused multiply-add rounds. ln and sin in double as well: torch's fp32 ones differ
+    # between the body of a vector loop and its tail.
     step = TURN * 2.0**-32
     v = (drawn[..., 1].float().double() * step + step / 2).float().double()
     turned = v.sin() if cosine is None else torch.where(cosine, v.cos(), v.sin())
@@ -117,12 +117,12 @@ def _normal(drawn: Tensor, cosine: Tensor | None = None) -> Tensor:
 
 
 def split_seed(seed: int) -> Tensor:
-    """The key of a seed: its two 32-bit words, lowest first, int64 [2]."""
+    """Return the key of a seed: its two 32-bit words, lowest first, int64 [2]."""
     return torch.tensor([seed & WORD, seed >> 32])
 
 
 def seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
-    """Seeds as unsigned Python integers; raises ValueError for one outside [0, 2^64) or no integer."""
+    """Return seeds as unsigned Python integers. Raises ValueError for one outside [0, 2^64) or no integer."""
     if isinstance(seeds, Tensor):
         return [int(seed) & 2**64 - 1 for seed in _seed_bits(seeds).tolist()]
     if not isinstance(seeds, Iterable):
@@ -135,21 +135,21 @@ def seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
 
 
 def stream_threads(count: int, processors: int, threads_per_processor: int) -> int:
-    """How many threads torch launches to draw ``count`` normals on a GPU of so many multiprocessors."""
+    """Return the number of threads that torch launches for ``count`` normals on a GPU of so many multiprocessors."""
     return 256 * min(-(-count // 256), processors * (threads_per_processor // 256))
 
 
 def reserve(
     generator: torch.Generator, count: int, processors: int, threads_per_processor: int
 ) -> tuple[int, int, int]:
-    """(seed, offset, threads) of the next ``count`` normals of a CUDA generator, which is advanced as randn would.
+    """Return (seed, offset, threads) of a CUDA generator's next ``count`` normals, and advance it as randn does.
 
     processors, threads_per_processor: multi_processor_count and max_threads_per_multi_processor of its device. The
     seed is an unsigned 64-bit integer. Calls from several threads share no numbers; a torch.randn on the same generator
     in another thread may fall between the reading of the offset and its advance, and draw the same ones.
     Source: ATen/native/cuda/DistributionTemplates.h, calc_execution_policy.
     """
-    # At least a block: an empty batch draws nothing, and its threads must still be some.
+    # At least one block: an empty batch draws nothing, but its number of threads must not be 0.
     threads = stream_threads(max(count, 1), processors, threads_per_processor)
     with _reserving:
         seed, offset = generator.initial_seed(), generator.get_offset()
@@ -159,9 +159,9 @@ def reserve(
 
 
 def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Seeds, unsigned 64-bit integers, as the int64 tensor of their bits; raises ValueError for any other.
+    """Return seeds, unsigned 64-bit integers, as the int64 tensor of their bits. Raises ValueError for others.
 
-    A tensor on a GPU is not read, and the host waits for nothing.
+    A tensor on a GPU is not read, so the host does not wait.
     """
     if isinstance(seeds, Tensor):
         return _seed_bits(seeds).to(device)
@@ -169,8 +169,8 @@ def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str = "cpu
 
 
 def int64_tensor(values: Sequence[int], device: torch.device | str) -> Tensor:
-    """Integers as int64 [len(values)]; for a GPU without waiting for it, as torch.tensor would."""
-    # A copy from pageable memory has read its source when it returns, whether or not the device has come to it.
+    """Return integers as int64 [len(values)]; for a GPU without the wait of torch.tensor."""
+    # A copy from pageable memory has read its source when it returns, even if the device has not begun it.
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -182,7 +182,7 @@ def _seed_bits(seeds: Tensor) -> Tensor:
 
 @triton.jit
 def draw_words(seed, step, element):
-    """The four words, uint32, of counter (step, element) under the key seed; all three int64, by their bits."""
+    """Return the four words, uint32, of counter (step, element) under the key seed; all three are int64 bits."""
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1 = step.to(tl.uint32), (step >> 32).to(tl.uint32)
     c2, c3 = element.to(tl.uint32), (element >> 32).to(tl.uint32)
@@ -197,19 +197,19 @@ def draw_words(seed, step, element):
 
 @triton.jit
 def normal_sine(word0, word1):
-    """The normal that curand makes of two words with the sine, fp32."""
+    """Return the normal that curand makes of two words with the sine, fp32."""
     return _radius(word0) * _sine(_angle(word1))
 
 
 @triton.jit
 def normal_cosine(word0, word1):
-    """The normal that curand makes of two words with the cosine, fp32."""
+    """Return the normal that curand makes of two words with the cosine, fp32."""
     return _radius(word0) * _cosine(_angle(word1))
 
 
 @triton.jit
 def draw_normal(seeds_ptr, offsets_ptr, row, element, size, threads, seeds_step, STREAM: tl.constexpr):
-    """The normals of elements (int64, their logical index) of a row of ``size``: by the row's own seed, or of a stream.
+    """Return the normals of elements (int64 logical indices) of a row of ``size``, by the row's seed or from a stream.
 
     seeds_step is 0 where one stream runs through the whole batch, and 1 where every row has its own.
     """
@@ -237,14 +237,14 @@ def _radius(word):
 @triton.jit
 def _angle(word):
     if backend() == "interpreter":
-        # Its fma rounds twice; 1 ulp at 2 pi is 4.8e-7, and the tail of the normal multiplies it by 5.
+        # The interpreter's fma rounds twice; 1 ulp at 2 pi is 4.8e-7, and the tail of the normal multiplies it by 5.
         angle = (word.to(tl.float32).to(tl.float64) * _TURN + _TURN / 2).to(tl.float32)
     else:
         angle = tl.fma(word.to(tl.float32), _TURN, _TURN / 2)
     return angle
 
 
-# curand's own: the logarithm of the library, and the fast sine and cosine. The interpreter refuses both kinds of call.
+# As in curand: the library's logarithm, the fast sine and cosine. The interpreter refuses both kinds of call.
 @triton.jit
 def _log(x):
     return libdevice.log(x) if backend() == "cuda" else tl.log(x)

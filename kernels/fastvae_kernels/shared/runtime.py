@@ -1,4 +1,4 @@
-"""Where kernels run, and what a call must cost."""
+"""Devices on which kernels run, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class _Absent:
-    """Takes the place of triton's names where kernels are written down and there is no triton."""
+    """Value of triton's names where triton is not installed: kernels can be defined and never run."""
 
     def __getattr__(self, name: str) -> _Absent:
         return self
@@ -27,7 +27,7 @@ class _Absent:
 
 
 def _import_triton() -> tuple[Any, Any, Any]:
-    # Any: what stands in a kernel is triton's language, which a type checker of Python cannot know.
+    # Any: a kernel is written in triton's language, which a type checker of Python does not know.
     try:
         import triton
         import triton.language as tl
@@ -41,16 +41,16 @@ triton, tl, libdevice = _import_triton()
 HAS_TRITON = not isinstance(triton, _Absent)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# The dispatcher is the switch: a tensor on one of these devices goes to the kernel, every other to the reference.
-# Under Triton's interpreter the CPU takes the GPU's part.
+# The dispatcher chooses: tensors on these devices go to the kernel, all others to the reference. Under Triton's
+# interpreter kernels run on the CPU.
 KERNEL_DEVICES = (("cuda", "cpu") if INTERPRETED else ("cuda",)) if HAS_TRITON else ()
 
 
 def on_its_device(launcher: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Let a launcher run on the GPU of its first tensor, and without autocast.
+    """Run a launcher on the GPU of its first tensor, without autocast.
 
-    Triton launches on the current device whatever the tensors' is, and torch sets no device for custom ops. Autocast
-    would change the dtype of the products that torch computes for an op, which then is not what its fake promises.
+    Triton launches on the current device, not on the tensors', and torch sets no device for custom ops. Autocast would
+    change the dtype of the products that torch computes for an op, which then differs from its fake.
     """
 
     @functools.wraps(launcher)
@@ -63,15 +63,15 @@ def on_its_device(launcher: Callable[Parameters, Result]) -> Callable[Parameters
         with device, autocast:
             return launcher(*args, **kwargs)
 
-    # torch reads an op's schema off its annotations, and would look their names up in this module.
+    # torch reads an op's schema from its annotations, and would look their names up in this module.
     guarded.__signature__ = inspect.signature(launcher, eval_str=True)  # type: ignore[attr-defined]
     return guarded
 
 
 def backend(_semantic: Any = None) -> Any:
-    """Inside a kernel, at compile time: "cuda", "hip" or "interpreter".
+    """Return "cuda", "hip" or "interpreter", inside a kernel and at compile time.
 
-    What triton's target_info says hangs on the card at hand, and would be wrong for a compilation ahead of time.
+    triton's target_info depends on the current GPU, which is wrong for a compilation ahead of time.
     """
     return tl.constexpr("interpreter" if _semantic is None else _semantic.builder.options.backend_name)
 
@@ -81,7 +81,7 @@ backend.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call cannot do without: bytes that cross memory, floating-point operations, kernel launches."""
+    """Least cost of a call: bytes that cross memory, floating-point operations, kernel launches."""
 
     bytes: int
     flops: int
@@ -92,5 +92,5 @@ class Cost:
 
 
 def size_in_bytes(*tensors: torch.Tensor | None) -> int:
-    """The bytes that the elements of these tensors take; None counts nothing."""
+    """Return the bytes of these tensors' elements; None counts nothing."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

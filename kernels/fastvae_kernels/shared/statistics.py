@@ -1,7 +1,7 @@
 """Partial statistics: per image, chunk of pixels and channel the fp32 triple (count, mean, sum of squared deviations).
 
 Layout: [N, chunks, 3, C], contiguous. A chunk is ``chunk_pixels(C)`` consecutive pixels in row-major order, the last
-one what is left; it hangs on the channels alone, so neither batch nor device changes what is summed with what.
+one the rest; its size depends on the channels alone, so neither batch nor device changes the order of the sums.
 Triples merge by Chan's rule (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
 variances", 1979), and everything is centred: a mean a thousand times the deviation costs no digits of the variance.
 """
@@ -15,42 +15,42 @@ from fastvae_kernels.shared import tiles
 from fastvae_kernels.shared.runtime import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# The program that merges a group takes up to MERGED chunks alone (512² at 128 channels: 48 KiB). Of more, as at 1024²,
-# FOLD each are merged to one before: a single program reads at a few GB/s.
+# One program merges up to MERGED chunks of a group (512² at 128 channels: 48 KiB). If there are more, as at 1024², FOLD
+# of them are merged into one first: a single program reads at a few GB/s.
 MERGED, FOLD = 1024, 64
 
 
 def chunk_pixels(channels: int) -> int:
-    """Pixels of one chunk: the power of two that makes it about 65,536 values, from 32 to 256."""
+    """Return the pixels of one chunk: the power of two that makes it about 65,536 values, from 32 to 256."""
     return min(256, max(32, 1 << (65_536 // channels).bit_length() - 1)) if channels <= 65_536 else 32
 
 
 def chunk_count(pixels: int, channels: int) -> int:
-    """Chunks of an image of so many pixels."""
+    """Return the number of chunks of an image of so many pixels."""
     chunk = chunk_pixels(channels)
     return (pixels + chunk - 1) // chunk
 
 
 def new_partials(x: Tensor) -> Tensor:
-    """Unwritten partials for x [N, C, H, W]."""
+    """Return uninitialized partials for x [N, C, H, W]."""
     batch, channels, height, width = x.shape
     chunks = chunk_count(height * width, channels)
     return torch.empty(batch, chunks, 3, channels, device=x.device, dtype=torch.float32)
 
 
 def new_channels_last(batch: int, channels: int, height: int, width: int, like: Tensor, dtype=None) -> Tensor:
-    """An unwritten [batch, channels, height, width] in channels_last; the strides of sizes 0 and 1 too."""
+    """Return an uninitialized [batch, channels, height, width] in channels_last, strides of sizes 0 and 1 included."""
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided((batch, channels, height, width), strides, device=like.device, dtype=dtype or like.dtype)
 
 
 def same_layout(x: Tensor) -> Tensor:
-    """The values of x [N, C, H, W] in a fresh tensor with the strides of ``new_channels_last``."""
+    """Return the values of x [N, C, H, W] in a new tensor with the strides of ``new_channels_last``."""
     return new_channels_last(*x.shape, like=x).copy_(x)
 
 
 def check_image(name: str, x: Tensor) -> None:
-    """Refuse, by ValueError, what is no floating-point [N, C, H, W] with at least one pixel and channel."""
+    """Raise ValueError unless x is a floating-point [N, C, H, W] with at least one pixel and channel."""
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must be [N, C, H, W] with C, H, W of at least 1, got shape {tuple(x.shape)}")
     if x.dtype not in (*DTYPES, torch.float64):
@@ -58,13 +58,13 @@ def check_image(name: str, x: Tensor) -> None:
 
 
 def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
-    """Refuse, by ValueError, a per-channel vector of another length."""
+    """Raise ValueError for a per-channel vector of another length."""
     if vector is not None and tuple(vector.shape) != (channels,):
         raise ValueError(f"{name} must have one value for each of {channels} channels, got {tuple(vector.shape)}")
 
 
 def _partial_counts(chunks: int) -> list[int]:
-    # How many partials an image of so many chunks may have: one for each, or what fold_chunks makes of them.
+    # The numbers of partials that an image of so many chunks may have: one for each, or those after fold_chunks.
     counts = [chunks]
     while counts[-1] > MERGED:
         counts.append((counts[-1] + FOLD - 1) // FOLD)
@@ -72,12 +72,12 @@ def _partial_counts(chunks: int) -> list[int]:
 
 
 def check_partials(partials: Tensor | None, x: Tensor) -> None:
-    """Refuse, by ValueError, partials that are not those of x [N, C, H, W], folded or not."""
+    """Raise ValueError unless partials have a shape for x [N, C, H, W], folded or not."""
     if partials is None:
         return
     batch, channels, height, width = x.shape
     counts = _partial_counts(chunk_count(height * width, channels))
-    # float64 is the references' own.
+    # Only the references take float64.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rest = (partials.shape[0], *partials.shape[2:])
     if partials.ndim != 4 or partials.dtype != wide or rest != (batch, 3, channels) or partials.shape[1] not in counts:
@@ -88,13 +88,13 @@ def check_partials(partials: Tensor | None, x: Tensor) -> None:
 
 
 def check_kernel_dtype(name: str, x: Tensor) -> None:
-    """Refuse, by ValueError, a dtype that no kernel takes: float64 is the references' alone."""
+    """Raise ValueError for a dtype that no kernel takes; only the references take float64."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16 on {x.device}, got {x.dtype}")
 
 
 def reference(x: Tensor) -> Tensor:
-    """Partials of x [N, C, H, W]; fp32, float64 for float64."""
+    """Return partials of x [N, C, H, W]; fp32, float64 for float64."""
     batch, channels = x.shape[:2]
     chunk = chunk_pixels(channels)
     values = x.to(torch.promote_types(x.dtype, torch.float32)).permute(0, 2, 3, 1)
@@ -112,7 +112,7 @@ def reference(x: Tensor) -> Tensor:
 
 
 def merged_reference(partials: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, sum of squared deviations) of triples [..., 3, C] merged over ``dims`` of [..., C]."""
+    """Return (count, mean, sum of squared deviations) of triples [..., 3, C] merged over ``dims`` of [..., C]."""
     count, mean, deviations = partials.unbind(-2)
     total = count.sum(dims, keepdim=True)
     center = (count * mean).sum(dims, keepdim=True) / total
@@ -122,7 +122,7 @@ def merged_reference(partials: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, T
 
 @triton.jit
 def locate(program, chunks, BLOCKS: tl.constexpr):
-    """(image, chunk, channel block) of a program, the first two int64: what is multiplied with them may pass 2^31."""
+    """Return (image, chunk, channel block) of a program; the first two are int64: their products may pass 2^31."""
     block = program % BLOCKS
     program = program // BLOCKS
     return (program // chunks).to(tl.int64), (program % chunks).to(tl.int64), block
@@ -130,21 +130,21 @@ def locate(program, chunks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def first_value(image, pixels, pixel, CHANNELS: tl.constexpr):
-    """Where pixel ``pixel`` of image ``image`` begins in a channels_last tensor, counted in values as int64."""
+    """Return the offset of a pixel of an image in a channels_last tensor, in values, as int64."""
     return (image.to(tl.int64) * pixels + pixel.to(tl.int64)) * CHANNELS
 
 
 @triton.jit
 def rows_inside(chunk, pixels, CHUNK: tl.constexpr):
-    """Pixels of a chunk: CHUNK, and in the last one what is left."""
+    """Return the pixels of a chunk: CHUNK, or the rest in the last one."""
     return tl.minimum(pixels - chunk * CHUNK, CHUNK).to(tl.int32)
 
 
 @triton.jit
 def line_and_column(first, row, width):
-    """Where pixel ``first`` + ``row`` [ROWS, 1] of an image lies: int64 and int32.
+    """Return line (int64) and column (int32) of the pixels ``first`` + ``row`` [ROWS, 1] of an image.
 
-    One 64-bit division per program, and 32-bit ones per pixel: 64-bit ones cost a hundred instructions each.
+    One 64-bit division per program, then 32-bit divisions per pixel: a 64-bit division costs a hundred instructions.
     """
     along = (first % width).to(tl.int32) + row
     return first // width + along // width, along % width
@@ -152,18 +152,18 @@ def line_and_column(first, row, width):
 
 @triton.jit
 def nothing_yet(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Before the first rows of a chunk: anchor [COLUMNS], and sums over nothing [ROWS, COLUMNS]."""
+    """Return the state before the first rows of a chunk: anchor [COLUMNS], and zero sums [ROWS, COLUMNS]."""
     zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
     return tl.zeros([COLUMNS], tl.float32), zeros, zeros
 
 
 @triton.jit
 def take(anchor, total, squares, x, inside, start, rows, ROWS: tl.constexpr):
-    """Take the rows from ``start`` on into the sums: x [ROWS, COLUMNS], those ``inside`` [ROWS, 1], of ``rows``.
+    """Add the rows from ``start`` on to the sums: x [ROWS, COLUMNS], those ``inside`` [ROWS, 1], of ``rows``.
 
-    Values are seen from the anchor, the mean of the first rows as rounded, so a mean far from 0 costs no digits. Each
-    place of the tile has sums of its own: no step of the loop waits for other threads (three reductions in each made
-    this pass 2 to 5 times longer than its memory on an H100).
+    The sums are of differences from the anchor, the rounded mean of the first rows, so a mean far from 0 costs no
+    digits. Each element of the tile has its own sums, so no step of the loop waits for other threads: with three
+    reductions a step this pass took 2 to 5 times as long as its memory traffic on an H100.
     """
     if start == 0:
         anchor = tl.sum(tl.where(inside, x, 0.0), axis=0) / tl.minimum(ROWS, rows).to(tl.float32)
@@ -173,14 +173,14 @@ def take(anchor, total, squares, x, inside, start, rows, ROWS: tl.constexpr):
 
 @triton.jit
 def described(anchor, count, total, squares):
-    """(mean, sum of squared deviations) [COLUMNS] from sums seen from the anchor, over ``count`` values.
+    """Return (mean, sum of squared deviations) [COLUMNS] from the sums of ``count`` differences from the anchor.
 
-    The squares exceed the deviations by count * (mean - anchor)^2. What the anchor is the mean of is part of the whole,
-    so that is at most count / (its share of count) times the deviations: few digits are lost, whatever the values.
+    The squares exceed the deviations by count * (mean - anchor)^2. The anchor is the mean of a part of the values, so
+    that is at most count / (the part's count) times the deviations: few digits are lost for any values.
     """
     total, squares = tl.sum(total, axis=0), tl.sum(squares, axis=0)
     center = total / count
-    # Of a constant there may be less than nothing left; what is not a number stays so.
+    # Rounding can make the variance of a constant slightly negative: clamp to zero, keep NaN.
     deviations = tl.maximum(squares - total * center, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return anchor + center, deviations
 
@@ -197,7 +197,7 @@ def store_partials(partials_ptr, image, chunk, chunks, channel, count, mean, dev
 
 @triton.jit
 def store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total, squares, CHANNELS: tl.constexpr):
-    """Write the triples of one chunk of ``rows`` pixels from what ``take`` left."""
+    """Write the triples of one chunk of ``rows`` pixels from the sums of ``take``."""
     count = rows.to(tl.float32)
     mean, deviations = described(anchor, count, total, squares)
     store_partials(partials_ptr, image, chunk, chunks, channel, count, mean, deviations, CHANNELS)
@@ -205,9 +205,9 @@ def store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total,
 
 @triton.jit
 def merge_chunks(partials_ptr, image, first, last, chunks, channel, inside, CHANNELS: tl.constexpr, STEP: tl.constexpr):
-    """The triple of each channel [COLUMNS] over the chunks from ``first`` up to ``last`` of an image."""
+    """Return the triple of each channel [COLUMNS] over the chunks from ``first`` up to ``last`` of an image."""
     triples = partials_ptr + (image * chunks + first) * 3 * CHANNELS + channel
-    # As in take: means are seen from that of the first chunks, and nothing is reduced inside the loop.
+    # As in take: differences from the mean of the first chunks, and no reduction inside the loop.
     anchor = tl.zeros_like(channel).to(tl.float32)  # [COLUMNS]
     count = tl.zeros([STEP, 1], tl.float32) + anchor[None, :]
     total = count
@@ -232,7 +232,7 @@ def merge_chunks(partials_ptr, image, first, last, chunks, channel, inside, CHAN
 
 @triton.jit
 def merge_channels(count, mean, deviations, first):
-    """The triple of a group from those of its channels [COLUMNS]; ``first`` is true for the group's first channel."""
+    """Return the triple of a group from those of its channels [COLUMNS]; ``first`` is true for its first channel."""
     anchor = tl.sum(tl.where(first, mean, 0.0), axis=0)
     total = tl.sum(count, axis=0)
     apart = tl.where(count > 0, mean - anchor, 0.0)
@@ -246,7 +246,7 @@ def group_moments(
     partials_ptr, bias, image, group, chunks, eps,
     CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """(mean, 1 / deviation) of a group of an image; ``bias`` [COLUMNS] is added to the means of its channels."""
+    """Return (mean, 1 / deviation) of a group of an image; ``bias`` [COLUMNS] is added to its channels' means."""
     index = tl.arange(0, COLUMNS)
     inside = index < PER_GROUP
     channel = group * PER_GROUP + index
@@ -289,18 +289,18 @@ def _fold_kernel(
 
 
 def block_columns(columns: int, channels: int) -> int:
-    """Channels of one program: a tile's columns, or the next power of two when there are fewer channels."""
+    """Return the channels of one program: a tile's columns, or the next power of two if there are fewer channels."""
     return min(columns, triton.next_power_of_2(channels))
 
 
 def group_block(per_group: int) -> tuple[int, int]:
-    """(channels, chunks at a time) of a program that merges one group: about 2048 triples, 8 for each thread."""
+    """Return (channels, chunks at a time) of a program that merges a group: about 2048 triples, 8 for each thread."""
     columns = triton.next_power_of_2(per_group)
     return columns, max(1, min(512, 2048 // columns))
 
 
 def measure(x: Tensor) -> Tensor:
-    """Partials of x [N, C, H, W] in channels_last, by kernel."""
+    """Run the kernel that measures x [N, C, H, W] in channels_last, and return its partials."""
     batch, channels, height, width = x.shape
     partials = new_partials(x)
     if batch:
@@ -316,7 +316,7 @@ def measure(x: Tensor) -> Tensor:
 
 
 def fold_chunks(partials: Tensor) -> Tensor:
-    """The same statistics in at most MERGED chunks, by as many launches as that takes (none up to MERGED chunks)."""
+    """Return the same statistics in at most MERGED chunks, by as many launches as needed (none up to MERGED)."""
     while partials.shape[1] > MERGED and partials.shape[0]:
         batch, chunks, _, channels = partials.shape
         columns = block_columns(32, channels)

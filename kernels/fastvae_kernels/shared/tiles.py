@@ -1,6 +1,6 @@
-"""Which tile a kernel runs with: a pure function of op, dtype, channels and device, over the tables in tuned/.
+"""Choice of a kernel's tile: a pure function of op, dtype, channels and device, over the tables in tuned/.
 
-No tile depends on the batch or on the image size, so a row's bits never do either; nothing is tuned at the first call.
+No tile depends on the batch or the image size, so a row's bits do not either; nothing is tuned at the first call.
 A table is a list of entries: op, dtypes, channels (the most it serves; absent: any), shared_memory (the bytes it needs;
 absent: 0), rows, columns, depth, num_warps, num_stages. tuned/<device>.json comes before tuned/<architecture>.json,
 and tuned/default.json is last: it must serve every op on every device.
@@ -22,14 +22,14 @@ TABLES = Path(__file__).parents[1] / "tuned"
 
 @dataclass(frozen=True)
 class Target:
-    """A device as far as tiles care: architecture, bytes of shared memory one program may take, name of the card."""
+    """Facts of a device that tiles depend on: architecture, bytes of shared memory of a program, name of the card."""
 
     architecture: str
     shared_memory: int
     name: str = ""
 
 
-# The devices the compile audit covers; shared memory per program as the vendors' tables give it.
+# The devices of the compile audit; shared memory per program from the vendors' tables.
 TARGETS = {
     target.architecture: target
     for target in (
@@ -42,16 +42,16 @@ TARGETS = {
         Target("gfx942", 64 * 1024),
     )
 }
-# The interpreter has no limit, and takes what fits the smallest device.
+# The interpreter has no limit; it takes the tiles of the smallest device.
 INTERPRETER = Target("interpreter", 64 * 1024)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program takes at a time.
+    """The values that one program processes at a time.
 
-    rows: pixels, or queries. columns: channels, or keys. depth: channels of one step of a product; 0 where there is
-    no such step.
+    rows: pixels, or queries. columns: channels, or keys. depth: channels of one step of a product; 0 without a
+    product.
     """
 
     rows: int
@@ -71,7 +71,7 @@ def _described(index: int) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that a tensor on this device runs on; a CPU is the interpreter's."""
+    """Return the target of tensors on this device; a CPU is the interpreter."""
     if device.type != "cuda":
         return INTERPRETER
     return _described(torch.cuda.current_device() if device.index is None else device.index)
@@ -94,10 +94,10 @@ def _serves(entry: dict[str, Any], op: str, dtype: str, channels: int, target: T
 
 @functools.cache
 def choose(op: str, *, dtype: torch.dtype, channels: int, target: Target) -> Tile:
-    """The tile for ``op`` on values of ``dtype`` with ``channels`` channels.
+    """Return the tile for ``op`` on values of ``dtype`` with ``channels`` channels.
 
-    The first table that serves the op wins; in it the entry for the fewest channels that are enough, since what holds
-    more channels holds fewer; among those the one that uses most shared memory. Raises ValueError when none serves.
+    The first table that serves the op wins. In it the entry for the fewest sufficient channels wins, and among equal
+    ones the entry with the most shared memory. Raises ValueError when none serves.
     """
     dtype_name = str(dtype).removeprefix("torch.")
     for table in (target.name, target.architecture, "default"):
@@ -112,8 +112,8 @@ def choose(op: str, *, dtype: torch.dtype, channels: int, target: Target) -> Til
 
 
 def audited() -> list[tuple[str, torch.dtype, int]]:
-    """(name, dtype, channels) that the compile audit takes of a pass over images: the networks' in every dtype, and
-    those that fill no block or have chunks of 32 pixels in the widest dtype and one of 16 bits."""
+    """Return (name, dtype, channels) of the compile audit's passes over images: the networks' in every dtype; channels
+    that fill no block or have chunks of 32 pixels in fp32 and fp16."""
     halves, full = [torch.bfloat16, torch.float16], [torch.float32]
     variants = [(dtype, channels) for dtype in halves + full for channels in (128, 256, 512)]
     variants += [(dtype, channels) for dtype in halves[1:] + full for channels in (24, 48, 80, 96, 1024)]
@@ -121,6 +121,6 @@ def audited() -> list[tuple[str, torch.dtype, int]]:
 
 
 def clear() -> None:
-    """Forget the tables read so far, for who changes them while running (bench/kernels/tune.py, tests)."""
+    """Forget the tables read so far, after a change of their files (bench/kernels/tune.py, tests)."""
     _table.cache_clear()
     choose.cache_clear()
