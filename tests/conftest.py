@@ -1,23 +1,23 @@
-"""Settings every test runs under."""
+"""Settings of every test."""
 
 import os
 import signal
 
-# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that: those that the tests
-# interrupt would never hear of it.
+# A shell starts background processes with SIGINT ignored, and children inherit that: the tests could not interrupt
+# theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# One thread a worker, since two workers share two cores; read when torch is imported.
+# One thread a worker, since two workers share two cores. torch reads it when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-# Read when a kernel is decorated, so before the first import of fastvae_kernels: without a GPU the interpreter is the
-# device.
+# Without a GPU the kernels run in the interpreter. Triton reads it when a kernel is decorated, so it is set before the
+# first import of fastvae_kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Nothing here may reach out; the tests of Hub addresses use a server on the loopback.
+# No test uses the network; the tests of Hub addresses use a server on the loopback.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -25,10 +25,10 @@ import pytest
 from support.cpu_limit import pytest_runtest_call  # noqa: F401  (a hook: pytest finds it here)
 
 
-def _mend_interpreter():
-    # It keeps bfloat16 as raw 16-bit integers: tl.dot and arithmetic take those for numbers (results of 1e10), and a
-    # cast from fp32 cuts off what a GPU rounds to nearest, ties to even. All in Triton 3.6 and 3.9. And 3.6 takes int()
-    # of an array of one, which numpy 2.4 refuses, and rounds a multiply-add twice.
+def _correct_the_interpreter():
+    # The interpreter keeps bfloat16 as raw 16-bit integers: tl.dot and arithmetic use those as numbers (results of
+    # 1e10), and a cast from fp32 truncates, where a GPU rounds to nearest, ties to even. All in Triton 3.6 and 3.9. 3.6
+    # also calls int() on an array of one element, which numpy 2.4 refuses, and rounds a multiply-add twice.
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -75,8 +75,8 @@ def _mend_interpreter():
 
 
 def _patch_the_language_once():
-    # At each call of a device function the interpreter looks through the whole of triton.language for what to replace,
-    # which the launch has replaced already: 4 ms a call, a third to two thirds of a launch. In Triton 3.6 and 3.9.
+    # At each call of a device function the interpreter searches all of triton.language for functions to replace, which
+    # the launch has replaced already: 4 ms a call, a third to two thirds of a launch. In Triton 3.6 and 3.9.
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -85,7 +85,7 @@ def _patch_the_language_once():
     def patch_what_is_not(fn):
         if fn not in seen:
             seen[fn] = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
-        # Each module is patched by itself, their tensor until the launch ends.
+        # Each module is patched separately, their tensor until the launch ends.
         if seen[fn] and not any(is_builtin(lang.load) or is_builtin(lang.tensor.__add__) for lang in seen[fn]):
             return interpreter._LangPatchScope()
         return patch_lang(fn)
@@ -94,9 +94,8 @@ def _patch_the_language_once():
 
 
 def _describe_each_type_once():
-    # For every value the interpreter spells out its type's name and wraps its shape anew, for every array it lists all
-    # the types there are, and for every pair of values it compares shapes by wrapped numbers: half of a launch. In
-    # Triton 3.6 and 3.9.
+    # For each value the interpreter formats its type's name and wraps its shape, for each array it lists all types, and
+    # for each pair of values it compares shapes by wrapped numbers: half of a launch. In Triton 3.6 and 3.9.
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
@@ -121,7 +120,7 @@ def _describe_each_type_once():
         self.__dict__.update(shapes[key], handle=handle, type=type, dtype=type.scalar)
 
     def broadcast(self, left, right):
-        alike = left.type.is_block() and left.shape is right.shape  # as ``tensor`` above has it, of all equal ones
+        alike = left.type.is_block() and left.shape is right.shape  # ``tensor`` above shares one shape among equal ones
         return (left, right) if alike else broadcast_values(self, left, right)
 
     def array_dtype(type):
@@ -135,16 +134,16 @@ def _describe_each_type_once():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    _mend_interpreter()
+    _correct_the_interpreter()
     _describe_each_type_once()
     _patch_the_language_once()
 
 
 @pytest.fixture(autouse=True)
 def _every_test_alike():
-    # Deterministic mode fills torch.empty with NaN, so that a value nobody wrote is seen.
+    # Deterministic mode fills torch.empty with NaN, so that an unwritten value is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # fp32 is fp32 on a GPU too: by default cuDNN multiplies in tf32, which errs by 1e-3.
+    # By default cuDNN multiplies fp32 in tf32, with errors of 1e-3.
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, cuDNN and the compiled kernels together."""
+"""Tests that need a GPU: streams, graphs, cuDNN and the compiled kernels together."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.path.parent.name == "gpu":
-            item.add_marker(pytest.mark.skip(reason="it wants a GPU: bash bench/device.sh runs it there"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: bash bench/device.sh runs it"))
 
 
 @pytest.fixture
 def card():
-    """The GPU, as a device with its number."""
+    """The GPU as a device with its index."""
     return torch.device("cuda", 0)

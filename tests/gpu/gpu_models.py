@@ -1,4 +1,4 @@
-"""Models for a GPU's tests: fastvae's own class alone, which a bare machine has."""
+"""Models for tests on a GPU: fastvae's own class, since a bare machine has no diffusers."""
 
 import torch
 
@@ -14,7 +14,7 @@ CONFIG = {
 
 
 def model(device, dtype=torch.float32, seed=0, **config):
-    """Random weights, those of norms and biases too; two downsamples, attention at 512 channels."""
+    """Return a model of random weights, norms and biases included; two downsamples, attention at 512 channels."""
     torch.manual_seed(seed)
     vae = fastvae.AutoencoderKL(**(CONFIG | config))
     for weight in vae.parameters():
@@ -27,7 +27,7 @@ def model(device, dtype=torch.float32, seed=0, **config):
 
 
 def pictures(count, height, width, device="cpu", seed=1):
-    """Smooth uint8 pictures [count, 3, height, width] with some noise on them."""
+    """Return smooth uint8 images [count, 3, height, width] with some noise."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 5, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")

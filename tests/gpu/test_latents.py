@@ -1,4 +1,4 @@
-"""A store and a loader filled by a GPU: keys, bits and order as the plain loop has them, on streams of their own."""
+"""A store and a loader filled by a GPU on streams of their own: keys, bits and order are those of a plain loop."""
 
 import threading
 
@@ -13,7 +13,7 @@ from fastvae.data.rows import noise_key
 
 
 class Rows(torch.utils.data.Dataset):
-    """``count`` pictures with their keys."""
+    """``count`` images with their keys."""
 
     def __init__(self, count):
         self.images = pictures(count, 64, 64)
@@ -27,7 +27,7 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_the_loader_gives_what_the_plain_loop_gives(ahead, workers, card):
+def test_the_loader_has_the_latents_of_a_plain_loop(ahead, workers, card):
     vae = fastvae.accelerate(model(card, torch.bfloat16), deterministic=True)
     rows = Rows(22)
     plain = {}
@@ -49,7 +49,7 @@ def test_the_loader_gives_what_the_plain_loop_gives(ahead, workers, card):
 
 
 def test_an_epoch_takes_no_more_memory_than_the_one_before(card):
-    """What a stream has freed is that stream's: an iteration with streams of its own would take all of it again."""
+    """Freed memory belongs to its stream: an iteration with new streams would reserve all of it again."""
     loader = LatentLoader([pictures(4, 256, 256)] * 3, fastvae.accelerate(model(card, torch.bfloat16)))
     reserved = []
     for _ in range(4):
@@ -60,7 +60,7 @@ def test_an_epoch_takes_no_more_memory_than_the_one_before(card):
     assert reserved[1:] == reserved[1:2] * 3
 
 
-def test_an_error_of_a_batch_is_raised_where_it_would_have_come(card):
+def test_an_error_of_a_batch_is_raised_in_its_place(card):
     vae = fastvae.accelerate(model(card, torch.bfloat16))
 
     def batches():
@@ -90,5 +90,5 @@ def test_a_store_made_on_a_gpu_has_each_rows_own_latents(card, tmp_path):
         row = rows[i]
         alone = exact.encode_moments(images[int(row["key"][:2])][None].to(card).float() / 127.5 - 1).chunk(2, dim=1)[0]
         difference = row["mean"].to(card).float() - alone[0]
-        # Another picture's latents differ by their spread; its own by what fp16 and a store's rounding cost.
+        # Latents of another image differ by their spread; its own by the roundings of fp16 and the store.
         assert difference.square().mean().sqrt() <= 0.02 * alone.std(), row["key"]

@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def worse(one, other, truth):
-    """The one of two results that is further from the truth."""
+    """Return the one of two results that is further from the truth."""
     return max(one, other, key=lambda result: (result.double() - truth).square().mean().item())
 
 
@@ -36,7 +36,7 @@ def given(part, device, dtype, count=3, height=72, width=56):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("part", ["encode", "decode"])
 @torch.no_grad()
-def test_it_is_as_accurate_as_eager(part, dtype, settings, card):
+def test_the_network_is_as_accurate_as_eager(part, dtype, settings, card):
     vae = model(card, dtype)
     x = given(part, card, dtype)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -51,7 +51,7 @@ def test_it_is_as_accurate_as_eager(part, dtype, settings, card):
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
 @torch.no_grad()
-def test_a_row_has_the_bits_that_it_has_alone(part, card):
+def test_a_row_in_a_batch_has_its_bits_alone(part, card):
     vae = fastvae.accelerate(model(card, torch.bfloat16), deterministic=True)
     x = given(part, card, torch.bfloat16, count=5)
     whole = eager(vae, part, x)
@@ -68,7 +68,7 @@ def test_graphs_give_the_bits_of_the_calls_that_they_replay(part, freeze, card):
     inputs = [given(part, card, torch.bfloat16, height=height) for height in (72, 48, 72, 48, 72)]
     inputs = [x + 0.01 * i for i, x in enumerate(inputs)]
     kept = [(eager(replayed, part, x), eager(plain, part, x)) for x in inputs for _ in range(2)]
-    for mine, theirs in kept:  # compared at the end: no result is another replay's memory
+    for mine, theirs in kept:  # compared at the end: no replay may overwrite an earlier result
         assert torch.equal(mine, theirs)
     report = fastvae.fast_report(replayed)
     assert report["graphs"] == 2
@@ -83,7 +83,7 @@ def test_graphs_give_the_bits_of_the_calls_that_they_replay(part, freeze, card):
 
 @torch.no_grad()
 def test_pixels_in_any_layout_are_as_accurate_as_eager(card):
-    """uint8 NCHW and NHWC and floats: a kernel for each, whose sums may have another order."""
+    """uint8 NCHW and NHWC and floats: each has a kernel, whose sums may have another order."""
     base = model(card, torch.float16)
     images = pictures(4, 64, 64, card)
     x = normalized(images).half()
@@ -111,7 +111,7 @@ def test_seeds_draw_the_noise_that_a_cpu_draws(card):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_as_accurate_as_eagers(dtype, card):
-    """Of all weights and the input together, each by its own size."""
+    """Gradients of all weights and the input together, each divided by its own size."""
     x = given("encode", card, dtype, count=2)
 
     def gradients(vae, kind, form):
@@ -138,7 +138,7 @@ def test_gradients_are_as_accurate_as_eagers(dtype, card):
 
 
 @torch.no_grad()
-def test_what_overflows_fp16_is_done_again_and_counted(card):
+def test_an_overflow_of_fp16_is_computed_again(card):
     """Weights that make the stream 2^18 times larger: eager fp16 is not finite, latents are."""
     vae = model(card, torch.float16)
     vae.encoder.conv_in.weight.mul_(2.0**18)
@@ -153,6 +153,6 @@ def test_what_overflows_fp16_is_done_again_and_counted(card):
 @torch.no_grad()
 def test_no_block_falls_back(card):
     vae = fastvae.accelerate(model(card, torch.bfloat16))
-    told = str(fastvae.explain(vae, (1, 3, 64, 64)))
-    assert "no fused kernel runs on this device" not in told
-    assert "fused" in told
+    text = str(fastvae.explain(vae, (1, 3, 64, 64)))
+    assert "no fused kernel runs on this device" not in text
+    assert "fused" in text

@@ -1,4 +1,4 @@
-"""Where the kernels' tests run: on the GPU where there is one, else on the CPU in the interpreter's hands."""
+"""Device of the kernels' tests: the GPU if there is one, else the CPU under Triton's interpreter."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def on_device():
-    """Make new tensors on the GPU, where there is one."""
+    """Make new tensors on the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     yield

@@ -22,19 +22,19 @@ def _inputs(images, length, channels, dtype=torch.float32, spread=1.0, count=3):
 
 
 def _eager(query, key, value, scale):
-    """Plain torch in the same dtype; as four dimensions, which is how its attention knows heads."""
+    """Return torch's attention in the same dtype; its heads need a fourth dimension."""
     return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=scale)[:, 0]
 
 
 def _eager_product(query, key):
-    """Eager's own scores in fp32: on a GPU, where it can, without widening what it multiplies."""
+    """Return eager's scores in fp32: on a GPU, where torch can, without widening the factors."""
     if query.is_cuda and query.dtype != torch.float32:
         return torch.bmm(query, key.mT, out_dtype=torch.float32)
     return query.float() @ key.float().mT
 
 
 def _exact(x):
-    """On a GPU whole numbers, whose sums are exact: one row decides these cases, and so would eager's order of sums."""
+    """Return integers on a GPU: their sums are exact, so eager's order of sums does not decide cases of one row."""
     return x.round() if x.is_cuda else x
 
 
@@ -53,7 +53,7 @@ def _check_forward(ours, query, key, value, scale):
     assert_as_accurate(lse, eager_lse, true_lse)
 
 
-# (images, S, d), spread of q and k, and what the case is there to break
+# The fault that the case shows: (images, S, d), spread of q and k
 CASES = {
     "S=1: one key in a tile, padded query": ((40, 1, 32), 1.0),
     "d=8: narrower than tl.dot takes": ((1, 19, 8), 1.0),
@@ -80,14 +80,14 @@ def test_forward_against_float64(case, dtype, form):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_d_512(dtype):
-    """The case that counts; 37 positions are one tile and a ragged one."""
+    """The channels of every published model; 37 positions are one tile and a ragged one."""
     query, key, value = _inputs(1, 37, 512, dtype)
     _check_forward(spatial_attention(query, key, value, 0.044), query, key, value, 0.044)
     _check_forward(spatial_attention_shared(query, key, 0.044), query, key, key, 0.044)
 
 
 def test_keys_that_grow_along_the_sequence():
-    """Every tile brings a new maximum, and each by far: what was summed must shrink to nothing."""
+    """Every tile has a much larger maximum: the earlier sums must shrink to nothing."""
     query, key, value = _inputs(1, 90, 32)
     key = _exact(key.abs() * torch.linspace(0, 30, 90, device=DEVICE)[None, :, None])
     query = _exact(query.abs())
@@ -97,14 +97,14 @@ def test_keys_that_grow_along_the_sequence():
 
 
 def test_the_tail_of_the_keys_has_no_weight():
-    """All scores far below zero: one key past the end, at zero, would take everything."""
+    """All scores are far below zero: one key past the end, at zero, would have all the weight."""
     query, _, value = _inputs(1, 21, 16)
     query = _exact(query.abs()) + 1
     _check_forward(spatial_attention(query, -query * 50, value, 1.0), query, -query * 50, value, 1.0)
 
 
 def test_whole_logits_of_hundreds_cost_the_weights_no_digit():
-    """Scores are exact here, and eager takes their differences before anything is rounded."""
+    """Scores are exact here, and eager subtracts before it rounds."""
     query, key, value = _inputs(1, 90, 16)
     query, key = (query * 4).round(), (key * 16).round()
     _check_forward(spatial_attention(query, key, value, 1.0), query, key, value, 1.0)
@@ -113,7 +113,7 @@ def test_whole_logits_of_hundreds_cost_the_weights_no_digit():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [64, 512])
 def test_logits_of_billions(channels, dtype):
-    """Beyond 2^24 a product and its rounding differ by powers of two: no weight may overflow, none of all be lost."""
+    """Beyond 2^24 a product and its rounding differ by powers of two: no weight may overflow, not all may vanish."""
     generator = torch.Generator().manual_seed(channels)
     query, key, value = (0.75 + torch.rand(3, 1, 40, channels, generator=generator) / 4).to(DEVICE)
     size = {torch.float16: 2.0**13}.get(dtype, 2.0**17)
@@ -121,7 +121,7 @@ def test_logits_of_billions(channels, dtype):
     out, lse = spatial_attention(query, key, value, channels**-0.5)
     _, true_lse = attention.reference(query.double(), key.double(), value.double(), channels**-0.5)
     assert ((lse - true_lse).abs() <= 1e-6 * true_lse.abs()).all()
-    # Which key is the largest may hang on a sum's rounding; a mean of values it is all the same.
+    # The largest key may depend on a sum's rounding; the result is a mean of values in any case.
     least, most, eps = value.amin(1, keepdim=True), value.amax(1, keepdim=True), torch.finfo(dtype).eps
     assert ((out >= least * (1 - eps)) & (out <= most * (1 + eps))).all()
 
@@ -179,7 +179,7 @@ def test_rounds(case, monkeypatch):
 
 
 def test_the_sums_of_the_gradients_are_in_the_workspace():
-    """Few tokens, many images: the fp32 sums of dk and dv take eight times what the weights and slopes do."""
+    """Few tokens, many images: the fp32 sums of dk and dv need eight times the bytes of the weights and slopes."""
     for images, length, channels in ((20_000, 64, 512), (8, 4096, 512), (3, 16384, 512)):
         query = torch.empty(images, length, channels, dtype=torch.bfloat16, device="meta")
         square, _, across, rounds = attention_gradient._plan(query)
@@ -189,7 +189,7 @@ def test_the_sums_of_the_gradients_are_in_the_workspace():
 
 
 def test_a_batch_of_eight_is_three_launches_and_memory_is_linear():
-    """512² and 2048² as they are: fake tensors, the shipped chunk and workspace."""
+    """512² and 2048² on fake tensors, with the shipped chunk and workspace."""
     assert attention.cost(torch.empty(8, 4096, 512, dtype=torch.bfloat16, device="meta")).launches == 3
     for length in (16384, 65536):
         (*_, rounds) = attention_products._plan(torch.empty(3, length, 512, device="meta"), tiles.TARGETS["sm_90"])
@@ -238,16 +238,16 @@ def test_gradients_against_float64(case, dtype, form, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_lone_key_has_weight_one_and_no_slope(dtype):
-    """However large its score: out is v and dv is do; dq and dk are what rounding leaves of nothing."""
+    """For any score: out is v and dv is do; dq and dk are rounding errors of zero."""
     query, key, value, grad = _inputs(3, 1, 16, dtype, 5.0, count=4)
     out, lse = spatial_attention(query, key, value, 1.0)
-    # The weight is laid down in the dtype; the log-sum-exp, which the gradient takes the score from, is fp32.
-    laid, summed = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    assert ((out - value).abs() <= laid * value.abs()).all()
+    # The weight is stored in the dtype; the log-sum-exp, from which the gradient computes it again, is fp32.
+    stored, summed = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    assert ((out - value).abs() <= stored * value.abs()).all()
     grad_query, grad_key, grad_value = spatial_attention_backward(grad, query, key, value, out, lse, 1.0)
-    assert ((grad_value - grad).abs() <= (laid + 4 * summed * lse.abs().max()) * grad.abs()).all()
+    assert ((grad_value - grad).abs() <= (stored + 4 * summed * lse.abs().max()) * grad.abs()).all()
     # do v and delta are sums of the same 16 products in two orders.
-    noise = (16 * summed + laid) * (grad * value).abs().sum(dim=2).max() * key.abs().max()
+    noise = (16 * summed + stored) * (grad * value).abs().sum(dim=2).max() * key.abs().max()
     assert grad_query.abs().max() <= noise
     assert grad_key.abs().max() <= noise
 
@@ -276,7 +276,7 @@ def _check_gradients(shape, spread, dtype, shared):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
 def test_autograd_reaches_every_input(shared):
-    """And the log-sum-exp, which has no gradient, asks for none."""
+    """The log-sum-exp has no gradient."""
     inputs = [x.requires_grad_() for x in _inputs(2, 13, 24, count=2 if shared else 3)]
     op, reference_inputs = (
         (spatial_attention_shared, [inputs[0], inputs[1], inputs[1]])
@@ -330,7 +330,7 @@ def test_shared_keys_give_the_bits_of_two_copies():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
-def test_nothing_in_gives_nothing_out(shape):
+def test_an_empty_input_gives_an_empty_output(shape):
     inputs = [torch.empty(shape, device=DEVICE, requires_grad=True) for _ in range(3)]
     out, lse = spatial_attention(*inputs, 1.0)
     assert out.shape == shape
@@ -352,7 +352,7 @@ def test_any_strides_and_offsets_are_taken():
 
 
 def test_nothing_is_written_past_the_end(monkeypatch):
-    """The image in the middle is written alone; its neighbours stay the NaN that tests fill empty tensors with."""
+    """Only the image in the middle is written; its neighbours keep the NaN that tests fill empty tensors with."""
     query, key, value = _inputs(3, 21, 24)
     whole = attention_products.attend(query, key, value, 0.4)
     monkeypatch.setattr(attention_products, "rounds_of", lambda *_: [attention_tiles.Round(1, 1, 0, 21)])
@@ -433,7 +433,7 @@ def test_cost_counts_the_tensors_it_names():
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="the first of three kernels is launched alone, on the CPU")
 def test_the_maxima_of_the_first_product_are_whole():
-    """Powers of two: what scales the weights from one maximum to another costs no digit, in fp16 above 2^-14."""
+    """Factors from one maximum to another are powers of two: they cost the weights no digit, in fp16 above 2^-14."""
     query, length, keys = torch.randn(5, 32), 5, 16
     scores, largest, total = torch.zeros(5, keys), torch.zeros(5), torch.zeros(5)
     attention_products._scores_kernel[(1,)](

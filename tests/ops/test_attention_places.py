@@ -12,12 +12,12 @@ from fastvae_kernels.shared.runtime import INTERPRETED
 
 @contextlib.contextmanager
 def seen_from(image, renumber=True):
-    """Every launch, made for one image, runs as if it were for number ``image`` of a batch that lies before it.
+    """Run each launch for one image as if it were for number ``image`` of a larger batch.
 
-    The programs are numbered on, and each tensor begins as many of its own lengths before the memory it has. So a
-    correct offset comes back to that memory, and one that is counted in 32 bits ends elsewhere, which is an
-    AssertionError here and not a crash. Without ``renumber`` the launch says itself at which image it begins: the
-    programs keep their numbers, and the workspaces, which have one dimension, their place.
+    The numbers of the programs are larger, and each tensor begins as many of its own lengths before its memory. So a
+    correct offset is in that memory; an offset counted in 32 bits is elsewhere, which is an AssertionError here and no
+    crash. Without ``renumber`` the launch has the number of its first image: the programs keep their numbers, and the
+    workspaces, which have one dimension, keep their addresses.
     """
     from triton.runtime import errors, interpreter
 
@@ -94,7 +94,7 @@ def test_gradient_offsets_beyond_32_bits(shared):
 
 @interpreted
 def test_a_round_that_begins_beyond_32_bits(monkeypatch):
-    """Where a round begins is an argument of 32 bits."""
+    """The first image of a round is an argument of 32 bits."""
     query, key, value, grad = _inputs()
 
     class Delta:

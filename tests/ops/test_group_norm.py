@@ -92,7 +92,7 @@ def check_gradients(case, dtype, silu):
 
 
 def test_the_convolutions_bias_folds_into_the_affine():
-    """Statistics without the bias, a bias far larger than the deviation: the norm of the sum all the same."""
+    """Statistics without the bias, and a bias far larger than the deviation: the result is the norm of the sum."""
     x, weight, bias, conv_bias = torch.randn(2, 24, 5, 6), torch.randn(24), torch.randn(24), 20 * torch.randn(24)
     scale, shift = group_norm.group_norm_affine(group_norm.group_norm_statistics(x), weight, bias, 8, EPS, conv_bias)
     eager = F.group_norm(x + conv_bias[:, None, None], 8, weight, bias, EPS)
@@ -101,7 +101,7 @@ def test_the_convolutions_bias_folds_into_the_affine():
 
 
 def test_a_scaled_stream_gives_the_same_norm():
-    """x carried times s, far below eps otherwise: the same bits, because s is a power of two."""
+    """x stored times s: the same bits, because s is a power of two and eps is scaled too."""
     x, weight, bias, conv_bias = torch.randn(1, 24, 5, 6) / 300, torch.randn(24), torch.randn(24), torch.randn(24) / 300
     ys = []
     for factor in (1.0, 0.25):
@@ -113,7 +113,7 @@ def test_a_scaled_stream_gives_the_same_norm():
 
 
 def test_many_chunks_fold_before_the_group(monkeypatch):
-    """Folding two to one stands for 64 to one, which would take an image of 2^21 values."""
+    """Folding two to one tests folding 64 to one, which would need an image of 2^21 values."""
     monkeypatch.setattr(statistics, "FOLD", 2)
     monkeypatch.setattr(statistics, "MERGED", 2)
     x, weight, bias, dy = torch.randn(2, 64, 50, 21) + 3, torch.randn(64), torch.randn(64), torch.randn(2, 64, 50, 21)
@@ -281,7 +281,7 @@ def test_compiles_as_one_graph():
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="one program alone is launched on the CPU")
 def test_a_group_writes_its_own_channels_alone():
-    """Run in order, a neighbour mends what was written over it; on a GPU it is a race. So one program alone."""
+    """One program runs: the next one would repair what this one overwrites; on a GPU that is a race."""
     channels, groups = 24, 8
     partials = group_norm.group_norm_statistics(torch.randn(1, channels, 4, 4))
     scale, shift = (torch.full((1, channels), 7.0) for _ in range(2))

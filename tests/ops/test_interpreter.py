@@ -1,4 +1,4 @@
-"""What conftest mends in Triton's interpreter: without it bfloat16 is not what a GPU makes of it."""
+"""The corrections of tests/conftest.py to Triton's interpreter, without which bfloat16 differs from a GPU's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every launcher owes its caller, whichever op it is: the right device, no autocast, no foreign strides."""
+"""Promises of every launcher: the right device, no autocast, any strides."""
 
 import ast
 import subprocess
@@ -96,7 +96,7 @@ def test_statistics_taken_apart_can_be_differentiated_through():
     ids=["batch", "channels", "more chunks", "fewer chunks"],
 )
 def test_statistics_of_another_batch_or_number_of_chunks_are_refused(shape):
-    """Of another image with as many chunks nothing can be known without a look at the values."""
+    """Partials of another image with as many chunks cannot be recognised without reading the values."""
     x, weight, bias = torch.randn(2, 8, 40, 30), torch.randn(8), torch.randn(8)
     with pytest.raises(ValueError, match=r"partials must be torch\.float32"):
         group_norm_silu(x, weight, bias, 4, 1e-6, partials=group_norm_statistics(torch.randn(shape)))
@@ -122,7 +122,7 @@ def test_one_compilation_serves_every_batch(op):
 
 
 def test_without_triton_the_references_serve():
-    """As on macOS and Windows; in a process of its own, where the import fails."""
+    """As on macOS and Windows: in a process where the import of triton fails."""
     probe = f"""
 import sys
 sys.modules["triton"] = None

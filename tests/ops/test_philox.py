@@ -1,4 +1,4 @@
-"""The counter-based generator: the kernel against its twin, both against known answers, and the noise as noise."""
+"""The counter-based generator: the kernel against its twin, both against known answers, and tests of the noise."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_the_stream_of_a_large_launch_takes_four_lanes_and_steps_on():
 
 
 class _Generator:
-    """What reserve needs of a CUDA generator."""
+    """The part of a CUDA generator that reserve uses."""
 
     def __init__(self, seed, offset):
         self.seed, self.offset = seed, offset
@@ -140,7 +140,7 @@ def test_reserve_advances_as_torch_does_on_132_multiprocessors(count, threads, a
     assert generator.offset == 40 + advance
 
 
-def test_seeds_go_through_a_tensor_by_their_bits():
+def test_a_tensor_of_seeds_holds_their_bits():
     assert philox.seed_tensor([0, 2**63, 2**64 - 1]).tolist() == [0, -(2**63), -1]
     with pytest.raises(ValueError, match=r"seeds must be integers from 0 to 2\^64 - 1, got -1"):
         philox.seed_tensor([-1])

@@ -37,7 +37,7 @@ def inputs(case, dtype, as_bytes=None):
 
 
 def eager(pixels, weight, bias, dtype):
-    """As pipelines do it: bytes to [-1, 1] in fp32, then to the network's dtype, then the convolution."""
+    """Return the convolution as pipelines compute it: bytes to [-1, 1] in fp32, then in the network's dtype."""
     values = pixels.to(torch.promote_types(dtype, torch.float32))
     if pixels.dtype == torch.uint8:
         values = values / 127.5 - 1
@@ -57,7 +57,7 @@ def test_the_convolution_and_its_statistics(case, dtype):
 
 
 def test_every_byte_maps_as_torch_maps_it():
-    """A convolution that hands its middle pixel through: all 256 bytes, by their bits."""
+    """A convolution that copies its middle pixel: all 256 bytes, to the bit."""
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     weight = torch.zeros(16, 1, 3, 3)
     weight[:, :, 1, 1] = 1
@@ -70,7 +70,7 @@ def test_every_byte_maps_as_torch_maps_it():
 
 
 def test_padding_is_zero_after_the_mapping():
-    """Grey 127.5 does not exist as a byte; padding bytes of 0 would be -1, of 128 nearly right."""
+    """No byte maps to 0: padding with bytes of 0 would give -1, with 128 nearly 0."""
     pixels = torch.full((1, 3, 3, 3), 255, dtype=torch.uint8)
     y, _ = pixels_conv_in(pixels, torch.ones(16, 3, 3, 3), torch.zeros(16))
     assert torch.equal(y[0, 0], torch.tensor([[12.0, 18.0, 12.0], [18.0, 27.0, 18.0], [12.0, 18.0, 12.0]]))
@@ -175,7 +175,7 @@ def test_opcheck_and_one_graph():
 
 
 def test_a_factor_scales_the_result_to_the_bit():
-    """Before the result is rounded: what overflows half precision by itself does not with the factor."""
+    """The factor comes before the rounding: a result that overflows half precision alone does not overflow with it."""
     picture = torch.randint(0, 256, (1, 3, 6, 7), dtype=torch.uint8)
     weight, bias = torch.randn(16, 3, 3, 3), torch.randn(16)
     assert torch.equal(pixels_conv_in(picture, weight, bias, 1 / 64)[0] * 64, pixels_conv_in(picture, weight, bias)[0])
@@ -184,7 +184,7 @@ def test_a_factor_scales_the_result_to_the_bit():
     assert pixels_conv_in(picture, huge, bias.half(), 1 / 64)[0].isfinite().all()
 
 
-def test_the_gradients_know_the_factor():
+def test_the_gradients_have_the_factor():
     pixels, weight, bias = torch.randn(1, 3, 6, 7), torch.randn(16, 3, 3, 3), torch.randn(16)
     given = [value.requires_grad_() for value in (pixels, weight, bias)]
     plain = torch.autograd.grad(pixels_conv_in(*given)[0].square().sum(), given)

@@ -22,7 +22,7 @@ def _moments(shape, dtype=torch.float32, form="NCHW", spread=1.0):
 
 
 def _noise(shape, *drawn):
-    """What the kernel draws, fp32: mean 0 and log-variance 0 leave the noise alone."""
+    """Return the kernel's noise in fp32: with mean 0 and log-variance 0 the sample is the noise."""
     return sample_posterior(torch.zeros(shape, device=DEVICE), *drawn)
 
 
@@ -31,7 +31,7 @@ def _seeds(*seeds):
 
 
 def _formula(moments, noise, shift, scale):
-    """diffusers' sample, then its pipelines' shift and scale, in the dtype of the moments."""
+    """Return diffusers' sample, with its pipelines' shift and scale, in the dtype of the moments."""
     mean, logvar = moments.chunk(2, dim=1)
     std = torch.exp(0.5 * torch.clamp(logvar, -30.0, 20.0))
     return _shifted(mean + std * noise.to(moments.dtype), shift, scale)
@@ -43,7 +43,7 @@ def _shifted(z, shift, scale):
     return ((z.to(wide) - shift).to(z.dtype).to(wide) * scale).to(z.dtype)
 
 
-# (rows, moments' channels, height, width), spread of the values, and what the case is there to break
+# The fault that the case shows: (rows, moments' channels, height, width), spread of the values
 CASES = {
     "one element": ((1, 2, 1, 1), 1.0),
     "a whole block and 1": ((1, 2, 25, 41), 1.0),

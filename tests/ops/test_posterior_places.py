@@ -20,7 +20,7 @@ def _latents_kernel(
     row, size, inside, element, latent_place, mean_place, logvar_place = moments.locate_latents(
         program, pixels, CHANNELS, CHANNELS_LAST, BLOCK
     )
-    # A row counted in 32 bits would be stored right all the same; its products would not.
+    # A row counted in 32 bits would be stored correctly; its products would not.
     tl.store(scalar_ptr, row * 65536 * 65536)
     tl.store(scalar_ptr + 1, size)
     place_ptr += tl.arange(0, BLOCK)
@@ -43,7 +43,7 @@ BEYOND = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", BEYOND)
 def test_latents_beyond_32_bits(case, form):
-    """The same helper places every load and store, forward and backward; run on numbers alone, it needs no memory."""
+    """One helper computes the offset of every load and store; run on numbers alone, it needs no memory."""
     row, block, pixels, channels = BEYOND[case]
     size = pixels * channels
     program = row * -(-size // moments.BLOCK) + block
@@ -80,7 +80,7 @@ def _moments_kernel(place_ptr, program, pixels, CHANNELS: tl.constexpr, SPAN: tl
 @pytest.mark.parametrize("span", [divergence.CHUNK, moments.BLOCK], ids=["forward", "backward"])
 @pytest.mark.parametrize("case", BEYOND)
 def test_moments_beyond_32_bits(case, span):
-    """What the divergence and its gradient are placed by."""
+    """The offsets of the divergence and its gradient."""
     row, block, pixels, channels = BEYOND[case]
     block = min(block, pixels * channels // span)
     place = torch.zeros(3, dtype=torch.int64, device=DEVICE)

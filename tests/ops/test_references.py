@@ -1,4 +1,4 @@
-"""The references are what every other device runs: shapes, strides and dtypes of the kernels, and as accurate."""
+"""The references, which all other devices run: shapes, strides and dtypes of the kernels, and as accurate."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SHAPES = [(2, 24, 5, 6), (1, 8, 1, 1), (2, 8, 1, 3), (0, 8, 2, 2)]
 
 
 def calls(shape, dtype, wide):
-    """name -> (reference, op), each to be called on the same values; the reference also in float64."""
+    """Return {name: (reference, op, values, values in float64)}."""
     batch, channels, height, width = shape
     x, other = torch.randn(2, *shape).to(dtype).unbind()
     weight, bias = torch.randn(2, channels).to(dtype).unbind()
@@ -66,7 +66,7 @@ def test_references_are_shaped_as_kernels_and_as_accurate(shape, dtype):
             assert one.stride() == other.stride(), name
             assert true.dtype == torch.float64, name
             assert not any(isinstance(v, torch.Tensor) and v.data_ptr() == other.data_ptr() != 0 for v in values), (
-                f"{name} hands out its input"
+                f"{name} returns its input"
             )
             # One pixel and two channels a group: the gradient is the rounding of a difference of equals.
             if name == "gradient" and shape[2] * shape[3] == 1:
@@ -77,7 +77,7 @@ def test_references_are_shaped_as_kernels_and_as_accurate(shape, dtype):
 
 
 def test_costs_are_the_bytes_of_what_is_named():
-    """Held to numel * itemsize of the tensors in and out, computed here anew."""
+    """Costs are numel * itemsize of the tensors in and out."""
     made = {
         "statistics": group_norm.statistics_cost,
         "scale_shift": group_norm.scale_shift_cost,

@@ -1,4 +1,4 @@
-"""residual_add: the sum, its statistics, the padded buffer, and nothing beside them."""
+"""residual_add: the sum, its statistics, the padded buffer, and no write outside."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def inputs(case, dtype):
 
 
 def eager(h, other, bias, other_bias):
-    """As the layers do it: each convolution adds its bias, then the sum."""
+    """Return the sum as the layers compute it: each convolution adds its bias first."""
     return (h + bias[:, None, None]) + (other + other_bias[:, None, None])
 
 
@@ -118,7 +118,7 @@ def test_gradients_are_as_accurate_as_torch(dtype, pad):
         assert_as_accurate(one, other, true)
 
 
-def test_only_what_is_asked_for_has_a_gradient():
+def test_only_required_gradients_are_computed():
     h, other, bias, _ = inputs("channels that fill no block", torch.float32)
     bias.requires_grad_()
     y, partials = residual_add(h, other, bias)
@@ -197,7 +197,7 @@ def test_opcheck_and_one_graph():
 
 
 def test_a_scaled_stream_keeps_its_bits():
-    """Carried times a power of two, the biases are too, and so is the sum: to the last bit."""
+    """Inputs stored times a power of two: the sum is too, to the last bit."""
     h, shortcut, bias, residual_bias = torch.randn(2, 24, 5, 6), torch.randn(2, 24, 5, 6), *torch.randn(2, 24)
     plain, plain_partials = residual_add(h, shortcut, bias, residual_bias)
     ours, partials = residual_add(h / 64, shortcut / 64, bias, residual_bias, 0, 1 / 64)

@@ -28,8 +28,8 @@ def test_partials_are_as_accurate_as_torch(case, dtype, monkeypatch):
     *shape, mean, deviation = CASES[case]
     x = (torch.randn(shape) * deviation + mean).to(dtype)
     ours, truth = group_norm_statistics(x), statistics.reference(x.double())
-    # Values of half the digits add up exactly in torch's order, so halves stand beside the fp32 kernel instead, which
-    # is given their tile: it decides the order of the sums.
+    # Half-precision values add up exactly in torch's order, so they are compared with the fp32 kernel on the same tile,
+    # which decides the order of the sums.
     choose = tiles.choose
     monkeypatch.setattr(tiles, "choose", lambda op, **asked: choose(op, **asked | {"dtype": dtype}))
     plain = statistics.reference(x) if dtype == torch.float32 else group_norm_statistics(x.float())
@@ -56,7 +56,7 @@ def test_strides_do_not_matter():
     odd = torch.empty(x.numel() + 1)[1:].view(2, 9, 8, 24).permute(0, 3, 1, 2).copy_(x)
     for other in (x.contiguous(memory_format=torch.channels_last), wide[..., ::2]):
         assert torch.equal(group_norm_statistics(other), want)
-    if x.is_cuda:  # values that do not lie on 16 bytes are read otherwise, and added in another order
+    if x.is_cuda:  # values not aligned to 16 bytes are read and added in another order
         assert_as_accurate(group_norm_statistics(odd), want, statistics.reference(x.double()))
     else:
         assert torch.equal(group_norm_statistics(odd), want)
@@ -64,7 +64,7 @@ def test_strides_do_not_matter():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_reach_the_statistics(value):
-    """A variance of a channel with such a value is no number: GroupNorm's result must show it."""
+    """The variance of a channel with such a value is not finite: GroupNorm's result must show it."""
     x = torch.randn(1, 16, 5, 40)
     x[0, 3, 2, 2] = value
     deviations = group_norm_statistics(x)[0, :, 2]
@@ -102,7 +102,7 @@ def test_folding_keeps_the_statistics(chunks):
 
 
 def test_partials_are_those_of_the_image_or_folded_from_them():
-    """4,194,305 chunks, which fold to 65,537, 1025 and 17; another number is another image's, and none is nobody's."""
+    """4,194,305 chunks, which fold to 65,537, 1025 and 17; no other number of chunks is this image's."""
     x = torch.empty(2, 2048, 32 * 4_194_305, 1, device="meta")
     for chunks in (4_194_305, 65_537, 1025, 17):
         statistics.check_partials(torch.empty(2, chunks, 3, 2048, device="meta"), x)
@@ -122,7 +122,7 @@ def _place_kernel(place_ptr, program, chunks, pixels, CHANNELS: tl.constexpr, CH
     tl.store(place_ptr + 2, block.to(tl.int64))
     tl.store(place_ptr + 3, statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS))
     tl.store(place_ptr + 4, statistics.rows_inside(chunk, pixels, CHUNK).to(tl.int64))
-    # An image counted in 32 bits would be stored right all the same; its products would not.
+    # An image counted in 32 bits would be stored correctly; its products would not.
     tl.store(place_ptr + 5, image * 65536 * 65536)
 
 
@@ -132,7 +132,7 @@ def _place_kernel(place_ptr, program, chunks, pixels, CHANNELS: tl.constexpr, CH
     ids=["many images", "one huge image", "pixels beyond 32 bits", "one pixel"],
 )
 def test_addresses_beyond_32_bits(image, chunk, pixels, channels):
-    """The same helpers place every load and store; run on numbers alone, they need no memory."""
+    """The same helpers compute the offset of every load and store; run on numbers alone, they need no memory."""
     size = statistics.chunk_pixels(channels)
     chunks = min(statistics.chunk_count(pixels, channels), 2**30 - 1)
     place = torch.zeros(6, dtype=torch.int64)

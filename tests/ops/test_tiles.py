@@ -13,7 +13,7 @@ OPS = sorted({entry["op"] for entry in json.loads((tiles.TABLES / "default.json"
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    """A folder of tables in place of the shipped ones."""
+    """Function that writes a table into a folder which replaces the shipped tables."""
     monkeypatch.setattr(tiles, "TABLES", tmp_path)
     tiles.clear()
 

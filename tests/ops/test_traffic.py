@@ -1,4 +1,4 @@
-"""Traffic: bytes that the kernels load and store, counted in the interpreter, against what `cost` says they must."""
+"""Traffic: bytes that the kernels load and store, counted in the interpreter, against `cost`."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_partials_cost_what_the_affine_says():
 
 
 def test_pixels_are_read_again_only_as_the_formula_says():
-    """Beside the cost, each program reads the weights of its channels, and its pixels with a line on either side."""
+    """Besides the cost, each program reads the weights of its channels, and its pixels with a line on either side."""
     picture = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     weight, bias = torch.randn(128, 3, 3, 3).bfloat16(), torch.randn(128).bfloat16()
     with counted() as launches:

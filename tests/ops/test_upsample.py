@@ -1,4 +1,4 @@
-"""upsample_conv: the folded form is the same function, and the fold the right one."""
+"""upsample_conv: the folded form computes the same function, and each weight is folded correctly."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_exact_in_real_arithmetic(case):
 
 
 def test_the_fold_row_by_row():
-    """One weight at a time: where each of the nine lands among the sixteen."""
+    """One weight at a time: the positions of each of the nine among the sixteen."""
     for line in range(3):
         for column in range(3):
             weight = torch.zeros(1, 1, 3, 3)

@@ -67,7 +67,7 @@ def test_every_kernel_is_covered(rows):
 
 
 def test_every_pass_over_images_is_covered_in_every_dtype_and_at_odd_channels(rows):
-    """What the networks have, what fills no block, and chunks of 32 pixels."""
+    """The networks' channels, channels that fill no block, and chunks of 32 pixels."""
     wanted = {name for name, *_ in tiles.audited()}
     assert {name.split()[0] for name in wanted} == {"float32", "float16", "bfloat16"}
     assert {int(name.split("=")[1]) for name in wanted} >= {24, 48, 80, 96, 128, 256, 512, 1024}
@@ -114,7 +114,7 @@ def half_precision_products(rows):
 
 
 def test_hopper_multiplies_by_wgmma_and_fp32_stays_fp32(rows):
-    """What the interpreter does not show: the default precision of a product of fp32 is tf32 on sm_90."""
+    """The interpreter does not show it: the default precision of a product of fp32 is tf32 on sm_90."""
     assert all(row["tf32"] == "False" for row in rows)
     products = half_precision_products(rows)
     assert products

@@ -16,7 +16,7 @@ def tile(rows):
 
 
 def chosen(seconds, shipped=64, wobble=0.0):
-    """What select takes when tile(rows) needs seconds[rows], None being refused."""
+    """Return the rows of the tile that select returns if tile(rows) needs seconds[rows]; None is refused."""
 
     def careful(finalists):
         assert len(finalists) <= tune.FINALISTS + 1
