@@ -1,11 +1,11 @@
-"""Every launch of fastvae_kernels, recorded on fake tensors and compiled by the Triton at hand, without a GPU.
+"""Every launch of fastvae_kernels, recorded on fake tensors and compiled by the imported Triton, without a GPU.
 
-Each module with kernels exports ``audit_cases()``: an iterable of (label, call), where ``call()`` makes tensors by
-torch.empty(..., device="cuda") and hands them to the module's launchers. Each call runs on fake tensors, with
-tiles.target_of answering the target at hand and Triton's launch recorded in place of run: so kernel, signature,
-divisibility, constants, warps and stages are the launcher's own, and no second list can differ from it.
+Each module of an op has ``audit_cases()``: an iterable of (label, call), where ``call()`` makes tensors by
+torch.empty(..., device="cuda") and passes them to the module's launchers. Each call runs on fake tensors;
+tiles.target_of returns the audited target, and Triton's launch is recorded, not run. So kernel, signature,
+divisibility, constants, warps and stages are those of the launcher, and there is no second list.
 
-bench/kernels/audit.py starts this as a process for each version of Triton:
+bench/kernels/audit.py starts a process of this for each version of Triton:
 
     python -m bench.kernels.launches ROWS.json --triton 3.9.0 --target sm_90 --only residual
 """
@@ -37,7 +37,7 @@ MATRIX = {
 
 @dataclass
 class Launch:
-    """One launch as recorded: what triton.compile needs, and the label it came under."""
+    """One recorded launch: the arguments of triton.compile, and the label of its case."""
 
     module: str
     kernel: str
@@ -68,7 +68,7 @@ def _value_type(value: Any) -> str:
 
 
 def describe(kernel: Any, case: str, args: tuple, kwargs: dict) -> Launch:
-    """What Triton would compile for this launch: types, constants and what it finds divisible by 16."""
+    """Return what Triton would compile for this launch: types, constants, and arguments divisible by 16."""
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible = {}, {}, []
@@ -80,14 +80,14 @@ def describe(kernel: Any, case: str, args: tuple, kwargs: dict) -> Launch:
             signature[param.name], constants[param.name] = "constexpr", value
             continue
         signature[param.name] = _value_type(value)
-        # Fresh tensors of torch lie on 16 bytes and more.
+        # torch aligns new tensors to 16 bytes or more.
         if special and (signature[param.name].startswith("*") or (whole and value % 16 == 0)):
             divisible.append(param.name)
     return Launch(kernel.fn.__module__, kernel.fn.__name__, case, signature, constants, divisible, options)
 
 
 def record(target: Any, only: str = "") -> list[Launch]:
-    """The distinct launches of every module's audit cases on this target (a tiles.Target)."""
+    """Return the distinct launches of every module's audit cases on this target (a tiles.Target)."""
     import torch
     from fastvae_kernels.shared import tiles
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -137,7 +137,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def compile_launch(launch: Launch, architecture: str) -> dict[str, str]:
-    """Compile one launch for one architecture; the row of the table."""
+    """Compile one launch for one architecture and return its row."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -175,7 +175,7 @@ def compile_launch(launch: Launch, architecture: str) -> dict[str, str]:
 def _row(job: tuple[Launch, str]) -> dict[str, str]:
     try:
         return compile_launch(*job)
-    except Exception as error:  # any failure of the compiler, with the kernel's name, in place of a bare trace
+    except Exception as error:  # any failure of the compiler: the message names the kernel
         launch, architecture = job
         raise RuntimeError(f"{launch.kernel} ({launch.case}) does not compile for {architecture}: {error}") from error
 
@@ -186,7 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="the JSON to write")
     parser.add_argument("--triton", default=triton.__version__, help="the version that must be the one imported")
-    parser.add_argument("--only", default="", help="modules whose name holds this")
+    parser.add_argument("--only", default="", help="modules whose name contains this")
     parser.add_argument("--target", action="append", choices=AUDITED, help="only this target (may be repeated)")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     arguments = parser.parse_args()

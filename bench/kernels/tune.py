@@ -1,10 +1,10 @@
 """Search the tiles of this GPU and write them to kernels/fastvae_kernels/tuned/<device>.json, as tiles.py reads them.
 
-    python bench/kernels/tune.py [--op OP] [--copy FOLDER]
+    PYTHONPATH=tests python -m bench.kernels.tune [--op OP] [--copy FOLDER]
 
-Each candidate runs through the op's own launcher with tiles.choose answering it; it must be as accurate as the shipped
-tile before it is timed, and replaces that tile only when it is faster by more than the spread of both. Candidates the
-device cannot hold are refused by the compiler, and listed.
+Each candidate runs through the op's own launcher, with tiles.choose patched to return it. It must be as accurate as the
+shipped tile before it is timed, and replaces that tile only if it is faster by more than the spread of both. Candidates
+that the compiler refuses for this device are listed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-# ruff: noqa: E402
-# Imported from a checkout, wherever it is started.
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "kernels"))
-sys.path.insert(0, str(ROOT / "bench"))
-
 import torch
 from fastvae_kernels.shared import tiles
 from fastvae_kernels.shared.tiles import Tile
-from support.accuracy import assert_as_accurate  # pyright: ignore[reportMissingImports]  (tests/ is put on the path above)
+from support.accuracy import assert_as_accurate  # pyright: ignore[reportMissingImports]  (tests/ is on the path)
 
 from bench.timing import operations
+from bench.timing.environment import ROOT
 from bench.timing.stopwatch import Stopwatch, median, spread
 
-# A gain under this is noise from one day to the next.
+# A smaller gain is noise from one day to the next.
 LEAST_GAIN = 0.02
-# As many go on from the quick look to the careful one.
+# Candidates that go on from the quick measurement to the careful one.
 FINALISTS = 4
 
 
 @dataclass(frozen=True)
 class Search:
-    """One table entry to find: the tile ``op`` takes in ``case``, which runs it. channels: the most it will serve."""
+    """One table entry to find: the tile of ``op``, timed in ``case``, for at most ``channels`` channels."""
 
     op: str
     case: operations.Case
@@ -55,14 +49,14 @@ class Search:
     stages: tuple[int, ...] = (1,)
 
     def candidates(self) -> list[Tile]:
-        """Every tile of the grid."""
+        """Return every tile of the grid."""
         return list(itertools.starmap(Tile, itertools.product(
             self.rows, self.columns, self.depths, self.warps, self.stages
         )))  # fmt: skip
 
 
 def searches() -> list[Search]:
-    """What the encoder and decoder run, for each table entry; levels by their channels."""
+    """Return a search for each table entry that the encoder or decoder uses; levels by their channels."""
     found = []
     pointwise = {"statistics": "group_norm_statistics", "scale_shift": "scale_shift_silu",
                  "residual_add": "residual_add", "group_norm_gradient": "group_norm_silu_backward"}  # fmt: skip
@@ -87,9 +81,10 @@ def select(
     shipped: Tile, candidates: Iterable[Tile], quick: Callable[[Tile], float | None],
     careful: Callable[[Sequence[Tile]], dict[Tile, list[float]]],
 ) -> Tile:  # fmt: skip
-    """The tile to write down: the shipped one, unless another is faster by more than 2 % and than the spread of both.
+    """Return the shipped tile, or one that is faster by more than 2 % and by more than the spread of both.
 
-    quick: seconds of one look, None where the device refuses a tile. careful: samples of all finalists, taken in turns.
+    quick: seconds of one measurement, None if the device refuses a tile. careful: samples of all finalists, in turns.
+    Raises ValueError if no tile runs.
     """
     seconds = {tile: quick(tile) for tile in dict.fromkeys([shipped, *candidates])}
     able = sorted((taken, order, tile) for order, (tile, taken) in enumerate(seconds.items()) if taken is not None)
@@ -107,7 +102,7 @@ def select(
 
 
 def entry(search: Search, tile: Tile) -> dict[str, Any]:
-    """One line of a table. Half precisions share a tile: they have the same bytes and the same units."""
+    """Return one line of a table. Half precisions share a tile: they have the same bytes and the same units."""
     dtypes = ["float32"] if search.case.dtype == "float32" else ["float16", "bfloat16"]
     depth = {"depth": tile.depth} if tile.depth else {}
     return {
@@ -117,7 +112,7 @@ def entry(search: Search, tile: Tile) -> dict[str, Any]:
 
 
 def write(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """The table as JSON, an entry a line; what it holds of other ops stays."""
+    """Write entries into the table, one a line; its other entries stay."""
     entries = list(entries)
     # An entry that is found again replaces the old one.
     places = {(line["op"], *line["dtypes"], line["channels"]) for line in entries}
@@ -128,7 +123,7 @@ def write(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def answering(op: str, tile: Tile) -> Iterator[None]:
-    """tiles.choose gives ``tile`` for ``op``, and what it always gave for others."""
+    """Let tiles.choose return ``tile`` for ``op``, and its usual tile for other ops."""
     before = tiles.choose
 
     def choose(asked: str, **described: Any) -> Tile:
@@ -142,7 +137,7 @@ def answering(op: str, tile: Tile) -> Iterator[None]:
 
 
 class Trial:
-    """The runs of one search on the GPU: the gate, the quick look and the careful one."""
+    """Runs of one search on the GPU: check of accuracy, quick and careful measurement."""
 
     def __init__(self, search: Search, device: torch.device):
         torch.manual_seed(0)
@@ -158,7 +153,7 @@ class Trial:
         self.refused: list[str] = []
 
     def quick(self, tile: Tile) -> float | None:
-        """Seconds of a call, None where the tile does not run or is less accurate than eager torch."""
+        """Return seconds of a call, None if the tile does not run or is less accurate than eager torch."""
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -173,7 +168,7 @@ class Trial:
             return median(Stopwatch(self.device, rounds=3).interleaved({"tile": self.calls})["tile"])
 
     def careful(self, finalists: Sequence[Tile]) -> dict[Tile, list[float]]:
-        """Fifteen samples of each, in turns."""
+        """Return fifteen samples of each finalist, taken in turns."""
 
         def bound(tile: Tile, call: operations.Call) -> operations.Call:
             def run() -> None:
@@ -197,9 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--copy", type=Path, help="a folder that gets a copy of the table")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print(
-            "bench/kernels/tune.py times tiles on a GPU, and torch sees none here: nothing was written", file=sys.stderr
-        )
+        print("bench.kernels.tune times tiles on a GPU, and torch sees none here: nothing was written", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     target = tiles.target_of(device)
