@@ -14,24 +14,18 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [
-    str(Path(__file__).parents[2]),
-    str(Path(__file__).parents[3]),
-    str(Path(__file__).parents[3] / "kernels"),
-]
+import torch
+from support.small_store import SIDE, small_vae
+from support.store_checks import committed
 
-import torch  # noqa: E402
-from support.small_store import SIDE, small_vae  # noqa: E402
-from support.store_checks import committed  # noqa: E402
-
-import fastvae.data.encoding.pipeline as pipeline  # noqa: E402
-import fastvae.data.encoding.worker  # noqa: E402
-import fastvae.data.store.store as store_module  # noqa: E402
-import fastvae.system.atomic_files as atomic  # noqa: E402
-from fastvae.data.encoding.encode import encode  # noqa: E402
-from fastvae.data.encoding.encoder import MomentEncoder  # noqa: E402
-from fastvae.data.store.store import Store  # noqa: E402
-from fastvae.data.store.verify import verify  # noqa: E402
+import fastvae.data.encoding.pipeline as pipeline
+import fastvae.data.encoding.worker
+import fastvae.data.store.store as store_module
+import fastvae.system.atomic_files as atomic
+from fastvae.data.encoding.encode import encode
+from fastvae.data.encoding.encoder import MomentEncoder
+from fastvae.data.store.store import Store
+from fastvae.data.store.verify import verify
 
 WORKERS = 1
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "shard_mb": 0.002, "workers": WORKERS, "progress": False}

@@ -8,17 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [
-    str(Path(__file__).parents[2]),
-    str(Path(__file__).parents[3]),
-    str(Path(__file__).parents[3] / "kernels"),
-]
+import torch
+from support.small_store import SIDE, small_vae
 
-import torch  # noqa: E402
-from support.small_store import SIDE, small_vae  # noqa: E402
-
-import fastvae.system.atomic_files  # noqa: E402
-from fastvae.data.encoding.encode import encode  # noqa: E402
+import fastvae.system.atomic_files
+from fastvae.data.encoding.encode import encode
 
 
 def die_at(name: str, number: int) -> None:

@@ -9,18 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [
-    str(Path(__file__).parents[2]),
-    str(Path(__file__).parents[3]),
-    str(Path(__file__).parents[3] / "kernels"),
-]
+import torch
+from support.small_store import SIDE, small_vae
 
-import torch  # noqa: E402
-from support.small_store import SIDE, small_vae  # noqa: E402
-
-import fastvae.data.encoding.worker  # noqa: E402
-from fastvae.data.encoding.encode import encode  # noqa: E402
-from fastvae.data.store.store import Store  # noqa: E402
+import fastvae.data.encoding.worker
+from fastvae.data.encoding.encode import encode
+from fastvae.data.store.store import Store
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "shard_mb": 0.001, "workers": 1, "progress": False}
 
