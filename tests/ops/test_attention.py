@@ -1,56 +1,18 @@
-"""Attention of one head and its gradients: against float64 as closely as torch's own."""
+"""Attention of one head: against float64 as closely as torch's own."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fastvae_kernels import attention
 from fastvae_kernels.attention import spatial_attention, spatial_attention_backward, spatial_attention_shared
-from fastvae_kernels.parts import attention_gradient, attention_products, attention_tiles
-from fastvae_kernels.shared import runtime, tiles
-from support.accuracy import assert_as_accurate
+from fastvae_kernels.parts import attention_products, attention_tiles
+from fastvae_kernels.shared import runtime
+from support.attention_checks import DEVICE, DTYPES, FORMS, attention_inputs, check_forward
 from support.thinned import thinned
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = ["plain", "shared"]
-
-
-def _inputs(images, length, channels, dtype=torch.float32, spread=1.0, count=3):
-    generator = torch.Generator().manual_seed(length * 1000 + channels)
-    shape = (count, images, length, channels)
-    return [x.to(DEVICE, dtype) for x in torch.randn(shape, generator=generator) * spread]
-
-
-def _eager(query, key, value, scale):
-    """Return torch's attention in the same dtype; its heads need a fourth dimension."""
-    return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=scale)[:, 0]
-
-
-def _eager_product(query, key):
-    """Return eager's scores in fp32: on a GPU, where torch can, without widening the factors."""
-    if query.is_cuda and query.dtype != torch.float32:
-        return torch.bmm(query, key.mT, out_dtype=torch.float32)
-    return query.float() @ key.float().mT
 
 
 def _exact(x):
     """Return integers on a GPU: their sums are exact, so eager's order of sums does not decide cases of one row."""
     return x.round() if x.is_cuda else x
-
-
-def _check_forward(ours, query, key, value, scale):
-    out, lse = ours
-    truth, true_lse = attention.reference(query.double(), key.double(), value.double(), scale)
-    assert_as_accurate(out, _eager(query, key, value, scale), truth)
-    eager_lse = (_eager_product(query, key) * scale).logsumexp(dim=2)
-    assert lse.dtype == torch.float32
-    if query.is_cuda and query.dtype != torch.float32:
-        # A tensor core cuts its sums, where fp32 rounds them, with every 16 products (Fasi et al. 2021, Numerical
-        # behavior of NVIDIA tensor cores): here d / 16 times, in eager's split sums fewer times.
-        cuts = query.shape[2] / 16 * torch.finfo(torch.float32).eps * true_lse.abs().max()
-        lse = true_lse + (lse - true_lse).sign() * ((lse - true_lse).abs() - cuts).clamp(min=0)
-        lse = lse.float()
-    assert_as_accurate(lse, eager_lse, true_lse)
 
 
 # The fault that the case shows: (images, S, d), spread of q and k
@@ -70,44 +32,44 @@ CASES = {
 @pytest.mark.parametrize(("case", "dtype", "form"), thinned(CASES, DTYPES, FORMS, keep=2))
 def test_forward_against_float64(case, dtype, form):
     shape, spread = CASES[case]
-    query, key, value = _inputs(*shape, dtype, spread)
+    query, key, value = attention_inputs(*shape, dtype, spread)
     scale = shape[2] ** -0.5
     if form == "shared":
-        _check_forward(spatial_attention_shared(query, key, scale), query, key, key, scale)
+        check_forward(spatial_attention_shared(query, key, scale), query, key, key, scale)
     else:
-        _check_forward(spatial_attention(query, key, value, scale), query, key, value, scale)
+        check_forward(spatial_attention(query, key, value, scale), query, key, value, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_d_512(dtype):
     """The channels of every published model; 37 positions are one tile and a ragged one."""
-    query, key, value = _inputs(1, 37, 512, dtype)
-    _check_forward(spatial_attention(query, key, value, 0.044), query, key, value, 0.044)
-    _check_forward(spatial_attention_shared(query, key, 0.044), query, key, key, 0.044)
+    query, key, value = attention_inputs(1, 37, 512, dtype)
+    check_forward(spatial_attention(query, key, value, 0.044), query, key, value, 0.044)
+    check_forward(spatial_attention_shared(query, key, 0.044), query, key, key, 0.044)
 
 
 def test_keys_that_grow_along_the_sequence():
     """Every tile has a much larger maximum: the earlier sums must shrink to nothing."""
-    query, key, value = _inputs(1, 90, 32)
+    query, key, value = attention_inputs(1, 90, 32)
     key = _exact(key.abs() * torch.linspace(0, 30, 90, device=DEVICE)[None, :, None])
     query = _exact(query.abs())
     for flip in (False, True):
         one = key.flip(1) if flip else key
-        _check_forward(spatial_attention(query, one, value, 1.0), query, one, value, 1.0)
+        check_forward(spatial_attention(query, one, value, 1.0), query, one, value, 1.0)
 
 
 def test_the_tail_of_the_keys_has_no_weight():
     """All scores are far below zero: one key past the end, at zero, would have all the weight."""
-    query, _, value = _inputs(1, 21, 16)
+    query, _, value = attention_inputs(1, 21, 16)
     query = _exact(query.abs()) + 1
-    _check_forward(spatial_attention(query, -query * 50, value, 1.0), query, -query * 50, value, 1.0)
+    check_forward(spatial_attention(query, -query * 50, value, 1.0), query, -query * 50, value, 1.0)
 
 
 def test_whole_logits_of_hundreds_cost_the_weights_no_digit():
     """Scores are exact here, and eager subtracts before it rounds."""
-    query, key, value = _inputs(1, 90, 16)
+    query, key, value = attention_inputs(1, 90, 16)
     query, key = (query * 4).round(), (key * 16).round()
-    _check_forward(spatial_attention(query, key, value, 1.0), query, key, value, 1.0)
+    check_forward(spatial_attention(query, key, value, 1.0), query, key, value, 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,7 +89,7 @@ def test_logits_of_billions(channels, dtype):
 
 
 def test_a_tile_that_is_all_minus_infinity_weighs_nothing():
-    query, key, value = _inputs(1, 300, 16)
+    query, key, value = attention_inputs(1, 300, 16)
     query[..., 0], key[:, :40, 0], key[:, 40:, 0] = 1e20, 0.0, -1e20
     out, _ = spatial_attention(query, key, value, 1.0)
     alone, _ = spatial_attention(query[:, :40], key[:, :40], value[:, :40], 1.0)
@@ -135,179 +97,12 @@ def test_a_tile_that_is_all_minus_infinity_weighs_nothing():
 
 
 def test_a_negative_scale_is_that_of_the_negative_query():
-    query, key, value = _inputs(1, 40, 16)
-    _check_forward(spatial_attention(query, key, value, -0.25), query, key, value, -0.25)
-
-
-PRODUCTS = {
-    "one round, one tile": ((1, 50, 32), 4096, 1.0),
-    "chunks of 40, the last ragged": ((2, 101, 48), 40, 1.0),
-    "several tiles of keys, large logits": ((1, 290, 96), 256, 6.0),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", PRODUCTS)
-def test_rounds_and_chunks_against_float64(case, dtype, monkeypatch):
-    shape, chunk, spread = PRODUCTS[case]
-    monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
-    query, key, value = _inputs(*shape, dtype, spread)
-    scale = shape[2] ** -0.5
-    _check_forward(spatial_attention(query, key, value, scale), query, key, value, scale)
-
-
-# (images, S, most queries at a time, rows of the workspace) and the rounds they make
-ROUNDS = {
-    "eight images of 512²: all at once": ((8, 4096, 4096, 32768), [(0, 8, 0, 4096)]),
-    "a ninth is a round of its own": ((9, 4096, 4096, 32768), [(0, 8, 0, 4096), (8, 1, 0, 4096)]),
-    "one image takes more than there is: its chunks, one by one": (
-        (2, 70, 32, 31),
-        [(0, 1, 0, 32), (0, 1, 32, 32), (0, 1, 64, 6), (1, 1, 0, 32), (1, 1, 32, 32), (1, 1, 64, 6)],
-    ),
-    "ragged both ways": ((3, 40, 32, 64), [(0, 2, 0, 32), (0, 2, 32, 8), (2, 1, 0, 32), (2, 1, 32, 8)]),
-    "no image": ((0, 40, 32, 64), []),
-    "no position": ((3, 0, 32, 64), []),
-}
-
-
-@pytest.mark.parametrize("case", ROUNDS)
-def test_rounds(case, monkeypatch):
-    (images, length, chunk, rows), rounds = ROUNDS[case]
-    monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
-    monkeypatch.setattr(attention_tiles, "WORKSPACE", rows * 2 * length)
-    assert attention_tiles.rounds_of(images, length, 2 * length) == rounds
-
-
-def test_the_sums_of_the_gradients_are_in_the_workspace():
-    """Few tokens, many images: the fp32 sums of dk and dv need eight times the bytes of the weights and slopes."""
-    for images, length, channels in ((20_000, 64, 512), (8, 4096, 512), (3, 16384, 512)):
-        query = torch.empty(images, length, channels, dtype=torch.bfloat16, device="meta")
-        square, _, across, rounds = attention_gradient._plan(query)
-        first = rounds[0]
-        image = 2 * across * square.columns * 2 * first.count + 2 * 4 * length * channels
-        assert first.images == 1 or first.images * image <= attention_tiles.WORKSPACE < (first.images + 1) * image
-
-
-def test_a_batch_of_eight_is_three_launches_and_memory_is_linear():
-    """512² and 2048² on fake tensors, with the shipped chunk and workspace."""
-    assert attention.cost(torch.empty(8, 4096, 512, dtype=torch.bfloat16, device="meta")).launches == 3
-    for length in (16384, 65536):
-        (*_, rounds) = attention_products._plan(torch.empty(3, length, 512, device="meta"), tiles.TARGETS["sm_90"])
-        assert max(r.images * r.count for r in rounds) == 4096
-        assert len(rounds) == 3 * length // 4096
-
-
-@pytest.mark.parametrize("images", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_the_split_into_rounds_and_chunks_changes_no_bit(images, monkeypatch):
-    """Alone and in rounds of 1 to all but one image, the last one smaller; chunks hold whole tiles, as 4096 does."""
-    query, key, value, grad = _inputs(images, 150, 48, torch.float16, count=4)
-    whole = spatial_attention(query, key, value, 0.2)
-    grads = spatial_attention_backward(grad, query, key, value, *whole, 0.2)
-    shared = spatial_attention_backward(grad, query, key, None, *whole, 0.2)
-    for rows in (1, *(150 * count for count in range(2, images))):
-        monkeypatch.setattr(attention_tiles, "WORKSPACE", rows * 256 * 2)
-        for left, right in zip(spatial_attention(query, key, value, 0.2), whole, strict=True):
-            assert torch.equal(left, right)
-        for left, right in zip(
-            spatial_attention_backward(grad, query, key, value, *whole, 0.2)
-            + spatial_attention_backward(grad, query, key, None, *whole, 0.2),
-            grads + shared,
-            strict=True,
-        ):
-            assert torch.equal(left, right)
-        with monkeypatch.context() as patch:
-            patch.setattr(attention_tiles, "CHUNK", 128)
-            for left, right in zip(spatial_attention(query, key, value, 0.2), whole, strict=True):
-                assert torch.equal(left, right)
-
-
-GRADIENTS = {
-    "S=2: the fewest keys that leave a gradient": ((20, 2, 16), 4096, 1.0),
-    "S=45, d=48: ragged both ways": ((2, 45, 48), 4096, 1.0),
-    "chunks of 32 queries: sums go on": ((1, 75, 80), 32, 1.0),
-    "logits of hundreds": ((6, 40, 32), 4096, 6.0),
-}
-
-
-@pytest.mark.parametrize(("case", "dtype", "form"), thinned(GRADIENTS, DTYPES, FORMS, keep=2))
-def test_gradients_against_float64(case, dtype, form, monkeypatch):
-    shape, chunk, spread = GRADIENTS[case]
-    monkeypatch.setattr(attention_tiles, "CHUNK", chunk)
-    _check_gradients(shape, spread, dtype, form == "shared")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_lone_key_has_weight_one_and_no_slope(dtype):
-    """For any score: out is v and dv is do; dq and dk are rounding errors of zero."""
-    query, key, value, grad = _inputs(3, 1, 16, dtype, 5.0, count=4)
-    out, lse = spatial_attention(query, key, value, 1.0)
-    # The weight is stored in the dtype; the log-sum-exp, from which the gradient computes it again, is fp32.
-    stored, summed = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    assert ((out - value).abs() <= stored * value.abs()).all()
-    grad_query, grad_key, grad_value = spatial_attention_backward(grad, query, key, value, out, lse, 1.0)
-    assert ((grad_value - grad).abs() <= (stored + 4 * summed * lse.abs().max()) * grad.abs()).all()
-    # do v and delta are sums of the same 16 products in two orders.
-    noise = (16 * summed + stored) * (grad * value).abs().sum(dim=2).max() * key.abs().max()
-    assert grad_query.abs().max() <= noise
-    assert grad_key.abs().max() <= noise
-
-
-def test_gradients_at_d_512():
-    _check_gradients((1, 35, 512), 1.0, torch.bfloat16, True)
-    _check_gradients((1, 35, 512), 1.0, torch.float32, False)
-
-
-def _check_gradients(shape, spread, dtype, shared):
-    *inputs, grad = _inputs(*shape, dtype, spread, count=4)
-    inputs, grad = inputs[: 2 if shared else 3], grad / spread
-    scale = shape[2] ** -0.5
-    truths, eagers = (
-        torch.autograd.grad(_eager(leaves[0], leaves[1], leaves[-1], scale), leaves, grad.to(wide))
-        for wide in (torch.float64, dtype)
-        for leaves in [[x.to(wide).requires_grad_() for x in inputs]]
-    )
-    query, key = inputs[:2]
-    value = None if shared else inputs[2]
-    out, lse = spatial_attention(query, key, key if shared else value, scale)
-    ours = attention_gradient.gradients(grad, query, key, value, out, lse, scale)
-    for our, eager, truth in zip(ours, eagers, truths, strict=True):
-        assert_as_accurate(our, eager, truth)
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
-def test_autograd_reaches_every_input(shared):
-    """The log-sum-exp has no gradient."""
-    inputs = [x.requires_grad_() for x in _inputs(2, 13, 24, count=2 if shared else 3)]
-    op, reference_inputs = (
-        (spatial_attention_shared, [inputs[0], inputs[1], inputs[1]])
-        if shared
-        else (
-            spatial_attention,
-            inputs,
-        )
-    )
-    out, lse = op(*inputs, 0.2)
-    assert out.requires_grad
-    assert not lse.requires_grad
-    ours = torch.autograd.grad(out.square().sum(), inputs)
-    theirs = torch.autograd.grad(_eager(*reference_inputs, 0.2).square().sum(), inputs)
-    for our, their in zip(ours, theirs, strict=True):
-        assert torch.allclose(our, their, rtol=1e-4, atol=1e-5)
-
-
-def test_reference_gradients_are_autograds():
-    """The CPU's backward, in float64: the formulas that the kernels follow."""
-    *inputs, grad = (x.cpu().double() for x in _inputs(2, 11, 16, count=4))
-    leaves = [x.requires_grad_() for x in inputs]
-    out, lse = attention.reference(*leaves, 0.3)
-    theirs = torch.autograd.grad(out, leaves, grad)
-    ours = attention.reference_backward(grad, *(x.detach() for x in leaves), out.detach(), lse.detach(), 0.3)
-    for our, their in zip(ours, theirs, strict=True):
-        assert torch.allclose(our, their, rtol=1e-12, atol=1e-12)
+    query, key, value = attention_inputs(1, 40, 16)
+    check_forward(spatial_attention(query, key, value, -0.25), query, key, value, -0.25)
 
 
 def test_a_row_does_not_depend_on_the_batch():
-    query, key, value, grad = _inputs(3, 41, 40, count=4)
+    query, key, value, grad = attention_inputs(3, 41, 40, count=4)
     out, lse = spatial_attention(query, key, value, 0.2)
     grads = spatial_attention_backward(grad, query, key, value, out, lse, 0.2)
     for image in range(3):
@@ -324,7 +119,7 @@ def test_a_row_does_not_depend_on_the_batch():
 
 
 def test_shared_keys_give_the_bits_of_two_copies():
-    query, x, _ = _inputs(1, 37, 32)
+    query, x, _ = attention_inputs(1, 37, 32)
     for left, right in zip(spatial_attention_shared(query, x, 0.3), spatial_attention(query, x, x, 0.3), strict=True):
         assert torch.equal(left, right)
 
@@ -340,7 +135,7 @@ def test_an_empty_input_gives_an_empty_output(shape):
 
 
 def test_any_strides_and_offsets_are_taken():
-    fused = _inputs(2, 23, 49, count=1)[0][:, :, 1:]
+    fused = attention_inputs(2, 23, 49, count=1)[0][:, :, 1:]
     query, key, value = fused.chunk(3, dim=2)
     out, lse = spatial_attention(query, key, value, 0.3)
     plain = spatial_attention(query.contiguous(), key.contiguous(), value.contiguous(), 0.3)
@@ -353,7 +148,7 @@ def test_any_strides_and_offsets_are_taken():
 
 def test_nothing_is_written_past_the_end(monkeypatch):
     """Only the image in the middle is written; its neighbours keep the NaN that tests fill empty tensors with."""
-    query, key, value = _inputs(3, 21, 24)
+    query, key, value = attention_inputs(3, 21, 24)
     whole = attention_products.attend(query, key, value, 0.4)
     monkeypatch.setattr(attention_products, "rounds_of", lambda *_: [attention_tiles.Round(1, 1, 0, 21)])
     for one, all_three in zip(attention_products.attend(query, key, value, 0.4), whole, strict=True):
@@ -380,7 +175,7 @@ def test_other_arguments_are_refused():
 
 
 def test_op_and_launcher_give_the_same_bits():
-    query, key, value = _inputs(1, 19, 16, torch.float16)
+    query, key, value = attention_inputs(1, 19, 16, torch.float16)
     out, lse = spatial_attention(query, key, value, 0.5)
     assert torch.equal(attention.launch(query, key, value, 0.5)[0], out)
     assert torch.equal(attention.launch_shared(query, key, 0.5)[0], spatial_attention_shared(query, key, 0.5)[0])
@@ -390,7 +185,7 @@ def test_op_and_launcher_give_the_same_bits():
 
 
 def test_opcheck():
-    query, key, value = (x.requires_grad_() for x in _inputs(1, 9, 16))
+    query, key, value = (x.requires_grad_() for x in attention_inputs(1, 9, 16))
     torch.library.opcheck(spatial_attention, (query, key, value, 0.5))
     torch.library.opcheck(spatial_attention_shared, (query.half().detach(), key.half().detach(), 0.5))
 
@@ -398,7 +193,7 @@ def test_opcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "reference"])
 def test_opcheck_of_permuted_inputs(dtype):
     """Tokens of an NCHW image: outputs and gradients are contiguous, as the fakes say."""
-    query, key, value, grad = (x.mT for x in _inputs(2, 16, 9, dtype, count=4))
+    query, key, value, grad = (x.mT for x in attention_inputs(2, 16, 9, dtype, count=4))
     out, lse = spatial_attention(query, key, value, 0.5)
     torch.library.opcheck(spatial_attention, (query, key, value, 0.5))
     torch.library.opcheck(spatial_attention_backward, (grad, query, key, value, out, lse, 0.5))
@@ -414,7 +209,7 @@ def test_compiles_in_one_graph():
         )
 
     for length in (5, 9):
-        inputs = [x.requires_grad_() for x in _inputs(1, length, 16)]
+        inputs = [x.requires_grad_() for x in attention_inputs(1, length, 16)]
         compiled = torch.autograd.grad(loss(*inputs), inputs)
         plain = spatial_attention(*inputs, 0.5)[0].square().sum() + spatial_attention_shared(*inputs[:2], 1.0)[0].sum()
         for left, right in zip(compiled, torch.autograd.grad(plain, inputs), strict=True):
