@@ -85,7 +85,7 @@ def read_rows(path: Path = ROWS) -> list[dict[str, str]]:
 def write_rows(rows: list[dict[str, str]], versions: tuple[str, ...], path: Path = ROWS) -> None:
     """Write the rows of these versions as CSV, one line for each compilation."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("triton", *COLUMNS), lineterminator="\n")
+        writer = csv.DictWriter(file, ["triton", *COLUMNS], lineterminator="\n")
         writer.writeheader()
         writer.writerows(merge(rows, versions))
 

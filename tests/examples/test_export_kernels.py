@@ -88,9 +88,9 @@ def test_both_packages_in_one_process_give_the_same_bits(exported, name):
     module, arguments = CALLS[name]
     installed, other = getattr(module, name), getattr(exported, name)
     assert other is not installed
-    wanted, given = computed(installed, arguments()), computed(other, arguments())
-    assert len(wanted) == len(given) > 1
-    for one, two in zip(wanted, given, strict=True):
+    expected, given = computed(installed, arguments()), computed(other, arguments())
+    assert len(expected) == len(given) > 1
+    for one, two in zip(expected, given, strict=True):
         assert torch.equal(one, two), name
 
 

@@ -100,10 +100,10 @@ def toy(tmp_path, monkeypatch):
 def test_a_change_that_nobody_notices_is_reported(toy, capsys):
     harmless = ("harmless", "2 * x", "x * 2", "")
     assert toy(("wrong", "2 * x", "3 * x", ""), harmless) == 1
-    said = capsys.readouterr().out
-    assert "toy.py doubled: wrong" in said
-    assert "no test noticed: test_toy.py::test_doubled" in said
-    assert "2 mutations, 1 killed, 1 survived" in said
+    output = capsys.readouterr().out
+    assert "toy.py doubled: wrong" in output
+    assert "no test noticed: test_toy.py::test_doubled" in output
+    assert "2 mutations, 1 killed, 1 survived" in output
 
 
 def test_an_equivalent_change_has_a_reason_and_is_no_survivor(toy, tmp_path, capsys):
