@@ -48,6 +48,12 @@ CONFIGS = {
     "128 channels": ("AutoencoderKL", {**TWO, "block_out_channels": (64, 128), "norm_num_groups": 8}),
 }
 SMALLEST = {**TWO, "block_out_channels": (8, 16), "norm_num_groups": 1, "layers_per_block": 1}
+# The fewest layers that still have attention, for what torch traces or repeats many times.
+ONE_BLOCK = {
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (8,),
+}
 LIBRARIES = {"fastvae": fastvae, "diffusers": diffusers}
 
 

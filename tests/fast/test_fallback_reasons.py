@@ -272,9 +272,8 @@ def test_explain_names_the_blocks_that_fall_back(name):
 
 # Each kind of block, hook and forward as a module between fused blocks.
 COMPUTED = [
-    "forward hook on a down block", "forward hook on an up block", "pre-hook on a downsampler", "accelerate's hook",
-    "diffusers' hook", "replaced forward", "foreign residual block", "adapters that learn", "custom processor",
-    "dropout", "dilated convolution",
+    "forward hook on a down block", "pre-hook on a downsampler", "accelerate's hook", "foreign residual block",
+    "adapters that learn", "custom processor", "dropout", "dilated convolution",
 ]  # fmt: skip
 
 

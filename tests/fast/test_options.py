@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fast.small_models import LIBRARIES
+from fast.small_models import LIBRARIES, ONE_BLOCK
 from fast.small_models import smallest_model as tiny
 from support.accuracy import assert_as_accurate
 from support.short_run import short_run
@@ -55,15 +55,6 @@ def pixels(batch=1, side=8):
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-# Few layers, because torch traces them.
-ONE_BLOCK = {
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "block_out_channels": (8,),
-    "mid_block_add_attention": False,
-}
-
-
 def moments(vae, x):
     return vae.encode(x).latent_dist.parameters
 
@@ -83,7 +74,7 @@ def settings(vae):
 
 @pytest.mark.parametrize("library", ["fastvae", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_each_part_is_compiled_at_its_first_call(library, compilations):
-    stock = tiny(library)
+    stock = tiny(library, **ONE_BLOCK)
     vae = fastvae.accelerate(copy.deepcopy(stock), compile=True)
     keys = list(vae.state_dict())
     assert not compilations
