@@ -220,7 +220,7 @@ def write_rows(rows: list[dict[str, str]], path: Path = ROOT / ROWS) -> None:
     """Write rows as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+        writer = csv.DictWriter(file, [*COLUMNS], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
