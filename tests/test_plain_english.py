@@ -26,6 +26,7 @@ PHRASES = {
     r"\bdies? of\b": '"fails with"',
     r"\bis guilty\b": '"is the cause"',
 }
+CODE = re.compile("`[^`]*`")  # names in Markdown, such as that of a former target
 PHRASE = re.compile("|".join(PHRASES), re.IGNORECASE)
 
 
@@ -33,7 +34,8 @@ def findings(name: str, text: str) -> list[str]:
     """Every opening and phrase of a file that has a plain form: file, line, words and plain form."""
     found = []
     for number, line in enumerate(text.split("\n"), 1):
-        for match in PHRASE.finditer(line):
+        prose = CODE.sub("", line) if name.endswith(".md") else line
+        for match in PHRASE.finditer(prose):
             plain = next(plain for phrase, plain in PHRASES.items() if re.fullmatch(phrase, match[0], re.IGNORECASE))
             found.append(f'{name}:{number}: "{match[0]}": write {plain}')
     if name.endswith(".py"):
@@ -51,12 +53,7 @@ def test_code_and_docs_are_plain():
     found = []
     for name in listed:
         path = ROOT / name
-        if (
-            path == Path(__file__)
-            or name.startswith(NOT_YET)
-            or not (path.suffix in SUFFIXES or path.name in NAMES)
-            or not path.is_file()
-        ):
+        if path == Path(__file__) or not (path.suffix in SUFFIXES or path.name in NAMES) or not path.is_file():
             continue
         found += findings(name, path.read_text())
     assert not found, "\n".join([f"{len(found)} findings", *found])
@@ -74,7 +71,7 @@ def test_code_and_docs_are_plain():
         ("a.md", "One.\nIt hangs on two.\n", ['a.md:2: "hangs on": write "depends on"']),
         ("a.md", "Runs In Words.\n", ['a.md:1: "In Words": write "with a message", or nothing']),
         ("a.py", '"""Return what it is."""\nindoors = ""\n', []),
-        ("a.md", "What it is.\n", []),
+        ("a.md", "What it is, `make test-doors`.\n", []),
     ],
 )
 def test_a_finding_names_line_and_plain_form(name, text, found):
