@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen
+from fastvae.cli.output import OTHER, echo, echo_error, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -16,7 +16,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option(
     "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
 )
-@options.place_in_model
+@options.model_location
 @click.option(
     "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Side in pixels, may be repeated. Default: 256."
 )
@@ -56,7 +56,7 @@ from fastvae.system.terminal import strip_control_characters
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.pass_context
-@foreseen
+@errors_as_sentences
 def bench(
     context: click.Context,
     sizes: tuple[int, ...],
@@ -81,7 +81,7 @@ def bench(
         sizes=sizes or (256,),
         batches=batches or (1,),
         tasks=("encode", "decode") if task == "both" else (task,),
-        say=(lambda line: None) if quiet else lambda line: complain(strip_control_characters(line)),
+        say=(lambda line: None) if quiet else lambda line: echo_error(strip_control_characters(line)),
         **given,
     )
     if json_file == "-":

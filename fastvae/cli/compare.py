@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, echo, echo_json, foreseen
+from fastvae.cli.output import OTHER, echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -17,7 +17,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option(
     "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
 )
-@options.place_in_model
+@options.model_location
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
 @options.device
 @click.option(
@@ -28,7 +28,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @options.quiet
 @click.pass_context
-@foreseen
+@errors_as_sentences
 def compare(
     context: click.Context, images: tuple[str, ...], html: str | None, as_json: bool, quiet: bool, **given: Any
 ) -> None:

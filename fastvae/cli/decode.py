@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import complain, echo, echo_json, foreseen
+from fastvae.cli.output import echo, echo_error, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -17,12 +17,12 @@ from fastvae.system.terminal import strip_control_characters
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--rows", default="0:16", show_default=True, help="Rows to decode, as in 0:16.")
 @click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
-@options.place_in_model
+@options.model_location
 @options.device
 @click.option("--sheet", type=click.Path(dir_okay=False), help="Also write a contact sheet to this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list of files as one JSON document.")
 @options.quiet
-@foreseen
+@errors_as_sentences
 def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Decode rows of the latent store STORE into PNG files in OUT."""
     from fastvae.data.decoding.decode import decode as run
@@ -32,7 +32,7 @@ def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given:
         warnings.simplefilter("always", UserWarning)
         written = run(store, out, rows=parse_rows(rows), progress=not quiet, **given)
     for warning in caught:
-        complain(strip_control_characters(f"fastvae: {warning.message}"))
+        echo_error(strip_control_characters(f"fastvae: {warning.message}"))
     if as_json:
         echo_json({"files": [{"key": key, "file": str(path)} for key, path in written]})
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastvae.cli.output import echo, echo_json, foreseen
+from fastvae.cli.output import echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -15,7 +15,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", which is built in.')
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no plan and no progress bar.")
-@foreseen
+@errors_as_sentences
 def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
     """Encode photographs to latents in the folder OUT and decode them again."""
     from fastvae.data.decoding.demo import demonstrate

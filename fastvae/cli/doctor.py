@@ -5,18 +5,18 @@ from __future__ import annotations
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, echo, echo_json, foreseen
+from fastvae.cli.output import OTHER, echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
 @click.argument("folder", type=click.Path(), default=".")
 @click.option("--vae", default="tiny", show_default=True, help='A directory, a preset, a Hub id, or "tiny".')
-@options.place_in_model
+@options.model_location
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON document.")
 @options.quiet
 @click.pass_context
-@foreseen
+@errors_as_sentences
 def doctor(
     context: click.Context,
     folder: str,

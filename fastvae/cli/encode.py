@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import FAILURES, echo, foreseen
+from fastvae.cli.output import FAILURES, echo, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -17,7 +17,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option(
     "--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", a small model in the package.'
 )
-@options.place_in_model
+@options.model_location
 @click.option(
     "--buckets",
     default="256",
@@ -57,7 +57,7 @@ from fastvae.system.terminal import strip_control_characters
     show_default=True,
     help="Format of stored means.",
 )
-@options.work
+@options.run
 @click.option(
     "--shard-mb",
     type=float,
@@ -100,7 +100,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @options.quiet
 @click.pass_context
-@foreseen
+@errors_as_sentences
 def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Encode the images of SRC into the latent store OUT, or resume a run that stopped.
 

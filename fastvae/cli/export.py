@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import echo, echo_json, foreseen
+from fastvae.cli.output import echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -38,7 +38,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file in MB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
-@foreseen
+@errors_as_sentences
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Write every committed row of the latent store STORE into the new folder DST, in another trainer's format."""
     from fastvae.data.exporting.export import export as run

@@ -8,16 +8,16 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import echo, echo_json, foreseen
+from fastvae.cli.output import echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
 @click.argument("what", metavar="STORE|MODEL")
-@options.place_in_model
+@options.model_location
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
-@foreseen
+@errors_as_sentences
 def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
     """Print the contents of a latent store, or the facts of a model."""
     from fastvae.system.terminal import print_stderr

@@ -12,7 +12,7 @@ from fastvae.cli.output import Count
 Command = Callable[..., Any]
 
 
-def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Combine several options into one decorator, in the order in which help lists them."""
 
     def add(command: Command) -> Command:
@@ -23,12 +23,12 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return add
 
 
-place_in_model = together(
+model_location = combined(
     click.option("--subfolder", help="Folder of the VAE inside that directory or repository."),
     click.option("--revision", help="A branch, tag or commit of the Hub repository."),
 )
 device = click.option("--device", help="A torch device: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
-work = together(
+run = combined(
     click.option(
         "--deterministic", is_flag=True, help="Encode image by image, so that neither batch nor workers change a bit."
     ),
@@ -48,7 +48,7 @@ work = together(
         help="Refuse larger images before they are decoded.",
     ),
 )
-source = together(
+source = combined(
     click.option(
         "--image-column", default="image", show_default=True, help="Image column of a Parquet file or manifest."
     ),

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from fastvae.cli.signals import orderly
+from fastvae.cli.signals import graceful_stop
 from fastvae.system.terminal import strip_control_characters
 
 OTHER, USAGE, FAILURES, IDENTITY, LOCKED, NO_SPACE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 5, 6, 75, 141
@@ -35,10 +35,10 @@ class Problem(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc] # click declares it for the class and reads it here
 
     def show(self, file: Any = None) -> None:
-        complain(f"fastvae: {self.message}")
+        echo_error(f"fastvae: {self.message}")
 
 
-def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def errors_as_sentences(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Turn the errors that a verb can meet into a Problem; anything else keeps its traceback.
 
     FASTVAE_DEBUG=1 in the environment shows a Problem's traceback as well, before its sentence.
@@ -47,13 +47,13 @@ def foreseen(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     @functools.wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
-            with orderly(INTERRUPTED):
+            with graceful_stop(INTERRUPTED):
                 return function(*args, **kwargs)
         except KeyboardInterrupt:
             raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
         except (ValueError, ImportError, OSError) as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
-                complain(strip_control_characters(traceback.format_exc()).rstrip())
+                echo_error(strip_control_characters(traceback.format_exc()).rstrip())
             raise _problem(error) from error
         finally:
             _drop_unwritten(sys.stderr)
@@ -93,7 +93,7 @@ def echo(text: str) -> None:
         raise Problem(f"the work is done, but its report could not be written to stdout: {error}", OTHER) from error
 
 
-def complain(text: str) -> None:
+def echo_error(text: str) -> None:
     """Print a line on stderr. Errors of stderr are ignored: the exit code says the same."""
     try:
         click.echo(text, err=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import FAILURES, echo, echo_json, foreseen
+from fastvae.cli.output import FAILURES, echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -16,15 +16,15 @@ from fastvae.system.terminal import strip_control_characters
 @click.argument("store", type=click.Path(file_okay=False))
 @click.argument("src", nargs=-1)
 @click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
-@options.place_in_model
+@options.model_location
 @click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
 @options.device
-@options.work
+@options.run
 @options.source
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @click.pass_context
-@foreseen
+@errors_as_sentences
 def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Encode the damaged units of STORE, as verify --deep finds them, again from the images of SRC.
 

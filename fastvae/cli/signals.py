@@ -11,7 +11,7 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def orderly(exit_code: int) -> Iterator[None]:
+def graceful_stop(exit_code: int) -> Iterator[None]:
     """Context manager: the first SIGTERM or SIGINT raises KeyboardInterrupt in the main thread, so that complete units
     are written; a second ends the process with ``exit_code`` at once. Changes nothing in other threads, and no handler
     that the caller has installed.

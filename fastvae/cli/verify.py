@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from fastvae.cli import options
-from fastvae.cli.output import OTHER, complain, echo, echo_json, foreseen
+from fastvae.cli.output import OTHER, echo, echo_error, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
 
@@ -18,7 +18,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @click.pass_context
-@foreseen
+@errors_as_sentences
 def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool, quiet: bool) -> None:
     """Check every committed shard of STORE against its record. Exit code 1 if one is damaged.
 
@@ -33,14 +33,14 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
         rebuild(store)
         found.stale = []
     elif rebuild_index:
-        complain("fastvae: index.jsonl and failures.jsonl were not written anew: the store is damaged, repair it first")
+        echo_error("fastvae: index.jsonl and failures.jsonl were not rewritten: the store is damaged, repair it first")
     if as_json:
         echo_json({"store": store, "deep": deep, "pending": found.pending, **asdict(found)})
     else:
         for damage in found.damaged:
             echo(strip_control_characters(f"damaged {damage.file} {damage.what}"))
         for name in found.stale:
-            echo(f"stale   {name} is missing or says something else than the records: the next encode writes it anew")
+            echo(f"stale   {name} is missing or says something else than the records: the next encode rewrites it")
         word = "damaged" if found.damaged else "sound"
         echo(
             f"{word:7s} {found.committed} of {found.planned} units, {found.rows} rows, {found.failed} quarantined, "

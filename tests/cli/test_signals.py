@@ -10,7 +10,7 @@ from support.forks import FASTVAE
 from support.small_store import write_pictures
 from support.store_checks import committed
 
-from fastvae.cli.signals import orderly
+from fastvae.cli.signals import graceful_stop
 from fastvae.data.store.verify import verify
 
 WITHIN = 10  # seconds
@@ -67,8 +67,8 @@ def test_row_23_a_second_signal_ends_it_at_once(forks):
     """While the process is cleaning up after the first."""
     hanging = """
 import time
-from fastvae.cli.signals import orderly
-with orderly(75):
+from fastvae.cli.signals import graceful_stop
+with graceful_stop(75):
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -89,14 +89,14 @@ def test_row_23_a_callers_own_handlers_and_other_threads_are_left_alone():
     own = lambda *_: None  # noqa: E731
     before = signal.signal(signal.SIGTERM, own)
     try:
-        with orderly(75):
+        with graceful_stop(75):
             assert signal.getsignal(signal.SIGTERM) is own
             assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         entered = []
 
         def elsewhere():
-            with orderly(75):
+            with graceful_stop(75):
                 entered.append(signal.getsignal(signal.SIGINT))
 
         thread = threading.Thread(target=elsewhere)

@@ -79,7 +79,7 @@ def test_rebuild_index_writes_the_index_from_the_records(made):
     damaged = made / "shards" / "000001-32x32.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     said = run(made, "--rebuild-index", "-q", code=1).stderr
-    assert said.startswith("fastvae: index.jsonl and failures.jsonl were not written anew: the store is damaged")
+    assert said.startswith("fastvae: index.jsonl and failures.jsonl were not rewritten: the store is damaged")
     assert not (made / "index.jsonl").exists()
 
 
