@@ -97,17 +97,17 @@ def encode(
     """
     latents = LatentOptions(buckets, crop, variants, flip, seed, dtype, posterior, store_dtype, logvar, alpha, animated)
     options = RunOptions(
-        device,
-        batch,
-        workers,
-        max_failures,
-        max_pixels,
-        deterministic,
-        retry_failed,
-        progress,
-        on_error,
-        hash,
-        shard_mb,
+        device=device,
+        batch=batch,
+        workers=workers,
+        max_failures=max_failures,
+        max_pixels=max_pixels,
+        deterministic=deterministic,
+        retry_failed=retry_failed,
+        progress=progress,
+        on_error=on_error,
+        hash=hash,
+        shard_mb=shard_mb,
     )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")

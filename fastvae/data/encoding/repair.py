@@ -81,7 +81,16 @@ def repair(
     folder instead of a file, or a shard of no unit; StoreLocked while a run is writing it; IdentityMismatch for another
     model; OSError, ENOSPC when the disk is full. After any error, what was sound stays so, and the same call resumes.
     """
-    options = RunOptions(device, batch, workers, max_failures, max_pixels, deterministic, retry_failed, progress)
+    options = RunOptions(
+        device=device,
+        batch=batch,
+        workers=workers,
+        max_failures=max_failures,
+        max_pixels=max_pixels,
+        deterministic=deterministic,
+        retry_failed=retry_failed,
+        progress=progress,
+    )
     path = Path(store)
     opened = Store.open(path)
     check_kinds(path)
