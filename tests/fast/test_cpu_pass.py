@@ -16,10 +16,7 @@ import fastvae
 from fastvae.fast import cpu_pass
 from fastvae.fast.fallback_reasons import Reason
 
-
-@pytest.fixture(autouse=True)
-def _as_a_users_cpu(monkeypatch):
-    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+pytestmark = pytest.mark.usefixtures("users_cpu")
 
 
 def both_ways(vae, x, z):

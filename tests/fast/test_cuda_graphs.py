@@ -1,127 +1,16 @@
-"""CUDA graphs without a GPU: a fake graph records the calls of a capture and replays them on the same tensors."""
+"""CUDA graphs of whole passes without a GPU: captures, replays, and what drops a graph."""
 
-import contextlib
 import copy
 import pickle
-import threading
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
+from fast.fake_cuda import STILL, FakeGraph, Watcher
 from fast.small_models import latents, pixels
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 import fastvae
 from fastvae.fast import cuda_graphs
-from fastvae.fast.cuda_graphs import Graphs, NoGraph
-
-STILL = {"capturing": False}
-
-
-class StandIn(TorchDispatchMode):
-    """Fake torch.cuda.CUDAGraph: the capture leaves no results, and a replay uses the captured addresses."""
-
-    made: ClassVar[list["StandIn"]] = []
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.undo, self.was_reset = [], [], False
-        StandIn.made.append(self)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # The address, not the Parameter: its .data may move later.
-        args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, nn.Parameter) else v, (args, kwargs or {}))
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self.undo.append((value.detach(), value.clone()))
-        out = func(*args, **kwargs)
-        # The current shape: torch squeezes some results in place later.
-        self.calls.append(
-            (func, args, kwargs, tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, out))
-        )
-        return out
-
-    def capture_begin(self, pool=None, capture_error_mode="global"):
-        assert (pool, capture_error_mode) == ("pool", "thread_local")
-        STILL["capturing"] = True
-        self.__enter__()
-
-    def capture_end(self):
-        self.__exit__(None, None, None)
-        STILL["capturing"] = False
-        for _, args, kwargs, out in self.calls:
-            given = {value.data_ptr() for value in tensors((args, kwargs))}
-            for result in tensors(out):
-                if result.is_floating_point() and result.data_ptr() not in given:
-                    result.fill_(torch.nan)
-        for value, before in reversed(self.undo):
-            value.copy_(before)
-
-    def replay(self):
-        assert not self.was_reset
-        for func, args, kwargs, out in self.calls:
-            for result, again in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                if result.data_ptr() != again.data_ptr():
-                    result.copy_(again)
-
-    def reset(self):
-        self.was_reset = True
-
-
-class Watcher(TorchDispatchMode):
-    """Dispatch mode that counts every call, as a FLOP counter does."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-def tensors(tree):
-    return [value for value in tree_flatten(tree)[0] if isinstance(value, torch.Tensor)]
-
-
-class Stream:
-    """Fake stream that records its calls."""
-
-    def __init__(self):
-        self.asked = []
-
-    def wait_stream(self, other):
-        self.asked.append("wait_stream")
-
-    def wait_event(self, event):
-        self.asked.append("wait_event")
-
-    def record_event(self):
-        self.asked.append("record_event")
-        return SimpleNamespace(synchronize=lambda: self.asked.append("synchronize"))
-
-
-@pytest.fixture
-def stream(monkeypatch):
-    """Replace torch.cuda by fakes whose device is the CPU; return the current stream."""
-    current = Stream()
-    nothing = contextlib.nullcontext()
-    for name, stand_in in {
-        "CUDAGraph": StandIn,
-        "Stream": Stream,
-        "stream": lambda side: nothing,
-        "device": lambda device: nothing,
-        "current_stream": lambda: current,
-        "graph_pool_handle": lambda: "pool",
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "is_current_stream_capturing": lambda: STILL["capturing"],
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(cuda_graphs, "GRAPH_DEVICES", ("cpu",))
-    StandIn.made.clear()
-    return current
+from fastvae.fast.cuda_graphs import NoGraph
 
 
 def tiny(attention=False, **settings):
@@ -240,7 +129,7 @@ def test_a_changed_state_drops_the_graph(change, stream, monkeypatch):
     assert told(vae) == (0, 1), (
         "a call without a graph: weights that move at every call would be captured at every call"
     )
-    assert StandIn.made[0].was_reset
+    assert FakeGraph.made[0].was_reset
     assert torch.equal(moments_of(vae, x), wanted)
     assert told(vae) == (1, 2)
 
@@ -318,7 +207,7 @@ def test_refresh_drops_the_graphs_of_frozen_weights(stream):
         weight.data.mul_(1.5)
     fastvae.refresh(vae)
     assert told(vae) == (0, 1)
-    assert StandIn.made[0].was_reset
+    assert FakeGraph.made[0].was_reset
     after = moments_of(vae, x)
     assert not torch.equal(after, before)
     assert torch.equal(moments_of(vae, x), after)
@@ -363,107 +252,6 @@ def test_copies_have_no_graphs_and_the_lock_travels_nowhere(stream):
     assert stock.encoder.forward.__func__ is type(stock.encoder).forward
     fastvae.restore(twin)
     assert "_fastvae" not in vars(twin)
-
-
-# The rest needs no network: work is a function, and the part is empty.
-
-
-class Part(nn.Module):
-    """A part with one weight and no blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_in = nn.Conv2d(1, 1, 1).requires_grad_(False)
-        self.down_blocks = nn.ModuleList()
-        self.mid_block = None
-
-
-@pytest.fixture
-def call(stream):
-    """Return call(x, work), which runs through one Graphs, ``call.graphs``."""
-    part, run, own = Part(), cuda_graphs.InferencePass(None), Graphs()
-
-    def call(x, work=None):
-        return own.run(part, x, run, work or (lambda x: x * 2), lambda y: None)
-
-    call.graphs = own
-    return call
-
-
-def test_the_least_recently_used_goes_first(call, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
-    one, two, three = (torch.ones(1, 1, 1, width) for width in (1, 2, 3))
-    for x in (one, one, two, two, one, three, three):
-        call(x)
-    assert [key[1][3] for key in call.graphs.held] == [1, 3]
-    assert [made.was_reset for made in StandIn.made] == [False, True, False]
-    for width in range(4, 40):
-        call(torch.ones(1, 1, 1, width))
-    assert len(call.graphs.seen) == 2
-    assert len(call.graphs.held) == 2, "shapes that come once push no graph out"
-
-
-def test_every_shape_and_layout_is_a_graph_of_its_own(call):
-    x = torch.rand(2, 2, 4, 8)
-    layouts = (x[..., :4].contiguous(), x[..., :4].to(memory_format=torch.channels_last), x[..., ::2], x[:, :, :1])
-    for given in layouts:
-        once, again = call(given), call(given)
-        assert torch.equal(once, again)
-        assert once.stride() == again.stride()
-    assert (len(call.graphs.held), call.graphs.replays) == (4, 4)
-
-
-def test_a_failed_capture_falls_back_with_its_reason_and_leaves_nothing_behind(call):
-    x, calls = torch.ones(1, 1, 2, 2), []
-
-    def work(x):
-        calls.append(x)
-        if STILL["capturing"]:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return x + 1
-
-    for _ in range(4):
-        assert torch.equal(call(x, work), x + 1)
-    assert len(calls) == 6, "four calls, a warm-up, one attempt"
-    assert not STILL["capturing"]
-    assert not call.graphs.held
-    text = call.graphs.report()["no_graph"]
-    assert f"{NoGraph.FAILED} (3 calls)" in text
-    assert "operation not permitted" in text
-    call.graphs.clear()
-    call(x), call(x)
-    assert call.graphs.replays == 1, "refresh tries again"
-
-
-def test_an_error_of_another_kind_is_not_hidden(call):
-    def work(x):
-        if STILL["capturing"]:
-            raise ValueError("a bug")
-        return x
-
-    call(torch.ones(1, 1, 1, 1), work)
-    with pytest.raises(ValueError, match="a bug"):
-        call(torch.ones(1, 1, 1, 1), work)
-    assert not STILL["capturing"]
-    assert not call.graphs.held
-
-
-def test_threads_get_each_their_own_result(call):
-    """The lock covers a replay and the copy of its result."""
-    wrong = []
-
-    def many(value):
-        x = torch.full((1, 1, 16, 16), value)
-        wrong.extend(value for _ in range(200) if not torch.equal(call(x), 2 * x))
-
-    threads = [threading.Thread(target=many, args=(float(value),)) for value in range(4)]
-    call(torch.ones(1, 1, 16, 16)), call(torch.ones(1, 1, 16, 16))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert call.graphs.replays == 801
 
 
 def test_without_a_gpu_graphs_have_no_effect_and_the_report_says_so():

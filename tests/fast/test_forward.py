@@ -34,8 +34,11 @@ def images_of(vae, z):
 
 
 # Both libraries' modules take the same walk. "128 channels" runs in half precision below.
-SHORT = {(shape, "fastvae") for shape in CONFIGS} - {("SD", "fastvae"), ("128 channels", "fastvae")} | {
-    ("SD", "diffusers")
+SHORT = {
+    ("SD", "diffusers"),
+    ("FLUX: no quant_conv", "fastvae"),
+    ("FLUX.2", "fastvae"),
+    ("attention in every block, one colour", "fastvae"),
 }
 
 

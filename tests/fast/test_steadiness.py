@@ -24,9 +24,7 @@ MOST_GROWTH = 5e6
 MOST_MILLISECONDS = 50
 
 
-@pytest.fixture(autouse=True)
-def _as_a_users_cpu(monkeypatch):
-    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+pytestmark = pytest.mark.usefixtures("users_cpu")
 
 
 def pixels():
