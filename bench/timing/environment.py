@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -77,23 +78,29 @@ def source_hash(sources: Path = SOURCES) -> str:
     return digest.hexdigest()
 
 
-def _files(sources: Path) -> dict[str, list[ast.stmt]]:
+@functools.cache
+def _top_level(text: str) -> tuple[tuple[ast.stmt, str], ...]:
+    # Cached: the tests hash copies of the sources that differ in one file.
+    return tuple((node, _dump(node)) for node in ast.parse(text).body)
+
+
+def _files(sources: Path) -> dict[str, tuple[tuple[ast.stmt, str], ...]]:
     # The statements of every file, by the name that others import it under.
-    return {path.stem: ast.parse(path.read_text()).body for path in sources.rglob("*.py") if path.stem != "__init__"}
+    return {path.stem: _top_level(path.read_text()) for path in sources.rglob("*.py") if path.stem != "__init__"}
 
 
 def _statements(sources: Path) -> list[str]:
     bodies = _files(sources).values()
-    return [_dump(node) for body in bodies for node in body if not _is_import(node) and not _is_docstring(node)]
+    return [dump for body in bodies for node, dump in body if not _is_import(node) and not _is_docstring(node)]
 
 
 def _imports(sources: Path) -> set[str]:
     # Of the package itself only names that an import changes, or that several files define: others mean the one
     # definition, whichever file it is in.
     files, found = _files(sources), set()
-    defined = {stem: {name: _dump(node) for node in body for name in _names(node)} for stem, body in files.items()}
+    defined = {stem: {name: dump for node, dump in body for name in _names(node)} for stem, body in files.items()}
     times = Counter(name for names in defined.values() for name in names)
-    for node in (node for body in files.values() for node in body if _is_import(node)):
+    for node in (node for body in files.values() for node, _ in body if _is_import(node)):
         for alias in node.names:
             module = getattr(node, "module", None) or ""
             if not module.startswith(f"{sources.name}"):
