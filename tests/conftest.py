@@ -1,6 +1,8 @@
 """Settings of every test."""
 
+import importlib
 import os
+import pkgutil
 import signal
 
 # A shell starts background processes with SIGINT ignored, and children inherit that: the tests could not interrupt
@@ -137,6 +139,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _correct_the_interpreter()
     _describe_each_type_once()
     _patch_the_language_once()
+    # Some tests delete TRITON_INTERPRET. A kernel that one of them imported first would wait for a GPU ever after.
+    import fastvae_kernels
+
+    for _, name, _ in pkgutil.walk_packages(fastvae_kernels.__path__, "fastvae_kernels."):
+        importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)
