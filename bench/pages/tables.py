@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.pages import bar_svg as pictures
 from bench.timing import profiles
+from bench.timing.environment import source_hash
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/performance.md")
@@ -145,23 +146,59 @@ def networks_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def networks_origin(result: Mapping[str, Any]) -> str:
-    """Return the origin of a short table: that of the encoder's cases, and of the decoder's."""
-    return " ".join(f"{name.capitalize()}: {origin(result, part)}" for part, name in WORK.items())
+    """Return the origin of a short table: the machine, then the commits of the encoder's and of the decoder's cases."""
+    machines = {part: _machine(_facts(result, part)) for part in WORK}
+    if len(set(machines.values())) > 1:
+        return " ".join(f"{name.capitalize()}: {origin(result, part)}" for part, name in WORK.items())
+    commits = " ".join(f"{name.capitalize()}: {_run(result, part)}" for part, name in WORK.items())
+    return f"{machines['encoder']}. {commits}"
 
 
 def origin(result: Mapping[str, Any], table: str) -> str:
     """Return device, versions and commit of a result; those of the part if parts were run separately."""
-    part = result.get("parts", {}).get(table, {})
-    facts = {**result, **part}
+    return f"{_machine(_facts(result, table))}; {_run(result, table)}"
+
+
+def _facts(result: Mapping[str, Any], table: str) -> Mapping[str, Any]:
+    return {**result, **result.get("parts", {}).get(table, {})}
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    """Return device and versions."""
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS if facts["versions"].get(name))
-    on_cpu = facts["device"] == "cpu"
-    place = (
-        f"{facts['threads']} threads of {facts['processor']}"
-        if on_cpu
-        else f"{facts['device']}, driver {facts['driver']}"
+    if facts["device"] == "cpu":
+        return f"{facts['threads']} threads of {facts['processor']}; {versions}"
+    return f"{facts['device']}, driver {facts['driver']}; {versions}"
+
+
+def _run(result: Mapping[str, Any], table: str) -> str:
+    """Return commit and date, kernel sources that differ from today's, and how a part ended that did not pass."""
+    facts = _facts(result, table)
+    commit, dirty, _ = facts["commit"].partition("-dirty")
+    changed = " with uncommitted changes" if dirty else ""
+    # Of a CPU only the ops run code of the kernels' files: their references.
+    kernels = facts["device"] != "cpu" or table == "ops"
+    earlier = ", measured with earlier kernel sources" if kernels and facts["kernel_sources"] != source_hash() else ""
+    return f"commit {commit[:12]}{changed}, {facts['date']}{earlier}.{_ending(result, table)}"
+
+
+def _ending(result: Mapping[str, Any], table: str) -> str:
+    part = result.get("parts", {}).get(table)
+    if not part or part["passed"]:
+        return ""
+    limit = re.fullmatch(r"stopped after (\d+ s)", part["status"])
+    if limit and table in WORK and not part["failed"] and _complete(result, table):
+        return f" The time limit of {limit[1]} ended this part; each row with a time is complete and passed its check."
+    return f" This part did not pass: {part['status']}."
+
+
+def _complete(result: Mapping[str, Any], part: str) -> bool:
+    """Return True if each timed row of a part has every round; its error is recorded only after the check."""
+    entries = [entry for entry in result["networks"].values() if entry["part"] == part]
+    rows = [(row, entry["rounds"]) for entry in entries for row in entry["contestants"].values()]
+    return all(
+        "error" in row and len(row.get("seconds", [])) == rounds for row, rounds in rows if "median_seconds" in row
     )
-    failed = f" This part did not pass: {part['status']}." if part and not part["passed"] else ""
-    return f"{place}; {versions}; commit {facts['commit'][:12]}, {facts['date']}.{failed}"
 
 
 WORK = {"encoder": "encode", "decoder": "decode"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.pages import merge_parts, tables
+from bench.timing.environment import source_hash
 
 ROOT = Path(__file__).parents[3]
 
@@ -14,6 +15,7 @@ def facts(commit, **data):
     """Return the results file of a part."""
     empty = {name: {} for name in merge_parts.EMPTY}
     machine = {"commit": commit, "device": "A GPU", "driver": "1", "date": "2030-01-02", "versions": {"torch": "9"}}
+    machine["kernel_sources"] = source_hash()
     return machine | {"dry": False, "passed": True, "failed": [], "roof": {"bytes": commit}} | empty | data
 
 

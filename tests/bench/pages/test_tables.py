@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from bench.pages import tables
+from bench.timing.environment import source_hash
 
 ROOT = Path(__file__).parents[3]
 
 PAGE = "<!-- results: results.json {} -->\n<!-- end -->\n"
 ORIGIN = {
     "dry": False, "device": "cpu", "processor": "a CPU", "driver": None, "threads": 2, "date": "2030-01-02",
-    "commit": "0123456789abcdef", "versions": {"torch": "9.9", "diffusers": "8.8", "openvino": None},
+    "commit": "0123456789abcdef", "kernel_sources": source_hash(),
+    "versions": {"torch": "9.9", "diffusers": "8.8", "openvino": None},
 }  # fmt: skip
 RESULT = ORIGIN | {
     "networks": {
@@ -65,6 +67,42 @@ def test_the_short_table_has_the_cases_in_bf16_that_all_three_ran(tmp_path):
     assert "| decode 1 x 256² | 1100 | 550 | 2.00 | 500 | 2.20 |" in text
     assert "| encode" not in text
     assert text.count("commit 0123456789ab") == 2
+    assert text.count("2 threads of a CPU") == 1
+
+
+def test_the_origin_of_parts_with_other_versions(tmp_path):
+    case = RESULT["networks"]["one"]
+    rows = {**case["contestants"], "fastvae, frozen": case["contestants"]["fastvae"]}
+    parts = {"decoder": {**ORIGIN, "versions": {"torch": "10"}, "passed": True}}
+    cases = {"a": case | {"dtype": "bfloat16", "contestants": rows}}
+    text = written(tmp_path, RESULT | {"networks": cases, "parts": parts}, "networks")
+    assert "Encode: 2 threads of a CPU; torch 9.9, diffusers 8.8; commit 0123456789ab, 2030-01-02. " in text
+    assert "Decode: 2 threads of a CPU; torch 10; commit 0123456789ab, 2030-01-02.\n" in text
+
+
+def test_a_commit_with_changes_and_earlier_kernels(tmp_path):
+    gpu = {"device": "a GPU", "driver": "1", "commit": "06d6227-dirty", "kernel_sources": "other"}
+    text = written(tmp_path, RESULT | gpu)
+    assert "commit 06d6227 with uncommitted changes, 2030-01-02, measured with earlier kernel sources.\n" in text
+    assert "earlier kernel" not in written(tmp_path, RESULT | gpu | {"kernel_sources": source_hash()})
+    assert "earlier kernel" not in written(tmp_path, RESULT | {"kernel_sources": "other"})
+
+
+@pytest.mark.parametrize(
+    ("status", "failed", "samples", "words"),
+    [
+        ("stopped after 72 s", [], 7, "The time limit of 72 s ended this part; each row with a time is complete"),
+        ("stopped after 72 s", [], 6, "This part did not pass: stopped after 72 s."),
+        ("stopped after 72 s", ["a test"], 7, "This part did not pass: stopped after 72 s."),
+        ("FAILED (exit 1)", [], 7, "This part did not pass: FAILED (exit 1)."),
+    ],
+)
+def test_the_end_of_a_part_that_did_not_pass(tmp_path, status, failed, samples, words):
+    result = json.loads(json.dumps(RESULT))
+    for row in result["networks"]["one"]["contestants"].values():
+        row["seconds"] = [1.0] * samples
+    part = {**ORIGIN, "passed": False, "status": status, "failed": failed}
+    assert words in written(tmp_path, result | {"parts": {"encoder": part}})
 
 
 def test_a_table_older_than_its_data_is_seen(tmp_path):
