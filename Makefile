@@ -67,8 +67,8 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_plain_english.py
 
-# Times ops, encoder, decoder and a folder of photographs beside their rivals, profiles both networks, then writes the
-# tables; at most ten minutes.
+# Times ops, encoder, decoder and a folder of photographs beside other implementations, profiles both networks, then
+# writes the tables; at most ten minutes.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench/timing -q -rfE -p no:logging --results $(RESULTS)
 	$(BIN)/python -m bench.pages.tables

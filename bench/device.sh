@@ -47,7 +47,7 @@ tested=(tests/ops tests/gpu --durations=15)
 ((${#dry[@]})) && tested=(tests/ops/test_tiles.py)
 without=()
 if ((${#dry[@]})); then
-    # These rivals run on a CPU only; a machine with a GPU need not have them.
+    # These contestants run on a CPU only; a machine with a GPU need not have them.
     without=(--without diffusers --without "ONNX Runtime" --without OpenVINO)
 elif ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("diffusers") is None)'; then
     without=(--without diffusers)

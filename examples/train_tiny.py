@@ -19,7 +19,7 @@ from fastvae import AutoencoderKL
 from fastvae.latents.pixels import normalized
 from fastvae.metrics import psnr
 from fastvae.training import CropSource, Phase, TrainingPlan, train
-from fastvae.training.evaluation import LinearBaseline, square, thumbnail_baseline
+from fastvae.training.baselines import LinearBaseline, square, thumbnail_baseline
 
 HELD_OUT = ("astronaut", "chelsea", "coffee", "rocket")
 ARCHITECTURE = {

@@ -177,8 +177,8 @@ class Trial:
 
             return run
 
-        rivals = {str(tile): [bound(tile, call) for call in self.calls] for tile in finalists}
-        samples = Stopwatch(self.device, rounds=15).interleaved(rivals)
+        contestants = {str(tile): [bound(tile, call) for call in self.calls] for tile in finalists}
+        samples = Stopwatch(self.device, rounds=15).interleaved(contestants)
         return {tile: samples[str(tile)] for tile in finalists}
 
 

@@ -1,4 +1,4 @@
-"""Seconds of one call: CUDA events and a full queue on a GPU, wall time on a CPU; rivals take turns."""
+"""Seconds of one call: CUDA events and a full queue on a GPU, wall time on a CPU; contestants take turns."""
 
 from __future__ import annotations
 
@@ -56,44 +56,44 @@ def interval(seconds: Sequence[float]) -> tuple[float, float] | None:
 
 
 class Stopwatch:
-    """Times named rivals in turns. Each is a list of calls on different inputs, made one after the other."""
+    """Times named contestants in turns. Each is a list of calls on different inputs, made one after the other."""
 
     def __init__(
         self, device: torch.device, rounds: int, now: Callable[[], float] = time.perf_counter, warm: bool = True
     ):
         self.device, self.rounds, self.now, self.warm = device, rounds, now, warm
         self.host_seconds: dict[str, float] = {}
-        self._rivals: dict[str, tuple[Iterator[Callable[[], Any]], int]] = {}
+        self._contestants: dict[str, tuple[Iterator[Callable[[], Any]], int]] = {}
 
-    def warm_up(self, rivals: Mapping[str, Sequence[Callable[[], Any]]]) -> None:
-        """Compile, fill the allocator, and choose the number of calls in a burst; earlier rivals are dropped."""
-        self._rivals, self.host_seconds = {}, {}
-        for name, calls in rivals.items():
+    def warm_up(self, contestants: Mapping[str, Sequence[Callable[[], Any]]]) -> None:
+        """Compile, fill the allocator, and choose the number of calls in a burst; earlier contestants are dropped."""
+        self._contestants, self.host_seconds = {}, {}
+        for name, calls in contestants.items():
             turns = itertools.cycle(calls)
             if self.warm or self.device.type == "cuda":
                 next(turns)()
             self.host_seconds[name] = 0.0
             if self.device.type != "cuda":
-                self._rivals[name] = turns, 1
+                self._contestants[name] = turns, 1
                 continue
             once = min(self._burst(name, turns, 1) for _ in range(2))
             count = max(1, min(MOST_CALLS, int(BURST_SECONDS / once)))
-            self._rivals[name] = turns, count
+            self._contestants[name] = turns, count
             self._burst(name, turns, count)
 
     def one_round(self) -> dict[str, float]:
-        """Return seconds of a call of each rival; the order rotates from round to round."""
-        names = list(self._rivals)
-        taken = {name: self._burst(name, *self._rivals[name]) for name in names}
-        # The first becomes the last, so that no rival always follows the same one.
-        self._rivals[names[0]] = self._rivals.pop(names[0])
+        """Return seconds of a call of each contestant; the order rotates from round to round."""
+        names = list(self._contestants)
+        taken = {name: self._burst(name, *self._contestants[name]) for name in names}
+        # The first becomes the last, so that no contestant always follows the same one.
+        self._contestants[names[0]] = self._contestants.pop(names[0])
         return taken
 
-    def interleaved(self, rivals: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, list[float]]:
+    def interleaved(self, contestants: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, list[float]]:
         """Warm up, and return the samples of all rounds."""
-        self.warm_up(rivals)
+        self.warm_up(contestants)
         rounds = [self.one_round() for _ in range(self.rounds)]
-        return {name: [taken[name] for taken in rounds] for name in rivals}
+        return {name: [taken[name] for taken in rounds] for name in contestants}
 
     def _burst(self, name: str, turns: Iterator[Callable[[], Any]], count: int) -> float:
         if self.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Times of encoder and decoder beside their rivals (contestants.py), in turns, after a check of every result.
+"""Times of encoder and decoder, of every contestant (contestants.py) in turns, after a check of every result.
 
 python -m pytest bench/timing/test_networks.py --results FILE [--dry] [--without NAME] [-k encoder]
 """

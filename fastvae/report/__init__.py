@@ -1,9 +1,9 @@
 """Measurements on a user's machine: speed, accuracy and the state of the installation.
 
 machine         the machine and the versions
-timing          seconds of a call, rivals in turns
+timing          seconds of a call, contestants in turns
 correctness     the derived tolerance, checked before every time
-rivals          the contestants of a benchmark
+contestants     models of a benchmark, or why one is missing
 benchmark       `fastvae bench`
 compare_stages  an autoencoder stage by stage
 compare         `fastvae compare`: error of each stage

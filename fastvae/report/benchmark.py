@@ -1,4 +1,4 @@
-"""``fastvae bench``: times of rivals on the same weights and inputs, each after a check of its result."""
+"""``fastvae bench``: times of contestants on the same weights and inputs, each after a check of its result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from torch import Tensor
 
 from fastvae.fast.explain import explain
 from fastvae.latents.scaling import pixel_multiple
-from fastvae.report import rivals
+from fastvae.report.contestants import (
+    COMPILED,
+    DIFFUSERS,
+    FASTVAE,
+    PLAIN,
+    TASKS,
+    Contestant,
+    contestants_for,
+    encoding,
+    first_line,
+    images,
+    open_fp32,
+)
 from fastvae.report.correctness import Truth, truth_of
 from fastvae.report.machine import machine, versions
-from fastvae.report.rivals import COMPILED, DIFFUSERS, FASTVAE, PLAIN, TASKS, Contestant, first_line
 from fastvae.report.timing import interleaved, median, median_interval, synchronised
 from fastvae.system.devices import DTYPES, default_dtype, resolve_device, total_memory
 from fastvae.system.terminal import format_bytes
@@ -68,13 +79,13 @@ def benchmark(
     """
     place = resolve_device(device)
     dtype = dtype or default_dtype(place)
-    model, weights = rivals.open_fp32(vae, subfolder, revision)
+    model, weights = open_fp32(vae, subfolder, revision)
     cases = list(itertools.product(tasks, sizes, batches))
     for _, size, batch in cases:
         _check(model, size, batch, DTYPES[dtype], place)
     plain = model.to(device=place, dtype=DTYPES[dtype])
     say(f"bench   {vae}  {place}  {dtype}  " + ", ".join(_name(*case) for case in cases))
-    contestants = rivals.contestants_for(plain, compiled=compiled)
+    contestants = contestants_for(plain, compiled=compiled)
     ours = next(one.model for one in contestants if one.name == FASTVAE)
     measured = [_measured(plain, contestants, case, seconds / len(cases), say) for case in cases]
     return {
@@ -138,9 +149,9 @@ def _measured(
     plain: Any, contestants: list[Contestant], case: tuple[str, int, int], budget: float, say: Say
 ) -> dict[str, Any]:
     task, size, batch = case
-    x = rivals.images(plain, size, batch)
+    x = images(plain, size, batch)
     if task == "decode":
-        x = rivals.encoding(plain)(x).chunk(2, dim=1)[0].contiguous()
+        x = encoding(plain)(x).chunk(2, dim=1)[0].contiguous()
     say(f"check   {_name(*case)}: against float64")
     truth = truth_of(plain, task, x)
     rows = [Row(one.name, reason=one.reason) for one in contestants]

@@ -20,7 +20,8 @@ from fastvae.fast.fast_path import FastPath
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import pixels_from_images
 from fastvae.latents.scaling import pixel_multiple
-from fastvae.report import compare_stages, rivals
+from fastvae.report import compare_stages
+from fastvae.report.contestants import open_fp32
 from fastvae.report.correctness import tolerance
 from fastvae.report.number_format import number
 from fastvae.system.devices import DTYPES, default_dtype, resolve_device
@@ -155,7 +156,7 @@ def compare_files(
     machine. Raises the errors of ``compare`` and from_pretrained, and ValueError for a device that does not exist.
     """
     place = resolve_device(device)
-    model, weights = rivals.open_fp32(vae, subfolder, revision)
+    model, weights = open_fp32(vae, subfolder, revision)
     model = model.to(device=place, dtype=DTYPES[dtype or default_dtype(place)])
     return f"{vae} (weights: {weights})", compare(model, list(images))
 

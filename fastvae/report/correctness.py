@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.report.rivals import decoding, encoding
+from fastvae.report.contestants import decoding, encoding
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Seconds of one call as in a user's loop, rivals in turns, and the interval of their median."""
+"""Seconds of one call as in a user's loop, contestants in turns, and the interval of their median."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def burst(call: Callable[[], Any], count: int, device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device, budget: float) -> dict[str, list[float]]:
-    """Return seconds of a call of each rival, one sample a round: A B, B A, A B, for ``budget`` seconds.
+    """Return seconds of a call of each contestant, one sample a round: A B, B A, A B, for ``budget`` seconds.
 
-    Call every rival once before, so that nothing is compiled here. The rounds are at least FEWEST_ROUNDS, which an
+    Call every contestant once before, so that nothing is compiled here. The rounds are at least FEWEST_ROUNDS, which an
     interval needs, and at most MOST_ROUNDS.
     """
     counts = {}
@@ -49,7 +49,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device, bu
             break
         for name in order:
             samples[name].append(burst(calls[name], counts[name], device))
-        # The first becomes the last, so that no rival always follows the same one.
+        # The first becomes the last, so that no contestant always follows the same one.
         order.append(order.pop(0))
     return samples
 

@@ -14,9 +14,9 @@ from fastvae_kernels.shared.runtime import HAS_TRITON, INTERPRETED, triton
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import accelerate
 from fastvae.report.benchmark import explained
+from fastvae.report.contestants import encoding, first_line, images, open_fp32
 from fastvae.report.correctness import truth_of
 from fastvae.report.findings import BAD, NOTE, OK, Finding
-from fastvae.report.rivals import encoding, first_line, images, open_fp32
 from fastvae.report.timing import synchronised
 from fastvae.system.devices import DTYPES, default_dtype
 

@@ -3,7 +3,7 @@
 photographs  crops by (seed, step)
 losses       reconstruction, edges and KL
 loop         the step and the loop: EMA, schedule, checkpoints, resume
-evaluation   baselines for a comparison of reconstructions
+baselines    baselines for a comparison of reconstructions
 """
 
 from fastvae.training.loop import Phase, TrainingPlan, train, training_step

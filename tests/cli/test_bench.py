@@ -9,7 +9,7 @@ from support.small_store import small_vae
 
 from fastvae.cli.main import cli
 from fastvae.report import benchmark as module
-from fastvae.report import rivals as contestants
+from fastvae.report import contestants
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from support.small_store import small_vae
 
 from fastvae.checkpoints import PRESETS, Preset
 from fastvae.report import benchmark as module
-from fastvae.report import rivals
+from fastvae.report import contestants
 from fastvae.report.benchmark import benchmark, is_right
 from fastvae.report.correctness import Truth, truth_of
 from fastvae.system.strict_json import strict_json
@@ -65,7 +65,7 @@ def test_without_diffusers_the_plain_model_is_the_baseline(small_model, monkeypa
 
 def test_a_diffusers_that_lacks_the_class_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", types.ModuleType("diffusers"))
-    twin, reason = rivals.diffusers_twin(small_vae())
+    twin, reason = contestants.diffusers_twin(small_vae())
     assert twin is None
     assert reason == "diffusers' AutoencoderKL cannot be loaded: module 'diffusers' has no attribute 'AutoencoderKL'"
 
@@ -92,7 +92,7 @@ def accelerated_into(change):
     ids=["one per cent off", "not finite", "another shape", "an error of torch's"],
 )
 def test_a_wrong_result_has_no_time(change, words, small_model, monkeypatch):
-    monkeypatch.setattr(rivals, "accelerate", accelerated_into(change))
+    monkeypatch.setattr(contestants, "accelerate", accelerated_into(change))
     monkeypatch.setattr(module, "explained", lambda *arguments: [])
     result = small(small_model, tasks=("encode",))
     row = rows(result)["fastvae"]
@@ -104,11 +104,11 @@ def test_a_wrong_result_has_no_time(change, words, small_model, monkeypatch):
 
 def test_a_row_that_is_wrong_only_at_the_end_of_a_batch_is_seen():
     plain: Any = small_vae().eval()
-    x = rivals.images(plain, 16, 3)
+    x = contestants.images(plain, 16, 3)
     assert not torch.equal(x[0], x[2])
     with torch.no_grad():
         truth = truth_of(plain, "encode", x)
-        y = rivals.encoding(plain)(x)
+        y = contestants.encoding(plain)(x)
     assert truth.judge(y)[2] is None
     y[2] += 1
     assert truth.judge(y)[2] is not None
@@ -118,10 +118,10 @@ def test_where_plain_torch_overflows_the_tolerance_is_bfloat16s():
     plain: Any = small_vae().eval()
     with torch.no_grad():
         plain.encoder.conv_in.weight.mul_(1e5)
-        wide = truth_of(plain.to(torch.bfloat16), "encode", rivals.images(plain, 16, 1))
-        x = rivals.images(plain.to(torch.float16), 16, 1)
+        wide = truth_of(plain.to(torch.bfloat16), "encode", contestants.images(plain, 16, 1))
+        x = contestants.images(plain.to(torch.float16), 16, 1)
         half = truth_of(plain, "encode", x)
-        assert half.judge(rivals.encoding(plain)(x))[2] == (
+        assert half.judge(contestants.encoding(plain)(x))[2] == (
             "wrong: its result in torch.float16 is not finite, so no time is given"
         )
     assert 0 < half.allowed < 100 * wide.allowed
@@ -138,9 +138,9 @@ def test_a_single_wrong_value_is_seen_and_so_is_a_small_error_everywhere():
 
 def test_the_tolerance_is_that_of_the_tests():
     plain: Any = small_vae().eval()
-    x = rivals.images(plain, 16, 1)
+    x = contestants.images(plain, 16, 1)
     with torch.no_grad():
-        truth, run = truth_of(plain, "encode", x), rivals.encoding(plain)
+        truth, run = truth_of(plain, "encode", x), contestants.encoding(plain)
         errors = [run(x.contiguous(memory_format=form)).double() - truth.values for form in LAYOUTS]
     eps, error = torch.finfo(torch.float32).eps, max(float(error.abs().max()) for error in errors)
     assert truth.allowed == pytest.approx(2 * error + eps * float(truth.values.abs().max()))
@@ -157,9 +157,9 @@ def test_the_built_in_model_in_fp32_has_a_time():
 
 def test_infinite_weights_accept_no_result():
     plain: Any = small_vae().eval()
-    x = rivals.images(plain, 16, 1)
+    x = contestants.images(plain, 16, 1)
     with torch.no_grad():
-        right = rivals.encoding(plain)(x)
+        right = contestants.encoding(plain)(x)
         plain.encoder.conv_in.weight.fill_(float("inf"))
         assert truth_of(plain, "encode", x).judge(right)[2] is not None
 
@@ -202,8 +202,8 @@ def test_peak_memory_is_what_a_call_needs_on_top(monkeypatch):
 def test_a_preset_has_random_weights_alike_every_time(monkeypatch):
     config = dict(small_vae().config)
     monkeypatch.setitem(PRESETS, "small", Preset("small", "AutoencoderKL", "none", config, "here"))
-    one, weights = rivals.open_fp32("small", None, None)
-    two, _ = rivals.open_fp32("small", None, None)
+    one, weights = contestants.open_fp32("small", None, None)
+    two, _ = contestants.open_fp32("small", None, None)
     assert weights.startswith("random")
     assert torch.equal(one.encoder.conv_in.weight, two.encoder.conv_in.weight)
 

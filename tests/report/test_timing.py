@@ -1,4 +1,4 @@
-"""Turns of rivals, and the interval of a median by the binomial distribution."""
+"""Turns of contestants, and the interval of a median by the binomial distribution."""
 
 import itertools
 import math
@@ -41,20 +41,20 @@ def watched(monkeypatch):
     return calls, {name: lambda name=name, s=s: (calls.append(name), take(s)) for name, s in (("a", 3), ("b", 5))}
 
 
-def test_rivals_take_turns_and_none_is_always_first(watched):
-    calls, rivals = watched
-    samples = interleaved(rivals, torch.device("cpu"), budget=0)
+def test_contestants_take_turns_and_none_is_always_first(watched):
+    calls, contestants = watched
+    samples = interleaved(contestants, torch.device("cpu"), budget=0)
     assert {name: len(taken) for name, taken in samples.items()} == {"a": FEWEST_ROUNDS, "b": FEWEST_ROUNDS}
     assert (set(samples["a"]), set(samples["b"])) == ({3.0}, {5.0})
     assert "".join(calls) == "ab" + "abba" * (FEWEST_ROUNDS // 2)
 
 
 def test_rounds_end_with_the_budget_and_have_a_maximum(watched):
-    _, rivals = watched
-    few = interleaved(rivals, torch.device("cpu"), budget=100)
+    _, contestants = watched
+    few = interleaved(contestants, torch.device("cpu"), budget=100)
     # A round takes 8 seconds, and each reading of the clock takes one.
     assert FEWEST_ROUNDS < len(few["a"]) < 100 / 8
-    assert len(interleaved(rivals, torch.device("cpu"), budget=1e9)["b"]) == MOST_ROUNDS
+    assert len(interleaved(contestants, torch.device("cpu"), budget=1e9)["b"]) == MOST_ROUNDS
 
 
 def test_on_a_gpu_short_calls_come_in_bursts(monkeypatch):

@@ -13,7 +13,7 @@ from PIL import Image
 import fastvae
 from fastvae.metrics import psnr
 from fastvae.training import CropSource, Phase, TrainingPlan, edge_loss, train, vae_loss
-from fastvae.training.evaluation import LinearBaseline, square, thumbnail_baseline
+from fastvae.training.baselines import LinearBaseline, square, thumbnail_baseline
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

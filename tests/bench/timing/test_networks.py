@@ -30,7 +30,7 @@ def test_a_wrong_result_has_a_reason_and_no_call(line):
 
 def test_an_error_is_red_and_a_choice_is_not(line):
     def missing(job):
-        raise ModuleNotFoundError("No module named 'rival'")
+        raise ModuleNotFoundError("No module named 'absent'")
 
     def left_out(job):
         raise LeftOut("takes part on a CPU")
@@ -38,5 +38,5 @@ def test_an_error_is_red_and_a_choice_is_not(line):
     line.admit("missing", missing)
     line.admit("left out", left_out)
     assert line.rows["left out"] == {"left_out": "takes part on a CPU"}
-    assert networks.failures({"contestants": line.rows}) == ["missing: ModuleNotFoundError: No module named 'rival'"]
+    assert networks.failures({"contestants": line.rows}) == ["missing: ModuleNotFoundError: No module named 'absent'"]
     assert line.calls.keys() == {EAGER[0]}

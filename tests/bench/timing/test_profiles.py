@@ -138,7 +138,7 @@ def test_small_groups_are_shown_with_the_others_and_nothing_is_lost():
 def test_the_table_of_a_profile(tmp_path):
     origin = {
         "dry": False, "device": "A GPU", "driver": "1", "commit": "0123456789abcdef", "date": "2030-01-02",
-        "versions": {"torch": "9.9"}, "profiles": {"one": ENTRY},
+        "kernel_sources": "abc", "versions": {"torch": "9.9"}, "profiles": {"one": ENTRY},
     }  # fmt: skip
     (tmp_path / "results.json").write_text(json.dumps(origin))
     text = tables.with_results("<!-- results: results.json profile -->\n<!-- end -->\n", tmp_path)
@@ -173,13 +173,13 @@ def test_the_bars_of_a_profile_are_as_long_as_its_times():
 
 def test_the_bars_of_medians_and_their_whiskers():
     row = {"median_seconds": 0.2, "interval": [0.1, 0.4]}
-    rows = {"a <rival>": row, "fastvae": {"median_seconds": 0.1, "interval": None}, "nobody": {"left_out": "no"}}
+    rows = {"a <contestant>": row, "fastvae": {"median_seconds": 0.1, "interval": None}, "nobody": {"left_out": "no"}}
     case = {"part": "encoder", "preset": "sd15", "side": 256, "batch": 1, "dtype": "float32", "compiled": False}
     svg = pictures.medians([case | {"contestants": rows}])
     drawn = widths(svg)
-    assert drawn["a <rival>: 200 ms"] == pytest.approx(2 * drawn["fastvae: 100 ms"], abs=0.1)
+    assert drawn["a <contestant>: 200 ms"] == pytest.approx(2 * drawn["fastvae: 100 ms"], abs=0.1)
     assert "nobody" not in svg
     ends = [float(x) for x in re.findall(r'<line x1="([\d.]+)" x2="\1"', svg)]
     assert len(ends) == 2, "one interval: fastvae has none"
-    assert ends[1] - pictures.LABELS == pytest.approx(2 * drawn["a <rival>: 200 ms"], abs=0.2)
+    assert ends[1] - pictures.LABELS == pytest.approx(2 * drawn["a <contestant>: 200 ms"], abs=0.2)
     assert svg == pictures.medians([case | {"contestants": rows}]), "the same figures, the same bytes"

@@ -7,7 +7,7 @@ from bench.timing import stopwatch
 
 
 def test_the_stopwatch_on_a_gpu(monkeypatch):
-    """Arithmetic with a device that takes 3 ms for a call of one rival and 0.1 ms for the other's."""
+    """Arithmetic with a device that takes 3 ms for a call of one contestant and 0.1 ms for the other's."""
     seconds = [0.0]
 
     class Event:

@@ -1,4 +1,4 @@
-"""Failure modes 1 to 11: bad images in a run. The rules are tested in test_images.py, by the same numbers."""
+"""Failure modes 1 to 11: bad images in a run. The rules are tested in tests/data/images, by the same numbers."""
 
 import subprocess
 import sys

@@ -147,7 +147,7 @@ def shards(out):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, alone, forks):
     """(output, [(exit code, report), ...]) of two processes, and of two of which the first is killed."""
-    root, script = tmp_path_factory.mktemp("shared"), Path(__file__).parents[1] / "failures" / "shared_run.py"
+    root, script = tmp_path_factory.mktemp("shared"), Path(__file__).parent / "shared_run.py"
     done = forks.run(script, alone[0], root / "both", "0,0", root / "killed", "1,0")
     assert done.returncode == 0, done.stderr
     return list(zip((root / "both", root / "killed"), map(json.loads, done.stdout.splitlines()), strict=True))

@@ -73,7 +73,7 @@ def test_row_16_a_killed_run_is_finished_by_the_next(tmp_path, forks):
     write_pictures(tmp_path / "in", 5)
     encode(tmp_path / "in", tmp_path / "whole", vae=small_vae(), **OPTIONS)
     expected = read(tmp_path / "whole")
-    script = Path(__file__).parents[1] / "failures" / "killed_runs.py"
+    script = Path(__file__).parent / "killed_runs.py"
     done = forks.run(script, tmp_path / "in", tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     points = [line.split("\t") for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""Contestants of a benchmark: a model of fastvae and rivals with the same weights, or the reason why one is missing."""
+"""Contestants of a benchmark: fastvae's model and others with the same weights, or the reason why one is missing."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def contestants_for(plain: Any, *, compiled: bool) -> list[Contestant]:
     """
     ours = Contestant(FASTVAE, accelerate(copy.deepcopy(plain)))
     stock, reason = diffusers_twin(plain)
-    rivals = [ours, Contestant(DIFFUSERS, stock, reason)]
+    contestants = [ours, Contestant(DIFFUSERS, stock, reason)]
     if stock is None:
-        rivals.append(Contestant(PLAIN, plain))
+        contestants.append(Contestant(PLAIN, plain))
     if compiled:
-        rivals.append(Contestant(COMPILED, copy.deepcopy(plain if stock is None else stock), compiled=True))
-    return rivals
+        contestants.append(Contestant(COMPILED, copy.deepcopy(plain if stock is None else stock), compiled=True))
+    return contestants
 
 
 def diffusers_twin(plain: Any) -> tuple[Any | None, str | None]:
