@@ -25,6 +25,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 from support.cpu_limit import pytest_runtest_call  # noqa: F401  (a hook: pytest finds it here)
+from support.forks import forks as forks  # a fixture: one server for all folders
 
 
 def _correct_the_interpreter():

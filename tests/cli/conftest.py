@@ -1,7 +1,6 @@
 """Fixtures: a CPU as users have it, with torch's layers and without Triton's interpreter, which is slow."""
 
 import pytest
-from support.forks import forks as forks  # the fixture
 from support.small_store import small_vae, write_pictures
 
 

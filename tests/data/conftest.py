@@ -5,7 +5,6 @@ import subprocess
 
 import pytest
 from fastvae_kernels import posterior
-from support.forks import forks as forks  # the fixture
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,6 @@
 """Compiled variants: a new size of image compiles nothing, or one variant more where Triton sees divisibility."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,20 +17,16 @@ ATTENTION = {
 }
 
 
-def counted(*cases):
+def counted(forks, *cases):
     """Return {case: {variant: count}} from one process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    folders = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    command = [sys.executable, str(ROOT / "tests" / "support" / "compiled_variants.py"), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = forks.run(ROOT / "tests" / "support" / "compiled_variants.py", *cases)
     assert done.returncode == 0, done.stderr
     return {case: {tuple(variant): n for variant, n in found} for case, found in json.loads(done.stdout).items()}
 
 
 @pytest.fixture(scope="module")
-def found():
-    return counted("passes", "posterior", "attention:512:bfloat16")
+def found(forks):
+    return counted(forks, "passes", "posterior", "attention:512:bfloat16")
 
 
 def test_thirty_sizes_compile_one_variant_of_each_pass(found):
@@ -55,8 +48,8 @@ def test_thirty_lengths_compile_at_most_two_variants(found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["attention:512:float32", "attention:48:bfloat16"])
-def test_thirty_lengths_compile_at_most_two_variants_elsewhere(case):
-    _attention_has_two(counted(case)[case])
+def test_thirty_lengths_compile_at_most_two_variants_elsewhere(case, forks):
+    _attention_has_two(counted(forks, case)[case])
 
 
 def _attention_has_two(found):
