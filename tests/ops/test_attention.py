@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "dtype", "form"), thinned(CASES, DTYPES, FORMS, keep=2))
+@pytest.mark.parametrize(("case", "dtype", "form"), thinned(CASES, DTYPES, FORMS))
 def test_forward_against_float64(case, dtype, form):
     shape, spread = CASES[case]
     query, key, value = attention_inputs(*shape, dtype, spread)
@@ -193,7 +193,7 @@ def test_opcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "reference"])
 def test_opcheck_of_permuted_inputs(dtype):
     """Tokens of an NCHW image: outputs and gradients are contiguous, as the fakes say."""
-    query, key, value, grad = (x.mT for x in attention_inputs(2, 16, 9, dtype, count=4))
+    query, key, value, grad = (x.mT for x in attention_inputs(1, 16, 9, dtype, count=4))
     out, lse = spatial_attention(query, key, value, 0.5)
     torch.library.opcheck(spatial_attention, (query, key, value, 0.5))
     torch.library.opcheck(spatial_attention_backward, (grad, query, key, value, out, lse, 0.5))

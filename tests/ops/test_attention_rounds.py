@@ -66,14 +66,21 @@ def test_a_batch_of_eight_is_three_launches_and_memory_is_linear():
         assert len(rounds) == 3 * length // 4096
 
 
-@pytest.mark.parametrize("images", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_the_split_into_rounds_and_chunks_changes_no_bit(images, monkeypatch):
-    """Alone and in rounds of 1 to all but one image, the last one smaller; chunks hold whole tiles, as 4096 does."""
+@pytest.mark.parametrize(
+    ("images", "rounds"),
+    [
+        pytest.param(3, (2,), id="3, two and one"),
+        *(pytest.param(images, range(1, images), id=str(images), marks=pytest.mark.slow) for images in (3, 5)),
+    ],
+)
+def test_the_split_into_rounds_and_chunks_changes_no_bit(images, rounds, monkeypatch):
+    """In rounds of 1 to all but one image, the last one smaller; chunks hold whole tiles, as 4096 does."""
     query, key, value, grad = attention_inputs(images, 150, 48, torch.float16, count=4)
     whole = spatial_attention(query, key, value, 0.2)
     grads = spatial_attention_backward(grad, query, key, value, *whole, 0.2)
     shared = spatial_attention_backward(grad, query, key, None, *whole, 0.2)
-    for rows in (1, *(150 * count for count in range(2, images))):
+    for count in rounds:
+        rows = 150 * count if count > 1 else 1
         monkeypatch.setattr(attention_tiles, "WORKSPACE", rows * 256 * 2)
         for left, right in zip(spatial_attention(query, key, value, 0.2), whole, strict=True):
             assert torch.equal(left, right)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter'
 
 # (images, S, d), and the rows of scores that the workspace holds; chunks are of 128 queries
 CASES = {
-    "whole tiles": ((1, 256, 512), 1024),
+    "whole tiles": ((1, 256, 256), 1024),
     "ragged, channels that fill no power of two": ((2, 101, 80), 1024),
     "ragged: every image and chunk a round of its own": ((2, 150, 264), 1),
     "ragged: two images a round, the third alone": ((3, 150, 320), 256),
