@@ -54,6 +54,8 @@ ONE_BLOCK = {
     "up_block_types": ("UpDecoderBlock2D",),
     "block_out_channels": (8,),
 }
+# ONE_BLOCK and a middle without attention, for what does not depend on the layers.
+FEWEST = {**ONE_BLOCK, "mid_block_add_attention": False}
 LIBRARIES = {"fastvae": fastvae, "diffusers": diffusers}
 
 
@@ -72,6 +74,13 @@ def smallest_model(library: str = "fastvae", seed: int = 0, **config) -> nn.Modu
     """Return a frozen AutoencoderKL in eval mode with a block of every kind and a few thousand random weights."""
     torch.manual_seed(seed)
     return LIBRARIES[library].AutoencoderKL(**{**SMALLEST, **config}).eval().requires_grad_(False)
+
+
+def without_middles(vae: nn.Module, *parts: str) -> nn.Module:
+    """Remove the middle blocks of these parts, by default of both; an accelerated part needs none."""
+    for part in parts or ("encoder", "decoder"):
+        getattr(vae, part).mid_block = None
+    return vae
 
 
 def pixels(vae: nn.Module, batch: int = 2, height: int = 20, width: int = 12) -> torch.Tensor:

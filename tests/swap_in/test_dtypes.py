@@ -54,19 +54,16 @@ WAYS = {
 }
 
 
-# Every form on diffusers' class; on ours one of each kind, the rest in the long run.
-OURS_OFTEN = ("to(dtype)", "to(memory_format=)", "half and float", "train")
+# Every form on diffusers' class; in the short run one of each kind on ours instead.
+ON_OURS = ("to(dtype)", "to(memory_format=)", "half and float", "train")
 
 
 @pytest.mark.parametrize(
     ("way", "library"),
-    [
-        *((way, "diffusers") for way in WAYS),
-        *(
-            (way, "fastvae") if way in OURS_OFTEN else pytest.param(way, "fastvae", marks=pytest.mark.slow)
-            for way in WAYS
-        ),
-    ],
+    short_run(
+        [(way, library) for library in ("diffusers", "fastvae") for way in WAYS],
+        [(way, "fastvae" if way in ON_OURS else "diffusers") for way in WAYS],
+    ),
 )
 def test_every_form_of_moving_and_recasting(way, library, monkeypatch):
     vae, stock = fast_and_stock(library)
@@ -84,7 +81,7 @@ def test_every_form_of_moving_and_recasting(way, library, monkeypatch):
     assert_same_bits(fastvae.restore(vae), stock, stock.dtype)
 
 
-@pytest.mark.parametrize("library", ["diffusers", "fastvae"])
+@pytest.mark.parametrize("library", short_run(["diffusers", "fastvae"], ["diffusers"]))
 def test_double_runs_the_modules(library, monkeypatch):
     vae, stock = fast_and_stock(library)
     walks = Walks(monkeypatch)

@@ -129,8 +129,8 @@ def walked(monkeypatch):
     return parts
 
 
-# Each kind of VAE, and each way in which a pipeline calls it.
-SHORT = ("image to image", "inpaint", "upscale", "SDXL", "SD3", "FLUX.2 with a picture to go by", "Marigold")
+# Each kind of VAE, and each way in which a pipeline calls it; below image to image and SDXL.
+SHORT = ("inpaint", "upscale", "SD3", "FLUX.2 with a picture to go by", "Marigold")
 
 
 @pytest.mark.usefixtures("users_cpu")
@@ -216,7 +216,9 @@ def test_a_decoder_that_takes_the_image_runs_as_a_module():
 
 
 @pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="a GPU is there, and the interpreter is not")
-@pytest.mark.parametrize("case", ["image to image"])
+@pytest.mark.parametrize(
+    "case", short_run(["image to image", "image to image, small picture"], ["image to image, small picture"])
+)
 def test_images_of_the_fused_kernels_are_those_of_stock(case):
     pipe = build(case)
     stock = copy.deepcopy(pipe.vae)

@@ -173,6 +173,7 @@ def denoising_gradient(net: nn.Module, latents: Tensor) -> Tensor:
     return torch.cat([weight.grad.flatten() for weight in net.parameters()])
 
 
+@pytest.mark.parametrize("passes", short_run(PASSES, PASSES[:1]), indirect=True)
 def test_a_step_of_text_to_image_training_gives_stocks_gradient():
     ours, stock, exact = models()
     net, gradients = unet(), []
@@ -276,15 +277,21 @@ def vae_step(vae: nn.Module, pixels: Tensor, distance: nn.Module) -> list[Tensor
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "passes"),
-    short_run([(checkpointing, name) for checkpointing in (False, True) for name in PASSES], [(True, "fused kernels")]),
+    ("checkpointing", "passes", "blocks"),
+    short_run(
+        [
+            (True, "fused kernels", 1),
+            *((checkpointing, name, 2) for checkpointing in (False, True) for name in PASSES),
+        ],
+        [(True, "fused kernels", 1)],
+    ),
     indirect=["passes"],
 )
-def test_a_step_of_vae_training_gives_stocks_gradients(checkpointing, passes):
+def test_a_step_of_vae_training_gives_stocks_gradients(checkpointing, passes, blocks):
     torch.manual_seed(5)
     distance = Features()
     gradients = []
-    trained = models()
+    trained = models(lambda: autoencoder(blocks))
     for vae in trained:
         vae.requires_grad_(True).train()
         if checkpointing:

@@ -235,6 +235,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         lambda: stable_diffusion("StableDiffusionImg2ImgPipeline"),
         lambda: FROM_PICTURE,
     ),
+    "image to image, small picture": (
+        lambda: stable_diffusion("StableDiffusionImg2ImgPipeline"),
+        lambda: FROM_PICTURE | {"image": picture(SIDE // 2)},
+    ),
     "inpaint": (
         lambda: stable_diffusion("StableDiffusionInpaintPipeline", unet=unet(9)),
         lambda: {"image": picture(), "mask_image": mask(), "strength": 1.0, **SQUARE},
