@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from fast.accelerated_state import moments, pixels, settings
-from fast.small_models import ONE_BLOCK
+from fast.small_models import FEWEST
 from fast.small_models import smallest_model as tiny
 from support.accuracy import assert_as_accurate
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +26,7 @@ TRACED = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("library", ["fastvae", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_each_part_is_compiled_at_its_first_call(library, compilations):
-    stock = tiny(library, **ONE_BLOCK)
+    stock = tiny(library, **FEWEST)
     vae = fastvae.accelerate(copy.deepcopy(stock), compile=True)
     keys = list(vae.state_dict())
     assert not compilations
@@ -64,7 +64,7 @@ def test_a_compiled_model_copies_pickles_and_restores(compilations):
 
 
 def test_a_compiled_model_sees_a_write_and_a_gradient(compilations):
-    vae, x = fastvae.accelerate(tiny(**ONE_BLOCK), compile=True), pixels()
+    vae, x = fastvae.accelerate(tiny(**FEWEST), compile=True), pixels()
     before = moments(vae, x)
     vae.encoder.conv_in.weight.data.mul_(2)
     assert not torch.allclose(moments(vae, x), before)
@@ -94,7 +94,7 @@ def test_refresh_compiles_anew(compilations):
 
 def test_a_compiled_model_is_freed_and_shares_no_code(compilations):
     """torch caches up to eight compiled variants with the code object of a function."""
-    models = [fastvae.accelerate(tiny(seed=seed, **ONE_BLOCK), compile=True) for seed in range(2)]
+    models = [fastvae.accelerate(tiny(seed=seed, **FEWEST), compile=True) for seed in range(2)]
     for vae in models:
         moments(vae, pixels())
     assert compilations[0].__code__ is not compilations[1].__code__

@@ -14,9 +14,10 @@ from fastvae.fast.cuda_graphs import NoGraph
 
 
 def tiny(attention=False, **settings):
-    """Return an accelerated model with graphs; without attention its encoder has one residual block."""
+    """Return an accelerated model with graphs; only an encoder with attention has residual blocks in the middle."""
     torch.manual_seed(0)
     vae = fastvae.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, mid_block_add_attention=attention)
+    vae.decoder.mid_block = None
     if not attention:
         vae.encoder.mid_block = None
     return fastvae.accelerate(vae.eval().requires_grad_(False), graphs=True, **settings)

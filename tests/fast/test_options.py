@@ -10,6 +10,7 @@ import torch
 from fast.accelerated_state import moments, pixels, settings
 from fast.small_models import LIBRARIES
 from fast.small_models import smallest_model as tiny
+from support.short_run import short_run
 
 import fastvae
 from fastvae.fast import copying
@@ -141,7 +142,9 @@ def test_ten_threads_accelerate_restore_and_encode(monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"freeze": True}, {"deterministic": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    short_run(
+        [{}, {"freeze": True}, {"deterministic": True}, {"compile": True}], [{"freeze": True}, {"deterministic": True}]
+    ),
     ids=str,
 )
 def test_ten_threads_encode_at_once_with_equal_results(options, compilations):

@@ -12,7 +12,7 @@ from fast.fallback_cases import (
     replaced_forward,
     tiny,
 )
-from fast.small_models import LIBRARIES
+from fast.small_models import LIBRARIES, ONE_BLOCK
 from support.listening_hooks import Listening, Registered
 from support.short_run import short_run
 
@@ -54,7 +54,7 @@ def take_off(kind, module):
 @pytest.mark.parametrize("kind", ["accelerate", "diffusers"])
 def test_a_hook_that_comes_later_and_goes(kind):
     """It wraps the fast path, is called, and keeps it when removed; restored below it, the model is stock."""
-    vae, x, calls = tiny("diffusers"), an_input("encoder"), []
+    vae, x, calls = tiny("diffusers", **ONE_BLOCK), an_input("encoder"), []
     before = vae.encoder(x)
     fastvae.accelerate(vae)
     put_on(kind, vae.encoder, calls)

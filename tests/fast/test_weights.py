@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from fast.small_models import LIBRARIES
+from fast.small_models import LIBRARIES, ONE_BLOCK
 from fast.small_models import smallest_model as tiny
 from safetensors.torch import load_file, save_file
 from support.accuracy import assert_as_accurate
@@ -103,7 +103,7 @@ WRITES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", short_run(WRITES, ["through data", "data exchanged", "assigned"]))
+@pytest.mark.parametrize("name", short_run(WRITES, ["through data", "assigned"]))
 def test_a_write_is_seen_by_the_next_call(name):
     vae, other = fastvae.accelerate(tiny("diffusers")), tiny("diffusers", seed=1)
     before = vae.encoder(pixels())
@@ -133,7 +133,8 @@ LIBRARY_AND_FREEZE = short_run(
 @pytest.mark.parametrize(("library", "freeze"), LIBRARY_AND_FREEZE)
 def test_recast_and_back(library, freeze):
     """SDXL's pipelines recast within one call; frozen weights are packed for each dtype."""
-    vae, plain = fastvae.accelerate(tiny(library).half(), freeze=freeze), tiny(library).half()
+    vae, plain = (tiny(library, **ONE_BLOCK).half() for _ in range(2))
+    fastvae.accelerate(vae, freeze=freeze)
     for dtype in (torch.float16, torch.float32, torch.float16):
         vae.to(dtype)
         assert_computes(vae, plain, dtype)
@@ -141,7 +142,7 @@ def test_recast_and_back(library, freeze):
 
 def test_a_model_that_was_away_and_came_back():
     """Nothing of the weights is kept on the meta device; weights loaded later are used."""
-    vae, other = fastvae.accelerate(tiny()), tiny(seed=1)
+    vae, other = fastvae.accelerate(tiny(**ONE_BLOCK)), tiny(seed=1, **ONE_BLOCK)
     vae.encoder(pixels())
     vae.to("meta")
     assert set(fastvae.explain(vae).reasons.values()) == {Reason.META}
@@ -150,7 +151,7 @@ def test_a_model_that_was_away_and_came_back():
 
 
 def test_weights_packed_in_inference_mode_serve_outside_it():
-    vae = fastvae.accelerate(tiny(), freeze=True)
+    vae = fastvae.accelerate(tiny(**ONE_BLOCK), freeze=True)
     with torch.inference_mode():
         inside = vae.encoder(pixels())
     assert torch.equal(vae.encoder(pixels()), inside)
@@ -223,7 +224,7 @@ def through_torch_save(vae):
     ("library", "copied"),
     short_run(
         [(library, copied) for library in LIBRARIES for copied in (through_pickle, through_torch_save)],
-        [("diffusers", through_pickle), ("fastvae", through_torch_save)],
+        [("diffusers", through_pickle)],
     ),
 )
 def test_a_pickled_copy_comes_back_stock(library, copied):
@@ -240,7 +241,7 @@ def test_a_pickled_copy_comes_back_stock(library, copied):
 
 @pytest.mark.parametrize("freeze", short_run([False, True], [True]))
 def test_a_deep_copy_is_fast_and_independent(freeze):
-    vae, other = fastvae.accelerate(tiny(), freeze=freeze), tiny(seed=1)
+    vae, other = fastvae.accelerate(tiny(**ONE_BLOCK), freeze=freeze), tiny(seed=1, **ONE_BLOCK)
     fast = vae.encoder(pixels())
     twin = copy.deepcopy(vae)
     loaded(twin, other)
@@ -265,7 +266,7 @@ def test_a_shared_weight_and_one_without_bias_are_taken():
 
 def test_weights_that_cannot_take_the_shared_form_are_safe_without_a_refresh():
     """W_q^T W_k leaves fp16's range although W_q and W_k do not: unfrozen weights never take the shared form."""
-    vae, x = fastvae.accelerate(tiny().half()), pixels().half()
+    vae, x = fastvae.accelerate(tiny(**ONE_BLOCK).half()), pixels().half()
     vae.encoder(x)
     attention = vae.encoder.mid_block.attentions[0]
     for projection in (attention.to_q, attention.to_k):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fast.accelerated_state import moments, pixels, settings
-from fast.small_models import LIBRARIES
+from fast.small_models import FEWEST, LIBRARIES
 from fast.small_models import smallest_model as tiny
 from support.accuracy import assert_as_accurate
 from support.short_run import short_run
@@ -41,7 +41,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_model_inside_a_wrapper_is_meant(name):
-    vae, x = tiny("diffusers"), pixels()
+    vae, x = tiny("diffusers", **FEWEST), pixels()
     wrapped = WRAPPERS[name](vae)
     assert fastvae.accelerate(wrapped, "exact") is wrapped
     assert settings(vae) == ("exact", False, False)
@@ -49,20 +49,21 @@ def test_the_model_inside_a_wrapper_is_meant(name):
     assert set(fastvae.explain(wrapped).reasons.values()) == {Reason.EXACT}
     assert "_fastvae" not in vars(wrapped)
     if name in ("torch.compile", "DataParallel"):
-        assert torch.equal(wrapped(x).sample, tiny("diffusers")(x).sample)
+        assert torch.equal(wrapped(x).sample, tiny("diffusers", **FEWEST)(x).sample)
     fastvae.restore(SimpleNamespace(vae=wrapped))
     assert settings(vae) is None
 
 
 def test_a_compiled_encoder_is_accelerated_inside():
-    vae, x = tiny("diffusers"), pixels()
+    vae, x = tiny("diffusers", **FEWEST), pixels()
     inner = vae.encoder
     vae.encoder = torch.compile(vae.encoder, backend="eager")
     fastvae.accelerate(vae)
     assert "_fastvae" in vars(inner)
     assert set(fastvae.explain(vae).reasons.values()) == {Reason.CPU}
-    truth = moments(tiny("diffusers").double(), x.double())
-    assert_as_accurate(moments(vae, x), moments(tiny("diffusers"), x), truth)
+    stock = tiny("diffusers", **FEWEST)
+    plain, truth = moments(stock, x), moments(stock.double(), x.double())
+    assert_as_accurate(moments(vae, x), plain, truth)
 
 
 def through_copy(part):
