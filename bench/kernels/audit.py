@@ -1,8 +1,8 @@
 """The compile audit: every kernel at every shipped tile, compiled ahead of time for every target, without a GPU.
 
 It runs under the oldest Triton that the package takes and under the newest, each in its own processes
-(bench/kernels/launches.py). bench/results/audit.csv has a row for each compilation, kernels/AUDIT.md the summary. A
-version other than the environment's is in build/triton-VERSION, where `make audit` installs it.
+(bench/kernels/launches.py). bench/results/audit.csv has a row for each kernel, case and target, kernels/AUDIT.md the
+summary. A version other than the environment's is in build/triton-VERSION, where `make audit` installs it.
 
     python -m bench.kernels.audit                      compiles all and writes both files (make audit)
     python -m bench.kernels.audit --only residual --target sm_90 --triton 3.6.0 --print
@@ -52,7 +52,7 @@ def compile_under(version: str, only: str, targets: list[str], jobs: int) -> lis
 
 
 def merge(rows: list[dict[str, str]], versions: tuple[str, ...]) -> list[dict[str, str]]:
-    """Return one row for each compilation, sorted; "a / b" where the versions of Triton differ.
+    """Return one row for each kernel, case and target, sorted; "a / b" where the versions of Triton differ.
 
     Raises ValueError when a compilation lacks a version or has one twice.
     """
@@ -83,7 +83,7 @@ def read_rows(path: Path = ROWS) -> list[dict[str, str]]:
 
 
 def write_rows(rows: list[dict[str, str]], versions: tuple[str, ...], path: Path = ROWS) -> None:
-    """Write the rows of these versions as CSV, one line for each compilation."""
+    """Write the rows of these versions as CSV, one line for each kernel, case and target."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["triton", *COLUMNS], lineterminator="\n")
         writer.writeheader()
@@ -118,14 +118,19 @@ def summarize(rows: list[dict[str, str]], sources: str) -> str:
         "# Compile audit",
         "",
         "Written by `make audit`: every kernel at every shipped tile, compiled ahead of time as its launcher launches",
-        "it. Nothing was run. `bench/results/audit.csv` has a row for each compilation. The hash covers the code of",
-        "the kernels and the tile tables, without comments and docstrings.",
+        "it. Nothing was run. `bench/results/audit.csv` has a row for each kernel, case and target; a cell is `a / b`",
+        "where the two versions of Triton differ. The hash covers the code of the kernels and the tile tables, without",
+        "comments and docstrings.",
         "",
         f"Sources: `{sources}`",
         "",
         *_table(("target", "Triton", *figures, "shared bytes available", "matrix instructions", "tf32"), targets),
         "",
-        "The kernels over all targets and versions:",
+        "`tf32` counts compilations whose products round fp32 to tf32. sm_90 has one case more: in its own tile table",
+        "the tiles of scores have 128 keys up to 256 channels and 256 keys above, so `_combine_kernel` is compiled for",
+        "both. sm_86 is not compiled: it takes the tiles of sm_89.",
+        "",
+        "The kernels over all targets and versions; `fast sine` counts compilations with the GPU's approximate sine:",
         "",
         *_table(("kernel", *figures, "matrix instructions on sm_90", "fast sine"), kernels),
     ]

@@ -1,4 +1,4 @@
-"""Mutations: small wrong changes to the kernels, one at a time, each of which must turn a test red.
+"""Mutations: small wrong changes to the kernels, one at a time, each of which must make a test fail.
 
 bench/kernels/mutations.toml lists them. The sources and the tests of the ops are copied to a temporary tree. Each
 change is made there, and the tests that must notice it run in a fresh process under Triton's interpreter, without those
@@ -247,9 +247,10 @@ def summarize(rows: list[dict[str, str]], sources: str) -> str:
         "# Mutations",
         "",
         "Written by `make mutate`: small wrong changes to the kernels (bench/kernels/mutations.toml), one at a time,",
-        "each in a fresh process under Triton's interpreter. A mutation is killed when a test of `make test` fails.",
-        "`bench/results/mutations.csv` has a row for each, with the test. The hash covers the code of the kernels",
-        "and the tile tables, without comments and docstrings.",
+        "each in a fresh process under Triton's interpreter. A mutation is killed when an assertion of a test of",
+        f"`make test` fails, the process crashes, or it runs longer than {TIMEOUT} s.",
+        "`bench/results/mutations.csv` has a row for each, with what killed it. The hash covers the code of the",
+        "kernels and the tile tables, without comments and docstrings.",
         "",
         f"{summary([row['verdict'] for row in rows])}; sources: `{sources}`",
         "",
