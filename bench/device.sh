@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # Runs all tests and benchmarks that need a GPU. The machine needs only torch, triton, pytest and pytest-benchmark.
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
-#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader or tune (may be repeated; tune only when named)
+#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader or tune (may be repeated);
+#                                   tune runs only when it is named
 #   bench/device.sh --seconds N     all parts within N seconds instead of 575
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter without a GPU
+#   bench/device.sh --help          prints these lines
 # Each part gets its share of the time that is left, so fewer parts have more time each. A contestant that is not
 # installed is left out by name. results.json (merge_parts.py: a part run again replaces its own data), logs.txt and
 # summary.txt are written to $OUT, or else to bench/results/<device>; `make report` writes the pages' tables and pictures
 # from them. Exits non-zero if a part failed, and names it.
 set -uo pipefail
+if [[ ${1:-} == --help ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 parts=() dry=() budget=575 # seconds of all parts together
@@ -23,7 +29,7 @@ while (($#)); do
         --seconds)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number, got '${2:-}'" >&2 && exit 2; }
             budget=$2 && shift ;;
-        *) echo "unknown argument '$1': known are --dry, --only PART and --seconds N" >&2 && exit 2 ;;
+        *) echo "unknown argument '$1': known are --dry, --only PART, --seconds N and --help" >&2 && exit 2 ;;
     esac
     shift
 done

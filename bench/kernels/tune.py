@@ -1,6 +1,6 @@
 """Search the tiles of this GPU and write them to kernels/fastvae_kernels/tuned/<device>.json, as tiles.py reads them.
 
-    PYTHONPATH=tests python -m bench.kernels.tune [--op OP] [--copy FOLDER]
+    python -m bench.kernels.tune [--op OP] [--copy FOLDER]
 
 Each candidate runs through the op's own launcher, with tiles.choose patched to return it. It must be as accurate as the
 shipped tile before it is timed, and replaces that tile only if it is faster by more than the spread of both. Candidates
@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from fastvae_kernels.shared import tiles
 from fastvae_kernels.shared.tiles import Tile
-from support.accuracy import assert_as_accurate  # pyright: ignore[reportMissingImports]  (tests/ is on the path)
 
 from bench.timing import operations
 from bench.timing.environment import ROOT
 from bench.timing.stopwatch import Stopwatch, median, spread
+
+# The check of accuracy is in tests/support.
+sys.path.append(str(ROOT / "tests"))
+from support.accuracy import assert_as_accurate  # pyright: ignore[reportMissingImports]
 
 # A smaller gain is noise from one day to the next.
 LEAST_GAIN = 0.02

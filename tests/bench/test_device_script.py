@@ -169,3 +169,12 @@ def test_unknown_arguments_are_refused(tmp_path):
         done = run_script(tmp_path, "--only", "ops")
         assert done.returncode == 2
         assert "no GPU that torch can see" in done.stderr
+
+
+@needs_bash
+def test_help_prints_the_header(tmp_path):
+    done = run_script(tmp_path / "out", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Runs all tests and benchmarks that need a GPU.")
+    assert done.stdout.endswith("Exits non-zero if a part failed, and names it.\n")
+    assert not (tmp_path / "out").exists()

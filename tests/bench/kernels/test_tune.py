@@ -1,6 +1,9 @@
 """Search of tiles: the choice of a tile, the table it writes, and a run on every op."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from fastvae_kernels.shared.tiles import Tile
 
 from bench.kernels import tune
 from bench.timing import cases, operations
+from bench.timing.environment import ROOT
 
 
 def tile(rows):
@@ -102,3 +106,11 @@ def test_a_tile_is_answered_to_its_op_alone():
 def test_tuning_without_a_gpu_is_refused_in_words(capsys):
     assert tune.main([]) == 2
     assert "times tiles on a GPU, and torch sees none here" in capsys.readouterr().err
+
+
+def test_the_script_runs_from_the_root_without_the_tests_on_the_path():
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, "-m", "bench.kernels.tune", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "python -m bench.kernels.tune" in done.stdout
