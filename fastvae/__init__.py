@@ -1,7 +1,7 @@
 """fastvae: diffusers' AutoencoderKL, fast, with the same latents.
 
-Every name here is loaded when it is first used, so that ``import fastvae`` costs nothing. Packages, each importing only
-what is listed below it:
+Every name here is loaded when it is first used, so that ``import fastvae`` costs nothing. The folder ``assets`` has the
+tiny model and the tables of buckets. Packages and modules, each importing only what is listed below it:
 
 cli          the commands
 report       measurements on a user's machine

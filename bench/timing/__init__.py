@@ -2,7 +2,7 @@
 
 cases          the table of what is timed
 operations     inputs, ours, plain torch and the truth of each op
-gate           the derived tolerance, and inputs that no cache holds
+gate           the derived tolerance, and inputs larger than the L2 cache
 stopwatch      seconds of one call, contestants in turns
 environment    commit, sources, versions and device of a result
 contestants    the contestants of an encoder or decoder

@@ -1,4 +1,4 @@
-"""Calls of each op: its inputs, ours, the same in plain torch, and the truth that both are compared with.
+"""Calls of each op: our launcher, plain torch, and the truth that both are compared with.
 
 An operation makes its inputs and binds them to calls: ours (the launcher), reference (the op without a GPU), eager (the
 code of a model in plain torch), plain (the same function as ours in the same dtype, for the check; default: eager) and

@@ -1,11 +1,11 @@
 """The fast path: one forward for encoder and decoder over any module tree of this shape, fastvae's or diffusers'.
 
-accelerate        accelerate, restore, refresh
+accelerate        accelerate, accelerated, restore, refresh, fast_report
 fast_path         the state that an accelerated VAE carries
 copying           copies and pickles of an accelerated part
 compiled_passes   torch.compile of a whole pass
 cuda_graphs       CUDA graphs of whole passes
-network_walk      encoder and decoder as one page, in the order data meets them
+network_walk      the order of the blocks of encoder and decoder
 layer_checks      properties of a single layer
 fallback_reasons  why a module falls back, one named reason each
 inference_pass    blocks without a gradient, on fused kernels

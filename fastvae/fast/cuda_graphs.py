@@ -1,4 +1,6 @@
-"""CUDA graphs of whole passes, one for each shape: a replay is one launch from Python where a pass is a hundred.
+"""CUDA graphs of whole passes, one for each shape.
+
+A replay needs one launch from Python; the pass itself needs about a hundred.
 
 A graph holds the addresses of the weights and none of the Python between the kernels. It is replayed only if every
 block is still fused, every weight is at its address and every setting is unchanged. Tensors computed from weights are
@@ -30,7 +32,7 @@ from fastvae.fast.network_walk import Activation, Pass
 
 GRAPH_DEVICES = ("cuda",)
 MAX_GRAPHS = 32
-"""More than the shapes of a table of aspect ratios around 512². Each graph keeps its input, output and launches."""
+"""A table of aspect ratios around 512² has fewer shapes. Each graph keeps its input, its output and its launches."""
 MAX_PIXELS = 2**19
 """Pixels of a batch's images. About a hundred launches take 1 ms of Python, and this many pixels 5 ms on an H200 (both
 predicted, not measured). For more, a graph saves nothing and holds the memory of a large pass."""
@@ -132,8 +134,8 @@ class Graphs:
         if key in self.held:
             self.held.move_to_end(key)
             return None
-        # The first call takes no graph: weights that move at every call, and shapes that come once, cost nothing. It
-        # also makes packed copies and compiled kernels, which must not be made inside a graph.
+        # The first call runs without a graph, so that nothing is captured for weights that change at every call or for
+        # a shape that occurs once. It also makes packed copies and compiles kernels: neither may happen in a capture.
         if self.seen.get(key) != state:
             self.seen[key] = state
             self.seen.move_to_end(key)

@@ -1,7 +1,7 @@
-"""The network by its structure: encoder and decoder as one page, in the order the data meets them.
+"""The order of the blocks of encoder and decoder.
 
 An Activation goes from block to block. A pass computes the blocks (inference_pass, training_pass, cpu_pass). This file
-decides the order of the blocks, and that a block which cannot be fused runs as a module.
+calls them in order, and runs a block that cannot be fused as a module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files, devices, threads and the terminal, independent of images and latents.
+"""Arguments, files, JSON, devices, threads and the terminal, independent of images and latents.
 
 arguments           checks of users' numbers and choices
 atomic_files        files written under a temporary name, then renamed; free space

@@ -1,10 +1,11 @@
 """Attention of one head over the positions of an image: out = softmax(scale q k^T) v, for q, k, v [N, S, d].
 
-Two products do it (attention_products): the flash form, all in one kernel, has no room for the accumulator of 512
-channels that every published model needs (64 queries a tile spill on sm_90, 32 are fewer than a wgmma takes), and at
-256 it took three times as long as torch's own on an H100. With keys = values (q' = x M, k = v = x, with the projections
-folded into their neighbours) the gradient has one tensor for both. The log-sum-exp [N, S], natural, is kept for the
-gradients (attention_gradient). No tile and no order of sums depends on the batch. Traffic: cost's docstring.
+Attention is computed as two products (attention_products). A flash kernel cannot hold the accumulator of 512 channels,
+which every published model needs: 64 queries a tile spill registers on sm_90, and wgmma needs more than 32. At 256
+channels a flash kernel took three times as long as torch's own on an H100. With keys = values (q' = x M, k = v = x,
+with the projections folded into their neighbours) the gradient has one tensor for both. The log-sum-exp [N, S],
+natural, is kept for the gradients (attention_gradient). No tile and no order of sums depends on the batch. Traffic:
+cost's docstring.
 """
 
 from __future__ import annotations

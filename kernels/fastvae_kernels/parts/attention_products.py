@@ -1,11 +1,11 @@
 """Attention as two plain products, some images and a chunk of their queries at a time.
 
-P = 2^(scale log2(e) q k^T - m) by tiles, each with its own integer m per query; then out = sum over tiles of
-(2^(m - M) P) v / l. With d = 512 a score costs 2048 operations and P's 4 bytes of traffic are cheap beside them, while
-neither product needs the accumulator of all channels that fills a multiprocessor in the flash form. They reach
-352 TFLOP/s with one image of 4,096 tokens of 512 channels on an H100, 460 with eight. Since m is an integer, scaling
-P by 2^(m - M) is exact in bf16, and in fp16 down to 2^-14: below it a weight loses digits, and below
-2^-25 of its row's largest it is 0. Memory is linear in the sequence.
+P = 2^(scale log2(e) q k^T - m) by tiles, each with its own integer m per query; then out = sum over tiles of (2^(m - M)
+P) v / l. With d = 512 a score costs 2048 operations, which take longer than moving the 4 bytes of P. Neither product
+keeps all channels in its accumulator, as a flash kernel must. They reach 352 TFLOP/s with one image of 4,096 tokens of
+512 channels on an H100, 460 with eight. Since m is an integer, scaling P by 2^(m - M) is exact in bf16, and in fp16
+down to 2^-14: below it a weight loses digits, and below 2^-25 of its row's largest it is 0. Memory is linear in the
+sequence.
 Traffic: q, k, v, out, and P [chunk, S] once written and read d / (columns of the second tile) times.
 """
 

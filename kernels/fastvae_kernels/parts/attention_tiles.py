@@ -18,8 +18,8 @@ MOST_CHANNELS = 512
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# 4096 queries of one image make 128 programs of a product at d = 512: one wave of 132 multiprocessors. The scores of a
-# chunk are then 8 KiB a token in half precision, 512 MiB at 65,536 tokens: linear in the sequence.
+# 4096 queries of one image make 128 programs of a product at d = 512: one wave of 132 multiprocessors. In half
+# precision the scores of a chunk are then 8 KiB for each key, 512 MiB at 65,536 keys: linear in the sequence.
 CHUNK = 4096
 # Bytes that a round may write to its workspace, or one chunk of one image if that alone is more: at 4096 tokens in half
 # precision a batch of eight is one round of three launches instead of eight. Larger rounds gain nothing: each product

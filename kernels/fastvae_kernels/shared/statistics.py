@@ -2,8 +2,9 @@
 
 Layout: [N, chunks, 3, C], contiguous. A chunk is ``chunk_pixels(C)`` consecutive pixels in row-major order, the last
 one the rest; its size depends on the channels alone, so neither batch nor device changes the order of the sums.
-Triples merge by Chan's rule (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-variances", 1979), and everything is centred: a mean a thousand times the deviation costs no digits of the variance.
+Triples are merged by Chan's rule (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing
+sample variances", 1979). The squares are of deviations from the mean, so the variance keeps its digits where the mean
+is a thousand times the deviation.
 """
 
 from __future__ import annotations

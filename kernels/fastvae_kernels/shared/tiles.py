@@ -112,8 +112,11 @@ def choose(op: str, *, dtype: torch.dtype, channels: int, target: Target) -> Til
 
 
 def audited() -> list[tuple[str, torch.dtype, int]]:
-    """Return (name, dtype, channels) of the compile audit's passes over images: the networks' in every dtype; channels
-    that fill no block or have chunks of 32 pixels in fp32 and fp16."""
+    """Return (name, dtype, channels) of the passes over images that the compile audit compiles.
+
+    They are the networks' channels in every dtype, and in fp32 and fp16 also channels that do not fill a block or that
+    have chunks of 32 pixels.
+    """
     halves, full = [torch.bfloat16, torch.float16], [torch.float32]
     variants = [(dtype, channels) for dtype in halves + full for channels in (128, 256, 512)]
     variants += [(dtype, channels) for dtype in halves[1:] + full for channels in (24, 48, 80, 96, 1024)]
