@@ -4,6 +4,7 @@ Each function catches, by name, the errors that its parser may raise. Any other 
 """
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -22,7 +23,9 @@ from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.images import formats
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.errors import ImageError
+from fastvae.data.images.png import chunk_bodies, damaged_png_chunk, png_head, readable_png
 from fastvae.data.images.read import PLUGINS, image_size, read_image
+from fastvae.data.images.tiff import raw_photograph
 from fastvae.data.sources.open import open_source
 from fastvae.data.store.commits import read_commit
 from fastvae.data.store.errors import StoreError
@@ -179,7 +182,12 @@ def structure(data: bytes) -> None:
     formats.describe_refused(data[:64])
     for image_format in PLUGINS:
         formats.ends_early(image_format, data)
-    formats.damaged_png_chunk(data)
+    formats.broken_jpeg_profile(data)
+    damaged_png_chunk(data)
+    readable_png(data)
+    png_head(io.BytesIO(data))
+    chunk_bodies(data)
+    raw_photograph(io.BytesIO(data))
 
 
 def image(data: bytes) -> None:
@@ -190,7 +198,6 @@ def image(data: bytes) -> None:
 
 
 def _archive_seed() -> bytes:
-    import io
     import tarfile
 
     buffer = io.BytesIO()

@@ -23,11 +23,14 @@ def to_srgb(
 ) -> tuple[Image.Image, Image.Image | None]:
     """Return a loaded ``image`` as RGB, and its opacity as L if ``alpha`` is "mask" and the image has any, else None.
 
-    Transparent pixels are composited over white, unless ``alpha`` is "drop". A broken profile is added to ``flags``.
+    Transparent pixels are composited over white, unless ``alpha`` is "drop". ``flags`` gets "broken_profile" for a
+    profile that cannot be used, and "all_transparent" for an image without any visible pixel.
 
     Raises ImageError("unsupported") for samples without an agreed white level (floats, 32-bit integers).
     """
     profile = image.info.get("icc_profile")
+    if not profile and "icc_profile" in image.info:
+        flags.append("broken_profile")
     colours, opacity = _split(_eight_bit(image, name))
     if colours.mode == "CMYK" and image_format == "JPEG" and "adobe" not in image.info:
         # Pillow inverts every CMYK JPEG. Only those with Adobe's marker are stored inverted (libjpeg's rule).
@@ -35,6 +38,8 @@ def to_srgb(
 
         colours = ImageChops.invert(colours)
     rgb = _convert_profile(colours, profile, flags) if profile else colours.convert("RGB")
+    if opacity is not None and opacity.getextrema()[1] == 0:
+        flags.append("all_transparent")
     if opacity is None or alpha == "drop":
         return rgb, None
     from PIL import Image

@@ -7,8 +7,9 @@ is never interpreted.
 from __future__ import annotations
 
 import struct
-import zlib
-from typing import BinaryIO
+from collections.abc import Iterator
+
+from fastvae.data.images.tiff import tiff_ends_early
 
 REFUSED_SIGNATURES = (
     (b"%!PS", "PostScript (EPS)"),
@@ -32,10 +33,7 @@ JPEG_SEGMENT_STARTS = {
     0xEE: (b"Adob",),
 }
 JPEG_SEGMENT_SIZES = {0xDB: 2 + 4 * 129, 0xC4: 2 + 8 * 273, 0xDD: 4, 0xC0: 20, 0xC1: 20, 0xC2: 20}
-PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_STRIP_TAGS = {273: 279, 324: 325}  # offsets of strips or tiles: their lengths
-TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
 
 
 def identify(head: bytes) -> str | None:
@@ -78,44 +76,47 @@ def ends_early(image_format: str, data: bytes) -> bool:
         "PNG": _png_ends_early,
         "GIF": _gif_ends_early,
         "BMP": _bitmap_ends_early,
-        "TIFF": _tiff_ends_early,
+        "TIFF": tiff_ends_early,
         "AVIF": _boxes_end_early,
         "WEBP": lambda data: len(data) < 12 or struct.unpack_from("<I", data, 4)[0] + 8 > len(data),
     }
     return check[image_format](data)
 
 
-def damaged_png_chunk(data: bytes) -> str | None:
-    """Return the first critical chunk of a PNG with a wrong checksum, or None. Pillow checks only the header."""
-    position = 8
-    while position + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        end = position + 8 + length
-        name = data[position + 4 : position + 8]
-        if end + 4 > len(data):
-            return None
-        if name in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(memoryview(data)[position + 4 : end]) != int.from_bytes(
-            data[end : end + 4], "big"
-        ):
-            return name.decode("ascii")
-        position = end + 4
-    return None
+def broken_jpeg_profile(data: bytes) -> bool:
+    """Return True if the chunks of a JPEG's profile are not one to n of n, each once: missing, doubled, or miscounted.
+
+    Pillow counts the chunks and ignores their numbers. Chunks numbered from zero are accepted, as Pillow does.
+    """
+    numbers, counts = [], set()
+    for marker, start, end in _jpeg_segments(data):
+        if marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):
+            if end - start < 14:
+                return True
+            numbers.append(data[start + 12])
+            counts.add(data[start + 13])
+    if not numbers:
+        return False
+    first = min(numbers)
+    complete = sorted(numbers) == list(range(first, first + len(numbers)))
+    return not (complete and first <= 1 and counts == {len(numbers)})
 
 
-def has_late_png_text(file: BinaryIO) -> bool:
-    """Return True if a PNG has metadata after its pixels, where image_size does not see it without decoding."""
-    before = file.tell()
-    position, pixels_seen, found = 8, False, False
-    while not found:
-        file.seek(position)
-        head = file.read(8)
-        if len(head) < 8 or head[4:] == b"IEND":
-            break
-        pixels_seen |= head[4:] == b"IDAT"
-        found = pixels_seen and head[4:] in PNG_METADATA
-        position += 12 + int.from_bytes(head[:4], "big")
-    file.seek(before)
-    return found
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield marker, start and end of the body of each segment before the first scan of a JPEG."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            position += 2
+        elif marker in (0xD9, 0xDA):
+            return
+        else:
+            end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
+            yield marker, position + 4, end
+            position = end
 
 
 def _is_avif(head: bytes) -> bool:
@@ -212,36 +213,3 @@ def _boxes_end_early(data: bytes) -> bool:
             return False  # "to the end of the file"
         position += max(size, 8)
     return position != len(data) or not pixels_seen
-
-
-def _tiff_ends_early(data: bytes) -> bool:
-    """Return True if the first directory, or a strip or tile of it, is beyond the end of ``data``."""
-    order = "<" if data[:2] == b"II" else ">"
-    try:
-        big = struct.unpack_from(order + "H", data, 2)[0] == 43
-        (directory,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, directory)
-        values: dict[int, tuple[int, ...]] = {}
-        for index in range(min(count, 65535)):
-            entry = directory + (8 + 20 * index if big else 2 + 12 * index)
-            tag, kind = struct.unpack_from(order + "HH", data, entry)
-            (length,) = struct.unpack_from(order + ("Q" if big else "I"), data, entry + 4)
-            if kind in TIFF_INTEGERS and tag in (*TIFF_STRIP_TAGS, *TIFF_STRIP_TAGS.values()):
-                values[tag] = _tiff_integers(data, order, big, entry, kind, length)
-    except (struct.error, OverflowError):
-        return True
-    return any(
-        offset + size > len(data)
-        for offsets, sizes in TIFF_STRIP_TAGS.items()
-        for offset, size in zip(values.get(offsets, ()), values.get(sizes, ()), strict=False)
-    )
-
-
-def _tiff_integers(data: bytes, order: str, big: bool, entry: int, kind: int, length: int) -> tuple[int, ...]:
-    letter = TIFF_INTEGERS[kind]
-    place = entry + (12 if big else 8)
-    if length * struct.calcsize(letter) > (8 if big else 4):
-        (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, place)
-    if place + length * struct.calcsize(letter) > len(data):
-        raise struct.error("beyond the end")
-    return struct.unpack_from(f"{order}{length}{letter}", data, place)

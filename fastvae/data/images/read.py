@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from fastvae.data.images.colour import mend_transparency, to_srgb
+from fastvae.data.images.colour_tags import ignored_colour
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
-from fastvae.data.images.formats import damaged_png_chunk, describe_refused, ends_early, has_late_png_text, identify
+from fastvae.data.images.formats import broken_jpeg_profile, describe_refused, ends_early, identify
+from fastvae.data.images.png import damaged_png_chunk, has_late_png_text, png_head, readable_png
+from fastvae.data.images.tiff import raw_photograph, read_planes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,8 +71,8 @@ _quiet_filters = contextlib.ExitStack()
 class Picture:
     """An upright RGB image; ``original_hw`` is its size before any scaled decoding.
 
-    ``flags``: some of "broken_exif", "broken_profile", "first_frame". ``opacity``: L, of the image's size, if it was
-    requested; None for an image without transparency.
+    ``flags``: some of "broken_exif", "broken_profile", "first_frame", "all_transparent" and those of ignored_colour.
+    ``opacity``: L, of the image's size, if it was requested; None for an image without transparency.
     """
 
     image: Image.Image
@@ -130,12 +133,15 @@ def image_size(
 
         with unreadable(name):
             image_format = _detect_format(file.read(4096), name)
+            _refuse_raw(file, image_format, name)
             file.seek(0)
         with quiet_pillow(), _parsing(all_bytes, image_format, name):
-            image = _open_image(file, image_format, name)
+            head = io.BytesIO(png_head(file)) if image_format == "PNG" else file
+            image = _open_image(head, image_format, name)
             width, height = image.size
             check_size(width, height, name, max_pixels)
             if image_format == "PNG" and has_late_png_text(file):
+                image = _open_image(io.BytesIO(readable_png(all_bytes())[0]), image_format, name)
                 image.load()
             orientation = 1 if image_format == "TIFF" else _orientation(image, [])  # Pillow rotates a TIFF's size
     return (width, height) if orientation >= 5 else (height, width)
@@ -153,6 +159,12 @@ def _detect_format(head: bytes, name: str) -> str:
         found = describe_refused(head[:64])
         raise ImageError("unsupported", f"{name} is not a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF: it holds {found}")
     return image_format
+
+
+def _refuse_raw(file: BinaryIO, image_format: str, name: str) -> None:
+    """Raise ImageError("unsupported") for a TIFF whose first image is the thumbnail of a photograph."""
+    if image_format == "TIFF" and (found := raw_photograph(file)):
+        raise ImageError("unsupported", f"{name} is {found}: convert it to a format that is read")
 
 
 @contextlib.contextmanager
@@ -189,33 +201,51 @@ def _decode(
     cover: tuple[int, int] | None,
 ) -> Picture:
     flags: list[str] = []
-    with _parsing(lambda: data, image_format, name):
+    whole = data
+    if image_format == "PNG":
+        data, flags = readable_png(whole)
+    _refuse_raw(io.BytesIO(data), image_format, name)
+    with _parsing(lambda: whole, image_format, name):
         image = _open_image(io.BytesIO(data), image_format, name)
     width, height = image.size
     check_size(width, height, name, max_pixels)
-    if ends_early(image_format, data):
+    if ends_early(image_format, whole):
         raise ImageError("truncated", f"{name} ends before its {image_format} data does")
-    if image_format == "PNG" and (chunk := damaged_png_chunk(data)):
+    if image_format == "PNG" and (chunk := damaged_png_chunk(whole)):
         raise ImageError("decode_error", f"{name} has a damaged {chunk} chunk")
     with _large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
-        with _parsing(lambda: data, image_format, name):
-            if image_format == "JPEG":
-                orientation = _orientation(image, flags)
-                _load_jpeg(image, cover, orientation)
-            else:
-                if getattr(image, "is_animated", False):
-                    if animated == "skip":
-                        raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
-                    flags.append("first_frame")
-                image.load()
-                if image_format == "PNG":
-                    mend_transparency(image, data[24])
-                # After load(): Pillow has rotated a TIFF and reports 1, and a PNG may have it after its pixels.
-                orientation = _orientation(image, flags)
+        with _parsing(lambda: whole, image_format, name):
+            if getattr(image, "is_animated", False):
+                if animated == "skip":
+                    raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
+                flags.append("first_frame")
+            image, orientation = _load(image, image_format, data, cover, flags)
+            flags += ignored_colour(image, image_format, data)
         rgb, opacity = to_srgb(image, image_format, alpha, flags, name)
         rgb, opacity = _upright(rgb, orientation), None if opacity is None else _upright(opacity, orientation)
     original_hw = (width, height) if orientation >= 5 else (height, width)
     return Picture(rgb, original_hw, tuple(flags), opacity)
+
+
+def _load(
+    image: Image.Image, image_format: str, data: bytes, cover: tuple[int, int] | None, flags: list[str]
+) -> tuple[Image.Image, int]:
+    """Return the loaded image and the orientation that it has still to be brought to; ``cover``: see _load_jpeg."""
+    if image_format == "JPEG":
+        if broken_jpeg_profile(data):
+            image.info["icc_profile"] = None
+        orientation = _orientation(image, flags)
+        _load_jpeg(image, cover, orientation)
+        return image, orientation
+    if image_format == "TIFF" and (planes := read_planes(data)) is not None:
+        # Pillow rotates a TIFF in load(), which is not called on this one.
+        planes.info = image.info
+        return _upright(planes, _orientation(image, flags)), 1
+    image.load()
+    if image_format == "PNG":
+        mend_transparency(image, data[24])
+    # After load(): Pillow has rotated a TIFF and reports 1, and a PNG may have it after its pixels.
+    return image, _orientation(image, flags)
 
 
 def _load_jpeg(image: Image.Image, cover: tuple[int, int] | None, orientation: int) -> None:
