@@ -50,9 +50,13 @@ run = combined(
 )
 source = combined(
     click.option(
-        "--image-column", default="image", show_default=True, help="Image column of a Parquet file or manifest."
+        "--image-column",
+        help="Image column of a Parquet file or manifest (default: image); extension of the image in a tar sample.",
     ),
-    click.option("--key-column", default="key", show_default=True, help="Key column of a Parquet file or manifest."),
+    click.option(
+        "--key-column",
+        help="Key column of a Parquet file or manifest. Default: key; in a Parquet file without it the image's path.",
+    ),
     click.option("--scheme", "schemes", multiple=True, help="URL scheme that a manifest may name, such as https."),
 )
 quiet = click.option("-q", "--quiet", is_flag=True, help="Print no plan and no progress bar.")

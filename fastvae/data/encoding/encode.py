@@ -22,10 +22,11 @@ from fastvae.data.encoding.planning import (
 )
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
-from fastvae.data.encoding.settings import check_layout, with_dtype
+from fastvae.data.encoding.settings import check_layout, tar_rule_of, with_dtype
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import size_name
 from fastvae.data.sources.open import open_source
+from fastvae.data.sources.tar import FIRST_DOT
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
@@ -59,8 +60,8 @@ def encode(
     alpha: str = "white",
     animated: str = "first",
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    image_column: str = "image",
-    key_column: str = "key",
+    image_column: str | None = None,
+    key_column: str | None = None,
     schemes: Collection[str] = (),
     device: str | torch.device | None = None,
     deterministic: bool = False,
@@ -111,7 +112,9 @@ def encode(
     )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")
-    source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
+    tar_rule = tar_rule_of(Path(out))
+    columns = {"image_column": image_column, "key_column": key_column}
+    source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule)
     if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     target = resolve_device(options.device)
@@ -122,6 +125,8 @@ def encode(
     job = prepare(Path(out), source, listing, loaded, settings, options)
     files = job.files[:limit]
     job = replace(job, files=with_sha256(files, job.reader) if options.hash == "full" else files)
+    if tar_rule == FIRST_DOT:  # left out of a store that an earlier version began
+        job = replace(job, layout={**job.layout, "tar_keys": tar_rule})
     # Everything that can be refused is refused before OUT is touched, and once more while OUT is locked.
     existing = _existing_store(job)
     report = job.report()

@@ -16,7 +16,7 @@ from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.planning import orphan_records, plan_rows, with_sha256
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
-from fastvae.data.encoding.settings import check_layout, stored_settings
+from fastvae.data.encoding.settings import check_layout, stored_settings, tar_rule_of
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.open import open_source
@@ -61,8 +61,8 @@ def repair(
     workers: int | str = "auto",
     max_failures: str | float | int = "0.1%",
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    image_column: str = "image",
-    key_column: str = "key",
+    image_column: str | None = None,
+    key_column: str | None = None,
     schemes: Collection[str] = (),
     device: str | torch.device | None = None,
     deterministic: bool = False,
@@ -112,7 +112,8 @@ def repair(
         return result
     if src is None:
         raise ValueError(_needs_source(path, work))
-    source = open_source(src, image_column=image_column, key_column=key_column, schemes=schemes)
+    columns = {"image_column": image_column, "key_column": key_column}
+    source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule_of(path))
     job = _job(opened, source, named_model(opened, vae, subfolder, revision), work.failed, options)
     _check_source(_planned_files(opened, work.damaged), work.retried, job)
     check_memory(job.model, job.settings, options.batch)

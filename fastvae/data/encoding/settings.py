@@ -17,6 +17,7 @@ from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, make_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
 from fastvae.data.rows import Size
+from fastvae.data.sources.tar import FIRST_DOT, KEY_RULES, LAST_DOT
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import differences
 from fastvae.data.store.layout import STORE
@@ -65,6 +66,20 @@ def with_dtype(out: Path, settings: Settings) -> Settings:
         stored = Store.open(out).facts["identity"]["numerics"]["dtype"]
         dtype = stored if stored in DTYPES else None
     return replace(settings, dtype=dtype or default_dtype(settings.device))
+
+
+def tar_rule_of(out: Path) -> str:
+    """Return the rule of TarSource for keys of the store at ``out``, for a new store FIRST_DOT.
+
+    It decides no latent of a given key, so store.json has it beside the identity; stores of earlier versions have none.
+    Raises StoreError for a damaged store, or one of an unknown rule.
+    """
+    if not (out / STORE).exists():
+        return FIRST_DOT
+    rule = Store.open(out).facts.get("tar_keys", LAST_DOT)
+    if rule not in KEY_RULES:
+        raise StoreError(f"{out / STORE} has a rule for keys of tar members that is not known here: {rule!r:.80}")
+    return rule
 
 
 def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:

@@ -14,7 +14,7 @@ from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_patter
 from fastvae.data.sources.remote import RemoteSource
 from fastvae.data.sources.source import Source
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
-from fastvae.data.sources.tar import TarSource
+from fastvae.data.sources.tar import FIRST_DOT, TarSource
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".jsonl.gz", ".jsonl.zst")
@@ -23,16 +23,19 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".j
 def open_source(
     src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    image_column: str = "image",
-    key_column: str = "key",
+    image_column: str | None = None,
+    key_column: str | None = None,
     schemes: Collection[str] = (),
+    tar_rule: str = FIRST_DOT,
 ) -> Source:
     """Return the source that ``src`` names.
 
     ``src`` is a folder; a pattern of image files such as ``photos/**/*.{jpg,png}``; tar files in WebDataset's layout,
     Parquet files or JSONL manifests (one, a list, or a pattern such as ``shards/{000..127}.tar``); or any of these
     under a URL whose file system fsspec knows. ``image_column`` and ``key_column`` name the columns of Parquet files
-    and manifests. ``schemes`` are the schemes of URLs that a manifest may name, by default none.
+    and manifests, by default "image" and "key"; ``image_column`` is also the extension of the image in tar samples that
+    have several. ``schemes`` are the schemes of URLs that a manifest may name, by default none. ``tar_rule``: see
+    TarSource.
     Raises ValueError for anything else, and if a package that the source needs is not installed.
     """
     given = [src] if isinstance(src, str | os.PathLike) else list(src)
@@ -53,10 +56,10 @@ def open_source(
     storage, places = locate_files(texts)
     name = ", ".join(texts)
     if kind == "tar":
-        return TarSource(storage, places, name)
+        return TarSource(storage, places, name, tar_rule, image_column)
     if kind == "parquet":
-        return ParquetSource(storage, places, name, image_column, key_column)
-    return ManifestSource(storage, places, name, image_column, key_column, schemes)
+        return ParquetSource(storage, places, name, image_column or "image", key_column)
+    return ManifestSource(storage, places, name, image_column or "image", key_column or "key", schemes)
 
 
 def _kind(text: str) -> str:

@@ -1,6 +1,7 @@
 """Images in a column of Parquet files, as bytes or as Hugging Face's {"bytes", "path"}.
 
-The listing reads the other columns. The image column is read one row group at a time; the last two groups are cached.
+The listing reads the other columns. The image column is read one row group at a time, and the last two
+groups are cached; a group above LARGE_GROUP is read in batches, because one array of Arrow holds at most 2 GiB.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastvae.data.images.errors import MACHINE, ImageError, check_bytes, unreadable
@@ -24,13 +25,21 @@ from fastvae.data.sources.source import Listing, key_of
 from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, read_all
 
 ROW_PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
+DEFAULT_KEY = "key"
 CACHED_GROUPS = 2
+CACHED_BATCHES = 4
+LARGE_GROUP = 2**28  # bytes of the image column, unpacked
+BATCH_BYTES = 2**26
+MAX_BATCH_ROWS = 1024
 
 
 class ParquetSource:
-    """Images in rows of ``files``, places in ``storage``; a row's key is its ``key_column``, text or an integer."""
+    """Images in rows of ``files``, places in ``storage``; a row's key is its ``key_column``, text or an integer.
 
-    def __init__(self, storage: Storage, files: Sequence[str], name: str, image_column: str, key_column: str):
+    ``key_column`` None: "key"; in a file without that column the key is the image's path, else FILE#ROW.
+    """
+
+    def __init__(self, storage: Storage, files: Sequence[str], name: str, image_column: str, key_column: str | None):
         try:
             import_module("pyarrow.parquet")
         except ImportError as error:
@@ -45,14 +54,12 @@ class ParquetSource:
         listing, left_out = Listing(), set[str]()
         for place in self._files:
             with _reading(self._storage, place) as (table, (size, mtime_ns)):
-                taken = self._columns(table.schema_arrow, place, left_out)
-                row = 0
-                for group in range(table.num_row_groups):
-                    for values in table.read_row_group(group, columns=[self._key, *taken]).to_pylist():
-                        key = key_of(values[self._key], f"{place} row {row}", self._key)
-                        columns = {column: _without_non_finite(values[column]) for column in taken}
-                        listing.files.append(SourceFile(key, size, mtime_ns, f"{place}#{row}", columns))
-                        row += 1
+                key_column, taken = self._columns(table.schema_arrow, place, left_out)
+                read = [*dict.fromkeys([*filter(None, [key_column]), *taken])]
+                for row, values in enumerate(_rows_of(table, read)):
+                    key = self._key_of(values, key_column, place, row)
+                    columns = {column: _without_non_finite(values[column]) for column in taken}
+                    listing.files.append(SourceFile(key, size, mtime_ns, f"{place}#{row}", columns))
         if not listing.files:
             raise ValueError(f"no rows in {self.name}")
         if left_out:
@@ -82,13 +89,15 @@ class ParquetSource:
         check_bytes(len(value), max_pixels, file.key)
         return value
 
-    def _columns(self, schema: Any, place: str, left_out: set[str]) -> list[str]:
-        """Return the names of the other columns that JSON can hold; check the image and the key column.
+    def _columns(self, schema: Any, place: str, left_out: set[str]) -> tuple[str | None, list[str]]:
+        """Return the key column and the names of the other columns that JSON can hold; check the image column.
 
-        Raises ValueError if either is missing or occurs twice, or if the image column holds no images.
+        The first is the path in the image column for a file without keys, None if there is none either.
+        Raises ValueError if a column is missing or occurs twice, or if the image column holds no images.
         """
-        for argument, column in (("image_column", self._image), ("key_column", self._key)):
-            if schema.names.count(column) != 1:
+        given = self._key or (DEFAULT_KEY if DEFAULT_KEY in schema.names else None)
+        for argument, column in (("image_column", self._image), ("key_column", given)):
+            if column is not None and schema.names.count(column) != 1:
                 raise ValueError(f"{argument} must be a column of {place}, got {column!r}, it has {schema.names}")
         kind = schema.field(self._image).type
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if _is(kind, "struct") else {}
@@ -96,9 +105,17 @@ class ParquetSource:
             raise ValueError(
                 f'image_column must hold bytes or {{"bytes", "path"}}, {self._image!r} of {place} is {kind}'
             )
-        rest = [field for field in schema if field.name not in (self._image, self._key)]
+        rest = [field for field in schema if field.name not in (self._image, given)]
         left_out |= {field.name for field in rest if not _is_json(field.type)}
-        return [field.name for field in rest if _is_json(field.type)]
+        path = f"{self._image}.path" if _is_text(parts.get("path")) else None
+        return given or path, [field.name for field in rest if _is_json(field.type)]
+
+    def _key_of(self, values: dict[str, Any], column: str | None, place: str, row: int) -> str:
+        if column in values:
+            return key_of(values[column], f"{place} row {row}", str(column))
+        path = (values.get(self._image) or {}).get("path")
+        # The file's name alone: what is above it changes with the other files of the source.
+        return key_of(path or f"{PurePosixPath(place).name}#{row}", f"{place} row {row}", f"{self._image}.path")
 
 
 class _Groups:
@@ -109,6 +126,7 @@ class _Groups:
         self._lock = threading.Lock()
         self._ends: dict[str, list[int]] = {}
         self._cache: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._large: dict[tuple[str, int], _LargeGroup] = {}
 
     def row(self, place: str, row: int) -> Any:
         """Return the value of ``row``; raises OSError, and ValueError for a missing row or a damaged file."""
@@ -121,17 +139,81 @@ class _Groups:
             group = bisect.bisect_right(ends, row)
             if group == len(ends):
                 raise ValueError(f"{place} has {ends[-1] if ends else 0} rows, none is {row}")
-            values = self._group(place, group)
-            return values[row - (ends[group - 1] if group else 0)].as_py()
+            return self._value(place, group, row - (ends[group - 1] if group else 0))
 
-    def _group(self, place: str, group: int) -> Any:
-        if (place, group) not in self._cache:
-            while len(self._cache) >= CACHED_GROUPS:
-                self._cache.popitem(last=False)
+    def _value(self, place: str, group: int, row: int) -> Any:
+        name = place, group
+        if name in self._large:
+            return self._large[name].row(row)
+        if name not in self._cache:
             with _reading(self._storage, place) as (table, _):
-                self._cache[place, group] = table.read_row_group(group, columns=[self._column]).column(0)
-        self._cache.move_to_end((place, group))
-        return self._cache[place, group]
+                rows, size = table.metadata.row_group(group).num_rows, _column_bytes(table, group, self._column)
+                if size <= LARGE_GROUP:
+                    while len(self._cache) >= CACHED_GROUPS:
+                        self._cache.popitem(last=False)
+                    # Values that repeat can unpack to more than LARGE_GROUP, and to more than Arrow joins to one array.
+                    with suppress(NotImplementedError):
+                        self._cache[name] = table.read_row_group(group, columns=[self._column]).column(0)
+            if name not in self._cache:
+                batch = min(max(1, BATCH_BYTES * rows // max(1, size)), MAX_BATCH_ROWS)
+                self._large = {name: _LargeGroup(lambda: _batches(self._storage, place, group, self._column, batch))}
+                return self._large[name].row(row)
+        self._cache.move_to_end(name)
+        return self._cache[name][row].as_py()
+
+
+class _LargeGroup:
+    """Rows of a row group that is too large for one array: read in order, with the last batches cached.
+
+    A row before the cached ones is read from the group's start again.
+    """
+
+    def __init__(self, batches: Callable[[], Iterator[Any]]):
+        self._open = batches
+        self._restart()
+
+    def row(self, row: int) -> Any:
+        """Return the value of ``row`` of the group."""
+        if row < self._end and not any(start <= row for start in self._cache):
+            self._restart()
+        while row >= self._end:
+            values = next(self._batches).column(0)
+            while len(self._cache) >= CACHED_BATCHES:
+                del self._cache[min(self._cache)]
+            self._cache[self._end] = values
+            self._end += len(values)
+        start = max(start for start in self._cache if start <= row)
+        return self._cache[start][row - start].as_py()
+
+    def _restart(self) -> None:
+        self._batches, self._end, self._cache = self._open(), 0, dict[int, Any]()
+
+
+def _rows_of(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield ``columns`` of every row of a file."""
+    for group in range(table.num_row_groups):
+        if not columns:
+            yield from ({} for _ in range(table.metadata.row_group(group).num_rows))
+            continue
+        try:
+            batches = [table.read_row_group(group, columns=columns)]
+        except NotImplementedError:  # lists or structs of more than 2 GiB
+            batches = table.iter_batches(MAX_BATCH_ROWS, row_groups=[group], columns=columns)
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def _batches(storage: Storage, place: str, group: int, column: str, rows: int) -> Iterator[Any]:
+    """Yield the batches of one column of a row group; the file is closed with the generator."""
+    with _reading(storage, place) as (table, _):
+        yield from table.iter_batches(rows, row_groups=[group], columns=[column])
+
+
+def _column_bytes(table: Any, group: int, column: str) -> int:
+    """Return the unpacked size of a column in a row group by the file's metadata; repeated values are counted once."""
+    found = table.metadata.row_group(group)
+    parts = [found.column(number) for number in range(found.num_columns)]
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
 
 
 @contextmanager
@@ -168,19 +250,27 @@ def _read_named_file(storage: Storage, path: str, key: str, max_pixels: int) -> 
 
 def _is(kind: Any, *names: str) -> bool:
     types = import_module("pyarrow").types
-    return any(getattr(types, f"is_{name}")(kind) for name in names)
+    return any(getattr(types, f"is_{name}", _never)(kind) for name in names)  # pyarrow 16 has not all of them
+
+
+def _never(kind: Any) -> bool:
+    return False
 
 
 def _is_bytes(kind: Any) -> bool:
-    return _is(kind, "binary", "large_binary", "null")  # null: no row has bytes, each has a path
+    return _is(kind, "binary", "large_binary", "binary_view", "null")  # null: no row has bytes, each has a path
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is not None and _is(kind, "string", "large_string", "string_view")
 
 
 def _is_json(kind: Any) -> bool:
-    if _is(kind, "list", "large_list", "fixed_size_list", "dictionary"):
+    if _is(kind, "list", "large_list", "list_view", "large_list_view", "fixed_size_list", "dictionary"):
         return _is_json(kind.value_type)
     if _is(kind, "struct"):
         return all(_is_json(kind.field(index).type) for index in range(kind.num_fields))
-    return _is(kind, "boolean", "integer", "floating", "string", "large_string", "null")
+    return _is(kind, "boolean", "integer", "floating", "string", "large_string", "string_view", "null")
 
 
 def _without_non_finite(value: Any) -> Any:

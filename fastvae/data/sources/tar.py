@@ -1,7 +1,9 @@
 """Images in tar files of WebDataset's layout: headers are read once, members are read by seek.
 
-Nothing is unpacked to disk, and a member's name is used only as a key. Members of one archive with the same stem are a
-sample: its images are rows, and its ``.txt``, ``.json`` and ``.cls`` members are their columns.
+Nothing is unpacked to disk, and a member's name is used only as a key. As in WebDataset, members of one archive with
+equal names up to the first dot of the last part are a sample, and the rest is the extension: ``image.jpg`` of
+``0001.image.jpg``. The sample's image is a row, and its ``txt``, ``json`` and ``cls`` members are the columns. Stores
+of earlier versions keep the rule that they were made with: a name ends at its last dot, and each image is a row.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from fastvae.data.sources.storage import Bounded, Storage
 from fastvae.system.strict_json import json_value
 from fastvae.system.terminal import first_few
 
-COLUMNS = (".txt", ".json", ".cls")
+COLUMNS = ("txt", "json", "cls")
+FIRST_DOT, LAST_DOT = "webdataset", "last dot"
+KEY_RULES = (FIRST_DOT, LAST_DOT)  # the key is the name up to its first dot, or up to its last
 MAX_COLUMN_BYTES = 2**20
 BLOCK = 512
 MEMBER_PLACE = re.compile(r"(.*)@(\d+)\+(\d+)", re.DOTALL | re.ASCII)
@@ -33,30 +37,42 @@ COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 @dataclass
 class _Sample:
-    """Members with one stem: their suffixes, images as (place, size), and columns."""
+    """Members with one key: their extensions, images as (extension, place, size), and columns."""
 
-    suffixes: set[str] = field(default_factory=set)
-    images: list[tuple[str, int]] = field(default_factory=list)
+    extensions: set[str] = field(default_factory=set)
+    images: list[tuple[str, str, int]] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
 
 
 class TarSource:
-    """Images in ``archives``, places in ``storage``; a key is a member's name without its last extension."""
+    """Images in ``archives``, places in ``storage``; a key is a member's name without its extension.
 
-    def __init__(self, storage: Storage, archives: Sequence[str], name: str):
+    ``rule``: where the extension begins, one of KEY_RULES. ``image``: extension of the image, or its first part
+    (``image`` of ``image.jpg``); needed if a sample has several images.
+    """
+
+    def __init__(
+        self, storage: Storage, archives: Sequence[str], name: str, rule: str = FIRST_DOT, image: str | None = None
+    ):
         self.name = name
         self._storage, self._archives = storage, list(archives)
+        self._rule, self._image = rule, image
 
     def listing(self, exclude: Any = None) -> Listing:
-        """See Source. Raises ValueError for an archive that cannot be opened; a cut one is named in ``unreadable``."""
+        """See Source. Raises ValueError for an archive that cannot be opened; a cut one is named in ``unreadable``.
+
+        Also for a sample of several images without ``image``, or if no sample has that image.
+        """
         listing, left_out = Listing(), Counter[str]()
         for archive in self._archives:
             try:
                 size, mtime_ns = self._storage.status(archive)
                 with self._storage.open(archive) as file:
-                    _list_archive(file, archive, size, mtime_ns, listing, left_out)
+                    samples = self._samples(file, archive, size, listing, left_out)
             except OSError as error:
                 raise ValueError(f"src names {archive}, which cannot be read: {error.strerror or error}") from error
+            for key, groups in samples.items():
+                self._add_rows(listing, left_out, f"{archive}: {key}", key, groups, mtime_ns)
         listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
         if not listing.files:
             why = f"; cannot be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
@@ -83,41 +99,88 @@ class TarSource:
             raise ImageError("truncated", f"{file.key} ends beyond the end of {archive}")
         return data
 
+    def _samples(
+        self, file: BinaryIO, archive: str, size: int, listing: Listing, left_out: Counter[str]
+    ) -> dict[str, list[_Sample]]:
+        """Return the samples of an archive by key; a key with an extension twice has several."""
+        if file.read(5).startswith(COMPRESSED_MAGIC):
+            raise ValueError(
+                f"src names {archive}, which is compressed as a whole: its members cannot be found by seek"
+            )
+        samples: dict[str, list[_Sample]] = {}
+        images = 0
+        members = _Members(file, size)
+        for member in members:
+            base = posixpath.basename(member.name)
+            key, extension = split_name(member.name, self._rule)
+            kind = extension.rpartition(".")[2]
+            if member.isdir():
+                continue
+            if not member.isreg() or base.startswith(".") or member.size < 0:
+                listing.ignored += 1  # a link, a device or a pipe has no bytes
+            elif member.sparse is not None:
+                # The stored bytes lack the holes, so they are not the image. No writer of training tars makes such
+                # members.
+                listing.ignored += 1
+                left_out["stored without their holes (tar --sparse) are not read"] += 1
+            elif kind in COLUMNS:
+                _add_column(samples, key, extension, _column(file, member, kind, size), left_out)
+            elif is_image_name(base) or starts_like_an_image(file, member.offset_data, member.size):
+                place = f"{archive}@{member.offset_data}+{member.size}"
+                _sample_for(samples, key, extension).images.append((extension, place, member.size))
+                images += 1
+            else:
+                listing.ignored += 1
+        if members.damage:
+            listing.unreadable += [f"{archive}: {members.damage} after {images} images"][
+                : MAX_LISTED - len(listing.unreadable)
+            ]
+        return samples
 
-def _list_archive(
-    file: BinaryIO, archive: str, size: int, mtime_ns: int, listing: Listing, left_out: Counter[str]
-) -> None:
-    if file.read(5).startswith(COMPRESSED_MAGIC):
-        raise ValueError(f"src names {archive}, which is compressed as a whole: its members cannot be found by seek")
-    samples: dict[str, list[_Sample]] = {}
-    images = 0
-    members = _Members(file, size)
-    for member in members:
-        name = member.name
-        base = posixpath.basename(name)
-        stem, suffix = posixpath.splitext(name)
-        if member.isdir():
-            continue
-        if not member.isreg() or base.startswith(".") or member.size < 0:
-            listing.ignored += 1  # a link, a device or a pipe has no bytes
-        elif member.sparse is not None:
-            # The stored bytes lack the holes, so they are not the image. No writer of training tars makes such members.
-            listing.ignored += 1
-            left_out["stored without their holes (tar --sparse) are not read"] += 1
-        elif suffix.lower() in COLUMNS:
-            _add_column(samples, stem, suffix.lower(), _column(file, member, suffix.lower(), size), left_out)
-        elif is_image_name(base) or starts_like_an_image(file, member.offset_data, member.size):
-            place = f"{archive}@{member.offset_data}+{member.size}"
-            _sample_for(samples, stem, suffix.lower()).images.append((place, member.size))
-            images += 1
-        else:
-            listing.ignored += 1
-    if members.damage:
-        listing.unreadable += [f"{archive}: {members.damage} after {images} images"][
-            : MAX_LISTED - len(listing.unreadable)
-        ]
-    for stem, groups in samples.items():
-        _add_rows(listing, left_out, stem, groups, mtime_ns)
+    def _add_rows(
+        self, listing: Listing, left_out: Counter[str], where: str, key: str, groups: list[_Sample], mtime_ns: int
+    ) -> None:
+        # Of samples with other extensions, such as two images and then two captions, it is unknown which caption is
+        # whose.
+        clear = len({frozenset(group.extensions) for group in groups}) == 1
+        for group in groups:
+            if not group.images:
+                listing.ignored += len(group.extensions)
+                continue
+            if not clear and group.columns:
+                left_out["of a repeated key in no clear order: their columns are left out"] += len(group.columns)
+            for _, place, size in self._chosen(listing, left_out, where, group):
+                listing.files.append(SourceFile(key, size, mtime_ns, place, group.columns if clear else {}))
+
+    def _chosen(
+        self, listing: Listing, left_out: Counter[str], where: str, sample: _Sample
+    ) -> list[tuple[str, str, int]]:
+        """Return the images of a sample that are rows: one, or under the rule of earlier versions all."""
+        if self._rule == LAST_DOT:
+            return sample.images
+        chosen = sample.images
+        if self._image is not None:
+            named = self._image.lower()
+            chosen = [image for image in chosen if image[0] == named] or [
+                image for image in chosen if image[0].partition(".")[0] == named
+            ]
+        if len(chosen) > 1:
+            choices = ", ".join(extension for extension, *_ in chosen)
+            raise ValueError(f"{where} has {len(chosen)} images: image_column must be one of {choices}")
+        if not chosen:
+            left_out[f"of samples without an image {self._image!r} are left out"] += len(sample.extensions)
+        listing.ignored += len(sample.images) - len(chosen) if chosen else len(sample.extensions)
+        return chosen
+
+
+def split_name(name: str, rule: str) -> tuple[str, str]:
+    """Return the key and the extension, in lower case and without its dot, of a member's name."""
+    if rule == LAST_DOT:
+        key, suffix = posixpath.splitext(name)
+        return key, suffix[1:].lower()
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return f"{folder}{slash}{key}", extension.lower()
 
 
 class _Members:
@@ -159,40 +222,27 @@ class _Members:
         return ""
 
 
-def _sample_for(samples: dict[str, list[_Sample]], stem: str, suffix: str) -> _Sample:
-    """Return the last sample of ``stem``, or a new one if that has a member of this suffix already."""
-    groups = samples.setdefault(stem, [_Sample()])
-    if suffix in groups[-1].suffixes:
+def _sample_for(samples: dict[str, list[_Sample]], key: str, extension: str) -> _Sample:
+    """Return the last sample of ``key``, or a new one if that has a member of this extension already."""
+    groups = samples.setdefault(key, [_Sample()])
+    if extension in groups[-1].extensions:
         groups.append(_Sample())
-    groups[-1].suffixes.add(suffix)
+    groups[-1].extensions.add(extension)
     return groups[-1]
 
 
 def _add_column(
-    samples: dict[str, list[_Sample]], stem: str, suffix: str, column: tuple[Any, str], left_out: Counter[str]
+    samples: dict[str, list[_Sample]], key: str, extension: str, column: tuple[Any, str], left_out: Counter[str]
 ) -> None:
-    sample = _sample_for(samples, stem, suffix)
+    sample = _sample_for(samples, key, extension)
     value, problem = column
     if problem:
         left_out[problem] += 1
     else:
-        sample.columns[suffix[1:]] = value
+        sample.columns[extension] = value
 
 
-def _add_rows(listing: Listing, left_out: Counter[str], stem: str, groups: list[_Sample], mtime_ns: int) -> None:
-    # Of samples with other suffixes, such as two images and then two captions, it is unknown which caption is whose.
-    clear = len({frozenset(group.suffixes) for group in groups}) == 1
-    for group in groups:
-        if not group.images:
-            listing.ignored += len(group.suffixes)
-            continue
-        if not clear and group.columns:
-            left_out["of a repeated stem in no clear order: their columns are left out"] += len(group.columns)
-        for place, size in group.images:
-            listing.files.append(SourceFile(stem, size, mtime_ns, place, group.columns if clear else {}))
-
-
-def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> tuple[Any, str]:
+def _column(file: BinaryIO, member: tarfile.TarInfo, kind: str, size: int) -> tuple[Any, str]:
     """Return (value, "") of a column's member, or (None, why it is left out)."""
     if member.size > MAX_COLUMN_BYTES:
         return None, f"larger than {MAX_COLUMN_BYTES} bytes are left out of the columns"
@@ -200,11 +250,11 @@ def _column(file: BinaryIO, member: tarfile.TarInfo, suffix: str, size: int) -> 
         return None, "cut by the end of their archive are left out of the columns"
     file.seek(member.offset_data)
     text = file.read(member.size).decode("utf-8", "surrogateescape")
-    if suffix == ".json":
+    if kind == "json":
         try:
             return json_value(text), ""
         except (ValueError, RecursionError):
             return None, "that are no JSON are left out of the columns"
-    if suffix == ".cls" and re.fullmatch(r"\s*-?\d{1,18}\s*", text, re.ASCII):
+    if kind == "cls" and re.fullmatch(r"\s*-?\d{1,18}\s*", text, re.ASCII):
         return int(text), ""
     return text, ""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, to_bucket
 from fastvae.data.images.read import read_image
 from fastvae.data.rows import noise_key, size_name
-from fastvae.data.store.errors import IdentityMismatch
+from fastvae.data.store.errors import IdentityMismatch, StoreError
 from fastvae.data.store.shard import read_names, row_checksum
 from fastvae.data.store.store import Store
 from fastvae.latents.cpu_sampling import draw
@@ -349,3 +350,25 @@ def test_rows_are_never_mixed_up(tmp_path, monkeypatch, alone, data):
     assert sum(report.reasons.values()) == kinds.count * (len(chosen) - len(good))
     for (name, variant), row in rows.items():
         assert_half_equal(row["mean"], means[good[name], variant])
+
+
+def test_a_store_keeps_the_tar_rule_that_it_was_made_with(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, seed in (("0001.image.png", 0), ("0002.image.png", 1)):
+            picture(seed).save(tmp_path / "member.png")
+            tar.add(tmp_path / "member.png", name)
+    encode(tmp_path / "a.tar", tmp_path / "new", vae=small_vae(), **OPTIONS)
+    assert [key for key, _ in rows_of(tmp_path / "new")] == ["0001", "0002"]
+    facts = json.loads((tmp_path / "new" / "store.json").read_text())
+    assert facts["tar_keys"] == "webdataset"
+    (tmp_path / "old").mkdir()
+    del facts["tar_keys"]
+    (tmp_path / "old" / "store.json").write_text(json.dumps(facts))
+    report = encode(tmp_path / "a.tar", tmp_path / "old", vae=small_vae(), **OPTIONS)
+    assert report.identity == facts["identity_digest"]
+    assert [key for key, _ in rows_of(tmp_path / "old")] == ["0001.image", "0002.image"]
+    assert "tar_keys" not in json.loads((tmp_path / "old" / "store.json").read_text())
+    facts["tar_keys"] = "third dot"
+    (tmp_path / "new" / "store.json").write_text(json.dumps(facts))
+    with pytest.raises(StoreError, match="a rule for keys of tar members that is not known here: 'third dot'"):
+        encode(tmp_path / "a.tar", tmp_path / "new", vae=small_vae(), **OPTIONS)

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,109 @@ def test_images_are_read_one_row_group_at_a_time_and_not_for_the_listing(tmp_pat
     assert read == [(group, ("image",)) for group in range(3)]
     assert seeds_of(source, files[4:]) == {f"{row:02d}": row for row in range(4, 12)}
     assert len(read) == 3  # the last two groups are cached
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct"])
+def test_a_large_row_group_is_read_in_batches(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(parquet_source, "LARGE_GROUP", 6000)
+    monkeypatch.setattr(parquet_source, "BATCH_BYTES", 1500)
+    monkeypatch.setattr(parquet_source, "CACHED_BATCHES", 2)
+    images = [png(row) for row in range(12)]
+    column = images if kind == "bytes" else [{"bytes": data, "path": f"{row}.png"} for row, data in enumerate(images)]
+    path = table(tmp_path / "a.parquet", {"key": key_order(12), "image": column}, row_group_size=9, compression="none")
+    source = open_source(path)
+    files = source.listing().files
+    batches, groups = [], []
+    real, whole = parquet.ParquetFile.iter_batches, parquet.ParquetFile.read_row_group
+
+    def counted(self, rows, row_groups, columns):
+        batches.append((rows, row_groups, columns))
+        return real(self, rows, row_groups=row_groups, columns=columns)
+
+    def counted_group(self, group, columns):
+        groups.append(group)
+        return whole(self, group, columns=columns)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted_group)
+    in_order = sorted(files, key=lambda file: int(file.place.split("#")[1]))
+    assert [source.read(file) for file in in_order] == images
+    assert groups == [1]  # the small one
+    assert batches == [(1, [0], ["image"])]  # the group is unpacked once for all its rows
+    shuffled = files * 2
+    random.Random(0).shuffle(shuffled)
+    assert all(source.read(file) == images[int(file.place.split("#")[1])] for file in shuffled)
+
+
+@pytest.mark.slow
+def test_a_row_group_above_2_gib_is_read(tmp_path):
+    head, rows = png(3), 35
+    schema = arrow.schema([("image", arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))])
+    with parquet.ParquetWriter(tmp_path / "a.parquet", schema, compression="zstd", use_dictionary=False) as writer:
+        one = arrow.array([{"bytes": head + bytes(2**26), "path": "a.png"}], schema.field("image").type)
+        chunks = arrow.chunked_array([one] * rows)
+        writer.write_table(arrow.table({"image": chunks}, schema), row_group_size=rows)
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    source = open_source(tmp_path / "a.parquet")
+    files = source.listing().files
+    assert len(files) == rows
+    for file in files[::17]:
+        assert source.read(file)[: len(head)] == head
+
+
+def test_values_that_repeat_to_more_than_2_gib_are_read_in_batches(tmp_path, monkeypatch):
+    """Their size in the file is that of one value, so that the group looks small."""
+
+    def refused(self, group, columns):
+        raise arrow.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
+
+    images = [png(row % 2) for row in range(8)]
+    source = open_source(table(tmp_path / "a.parquet", {"key": [*"abcdefgh"], "image": images}))
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet.ParquetFile, "read_row_group", refused)
+        files = source.listing().files
+        assert [source.read(file) for file in files] == images
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_view_types_are_read_like_their_plain_ones(tmp_path, view):
+    binary, string = (arrow.binary_view(), arrow.string_view()) if view else (arrow.binary(), arrow.string())
+    struct = arrow.struct([("bytes", binary), ("path", string)])
+    images = [png(seed) for seed in range(3)]
+    columns = {
+        "key": arrow.array(["a", "b", "c"], string),
+        "image": arrow.array(images, binary),
+        "pair": arrow.array([{"bytes": data, "path": "x.png"} for data in images], struct),
+        "caption": arrow.array(["ü", None, "third"], string),
+        "tags": arrow.array([["x"], [], None], arrow.list_view(string) if view else arrow.list_(string)),
+    }
+    path = table(tmp_path / "a.parquet", columns)
+    for column in ("image", "pair"):
+        source = open_source(path, image_column=column)
+        listing = source.listing()
+        assert seeds_of(source, listing.files) == {"a": 0, "b": 1, "c": 2}
+        captions = [{"caption": "ü", "tags": ["x"]}, {"caption": None, "tags": []}, {"caption": "third", "tags": None}]
+        assert [dict(file.columns) for file in listing.files] == captions
+        assert listing.notes == [
+            f"columns that are no JSON values are left out: {'image' if column == 'pair' else 'pair'}"
+        ]
+
+
+def test_a_file_without_a_key_column_takes_the_path_else_file_and_row(tmp_path):
+    """As the Hub's own Parquet files are: an image column of bytes and path, and a label."""
+    (tmp_path / "more").mkdir()
+    rows = [{"bytes": png(0), "path": "one.png"}, {"bytes": png(1), "path": None}, {"bytes": png(2), "path": "one.png"}]
+    table(tmp_path / "train-0.parquet", {"image": rows, "label": [3, 1, 4]})
+    table(tmp_path / "more" / "train-1.parquet", {"image": [png(3), png(4)]})
+    source = open_source(tmp_path / "train-0.parquet")
+    listing = source.listing()
+    assert seeds_of(source, listing.files) == {"one.png": 0, "train-0.parquet#1": 1, "one.png~2": 2}
+    assert listing.duplicates == 1
+    assert {file.key: file.columns for file in listing.files}["one.png~2"] == {"label": 4}
+    source = open_source([tmp_path / "train-0.parquet", tmp_path / "more" / "train-1.parquet"])
+    found = seeds_of(source, source.listing().files)
+    assert found["train-1.parquet#0"] == 3
+    assert found["train-1.parquet#1"] == 4
 
 
 def test_concurrent_reads_return_their_own_rows(tmp_path):
@@ -167,7 +271,7 @@ def test_a_changed_file_is_refused(tmp_path):
     ("columns", "options", "message"),
     [
         ({"key": ["a"], "picture": [b""]}, {}, r"image_column must be a column of a\.parquet, got 'image', it has"),
-        ({"name": ["a"], "image": [b""]}, {}, "key_column must be a column of"),
+        ({"name": ["a"], "image": [b""]}, {"key_column": "key"}, "key_column must be a column of"),
         ({"key": ["a"], "image": ["a.png"]}, {}, "image_column must hold bytes or .* is string"),
         ({"key": ["a", None], "image": [b"", b""]}, {}, r"a\.parquet row 1: key must be text or an integer, got None"),
         ({"key": [0.5], "image": [b""]}, {}, "key must be text or an integer"),

@@ -68,12 +68,60 @@ def test_row_14_duplicates_keep_their_own_images_and_captions(tmp_path):
     archive(
         tmp_path / "2.tar", [("a.png", png(3)), ("a.txt", b"3"), ("b.png", png(4)), ("b.jpg", png(5)), ("b.txt", b"4")]
     )
-    source = open_source([tmp_path / "1.tar", tmp_path / "2.tar"])
+    source = open_source([tmp_path / "1.tar", tmp_path / "2.tar"], tar_rule="last dot")
     listing = source.listing()
     assert listing.duplicates == 3
     assert seeds_of(source, listing.files) == {"a": 0, "a~3": 1, "a~2": 2, "a~4": 3, "b": 4, "b~2": 5}
     captions = {file.key: file.columns.get("txt") for file in listing.files}
     assert captions == {"a": "0", "a~3": "1", "a~2": None, "a~4": "3", "b": "4", "b~2": "4"}
+
+
+def test_names_with_several_dots_are_samples_of_webdataset(tmp_path):
+    members = [
+        ("0001.image.jpg", png(0)), ("0001.caption.txt", b"first"), ("0001.json", b'{"n": 1}'),
+        ("v1.2/b.IMAGE.PNG", png(1)), ("v1.2/b.caption.txt", b"second"), ("v1.2/b.x.y.cls", b"7"),
+        ("no dot", png(2)), ("c.png", png(3)), ("c.txt", b"third"),
+    ]  # fmt: skip
+    path = archive(tmp_path / "a.tar", members)
+    source = open_source(path)
+    files = source.listing().files
+    assert seeds_of(source, files) == {"0001": 0, "v1.2/b": 1, "no dot": 2, "c": 3}
+    columns = {file.key: dict(file.columns) for file in files}
+    assert columns["0001"] == {"caption.txt": "first", "json": {"n": 1}}
+    assert columns["v1.2/b"] == {"caption.txt": "second", "x.y.cls": 7}
+    theirs = [sample["__key__"] for sample in wds.WebDataset(str(path), shardshuffle=False, empty_check=False)]
+    assert {*theirs} == {*columns} - {"no dot"}  # webdataset leaves out names without a dot
+
+
+def test_several_images_in_a_sample_need_the_name_of_one(tmp_path):
+    members = [("a.image.jpg", png(0)), ("a.mask.png", png(1)), ("a.txt", b"a"), ("b.image.jpg", png(2))]
+    path = archive(tmp_path / "a.tar", members)
+    choices = "a.tar: a has 2 images: image_column must be one of image.jpg, mask.png"
+    with pytest.raises(ValueError, match=choices):
+        open_source(path).listing()
+    for name in ("image", "image.jpg", "IMAGE.jpg"):
+        source = open_source(path, image_column=name)
+        listing = source.listing()
+        assert seeds_of(source, listing.files) == {"a": 0, "b": 2}
+        assert (listing.ignored, listing.notes) == (1, [])
+    source = open_source(path, image_column="mask")
+    listing = source.listing()
+    assert seeds_of(source, listing.files) == {"a": 1}
+    assert listing.notes == ["1 members of samples without an image 'mask' are left out"]
+    with pytest.raises(
+        ValueError, match=r"no images in .*; 4 members of samples without an image 'depth' are left out"
+    ):
+        open_source(path, image_column="depth").listing()
+    with pytest.raises(ValueError, match="image_column must be one of png, jpg"):
+        open_source(archive(tmp_path / "b.tar", [("a.png", png(0)), ("a.jpg", png(1))])).listing()
+
+
+def test_names_end_at_their_last_dot_under_the_rule_of_earlier_versions(tmp_path):
+    members = [("a.b.c.png", png(0)), ("a.b.c.txt", b"abc"), ("a.png", png(1)), ("a.jpg", png(2))]
+    source = open_source(archive(tmp_path / "a.tar", members), tar_rule="last dot")
+    files = source.listing().files
+    assert seeds_of(source, files) == {"a.b.c": 0, "a": 1, "a~2": 2}
+    assert [dict(file.columns) for file in files] == [{}, {"txt": "abc"}, {}]
 
 
 def test_ambiguous_repeats_of_a_stem_have_no_columns(tmp_path):
