@@ -94,6 +94,14 @@ from fastvae.system.terminal import strip_control_characters
     help="Find edited images by size and time, or by a hash of all bytes.",
 )
 @options.source
+@click.option(
+    "--min-size",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Leave out images with a side under so many pixels.",
+)
+@click.option("--no-upscale", is_flag=True, help="Leave out images that are smaller than their bucket.")
+@click.option("--exclude", multiple=True, help="Leave out images by a pattern, such as '*-masklabel.*'; repeatable.")
 @click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
 @click.option("--dry-run", is_flag=True, help="Plan and report, but write nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Encode the first N images only.")

@@ -24,7 +24,9 @@ from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
 from fastvae.data.encoding.settings import check_layout, tar_rule_of, with_dtype
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
+from fastvae.data.images.size_rules import is_enlarged
 from fastvae.data.rows import size_name
+from fastvae.data.sources.companions import companion_patterns
 from fastvae.data.sources.open import open_source
 from fastvae.data.sources.tar import FIRST_DOT
 from fastvae.data.store.leases import Leases
@@ -59,6 +61,9 @@ def encode(
     on_error: str = "quarantine",
     alpha: str = "white",
     animated: str = "first",
+    min_size: int = 0,
+    no_upscale: bool = False,
+    exclude: Collection[str] = (),
     max_pixels: int = DEFAULT_MAX_PIXELS,
     image_column: str | None = None,
     key_column: str | None = None,
@@ -82,8 +87,10 @@ def encode(
     store's, else fp16 on a GPU, bf16 on a CPU that computes in it, fp32 on others. posterior: "dist" stores mean and
     log-variance, "mean" the mean, "sample" one draw by ``seed``; store_dtype: the mean as "fp16" or "fp32"; logvar:
     "fp16" or "u8". alpha: see read_image; "mask" also stores how opaque the image is in each latent, uint8 [h, w].
-    animated: see read_image.
-    Options of the run. batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill
+    animated: see read_image. min_size: images with a side under so many pixels are left out; no_upscale: so are images
+    that are smaller than their bucket in a side. Both are counted, and neither counts as a failure.
+    Options of the run. exclude: patterns of images that are left out, by their key, or without a slash by its name in
+    any folder. batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill
     can lose the work of two. max_failures: rows that may fail, a share or a count, before the report is ``exceeded``.
     on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
     and on a CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once
@@ -96,7 +103,21 @@ def encode(
     IdentityMismatch when it was made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when the disk is
     full. After any error, committed shards stay valid, and the same call resumes.
     """
-    latents = LatentOptions(buckets, crop, variants, flip, seed, dtype, posterior, store_dtype, logvar, alpha, animated)
+    latents = LatentOptions(
+        buckets,
+        crop,
+        variants,
+        flip,
+        seed,
+        dtype,
+        posterior,
+        store_dtype,
+        logvar,
+        alpha,
+        animated,
+        min_size,
+        no_upscale,
+    )
     options = RunOptions(
         device=device,
         batch=batch,
@@ -119,6 +140,7 @@ def encode(
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     target = resolve_device(options.device)
     listing = source.listing(exclude=out)
+    listing.leave_out(exclude)
     loaded = load_model(vae, subfolder, revision)
     settings = with_dtype(Path(out), latents.settings(loaded[0], target))
     check_memory(loaded[0], settings, options.batch)
@@ -130,6 +152,7 @@ def encode(
     # Everything that can be refused is refused before OUT is touched, and once more while OUT is locked.
     existing = _existing_store(job)
     report = job.report()
+    report.masks = companion_patterns(listing.files)
     if options.retry_failed and not _failed_before(job, existing):
         report.notes.append("no image of the source has failed before: there is nothing that --retry-failed could try")
     if dry_run:
@@ -189,7 +212,12 @@ def _dry_run(job: EncodeJob, existing: Store | None, report: EncodeReport) -> En
     )
     for bucket, row in plan_rows(files, job.reader):
         counts[bucket] = counts.get(bucket, 0) + 1
-        report.unreadable_headers += not all(row.original_hw)
+        known = all(row.original_hw)
+        report.unreadable_headers += not known
+        if known and (reason := job.settings.sizes.reason(row.original_hw, bucket)):
+            report.reasons[reason] = report.reasons.get(reason, 0) + 1
+        elif known and is_enlarged(row.original_hw, bucket):
+            report.flags["upscaled"] = report.flags.get("upscaled", 0) + 1
     report.planned = {size_name(bucket): count for bucket, count in counts.items()}
     report.planned_bytes = needed_bytes(counts, job.settings.row_size)
     return report

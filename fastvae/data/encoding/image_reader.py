@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, pool_opacity
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import Picture, image_size, read_image
+from fastvae.data.images.size_rules import ANY_SIZE, SizeRules, is_enlarged
 from fastvae.data.rows import Size, SourceFile
 from fastvae.data.sources.source import Source
 from fastvae.system.atomic_files import sha256_of
@@ -23,7 +24,8 @@ class ImageReader:
     """Source, buckets, crops and policies of read_image.
 
     ``factor``: pixels per latent. ``listed``: the place of each key that the source lists. A plan may have been edited,
-    so a file at any other place is not opened.
+    so a file at any other place is not opened. ``sizes``: images that are left out for their size.
+    ``excluded``: keys that are left out although they were planned.
     """
 
     source: Source
@@ -34,6 +36,8 @@ class ImageReader:
     max_pixels: int
     listed: Mapping[str, str] | None = None
     animated: str = "first"
+    sizes: SizeRules = ANY_SIZE
+    excluded: Collection[str] = frozenset()
 
     def size(self, file: SourceFile) -> Size:
         """Return the upright (height, width) in a file's header; (0, 0) for one that cannot be used."""
@@ -53,11 +57,16 @@ class ImageReader:
         not be read then. The reason is "unreadable", so the next run tries it again.
         """
         content = self._content(file)
+        if self.sizes != ANY_SIZE:
+            original_hw = image_size(content, max_pixels=self.max_pixels, name=file.key)
+            self.sizes.check(original_hw, bucket, file.key)
         policies = {"alpha": self.alpha, "animated": self.animated, "max_pixels": self.max_pixels}
         picture = read_image(content, **policies, at_least=bucket, name=file.key)  # type: ignore[arg-type]
         if self.bucket_of(picture.original_hw) != bucket:
             found = "x".join(map(str, picture.original_hw))
             raise ImageError("unreadable", f"{file.key} is {found} now, which was not so when the run was planned")
+        if is_enlarged(picture.original_hw, bucket):
+            return replace(picture, flags=(*picture.flags, "upscaled"))
         return picture
 
     def mask(self, picture: Picture, bucket: Size, variant: int, key: str) -> np.ndarray | None:
@@ -86,6 +95,8 @@ class ImageReader:
             return ""
 
     def _content(self, file: SourceFile) -> Path | bytes:
+        if file.key in self.excluded:
+            raise ImageError("excluded", f"{file.key} was planned before, and --exclude names it now")
         if self.listed is not None and self.listed.get(file.key) != file.place:
             raise ImageError("unreadable", f"{file.key} is not in the source where it was when the run was planned")
         return self.source.read(file, self.max_pixels)

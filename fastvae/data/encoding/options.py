@@ -20,6 +20,7 @@ from fastvae.data.encoding.settings import Settings
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import CROPS, Variants, make_variants
 from fastvae.data.images.read import ALPHAS, ANIMATED
+from fastvae.data.images.size_rules import SizeRules
 from fastvae.data.store.shard import POSTERIORS
 from fastvae.latents.scaling import downsample_factor, pixel_multiple
 from fastvae.system.arguments import check_choices, parse_positive
@@ -40,6 +41,8 @@ class LatentOptions:
     logvar: str
     alpha: str
     animated: str
+    min_size: int = 0
+    no_upscale: bool = False
 
     def __post_init__(self) -> None:
         check_choices(
@@ -52,10 +55,15 @@ class LatentOptions:
             dtype=(self.dtype, (None, "fp32", "bf16", "fp16")),
         )
         self.crops()
+        self.sizes()
 
     def crops(self) -> Variants:
         """Return the crops of each image; raises ValueError for options that contradict each other."""
         return make_variants(self.crop, self.variants, self.flip, self.seed)
+
+    def sizes(self) -> SizeRules:
+        """Return the images that are left out for their size; raises ValueError for a wrong least side."""
+        return SizeRules(self.min_size, self.no_upscale)
 
     def settings(self, model: Any, device: torch.device) -> Settings:
         """Return the settings of a store made with ``model``, their dtype as asked for, which may be None."""
@@ -69,6 +77,7 @@ class LatentOptions:
             int(model.config.latent_channels),
             device,
             self.animated,
+            self.sizes(),
         )
 
 

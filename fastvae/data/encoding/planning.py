@@ -37,6 +37,8 @@ def files_to_encode(
             return False
         if retry:
             return True
+        if failure.reason == "excluded":
+            return True
         if failure.reason == "unreadable":
             return reader.opens(by_key[failure.key])
         return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reader.max_pixels)

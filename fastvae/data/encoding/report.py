@@ -22,7 +22,10 @@ class EncodeReport:
     their size, ``unreadable_headers``: rows that will fail. ``batches``: batch size by bucket; ``halved``: times that
     one did not fit in memory. ``seconds`` is wall time; ``decode_seconds`` and ``encode_seconds`` are summed over
     threads. ``ignored_files``: files that are no image; ``unreadable_places``: folders and links among them that could
-    not be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit.
+    not be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit. ``excluded``: images
+    that --exclude names; ``passed_over``: images in folders that systems make, by the folder's name; ``masks``: images
+    that look like masks or control images, by a pattern that matches them. ``flags``: images by what was noticed about
+    them, such as "upscaled".
     """
 
     store: str
@@ -40,6 +43,9 @@ class EncodeReport:
     ignored_files: int = 0
     unreadable_places: list[str] = field(default_factory=list)
     duplicate_keys: int = 0
+    excluded: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
+    masks: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     planned: dict[str, int] | None = None
     planned_bytes: int = 0
@@ -84,7 +90,7 @@ class EncodeReport:
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         if self.planned is not None:
-            return self._plan_lines() + self._source_lines()
+            return self._plan_lines() + self.source_lines() + self._note_lines() + self._flag_lines()
         total = max(1, self.ok + self.kept + self.failed + self.resumed + self.failed_before)
         failed = self.failed + self.failed_before
         lines = [
@@ -104,10 +110,7 @@ class EncodeReport:
         if self.halved:
             sizes = ", ".join(f"{bucket} {batch}" for bucket, batch in sorted(self.batches.items()))
             lines.append(f"memory  ran out {self.halved} times; batches now: {sizes}")
-        lines += self._source_lines()
-        if self.flags:
-            lines.append("mended  " + ", ".join(f"{flag} {count}" for flag, count in sorted(self.flags.items())))
-        return lines
+        return lines + self.source_lines() + self._note_lines() + self._flag_lines()
 
     def _plan_lines(self) -> list[str]:
         planned = self.planned or {}
@@ -118,9 +121,28 @@ class EncodeReport:
         lines += [f"bucket  {bucket} {count}" for bucket, count in planned.items()]
         if self.unreadable_headers:
             lines.append(f"failed  {self.unreadable_headers} rows will be: their images' headers cannot be used")
+        if self.reasons:
+            lines.append("left    " + _counts(self.reasons) + ": rows that will be left out for their size")
         return lines
 
-    def _source_lines(self) -> list[str]:
+    def _flag_lines(self) -> list[str]:
+        return [f"flags   {_counts(self.flags)}"] if self.flags else []
+
+    def source_lines(self) -> list[str]:
+        """Return what was left out of the source, or looks as if it should be, a line each."""
+        lines = []
+        if self.excluded:
+            lines.append(f"exclude {self.excluded} images left out")
+        if self.passed_over:
+            lines.append(f"passed  images in folders that systems make are left out: {_counts(self.passed_over)}")
+        for pattern, count in self.masks.items():
+            lines.append(
+                f"masks   {count} images look like masks or control images beside their pictures, and become rows: "
+                f"--exclude '{pattern}' leaves them out"
+            )
+        return lines
+
+    def _note_lines(self) -> list[str]:
         lines = []
         if self.unreadable_places:
             names = first_few(self.unreadable_places)
@@ -145,6 +167,10 @@ class EncodeReport:
             "encode": f"the model is the work; a GPU{remedy}" if on_cpu else "as it should be",
             "write": "a faster disk for the output",
         }[self.bottleneck]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
 
 
 def parse_limit(limit: str | float | int, total: int) -> int:

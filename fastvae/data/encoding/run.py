@@ -23,6 +23,7 @@ from fastvae.data.encoding.report import EncodeReport, parse_limit
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.data.encoding.settings import Settings, identity_of, layout_of
 from fastvae.data.encoding.worker import Worker, encode_units
+from fastvae.data.images.errors import LEFT_OUT
 from fastvae.data.rows import SourceFile, size_name
 from fastvae.data.sources.source import Listing, Source
 from fastvae.data.store.errors import StoreError
@@ -58,6 +59,7 @@ class EncodeJob:
         report = EncodeReport(os.fspath(self.out), digest(self.identity), str(self.settings.dtype), None)
         report.ignored_files, report.unreadable_places = self.listing.ignored, self.listing.unreadable
         report.duplicate_keys, report.notes = self.listing.duplicates, list(self.listing.notes)
+        report.excluded, report.passed_over = len(self.listing.excluded), dict(self.listing.passed_over)
         return report
 
 
@@ -84,6 +86,8 @@ def prepare(
         options.max_pixels,
         places,
         settings.animated,
+        settings.sizes,
+        listing.excluded,
     )
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)
     return EncodeJob(out, model, made_with, settings, options, reader, listing, listing.files, identity, layout)
@@ -150,6 +154,8 @@ def _print_plan(worker: Worker, todo: list[Unit], source: str, free: int) -> Non
         f"{sum(counts.values())} {what}  ~{format_bytes(needed)} (free {format_bytes(free)})  "
         f"{report.workers} workers of batch {batch}\n"
     )
+    for line in report.source_lines():
+        print_stderr(f"{line}\n")
     if report.resumed:
         print_stderr(f"resume  {report.resumed} rows committed before (identity {report.identity[:8]})\n")
 
@@ -176,7 +182,7 @@ def _complete(worker: Worker) -> None:
     failures, served = store.failures(), len(store.resolve())
     report.reasons = dict(Counter(failure.reason for failure in failures.values()))
     report.failed_before = sum(commit.unit not in worker.done for _, commit in store.latest_failures())
-    skipped = report.reasons.get("animated", 0)  # left out because animated="skip" asks for it
+    skipped = sum(report.reasons.get(reason, 0) for reason in LEFT_OUT)
     limit = parse_limit(worker.options.max_failures, served + len(failures))
     report.exceeded = len(failures) - skipped > limit
     report.judge(on_cpu=worker.settings.device.type == "cpu")

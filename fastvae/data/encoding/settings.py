@@ -16,6 +16,7 @@ from fastvae.data.encoding.row_format import RowFormat
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, make_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
+from fastvae.data.images.size_rules import ANY_SIZE, SizeRules
 from fastvae.data.rows import Size
 from fastvae.data.sources.tar import FIRST_DOT, KEY_RULES, LAST_DOT
 from fastvae.data.store.errors import StoreError
@@ -42,6 +43,7 @@ class Settings:
     latent_channels: int
     device: torch.device
     animated: str = "first"
+    sizes: SizeRules = ANY_SIZE
 
     def row_size(self, bucket: Size) -> int:
         """Estimate the bytes of a row of ``bucket`` in the store."""
@@ -110,6 +112,7 @@ def stored_settings(store: Store, model: Any, device: torch.device) -> Settings:
             int(model.config.latent_channels),
             device,
             preprocess["frames"],
+            SizeRules(preprocess.get("min_size", 0), preprocess.get("no_upscale", False)),
         )
     except ValueError as error:
         raise StoreError(f"{store.path} was made with settings that are not known here: {error}") from error
@@ -124,7 +127,9 @@ def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
             **settings.row_format.identity(),
             "tiling": None,
         },
-        "preprocess": preprocess_identity(settings.buckets, settings.variants, settings.alpha, settings.animated),
+        "preprocess": preprocess_identity(
+            settings.buckets, settings.variants, settings.alpha, settings.animated, settings.sizes
+        ),
     }
 
 

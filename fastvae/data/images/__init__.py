@@ -8,5 +8,6 @@ colour       ICC profiles, CMYK, palettes, 16 bits and transparency to sRGB
 colour_tags  colour information that is not applied, counted
 read         read_image and image_size: pixels or size of one file
 buckets      tables of sizes, and the bucket of an image
+size_rules   images that are left out for their size
 crop         resize, mirror and crop to a bucket
 """

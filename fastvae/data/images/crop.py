@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.read import Picture
+from fastvae.data.images.size_rules import ANY_SIZE, SizeRules
 from fastvae.data.rows import Size, key_bytes
 from fastvae.system.arguments import check_unsigned
 
@@ -120,7 +121,9 @@ def scaled_size(original_hw: Size, bucket: Size | int) -> Size:
     return (2 * height * columns + width) // (2 * width), columns
 
 
-def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str, animated: str = "first") -> dict[str, object]:
+def preprocess_identity(
+    buckets: Buckets, variants: Variants, alpha: str, animated: str = "first", sizes: SizeRules = ANY_SIZE
+) -> dict[str, object]:
     """Return the settings that change pixels between a file and the model's input, for the identity of a store."""
     return {
         "decoder": "pillow",
@@ -139,6 +142,7 @@ def preprocess_identity(buckets: Buckets, variants: Variants, alpha: str, animat
         "range": "v / 127.5 - 1",
         "variants": variants.crops,
         "flip": variants.flip,
+        **sizes.identity(),
     }
 
 

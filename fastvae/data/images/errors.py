@@ -22,7 +22,12 @@ REASONS = (
     "non_finite",
     "overflow",
     "worker_died",
+    "below_min_size",
+    "below_bucket",
+    "excluded",
 )
+# Images that an option leaves out; they do not count as failures of a run.
+LEFT_OUT = ("animated", "below_min_size", "below_bucket", "excluded")
 
 
 class ImageError(ValueError):

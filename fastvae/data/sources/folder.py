@@ -12,7 +12,7 @@ from typing import Any
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, translate
-from fastvae.data.sources.source import Listing, is_image_name, starts_like_an_image
+from fastvae.data.sources.source import Listing, is_image_name, starts_like_an_image, system_folder
 from fastvae.system.terminal import first_few
 
 
@@ -34,9 +34,10 @@ class FolderSource:
 def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | None = None) -> Listing:
     """Return every image under ``root``, sorted by key; ``exclude`` is a folder (the output) that is not entered.
 
-    A file is an image by its suffix or, if the suffix is unknown, by its first bytes. Hidden files and folders are
-    ignored, and so is what this process has no permission to read. A linked folder is entered once, after all real
-    folders, so loops of links end.
+    A file is an image by its suffix or, if the suffix is unknown, by its first bytes. Folders that systems make for
+    thumbnails and deleted files are passed over, and their images counted. Hidden files and folders are ignored, and so
+    is what this process has no permission to read. A linked folder is entered once, after all real folders, so loops of
+    links end.
     Raises ValueError if ``root`` is not a folder or holds no image.
     """
     top = Path(root)
@@ -79,7 +80,9 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
         seen.add(identity)
         for entry in entries:
             try:
-                if entry.name.startswith("."):
+                if system_folder([entry.name]) and entry.is_dir(follow_symlinks=False):
+                    listing.pass_over(entry.name, _count_images(entry.path))
+                elif entry.name.startswith("."):
                     listing.ignored += entry.is_file()
                 elif entry.is_dir(follow_symlinks=False):
                     stack.append(entry.path)
@@ -90,6 +93,11 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
             except OSError:
                 listing.skip(entry.path, top)
     return links
+
+
+def _count_images(folder: str) -> int:
+    """Return the number of files under ``folder`` with the suffix of an image; links are not followed."""
+    return sum(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def add_file(path: str, top: str, listing: Listing) -> None:
@@ -151,7 +159,10 @@ class PatternSource:
             excluded = os.path.join(os.path.realpath(exclude), "") if exclude is not None else None
             for path in sorted(glob.iglob(pattern)):
                 inside = excluded is not None and os.path.realpath(path).startswith(excluded)
-                if not inside and not os.path.isdir(path):
+                made = system_folder(os.path.relpath(path, self.root or ".").split(os.sep)[:-1])
+                if made and is_image_name(path):
+                    listing.pass_over(made, 1)
+                elif not inside and not os.path.isdir(path):
                     add_file(path, self.root or ".", found)
             listing.ignored += found.ignored
             return found.files
@@ -162,4 +173,6 @@ class PatternSource:
         except re.error as error:
             raise ValueError(f"src must be a pattern, got {pattern!r}: {error}") from error
         listing.unreadable += found.unreadable
+        for name, count in found.passed_over.items():
+            listing.pass_over(name, count)
         return [file for file in found.files if matching.fullmatch(file.key)]

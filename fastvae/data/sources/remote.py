@@ -9,7 +9,7 @@ from fastvae.data.images.errors import check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
-from fastvae.data.sources.source import Listing, is_image_name
+from fastvae.data.sources.source import Listing, is_image_name, system_folder
 from fastvae.data.sources.storage import open_remote, read_all
 
 
@@ -38,7 +38,9 @@ class RemoteSource:
             key = posixpath.relpath(path.strip("/"), top.strip("/"))
             if facts.get("type") == "directory":
                 continue
-            if is_image_name(key) and not any(part.startswith(".") for part in key.split("/")):
+            if (made := system_folder(key.split("/")[:-1])) and is_image_name(key):
+                listing.pass_over(made, 1)
+            elif is_image_name(key) and not any(part.startswith(".") for part in key.split("/")):
                 listing.files.append(SourceFile(key, *self._storage.note(key, facts)))
             else:
                 listing.ignored += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -10,11 +12,18 @@ from typing import Any, BinaryIO, Protocol
 from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
+from fastvae.data.sources.patterns import expand_braces, translate
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
 # Listed although they cannot be read, so that each is reported as unsupported.
 REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd"}
 MAX_LISTED = 100
+# Folders of thumbnails, snapshots and deleted files: Synology, QNAP, freedesktop.org, macOS, Windows, Lightroom.
+SYSTEM_FOLDERS = re.compile(
+    r"@eaDir|#recycle|#snapshot|@tmp|\.@__thumb|@Recycle|@Recently-Snapshot|\.thumbnails|\.Trash(es|-\d+)?|lost\+found"
+    r"|__MACOSX|\$RECYCLE\.BIN|RECYCLER|System Volume Information|.*\.lrdata",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -23,7 +32,8 @@ class Listing:
 
     ``unreadable`` names up to MAX_LISTED folders without permission, links to themselves, archives that end early and
     the like. ``duplicates`` is the number of images whose key an earlier one has. ``notes`` are sentences about members
-    and columns that were left out.
+    and columns that were left out. ``excluded`` are the keys that leave_out took away; ``passed_over`` is the number of
+    images in folders of SYSTEM_FOLDERS, by the folder's name.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -31,6 +41,27 @@ class Listing:
     unreadable: list[str] = field(default_factory=list)
     duplicates: int = 0
     notes: list[str] = field(default_factory=list)
+    excluded: set[str] = field(default_factory=set)
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    def leave_out(self, patterns: Collection[str]) -> None:
+        """Take away the files that a pattern matches: their key, or without a slash in it their name in any folder.
+
+        A pattern that ends with a slash matches all below that folder. Raises ValueError for no pattern, and if no file
+        is left.
+        """
+        if isinstance(patterns, str):
+            raise ValueError(f"exclude must be a list of patterns, got {patterns!r}")
+        matched = [_matcher(pattern) for given in patterns for pattern in expand_braces(given)]
+        self.excluded = {file.key for file in self.files if any(match(file.key) for match in matched)}
+        self.files = [file for file in self.files if file.key not in self.excluded]
+        if not self.files and self.excluded:
+            raise ValueError(f"exclude must leave an image: {list(patterns)} matches all {len(self.excluded)}")
+
+    def pass_over(self, folder: str, images: int) -> None:
+        """Count ``images`` in a folder that a system makes."""
+        if images:
+            self.passed_over[folder] = self.passed_over.get(folder, 0) + images
 
     def deduplicate_keys(self) -> None:
         """Sort the files by key; of files with equal keys all but the first get ``~2``, ``~3`` and so on appended."""
@@ -67,6 +98,21 @@ class Source(Protocol):
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
         """Return a path or the bytes for read_image; raises ImageError, or OSError if the machine is the cause."""
         ...
+
+
+def _matcher(pattern: str) -> Callable[[str], Any]:
+    if pattern.endswith("/"):
+        pattern += "**"
+    try:
+        whole = translate(pattern).fullmatch
+    except re.error as error:
+        raise ValueError(f"exclude must be a pattern, got {pattern!r}: {error}") from error
+    return whole if "/" in pattern else lambda key: whole(key.rpartition("/")[2])
+
+
+def system_folder(parts: Iterable[str]) -> str | None:
+    """Return the first of the folder names ``parts`` that a system makes for thumbnails or deleted files, else None."""
+    return next((part for part in parts if SYSTEM_FOLDERS.fullmatch(part)), None)
 
 
 def is_image_name(name: str) -> bool:

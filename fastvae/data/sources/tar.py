@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
-from fastvae.data.sources.source import MAX_LISTED, Listing, is_image_name, starts_like_an_image
+from fastvae.data.sources.source import MAX_LISTED, Listing, is_image_name, starts_like_an_image, system_folder
 from fastvae.data.sources.storage import Bounded, Storage
 from fastvae.system.strict_json import json_value
 from fastvae.system.terminal import first_few
@@ -123,6 +123,8 @@ class TarSource:
                 # members.
                 listing.ignored += 1
                 left_out["stored without their holes (tar --sparse) are not read"] += 1
+            elif made := system_folder(member.name.split("/")[:-1]):
+                listing.pass_over(made, is_image_name(base))
             elif kind in COLUMNS:
                 _add_column(samples, key, extension, _column(file, member, kind, size), left_out)
             elif is_image_name(base) or starts_like_an_image(file, member.offset_data, member.size):

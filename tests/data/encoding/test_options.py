@@ -19,6 +19,8 @@ LATENTS = {
     "logvar": "u8",
     "alpha": "mask",
     "animated": "skip",
+    "min_size": 7,
+    "no_upscale": True,
 }
 SHARED = {
     "device": "cpu",
