@@ -63,6 +63,16 @@ def pixel_multiple(vae: Autoencoder) -> int:
     return downsample_factor(vae) * patch_size(vae)
 
 
+def denoiser_multiple(vae: Autoencoder) -> int:
+    """Return the number that divides the sides of every image whose latents the family's denoiser takes.
+
+    Transformers of models with 16 latent channels or more (SD3, FLUX, CogView4) gather 2x2 patches of raw latents.
+    Source: patch_size of SD3Transformer2DModel and FluxTransformer2DModel in diffusers.
+    """
+    patches = 2 if vae.config.latent_channels >= 16 else 1
+    return max(pixel_multiple(vae), patches * downsample_factor(vae))
+
+
 def check_latents(z: Any, channels: int, multiple: int = 1) -> None:
     """Check that z is a floating-point tensor [B, channels, h, w], h and w divisible by ``multiple``.
 

@@ -22,7 +22,7 @@ from fastvae.data.encoding.planning import (
 )
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
-from fastvae.data.encoding.settings import check_layout, tar_rule_of, with_dtype
+from fastvae.data.encoding.settings import check_layout, denoiser_note, tar_rule_of, with_dtype, with_table_of
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.images.size_rules import is_enlarged
 from fastvae.data.rows import size_name
@@ -32,6 +32,7 @@ from fastvae.data.sources.tar import FIRST_DOT
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
+from fastvae.latents.scaling import denoiser_multiple
 from fastvae.system.atomic_files import check_room
 from fastvae.system.devices import resolve_device
 
@@ -143,6 +144,7 @@ def encode(
     listing.leave_out(exclude)
     loaded = load_model(vae, subfolder, revision)
     settings = with_dtype(Path(out), latents.settings(loaded[0], target))
+    settings = with_table_of(Path(out), settings, latents.earlier_buckets(loaded[0]))
     check_memory(loaded[0], settings, options.batch)
     job = prepare(Path(out), source, listing, loaded, settings, options)
     files = job.files[:limit]
@@ -152,6 +154,8 @@ def encode(
     # Everything that can be refused is refused before OUT is touched, and once more while OUT is locked.
     existing = _existing_store(job)
     report = job.report()
+    if note := denoiser_note(settings, denoiser_multiple(loaded[0])):
+        report.notes.append(note)
     report.masks = companion_patterns(listing.files)
     if options.retry_failed and not _failed_before(job, existing):
         report.notes.append("no image of the source has failed before: there is nothing that --retry-failed could try")

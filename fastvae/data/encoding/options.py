@@ -22,7 +22,7 @@ from fastvae.data.images.crop import CROPS, Variants, make_variants
 from fastvae.data.images.read import ALPHAS, ANIMATED
 from fastvae.data.images.size_rules import SizeRules
 from fastvae.data.store.shard import POSTERIORS
-from fastvae.latents.scaling import downsample_factor, pixel_multiple
+from fastvae.latents.scaling import denoiser_multiple, downsample_factor, pixel_multiple
 from fastvae.system.arguments import check_choices, parse_positive
 
 
@@ -65,12 +65,16 @@ class LatentOptions:
         """Return the images that are left out for their size; raises ValueError for a wrong least side."""
         return SizeRules(self.min_size, self.no_upscale)
 
+    def earlier_buckets(self, model: Any) -> Buckets:
+        """Return the table of version 0.1, which rounded scaled sizes to the model's pixels per latent alone."""
+        return Buckets.parse(self.buckets, pixel_multiple(model), None)
+
     def settings(self, model: Any, device: torch.device) -> Settings:
         """Return the settings of a store made with ``model``, their dtype as asked for, which may be None."""
         return Settings(
             self.dtype,
             RowFormat(self.posterior, self.store_dtype, self.logvar, self.seed),
-            Buckets.parse(self.buckets, pixel_multiple(model)),
+            Buckets.parse(self.buckets, pixel_multiple(model), denoiser_multiple(model)),
             self.crops(),
             self.alpha,
             downsample_factor(model),

@@ -17,7 +17,7 @@ from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, make_variants, preprocess_identity
 from fastvae.data.images.read import ALPHAS, ANIMATED
 from fastvae.data.images.size_rules import ANY_SIZE, SizeRules
-from fastvae.data.rows import Size
+from fastvae.data.rows import Size, size_name
 from fastvae.data.sources.tar import FIRST_DOT, KEY_RULES, LAST_DOT
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import differences
@@ -68,6 +68,26 @@ def with_dtype(out: Path, settings: Settings) -> Settings:
         stored = Store.open(out).facts["identity"]["numerics"]["dtype"]
         dtype = stored if stored in DTYPES else None
     return replace(settings, dtype=dtype or default_dtype(settings.device))
+
+
+def with_table_of(out: Path, settings: Settings, earlier: Buckets) -> Settings:
+    """Return ``settings`` with the table ``earlier`` if a store at ``out`` has it: one that version 0.1 began."""
+    if not (out / STORE).exists():
+        return settings
+    stored = Store.open(out).facts["identity"]["preprocess"].get("buckets")
+    return replace(settings, buckets=earlier) if stored == earlier.names else settings
+
+
+def denoiser_note(settings: Settings, multiple: int) -> str | None:
+    """Return a sentence about buckets that are no multiples of denoiser_multiple, None without any."""
+    sizes = settings.buckets.sizes
+    odd = [size_name(size) for size in sizes if size[0] % multiple or size[1] % multiple]
+    if not odd:
+        return None
+    return (
+        f"{len(odd)} of {len(sizes)} buckets, such as {odd[0]}, are no multiples of {multiple}: denoisers of models "
+        f"with {settings.latent_channels} latent channels (SD3, FLUX) cannot take their latents"
+    )
 
 
 def tar_rule_of(out: Path) -> str:

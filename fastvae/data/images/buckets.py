@@ -16,6 +16,7 @@ from typing import Any
 from fastvae.data.rows import Size, parse_size, size_name
 
 TABLES = ("sdxl", "flux")
+FLUX_MULTIPLE = 16  # eight pixels a latent, and the transformer's patches of 2x2 latents
 SMALLEST_BUCKET = 8
 LARGEST_BUCKET = 65_536
 MAX_SIZES = 4096
@@ -30,11 +31,13 @@ class Buckets:
     sizes: tuple[Size, ...]
 
     @classmethod
-    def parse(cls, spec: str | int | os.PathLike[str], multiple: int) -> Buckets:
+    def parse(cls, spec: str | int | os.PathLike[str], multiple: int, denoiser: int | None = 1) -> Buckets:
         """Return the table that ``spec`` names: a side, "sdxl", "flux" or a JSON file; "@side" scales a table.
 
         ``multiple``: the model's pixels per latent, which must divide both sides; sizes of a scaled table are rounded
-        to it. Raises ValueError for any other ``spec``, OSError for a file that cannot be read.
+        to it. ``denoiser``: they are rounded to a multiple of this number as well, and those of "flux" to one of 16;
+        None for neither, which is the rule of version 0.1. Raises ValueError for any other ``spec``, OSError for a file
+        that cannot be read.
         """
         text = str(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
         if text.isascii() and text.isdigit():
@@ -57,7 +60,8 @@ class Buckets:
                 f"buckets must be scaled to a side of at least the model's {multiple} pixels, got {text!r}"
             )
         if scaled:
-            sizes = _scale_sizes(sizes, _parse_side(scaled), side, multiple)
+            patches = 1 if denoiser is None else math.lcm(denoiser, FLUX_MULTIPLE if name == "flux" else 1)
+            sizes = _scale_sizes(sizes, _parse_side(scaled), side, math.lcm(multiple, patches))
         return cls(text, _check_sizes(sizes, multiple, text))
 
     @classmethod

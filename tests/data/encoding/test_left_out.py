@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import fsspec
 import pytest
@@ -11,13 +12,15 @@ from support.small_store import SIDE, picture, small_vae, write_pictures
 
 from fastvae.cli.main import cli
 from fastvae.data.encoding.encode import encode
+from fastvae.data.encoding.options import LatentOptions
 from fastvae.data.encoding.repair import repair
-from fastvae.data.rows import SourceFile
+from fastvae.data.rows import SourceFile, parse_size
 from fastvae.data.sources.companions import companion_patterns
 from fastvae.data.sources.open import open_source
 from fastvae.data.sources.source import Listing
 from fastvae.data.store.errors import IdentityMismatch
 from fastvae.data.store.store import Store
+from fastvae.latents.scaling import downsample_factor
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 
@@ -205,6 +208,39 @@ def test_a_pattern_of_one_level_passes_folders_of_systems_over(tmp_path):
     report = encode(f"{tmp_path}/in/*/*.png", tmp_path / "out", vae=small_vae(), **OPTIONS)
     assert json.loads(report.to_json())["passed_over"] == {"@eaDir": 1}
     assert "passed  images in folders that systems make are left out: @eaDir 1" in report.lines()
+
+
+def test_buckets_of_models_with_16_channels_are_multiples_of_16_and_an_earlier_store_keeps_its_own(tmp_path):
+    keys = write_pictures(tmp_path / "in", 2)
+    sixteen = small_vae(latent_channels=16)
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"side": 64, "sizes": [[48, 80], [64, 64]]}))
+    options = {**OPTIONS, "buckets": f"{table}@32"}
+    factor = downsample_factor(sixteen)
+    report = encode(tmp_path / "in", tmp_path / "new", vae=sixteen, **options)
+    assert report.notes == []
+    assert all(side % (2 * factor) == 0 for size in stored_buckets(tmp_path / "new") for side in parse_size(size))
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(LatentOptions, "settings", earlier_settings(LatentOptions.settings))
+        encode(tmp_path / "in", tmp_path / "old", vae=sixteen, limit=1, **options)
+    old = stored_buckets(tmp_path / "old")
+    assert old != stored_buckets(tmp_path / "new")
+    report = encode(tmp_path / "in", tmp_path / "old", vae=sixteen, **options)
+    assert (report.ok, report.resumed, stored_buckets(tmp_path / "old")) == (len(keys) - 1, 1, old)
+    assert "cannot take their latents" in report.notes[0]
+
+
+def stored_buckets(path) -> list[str]:
+    return Store.open(path).facts["identity"]["preprocess"]["buckets"]
+
+
+def earlier_settings(now):
+    """LatentOptions.settings as version 0.1 had it."""
+
+    def settings(self, model, device):
+        return replace(now(self, model, device), buckets=self.earlier_buckets(model))
+
+    return settings
 
 
 def test_a_picture_that_only_is_called_like_a_mask_is_a_row(tmp_path):

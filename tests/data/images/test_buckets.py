@@ -45,6 +45,19 @@ def test_sizes_are_multiples_of_the_models_pixels():
         Buckets.parse("flux", 32)
 
 
+@pytest.mark.parametrize("side", [256, 384, 512, 768, 1000, 1024, 1536])
+def test_sizes_of_scaled_tables_are_multiples_that_the_denoiser_takes(side):
+    """Of flux@512, 12 of 17 sizes were multiples of 8 alone, which no 2x2 patch of latents divides."""
+    for name, denoiser in (("flux", 1), ("flux", 16), ("sdxl", 16)):
+        sizes = Buckets.parse(f"{name}@{side}", 8, denoiser).sizes
+        assert all(length % 16 == 0 for size in sizes for length in size)
+        # Every size is the nearest multiple of 16.
+        plain = Buckets.parse(name, 8).sizes
+        assert set(sizes) == {tuple(math.floor(length * side / 1024 / 16 + 0.5) * 16 for length in s) for s in plain}
+    assert Buckets.parse(f"sdxl@{side}", 8, 8).sizes == Buckets.parse(f"sdxl@{side}", 8, None).sizes
+    assert sum(h % 16 + w % 16 > 0 for h, w in Buckets.parse("flux@512", 8, None).sizes) == 12
+
+
 def test_a_table_from_a_file(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"sizes": [[64, 128], [96, 96]]}))
