@@ -42,11 +42,15 @@ test-oldest-diffusers: $(VENV)/.dev $(DIFFUSERS_FOLDER)/.done
 	PYTHONPATH=$(DIFFUSERS_FOLDER) $(BIN)/python -c "import diffusers as d; assert d.__version__ == '$(OLDEST_DIFFUSERS)', d"
 	PYTHONPATH=$(DIFFUSERS_FOLDER) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/swap_in
 
-# Runs diffusers' tests of AutoencoderKL with every model accelerated: make test-diffusers DIFFUSERS=<its repository>
+# Runs diffusers' tests of AutoencoderKL, first with every model accelerated, then on fastvae's class:
+# make test-diffusers DIFFUSERS=<its repository>
 test-diffusers: $(VENV)/.dev
 	@test -d "$(DIFFUSERS)/tests/models" || { echo "DIFFUSERS must name a checkout of diffusers, got '$(DIFFUSERS)'"; exit 2; }
-	cd $(DIFFUSERS) && PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests $(ONE_THREAD) HF_HUB_OFFLINE=1 \
-		$(CURDIR)/$(BIN)/python -m pytest -q -p swap_in.everywhere tests/models/autoencoders/test_models_autoencoder_kl.py
+	for plugin in everywhere own_class_everywhere; do \
+		(cd $(DIFFUSERS) && PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests $(ONE_THREAD) HF_HUB_OFFLINE=1 \
+			$(CURDIR)/$(BIN)/python -m pytest -q -p swap_in.$$plugin tests/models/autoencoders/test_models_autoencoder_kl.py) \
+			|| failed=1; \
+	done; test -z "$$failed"
 
 # Loads the exported kernels with Hugging Face's kernels; half a minute.
 test-integrations: $(VENV)/.dev $(INTEGRATIONS_FOLDER)/.done

@@ -55,6 +55,9 @@ CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
 #: Largest config.json that is read, in bytes. The largest config in use has two kilobytes.
 MAX_BYTES = 2**20
 
+#: Keys that the config of a user's subclass has; no other model class of diffusers has all of them.
+SUBCLASS_KEYS = {"block_out_channels", "down_block_types", "up_block_types", "latent_channels", "norm_num_groups"}
+
 #: Class names in older or converted repositories, and the class of the model.
 CLASS_ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}
 
@@ -89,8 +92,8 @@ class FrozenConfig(dict):
 def check_class_name(config: Mapping[str, Any], class_name: str, source: str) -> None:
     """Raise ValueError, which names the class to use, for a config of another model class.
 
-    A config passes if it has no ``_class_name``, or one that no diffusers class has (a user's own subclass). The names
-    and shapes of the weights are checked later.
+    A config passes if it has no ``_class_name``. One with an unknown name passes if it has the keys of AutoencoderKL,
+    which diffusers writes for a user's subclass. The names and shapes of the weights are checked later.
     """
     found = config.get("_class_name")
     if found is None:
@@ -102,7 +105,7 @@ def check_class_name(config: Mapping[str, Any], class_name: str, source: str) ->
         return
     if found in CONFIG_DEFAULTS:
         raise ValueError(f"{source}: this is a {found}, not a {class_name}; load it with fastvae.{found}")
-    if config_rules.is_foreign_class(found):
+    if config_rules.is_foreign_class(found) or not config.keys() >= SUBCLASS_KEYS:
         raise ValueError(f"{source}: this is a {found}, which fastvae does not have; {class_name} cannot hold it")
 
 

@@ -32,6 +32,11 @@ class LoadReport:
     unused_config: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def loading_info(self) -> dict[str, list[str]]:
+        """Return the record as diffusers' ``output_loading_info``: a load that misses a tensor raises, so none is."""
+        unexpected = sorted((*self.dropped, *self.not_read))
+        return {"missing_keys": [], "unexpected_keys": unexpected, "mismatched_keys": [], "error_msgs": []}
+
     def __str__(self) -> str:
         lines = [
             f"{self.class_name} ({' and '.join(self.parts)}) from {self.source}"

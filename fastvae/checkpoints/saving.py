@@ -36,9 +36,7 @@ def save_model(
     ``directory`` is a file, and for a variant that is not a plain word, weights on the meta device, or a bad shard
     size.
     """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: this is a file; save_pretrained takes a directory")
+    directory = _directory(directory)
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f"variant must be a plain word such as 'fp16', got {variant!r}")
     shards, index = _shards(_storable(state), variant, max_shard_size)
@@ -52,6 +50,26 @@ def save_model(
     replace_together(directory, writers)
     for path in _superseded(directory, variant, keep=set(writers)):
         path.unlink()
+
+
+def save_config(config: Mapping[str, Any], class_name: str, directory: str | Path) -> None:
+    """Write config.json to ``directory``, which is created if needed. Raises ValueError if that is a file."""
+    directory = _directory(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = config_text(config, class_name)
+    replace_together(directory, {CONFIG_NAME: lambda path: _write_text(text, path)})
+
+
+def config_text(config: Mapping[str, Any], class_name: str) -> str:
+    """Return config.json of a model, as diffusers writes it."""
+    return _json_text(_saved_config(config, class_name))
+
+
+def _directory(directory: str | Path) -> Path:
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: this is a file; save_pretrained takes a directory")
+    return directory
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,8 +122,16 @@ def _saved_config(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
     return {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION, **kept}
 
 
+def _json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_text(_json_text(content), path)
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _superseded(directory: Path, variant: str | None, keep: set[str]) -> list[Path]:

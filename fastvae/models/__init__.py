@@ -8,7 +8,8 @@ downsampling         the stride-2 convolution between encoder blocks
 upsampling           the doubling between decoder blocks
 activations          activation functions by name
 modeling_outputs     results, by attribute, key and position
-modeling_utils       config, loading, saving, dtype, device and checkpointing of every model
+configuration_utils  config of a model: registered, read as attributes, saved
+modeling_utils       loading, saving, dtype, device, size and checkpointing of every model
 in_pipelines         behaviour of a model as the `vae` of a diffusers pipeline
 """
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 AttentionProcessor = Callable[..., Tensor]
+_OTHER_ATTENTION = "fastvae.accelerate puts attention on fused kernels, and set_attn_processor on yours"
 
 
 class Attention(nn.Module):
@@ -159,6 +161,30 @@ class AttentionMixin(nn.Module):
                     "set a processor by set_attn_processor instead"
                 )
         self.set_attn_processor(AttnProcessor())
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Take the call of trainers: attention is torch's, which needs no more memory than xformers', in both cases.
+
+        Raises ValueError for an ``attention_op``.
+        """
+        if attention_op is not None:
+            raise ValueError(f"attention_op must be left out, got {attention_op!r}: {_OTHER_ATTENTION}")
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Call set_use_memory_efficient_attention_xformers(True, attention_op)."""
+        self.set_use_memory_efficient_attention_xformers(True, attention_op)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Call set_use_memory_efficient_attention_xformers(False)."""
+        self.set_use_memory_efficient_attention_xformers(False)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Take "native", torch's scaled_dot_product_attention. Raises ValueError for another backend."""
+        if backend != "native":
+            raise ValueError(f"backend must be 'native', got {backend!r}: {_OTHER_ATTENTION}")
+
+    def reset_attention_backend(self) -> None:
+        """Return to "native", which is the only backend."""
 
     def fuse_qkv_projections(self) -> None:
         """Compute q, k and v by one product in every attention layer (diffusers: fuse_qkv_projections)."""

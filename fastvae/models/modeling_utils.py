@@ -1,55 +1,40 @@
-"""Base of every model: a frozen config, loading and saving, dtype and device, gradient checkpointing.
+"""Base of every model: loading and saving, dtype and device, size, gradient checkpointing.
 
-Source: diffusers.models.modeling_utils.ModelMixin and diffusers.configuration_utils.ConfigMixin.
+Source: diffusers.models.modeling_utils.ModelMixin.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvae.checkpoints import loading, presets, saving
-from fastvae.checkpoints.config import CONFIG_DEFAULTS, FrozenConfig, validate_config
+from fastvae.checkpoints.config import validate_config
 from fastvae.checkpoints.report import LoadReport
 from fastvae.checkpoints.tensors import Checkpoint, check_parts, convertible_dtype, read_tensors
+from fastvae.models.configuration_utils import ConfigMixin
 from fastvae.models.in_pipelines import InPipelines
 
 BOTH_PARTS = ("encoder", "decoder")
 
 
-def register_to_config(init):
-    """Wrap a constructor: check its arguments, with defaults, and keep them as the frozen ``config`` of the instance.
-
-    Source: diffusers.configuration_utils.register_to_config.
-    """
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def wrapper(self, *args, **kwargs):
-        arguments = signature.bind(self, *args, **kwargs)
-        arguments.apply_defaults()
-        given = {name: value for name, value in arguments.arguments.items() if name != "self"}
-        config = validate_config(given, self._class_name(), type(self).__name__)
-        object.__setattr__(self, "_config", FrozenConfig(config))
-        init(self, **config)
-
-    return wrapper
-
-
-class ModelMixin(InPipelines, nn.Module):
+class ModelMixin(InPipelines, ConfigMixin):
     """Module with a config, loading and saving, dtype and device, and gradient checkpointing.
 
     Source: diffusers.models.modeling_utils.ModelMixin.
     """
 
-    _config: FrozenConfig
+    # Read by diffusers' hooks and tests, and by trainers.
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _keep_in_fp32_modules: list[str] | None = None
+    _skip_layerwise_casting_patterns: tuple[str, ...] | None = None
+
     load_report: LoadReport | None = None
     """Record of what the load read, renamed and left out; None for a model that was not loaded."""
 
@@ -70,12 +55,16 @@ class ModelMixin(InPipelines, nn.Module):
         cache_dir: str | Path | None = None,
         use_safetensors: bool | None = None,
         allow_pickle: bool = False,
-    ) -> Self:
+        low_cpu_mem_usage: bool = True,
+        output_loading_info: bool = False,
+    ) -> Self | tuple[Self, dict[str, list[str]]]:
         """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
 
         ``torch_dtype`` (or ``dtype``) None means float32, "auto" that of the file. ``parts=("encoder",)`` reads no
         tensor of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``,
-        which pipelines pass, may not be False without it). ``load_report`` records the load. Raises FileNotFoundError,
+        which pipelines pass, may not be False without it). ``load_report`` records the load. ``low_cpu_mem_usage``
+        changes nothing: no random weights are made. ``output_loading_info=True`` returns (model, info) as diffusers
+        does, with the tensors of the file that were not taken as ``unexpected_keys``. Raises FileNotFoundError,
         ConnectionError or ValueError, which name the file, key or tensor.
         Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
         """
@@ -94,7 +83,8 @@ class ModelMixin(InPipelines, nn.Module):
         config, opened, unused = loading.open_pretrained(repository, cls._class_name(), variant, allow_pickle)
         report = loading.new_report(source, cls._class_name(), parts, target, device)
         report.unused_config = unused
-        return cls._from_checkpoint(config, opened, report, target, device)
+        model = cls._from_checkpoint(config, opened, report, target, device)
+        return (model, report.loading_info()) if output_loading_info else model
 
     @classmethod
     def from_single_file(
@@ -155,24 +145,6 @@ class ModelMixin(InPipelines, nn.Module):
         model._drop_other_parts(parts)
         return model.to(device=device, dtype=target).eval()
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | Path) -> Self:
-        """Return a model with random weights from a config: values (``vae.config`` too), a directory, or a Hub id.
-
-        Raises ValueError, which names the key, for values that are not legal, before anything is allocated.
-        """
-        source = "config" if isinstance(config, Mapping) else str(config)
-        values = config if isinstance(config, Mapping) else cls.load_config(config)
-        return cls(**validate_config(values, cls._class_name(), source))
-
-    @classmethod
-    def load_config(cls, source: str | Path, **options: Any) -> dict[str, Any]:
-        """Return the config.json of a directory, a Hub id or "tiny", unchanged.
-
-        ``options``: subfolder, revision, token, cache_dir, local_files_only. Raises as from_pretrained does.
-        """
-        return loading.read_config(loading.locate(source, **options))[0]
-
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -199,11 +171,6 @@ class ModelMixin(InPipelines, nn.Module):
         if is_main_process:
             state, name = self.state_dict(), self._class_name()
             saving.save_model(state, self.config, name, save_directory, variant, max_shard_size)
-
-    @classmethod
-    def _class_name(cls) -> str:
-        # A user's subclass is saved and loaded under the name of the class it extends, which diffusers has.
-        return next(base.__name__ for base in cls.__mro__ if base.__name__ in CONFIG_DEFAULTS)
 
     @classmethod
     def _from_checkpoint(
@@ -241,20 +208,6 @@ class ModelMixin(InPipelines, nn.Module):
             self.decoder, self.post_quant_conv = None, None
 
     @property
-    def config(self) -> FrozenConfig:
-        """Arguments of the constructor, read-only, by attribute and by item."""
-        return self._config
-
-    def register_to_config(self, **changes: Any) -> None:
-        """Replace config values, as pipelines do (diffusers: ConfigMixin.register_to_config).
-
-        Raises ValueError, which names the key, for a value that is not legal.
-        """
-        changed = {**self._config, **changes}
-        checked = validate_config(changed, self._class_name(), type(self).__name__)
-        object.__setattr__(self, "_config", FrozenConfig({**changed, **checked}))
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
@@ -263,6 +216,15 @@ class ModelMixin(InPipelines, nn.Module):
     def device(self) -> torch.device:
         """Device of the first parameter."""
         return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters; ``exclude_embeddings`` changes nothing, since there are none."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of parameters and, unless ``return_buffers`` is False, of buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -90,6 +90,17 @@ def test_an_old_config_gets_defaults_tuples_and_loses_private_and_unknown_keys()
         ("AutoencoderKLFlux2", {"_class_name": "AutoencoderKL"}, "load it with fastvae.AutoencoderKL"),
         ("AutoencoderKL", {"_class_name": "AutoencoderTiny"}, "which fastvae does not have"),
         ("AutoencoderKL", {"_class_name": "UNet2DConditionModel"}, "which fastvae does not have"),
+        (
+            "AutoencoderKL",
+            {"_class_name": "PaellaVQModel", "latent_channels": 4},
+            "a PaellaVQModel, which fastvae does",
+        ),
+        (
+            "AutoencoderKL",
+            {"_class_name": "CausalVideoAutoencoder"},
+            "a CausalVideoAutoencoder, which fastvae does not",
+        ),
+        ("AutoencoderKLFlux2", {"_class_name": "MyVae"}, "a MyVae, which fastvae does not have"),
         ("AutoencoderKL", {"_class_name": 3}, "must be a string"),
     ],
 )
@@ -99,7 +110,8 @@ def test_another_class_is_refused(name, config, words):
 
 
 def test_a_users_own_subclass_passes():
-    assert validate_config({"_class_name": "MyVae"}, "AutoencoderKL", "x") == CONFIG_DEFAULTS["AutoencoderKL"]
+    full = CONFIG_DEFAULTS["AutoencoderKL"]
+    assert validate_config({**full, "_class_name": "MyVae"}, "AutoencoderKL", "x") == full
 
 
 TWO = {

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from fast.small_models import SMALLEST
-from swap_in import everywhere
+from swap_in import everywhere, own_class_everywhere
 from swap_in.stock import is_accelerated, moments_of, pixels, tiny
 
 import fastvae
@@ -91,3 +91,11 @@ def test_as_a_plugin_of_another_projects_tests(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fastvae: 1 models accelerated at construction, 2 calls on the fast path" in done.stdout
+
+
+def test_the_plugin_of_the_own_class_undoes_itself():
+    stock, undo = diffusers.AutoencoderKL, []
+    own_class_everywhere.pytest_configure(SimpleNamespace(add_cleanup=undo.append))
+    assert diffusers.AutoencoderKL is fastvae.AutoencoderKL
+    undo[0]()
+    assert diffusers.AutoencoderKL is stock

@@ -20,9 +20,10 @@ from fastvae.models.autoencoders.vae import (
     DiagonalGaussianDistribution,
     Encoder,
 )
+from fastvae.models.configuration_utils import register_to_config
 from fastvae.models.in_pipelines import heeds_offload
 from fastvae.models.modeling_outputs import AutoencoderKLOutput
-from fastvae.models.modeling_utils import ModelMixin, register_to_config
+from fastvae.models.modeling_utils import ModelMixin
 from fastvae.tiling import TilePlan, apply_tiled, blend
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
     decoder: Decoder | None
     quant_conv: nn.Conv2d | None
     post_quant_conv: nn.Conv2d | None
+
+    @property
+    def latent_channels(self) -> int:
+        """L, the channels of raw latents."""
+        return self.config.latent_channels
 
     def _set_tile_sizes(self) -> None:
         sample_size = self.config.sample_size
@@ -245,3 +251,18 @@ class AutoencoderKL(AutoencoderKLBase):
     def scaling_factor(self) -> float:
         """Factor by which scale_latents multiplies, so that latents have about unit variance."""
         return self.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float | None:
+        """Number that scale_latents subtracts first; None for most models."""
+        return self.config.shift_factor
+
+    @property
+    def latents_mean(self) -> tuple[float, ...] | None:
+        """Means of the channels of raw latents, [L], by which scale_latents normalises; None for most models."""
+        return self.config.latents_mean
+
+    @property
+    def latents_std(self) -> tuple[float, ...] | None:
+        """Deviations of the channels of raw latents, [L]; None for most models."""
+        return self.config.latents_std

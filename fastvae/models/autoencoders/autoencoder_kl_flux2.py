@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvae.models.autoencoders.autoencoder_kl import AutoencoderKLBase
 from fastvae.models.autoencoders.vae import Decoder, Encoder
-from fastvae.models.modeling_utils import register_to_config
+from fastvae.models.configuration_utils import register_to_config
 
 
 class AutoencoderKLFlux2(AutoencoderKLBase):
