@@ -20,7 +20,7 @@ from fastvae.checkpoints.config import CONFIG_DEFAULTS, read_config_file, valida
 from fastvae.checkpoints.files import Repository, WeightFiles
 from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.data.datasets.dataset import LatentDataset
-from fastvae.data.images import formats
+from fastvae.data.images import formats, jpeg
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.png import chunk_bodies, damaged_png_chunk, png_head, readable_png
@@ -182,7 +182,8 @@ def structure(data: bytes) -> None:
     formats.describe_refused(data[:64])
     for image_format in PLUGINS:
         formats.ends_early(image_format, data)
-    formats.broken_jpeg_profile(data)
+    jpeg.broken_jpeg_profile(data)
+    jpeg.undecodable_jpeg(io.BytesIO(data))
     damaged_png_chunk(data)
     readable_png(data)
     png_head(io.BytesIO(data))

@@ -2,6 +2,7 @@
 
 errors       ImageError and its reasons
 formats      detection of formats and of truncated files
+jpeg         kinds of JPEG that are refused, and profiles in chunks
 png          chunks of PNG: text and profiles that are left out
 tiff         directories of TIFF: planes, and raw files of cameras
 colour       ICC profiles, CMYK, palettes, 16 bits and transparency to sRGB

@@ -7,7 +7,6 @@ is never interpreted.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 from fastvae.data.images.tiff import tiff_ends_early
 
@@ -81,42 +80,6 @@ def ends_early(image_format: str, data: bytes) -> bool:
         "WEBP": lambda data: len(data) < 12 or struct.unpack_from("<I", data, 4)[0] + 8 > len(data),
     }
     return check[image_format](data)
-
-
-def broken_jpeg_profile(data: bytes) -> bool:
-    """Return True if the chunks of a JPEG's profile are not one to n of n, each once: missing, doubled, or miscounted.
-
-    Pillow counts the chunks and ignores their numbers. Chunks numbered from zero are accepted, as Pillow does.
-    """
-    numbers, counts = [], set()
-    for marker, start, end in _jpeg_segments(data):
-        if marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):
-            if end - start < 14:
-                return True
-            numbers.append(data[start + 12])
-            counts.add(data[start + 13])
-    if not numbers:
-        return False
-    first = min(numbers)
-    complete = sorted(numbers) == list(range(first, first + len(numbers)))
-    return not (complete and first <= 1 and counts == {len(numbers)})
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield marker, start and end of the body of each segment before the first scan of a JPEG."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            position += 2
-        elif marker in (0xD9, 0xDA):
-            return
-        else:
-            end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
-            yield marker, position + 4, end
-            position = end
 
 
 def _is_avif(head: bytes) -> bool:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from fastvae.data.images.colour import mend_transparency, to_srgb
 from fastvae.data.images.colour_tags import ignored_colour
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
-from fastvae.data.images.formats import broken_jpeg_profile, describe_refused, ends_early, identify
+from fastvae.data.images.formats import describe_refused, ends_early, identify
+from fastvae.data.images.jpeg import broken_jpeg_profile, is_lossless_jpeg, undecodable_jpeg
 from fastvae.data.images.png import damaged_png_chunk, has_late_png_text, png_head, readable_png
 from fastvae.data.images.tiff import raw_photograph, read_planes
 
@@ -133,7 +134,7 @@ def image_size(
 
         with unreadable(name):
             image_format = _detect_format(file.read(4096), name)
-            _refuse_raw(file, image_format, name)
+            _refuse_kind(file, image_format, name)
             file.seek(0)
         with quiet_pillow(), _parsing(all_bytes, image_format, name):
             head = io.BytesIO(png_head(file)) if image_format == "PNG" else file
@@ -161,9 +162,13 @@ def _detect_format(head: bytes, name: str) -> str:
     return image_format
 
 
-def _refuse_raw(file: BinaryIO, image_format: str, name: str) -> None:
-    """Raise ImageError("unsupported") for a TIFF whose first image is the thumbnail of a photograph."""
-    if image_format == "TIFF" and (found := raw_photograph(file)):
+def _refuse_kind(file: BinaryIO, image_format: str, name: str) -> None:
+    """Raise ImageError("unsupported") for a TIFF whose first image is a thumbnail, and a JPEG that Pillow cannot decode.
+
+    The kind is read from the header, before a decoder opens the file.
+    """
+    check = {"TIFF": raw_photograph, "JPEG": undecodable_jpeg}.get(image_format)
+    if check is not None and (found := check(file)):
         raise ImageError("unsupported", f"{name} is {found}: convert it to a format that is read")
 
 
@@ -204,7 +209,7 @@ def _decode(
     whole = data
     if image_format == "PNG":
         data, flags = readable_png(whole)
-    _refuse_raw(io.BytesIO(data), image_format, name)
+    _refuse_kind(io.BytesIO(data), image_format, name)
     with _parsing(lambda: whole, image_format, name):
         image = _open_image(io.BytesIO(data), image_format, name)
     width, height = image.size
@@ -235,7 +240,7 @@ def _load(
         if broken_jpeg_profile(data):
             image.info["icc_profile"] = None
         orientation = _orientation(image, flags)
-        _load_jpeg(image, cover, orientation)
+        _load_jpeg(image, None if is_lossless_jpeg(data) else cover, orientation)
         return image, orientation
     if image_format == "TIFF" and (planes := read_planes(data)) is not None:
         # Pillow rotates a TIFF in load(), which is not called on this one.
