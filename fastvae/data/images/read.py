@@ -163,7 +163,7 @@ def _detect_format(head: bytes, name: str) -> str:
 
 
 def _refuse_kind(file: BinaryIO, image_format: str, name: str) -> None:
-    """Raise ImageError("unsupported") for a TIFF whose first image is a thumbnail, and a JPEG that Pillow cannot decode.
+    """Raise ImageError("unsupported") for a TIFF whose first image is a thumbnail, or a JPEG Pillow cannot decode.
 
     The kind is read from the header, before a decoder opens the file.
     """

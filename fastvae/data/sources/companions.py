@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.source import is_image_name
 
-WORDS = [
+NAMES = [
     *("mask", "masklabel", "matte", "seg", "segmentation"),
     *("cond", "condlabel", "condition", "conditioning", "conditioning_image", "control"),
     *("depth", "canny", "hed", "softedge", "lineart", "scribble", "normal", "pose", "openpose"),
 ]
-SUFFIX = re.compile(rf"(.+)([-_.](?:{'|'.join(WORDS)}))", re.IGNORECASE | re.DOTALL)
-FOLDERS = {*WORDS, *(word + "s" for word in WORDS)}
+SUFFIX = re.compile(rf"(.+)([-_.](?:{'|'.join(NAMES)}))", re.IGNORECASE | re.DOTALL)
+FOLDERS = {*NAMES, *(name + "s" for name in NAMES)}
 
 
 def companion_patterns(files: Iterable[SourceFile]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What an encode run leaves out of its source, and what it names: by size, by pattern, masks, folders of systems."""
+"""Images that an encode run leaves out or names: by size, by pattern, masks, folders of systems."""
 
 import io
 import json
