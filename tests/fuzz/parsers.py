@@ -25,7 +25,7 @@ from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.png import chunk_bodies, damaged_png_chunk, png_head, readable_png
 from fastvae.data.images.read import PLUGINS, image_size, read_image
-from fastvae.data.images.tiff import raw_photograph
+from fastvae.data.images.tiff import undecodable_tiff
 from fastvae.data.sources.open import open_source
 from fastvae.data.store.commits import read_commit
 from fastvae.data.store.errors import StoreError
@@ -188,7 +188,7 @@ def structure(data: bytes) -> None:
     readable_png(data)
     png_head(io.BytesIO(data))
     chunk_bodies(data)
-    raw_photograph(io.BytesIO(data))
+    undecodable_tiff(io.BytesIO(data))
 
 
 def image(data: bytes) -> None:

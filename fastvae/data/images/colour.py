@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
-PHOTOMETRIC = 262  # TIFF tag; 0 means that zero is white
+BITS, PHOTOMETRIC = 258, 262  # TIFF tags; a photometric interpretation of 0 means that zero is white
 
 
 def to_srgb(
@@ -76,6 +76,8 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     samples = np.asarray(image).astype(np.int64)
     if image.mode == "I" and (samples.min() < 0 or samples.max() > 65535):
         raise ImageError("unsupported", f"{name} has integer samples outside 0..65535")
+    if _tags(image).get(BITS) == (12,):  # Pillow does not scale them
+        samples = (samples * 65535 + 2047) // 4095
     if image.mode != "I" and _tags(image).get(PHOTOMETRIC) == 0:
         samples = 65535 - samples
     # The nearest of the 256 levels, as 65535 = 257 * 255: white stays white, and a full ramp keeps its mean.

@@ -26,7 +26,7 @@ from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.formats import describe_refused, ends_early, identify
 from fastvae.data.images.jpeg import broken_jpeg_profile, is_lossless_jpeg, undecodable_jpeg
 from fastvae.data.images.png import damaged_png_chunk, has_late_png_text, png_head, readable_png
-from fastvae.data.images.tiff import raw_photograph, read_planes
+from fastvae.data.images.tiff import read_planes, undecodable_tiff
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,11 +163,11 @@ def _detect_format(head: bytes, name: str) -> str:
 
 
 def _refuse_kind(file: BinaryIO, image_format: str, name: str) -> None:
-    """Raise ImageError("unsupported") for a TIFF whose first image is a thumbnail, or a JPEG Pillow cannot decode.
+    """Raise ImageError("unsupported") for a TIFF or JPEG of a kind that Pillow does not decode correctly.
 
     The kind is read from the header, before a decoder opens the file.
     """
-    check = {"TIFF": raw_photograph, "JPEG": undecodable_jpeg}.get(image_format)
+    check = {"TIFF": undecodable_tiff, "JPEG": undecodable_jpeg}.get(image_format)
     if check is not None and (found := check(file)):
         raise ImageError("unsupported", f"{name} is {found}: convert it to a format that is read")
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 NEW_SUBFILE_TYPE, SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
 STRIP_OFFSETS, SAMPLES, STRIP_SIZES, PLANAR, PREDICTOR = 273, 277, 279, 284, 317
-TILE_OFFSETS, TILE_SIZES, SUB_IFDS, EXTRA_SAMPLES, DNG_VERSION = 324, 325, 330, 338, 50706
+TILE_OFFSETS, TILE_SIZES, SUB_IFDS, EXTRA_SAMPLES, SAMPLE_FORMAT, DNG_VERSION = 324, 325, 330, 338, 339, 50706
 STORED_AT = {STRIP_OFFSETS: STRIP_SIZES, TILE_OFFSETS: TILE_SIZES}  # offsets of strips or tiles: their lengths
 # Tags that each plane has in common with the image: fill order, rows per strip, tile width and length, sample format.
-COMMON_TAGS = (WIDTH, LENGTH, COMPRESSION, 266, 278, PREDICTOR, 322, 323, 339)
+COMMON_TAGS = (WIDTH, LENGTH, COMPRESSION, 266, 278, PREDICTOR, 322, 323, SAMPLE_FORMAT)
 TAGS = (
     *COMMON_TAGS,
     *STORED_AT,
@@ -79,12 +79,11 @@ def read_directory(file: BinaryIO, at: int | None = None, tags: Container[int] =
     start = _read(file, 0, 16)
     order = "<" if start[:2] == b"II" else ">"
     big = struct.unpack_from(order + "H", start, 2)[0] == 43
-    if at is None:
-        (at,) = struct.unpack_from(order + ("Q" if big else "I"), start, 8 if big else 4)
-    (count,) = struct.unpack(order + ("Q" if big else "H"), _read(file, at, 8 if big else 2))
-    step, at = (20, at + 8) if big else (12, at + 2)
-    count = min(count, 65535)
-    entries = _read(file, at, step * count + 8)
+    (first,) = struct.unpack_from(order + ("Q" if big else "I"), start, 8 if big else 4)
+    place = first if at is None else at
+    (count,) = struct.unpack(order + ("Q" if big else "H"), _read(file, place, 8 if big else 2))
+    step, count = 20 if big else 12, min(count, 65535)
+    entries = _read(file, place + (8 if big else 2), step * count + 8)
     found = Directory(order)
     for place in range(0, step * count, step):
         tag, kind = struct.unpack_from(order + "HH", entries, place)
@@ -123,7 +122,23 @@ def tiff_ends_early(data: bytes) -> bool:
     )
 
 
-def raw_photograph(file: BinaryIO) -> str | None:
+def undecodable_tiff(file: BinaryIO) -> str | None:
+    """Return what a TIFF is if Pillow gives other pixels than its photograph's, from its directories alone; else None.
+
+    The first image of a camera's raw file is a thumbnail. Pillow takes signed samples below 32 bits for unsigned ones.
+    """
+    found = _raw_photograph(file)
+    try:
+        first = read_directory(file)
+    except (struct.error, OverflowError, ValueError):  # Pillow reports it
+        return found
+    bits = max(first.values.get(BITS, (1,)))
+    if found is None and 2 in first.values.get(SAMPLE_FORMAT, ()) and bits < 32:
+        return f"a TIFF of signed {bits}-bit samples, whose white level is unknown"
+    return found
+
+
+def _raw_photograph(file: BinaryIO) -> str | None:
     """Return what a TIFF is if its first image is not its photograph, else None; from the directories alone.
 
     The first image of a camera's raw file (DNG, NEF, CR2, ARW, GPR) is a thumbnail.

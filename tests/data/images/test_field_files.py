@@ -133,6 +133,31 @@ def test_a_tiff_with_a_smaller_copy_after_its_photograph_is_read():
     assert (pixels(file.getvalue()) == np.asarray(SMALL)).all()
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("samples", [np.int8, np.int16])
+def test_signed_samples_are_unsupported_by_name(samples, order):
+    """Pillow takes -40 for 216, and 16 bits come out half as bright."""
+    data = tiff(np.asarray(SMALL.convert("L")).astype(samples), "minisblack", byteorder=order)
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match=r"unsupported: .* signed .*-bit samples"):
+            read(data)
+
+
+def test_12_bits_have_the_brightness_of_8():
+    """Pillow leaves them at 0 to 4095 of 65535: nearly black."""
+    ramp = np.linspace(0, 4095, 16 * 24).round().astype(np.uint16).reshape(16, 24)
+    expected = (ramp / 4095 * 255).round()
+    high, low = ramp.reshape(-1, 2).T
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], -1).astype(np.uint8).reshape(16, 36)
+    data = bytearray(tiff(packed, "minisblack"))
+    for tag, value in ((256, 24), (258, 12)):  # width and bits a sample: tifffile packs with imagecodecs alone
+        place = next(at for kind in (3, 4) if (at := data.find(struct.pack("<HHI", tag, kind, 1))) >= 0)
+        struct.pack_into("<H", data, place + 8, value)
+    found = pixels(bytes(data))[..., 0]
+    assert np.abs(found - expected).max() <= 1
+    assert (found.min(), found.max(), round(found.mean(), 1)) == (0, 255, 127.5)
+
+
 LONG = zlib.compress(b"x" * 2_000_000)
 LONG_TEXTS = {
     "zTXt": [png_chunk(b"zTXt", b"workflow\0\0" + LONG)],
