@@ -41,9 +41,10 @@ def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, 
             echo(strip_control_characters(f"damaged {damage.file} {damage.what}"))
         for name in found.stale:
             echo(f"stale   {name} is missing or says something else than the records: the next encode rewrites it")
+        rows = f"{found.rows} rows" + (f" ({found.superseded} superseded)" if found.superseded else "")
         word = "damaged" if found.damaged else "sound"
         echo(
-            f"{word:7s} {found.committed} of {found.planned} units, {found.rows} rows, {found.failed} quarantined, "
+            f"{word:7s} {found.committed} of {found.planned} units, {rows}, {found.failed} quarantined, "
             f"{format_bytes(found.bytes)}; {len(found.damaged)} damaged, {found.pending} to do"
         )
     if found.damaged:

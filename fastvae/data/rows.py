@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,25 @@ from fastvae.system.arguments import check_unsigned
 
 Size = tuple[int, int]  # (height, width) in pixels
 NOISE_PREFIX = b"fastvae noise 1\0"
+POSITION = re.compile(r"(.*?)([@#][\d+]+)?", re.DOTALL | re.ASCII)  # of a tar member or a row of Parquet
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Folder, archive, Parquet file or manifest that an image came from.
+
+    ``name``: the last part of its path, for messages. ``path``: digest of its absolute path, which is not stored.
+    ``content``: digest of an archive's or a Parquet file's name, size, first and last 64 KiB and, of an archive, its
+    member list; "" for the others.
+    """
+
+    name: str
+    path: str
+    content: str = ""
+
+    def is_same_as(self, other: Origin) -> bool:
+        """Return True if this is ``other``, or a copy of it under another path."""
+        return self.path == other.path or bool(self.content and self.content == other.content)
 
 
 @dataclass(frozen=True, order=True)
@@ -23,7 +43,7 @@ class SourceFile:
     extension; the key column of a Parquet file or a manifest. ``size`` in bytes and ``mtime_ns`` change when the image
     changes: a tar member has its archive's mtime, a row of a Parquet file the file's size and mtime; 0 if unknown.
     ``place``: position of the bytes inside the source, "" if it follows from the key. ``columns``: captions and other
-    columns, as JSON values. ``sha256``: of the bytes, "" if not computed.
+    columns, as JSON values. ``sha256``: of the bytes, "" if not computed. ``origin``: None in plans of version 0.1.0.
     """
 
     key: str
@@ -32,12 +52,36 @@ class SourceFile:
     place: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     sha256: str = field(default="", compare=False)
+    origin: Origin | None = field(default=None, compare=False)
 
     def is_same_as(self, planned: SourceFile | None) -> bool:
-        """Return True if this is the image ``planned``: by sha256 if both have one, else by size and mtime."""
-        if planned is None or not (self.sha256 and planned.sha256):
-            return self == planned
-        return (self.key, self.place, self.sha256) == (planned.key, planned.place, planned.sha256)
+        """Return True if this is the image ``planned``, under the same key.
+
+        By sha256 if both have one. Else by size and mtime, wherever the source's files now are: of places that differ
+        one must be the end of the other. An image of an archive that has another path is the same if the archive has
+        the same content digest, whatever its mtime is.
+        """
+        if planned is None or self.key != planned.key:
+            return False
+        if self.sha256 and planned.sha256:
+            return self.sha256 == planned.sha256
+        if self.size != planned.size:
+            return False
+        ours, theirs = self.origin, planned.origin
+        if ours and theirs and ours.content and theirs.content and ours.path != theirs.path:
+            return ours.content == theirs.content and _position(self.place) == _position(planned.place)
+        return self.mtime_ns == planned.mtime_ns and _is_end_of(self.place, planned.place)
+
+
+def _position(place: str) -> str:
+    found = POSITION.fullmatch(place)
+    return (found and found[2]) or ""
+
+
+def _is_end_of(place: str, other: str) -> bool:
+    """Return True if one of two places is the other, or the end of the other from a folder on."""
+    shorter, longer = sorted((place, other), key=len)
+    return shorter == longer or bool(shorter and not shorter.startswith("/") and longer.endswith(f"/{shorter}"))
 
 
 def sample_id(key: str) -> int:

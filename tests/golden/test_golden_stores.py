@@ -57,7 +57,7 @@ def test_the_digest_of_an_identity_is_the_one_that_was_stored(golden, tmp_path):
 def test_encode_finds_nothing_to_do(golden):
     before = golden.files()
     report = fastvae.encode(golden.source, golden.store, **golden.options)
-    assert (report.ok, report.failed, report.resumed) == (0, 0, golden.expected["verify"]["rows"])
+    assert (report.ok, report.failed, report.resumed) == (0, 0, len(golden.expected["rows"]))
     assert golden.files() == before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +25,20 @@ from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_pe
 from fastvae.data.encoding.settings import check_layout, denoiser_note, tar_rule_of, with_dtype, with_table_of
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.images.size_rules import is_enlarged
-from fastvae.data.rows import size_name
+from fastvae.data.rows import SourceFile, size_name
+from fastvae.data.sources.changes import find_changes, keep_planned_keys
 from fastvae.data.sources.companions import companion_patterns
 from fastvae.data.sources.open import open_source
+from fastvae.data.sources.source import MAX_LISTED
 from fastvae.data.sources.tar import FIRST_DOT
+from fastvae.data.store.layout import STORE
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
 from fastvae.latents.scaling import denoiser_multiple
 from fastvae.system.atomic_files import check_room
 from fastvae.system.devices import resolve_device
+from fastvae.system.terminal import first_few
 
 SourceName = str | os.PathLike[str]
 
@@ -73,6 +77,7 @@ def encode(
     deterministic: bool = False,
     hash: str = "none",
     retry_failed: bool = False,
+    prune: bool = False,
     progress: bool = True,
     limit: int | None = None,
     dry_run: bool = False,
@@ -142,13 +147,24 @@ def encode(
     target = resolve_device(options.device)
     listing = source.listing(exclude=out)
     listing.leave_out(exclude)
+    if prune and listing.unreadable:
+        raise ValueError(
+            f"prune needs a source that can be listed whole, of {source.name} cannot be read: "
+            f"{first_few(listing.unreadable)}"
+        )
+    if (Path(out) / STORE).exists():
+        keep_planned_keys(listing, Store.open(Path(out)).planned_files())
     loaded = load_model(vae, subfolder, revision)
     settings = with_dtype(Path(out), latents.settings(loaded[0], target))
     settings = with_table_of(Path(out), settings, latents.earlier_buckets(loaded[0]))
     check_memory(loaded[0], settings, options.batch)
     job = prepare(Path(out), source, listing, loaded, settings, options)
     files = job.files[:limit]
-    job = replace(job, files=with_sha256(files, job.reader) if options.hash == "full" else files)
+    if options.hash == "full":
+        files = with_sha256(files, job.reader)
+        listed = {**(job.reader.listed or {}), **{file.key: file for file in files}}
+        job = replace(job, reader=replace(job.reader, listed=listed))
+    job = replace(job, files=files, prune=prune)
     if tar_rule == FIRST_DOT:  # left out of a store that an earlier version began
         job = replace(job, layout={**job.layout, "tar_keys": tar_rule})
     # Everything that can be refused is refused before OUT is touched, and once more while OUT is locked.
@@ -196,24 +212,42 @@ def _plan(job: EncodeJob, leases: Leases, report: EncodeReport) -> tuple[Store, 
         files_to_encode(store, job.listing.files, job.files, job.reader, job.options.retry_failed), job.reader
     )
     check_room(job.out, sum(job.settings.row_size(bucket) for bucket, _ in fresh))
-    store.extend_plan(fresh, rows_per_unit(job.settings, job.options.shard_mb), job.files)
+    gone = _note_changes(job, store, [row.file for _, row in fresh], report)
+    pruned = gone if job.prune else []
+    store.extend_plan(fresh, rows_per_unit(job.settings, job.options.shard_mb), job.files, pruned)
     commits = store.commits(with_keys=True)
-    report.resumed = sum(commit.rows for commit in commits.values())
+    report.resumed = store.count_served(commits)
     todo = [unit for unit in store.units() if unit.number not in commits]
     check_buckets(todo, job.settings, job.out)
     return store, todo
 
 
+def _note_changes(
+    job: EncodeJob, store: Store, changed: Iterable[SourceFile], report: EncodeReport
+) -> list[SourceFile]:
+    """Count and name in ``report`` the rows of edited and deleted images; return the planned files that are gone."""
+    changed = {file.key: file for file in changed}.values()
+    listed = {*job.listing.excluded, *(file.key for file in job.listing.files)}
+    changes = find_changes(store.planned_files(), store.served_rows(), listed, changed)
+    report.replaced, report.replaced_keys = changes.replaced_rows, changes.replaced[:MAX_LISTED]
+    report.gone, report.gone_keys = changes.gone_rows, [file.key for file in changes.gone[:MAX_LISTED]]
+    report.pruned = changes.gone_rows if job.prune else 0
+    return changes.gone
+
+
 def _dry_run(job: EncodeJob, existing: Store | None, report: EncodeReport) -> EncodeReport:
     """Complete the report of a dry run."""
     commits = existing.commits() if existing is not None else {}
-    report.resumed = sum(commit.rows for commit in commits.values())
+    report.resumed = existing.count_served(commits) if existing is not None else 0
     counts = count_by_bucket([unit for unit in existing.units() if unit.number not in commits] if existing else [])
     files = (
         files_to_encode(existing, job.listing.files, job.files, job.reader, job.options.retry_failed)
         if existing
         else job.files
     )
+    if existing is not None:
+        _note_changes(job, existing, files, report)
+        report.resumed -= report.replaced + report.pruned
     for bucket, row in plan_rows(files, job.reader):
         counts[bucket] = counts.get(bucket, 0) + 1
         known = all(row.original_hw)

@@ -23,7 +23,7 @@ from fastvae.system.atomic_files import sha256_of
 class ImageReader:
     """Source, buckets, crops and policies of read_image.
 
-    ``factor``: pixels per latent. ``listed``: the place of each key that the source lists. A plan may have been edited,
+    ``factor``: pixels per latent. ``listed``: the file of each key that the source lists. A plan may have been edited,
     so a file at any other place is not opened. ``sizes``: images that are left out for their size.
     ``excluded``: keys that are left out although they were planned.
     """
@@ -34,7 +34,7 @@ class ImageReader:
     alpha: str
     factor: int
     max_pixels: int
-    listed: Mapping[str, str] | None = None
+    listed: Mapping[str, SourceFile] | None = None
     animated: str = "first"
     sizes: SizeRules = ANY_SIZE
     excluded: Collection[str] = frozenset()
@@ -97,6 +97,10 @@ class ImageReader:
     def _content(self, file: SourceFile) -> Path | bytes:
         if file.key in self.excluded:
             raise ImageError("excluded", f"{file.key} was planned before, and --exclude names it now")
-        if self.listed is not None and self.listed.get(file.key) != file.place:
-            raise ImageError("unreadable", f"{file.key} is not in the source where it was when the run was planned")
+        if self.listed is not None:
+            now = self.listed.get(file.key)
+            if now is not None and now.is_same_as(file):
+                file = now  # the source's files may have been moved since the plan
+            elif now is None or now.place != file.place:
+                raise ImageError("unreadable", f"{file.key} is not in the source where it was when the run was planned")
         return self.source.read(file, self.max_pixels)

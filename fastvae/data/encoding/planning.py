@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.rows import Size, SourceFile
+from fastvae.data.sources.changes import check_origins
 from fastvae.data.store.commits import Commit, Failure
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.plan import PlannedRow, Unit
@@ -27,9 +28,10 @@ def files_to_encode(
     for a lower ``max_pixels``. With ``retry`` all are.
     Raises ValueError if no key of ``listed`` is in the plan: rows of two folders would be mixed.
     """
-    known = {row.file.key for unit in store.units() for row in unit.rows}
-    if known and known.isdisjoint(file.key for file in listed):
-        raise ValueError(f"{store.path} was made from another folder: none of its {len(known)} keys is in the source")
+    planned = store.planned_files()
+    if planned and planned.keys().isdisjoint(file.key for file in listed):
+        raise ValueError(f"{store.path} was made from another folder: none of its {len(planned)} keys is in the source")
+    check_origins(planned, str(store.path), listed, files)
     by_key = {file.key: file for file in files}
 
     def again(failure: Failure, commit: Commit) -> bool:

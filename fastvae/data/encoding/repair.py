@@ -19,13 +19,14 @@ from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_pe
 from fastvae.data.encoding.settings import check_layout, stored_settings, tar_rule_of
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
+from fastvae.data.sources.changes import keep_planned_keys
 from fastvae.data.sources.open import open_source
 from fastvae.data.sources.source import Source
 from fastvae.data.store.errors import StoreError, StoreLocked
 from fastvae.data.store.layout import DERIVED_NAMES, STORE, check_kinds
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
-from fastvae.data.store.plan import Unit, latest_units
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import Damage, verify
 from fastvae.system.atomic_files import check_room, synchronise_folder
@@ -173,6 +174,7 @@ def _job(
 ) -> EncodeJob:
     target = resolve_device(options.device)
     listing = source.listing(exclude=store.path)
+    keep_planned_keys(listing, store.planned_files())
     loaded = load_model(*named)
     job = prepare(store.path, source, listing, loaded, stored_settings(store, loaded[0], target), options)
     Store.check(store.path, job.identity)
@@ -198,9 +200,9 @@ def _begun(store: Store, bad: Collection[int]) -> dict[int, set[str]]:
 def _planned_files(store: Store, bad: Collection[int]) -> dict[str, SourceFile]:
     """Return the files of the units ``bad``, as planned, by key, without those that a later unit encodes again."""
     units = store.units()
-    latest = latest_units(units)
+    latest = store.latest()
     rows = [(unit.number, row) for unit in units if unit.number in bad for row in unit.rows]
-    return {row.file.key: row.file for number, row in rows if latest[row.file.key, row.variant] == number}
+    return {row.file.key: row.file for number, row in rows if latest.get(row.name) == number}
 
 
 def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], job: EncodeJob) -> None:
@@ -209,14 +211,16 @@ def _check_source(planned: Mapping[str, SourceFile], failed: Collection[str], jo
     Also if a file is not as it was planned: its latents would replace those of the planned one. And if nothing is
     planned and the source has none of the files that ``failed``: nothing would be done.
     """
-    places = [(key, file.place) for key, file in planned.items()]
+    places = [*planned.items()]
     listed = job.reader.listed or {}
     if failed and not places and listed.keys().isdisjoint(failed):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(failed)} that failed is in "
             f"{job.reader.source.name}"
         )
-    if places and not any(listed.get(key) == place for key, place in places):
+    if places and not any(
+        key in listed and (listed[key].place == file.place or listed[key].is_same_as(file)) for key, file in places
+    ):
         raise ValueError(
             f"src must hold the images that {job.out} was made from: none of the {len(places)} that are damaged is in "
             f"{job.reader.source.name}"
@@ -241,8 +245,9 @@ def _plan(job: EncodeJob, leases: Leases, work: _Work, report: EncodeReport) -> 
     fresh = plan_rows(job.files, job.reader)
     buckets = [unit.bucket for unit in todo for _ in unit.rows] + [bucket for bucket, _ in fresh]
     check_room(job.out, sum(map(job.settings.row_size, buckets)))
-    report.resumed = sum(commit.rows for number, commit in store.commits().items() if number not in numbers)
-    return store, todo + store.extend_plan(fresh, rows_per_unit(job.settings, job.options.shard_mb))
+    added = store.extend_plan(fresh, rows_per_unit(job.settings, job.options.shard_mb))
+    report.resumed = store.count_served({n: commit for n, commit in store.commits().items() if n not in numbers})
+    return store, todo + added
 
 
 def _check_unused(store: Store, leases: Leases) -> None:

@@ -46,6 +46,11 @@ class EncodeReport:
     excluded: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
     masks: dict[str, int] = field(default_factory=dict)
+    replaced: int = 0
+    replaced_keys: list[str] = field(default_factory=list)
+    gone: int = 0
+    gone_keys: list[str] = field(default_factory=list)
+    pruned: int = 0
     notes: list[str] = field(default_factory=list)
     planned: dict[str, int] | None = None
     planned_bytes: int = 0
@@ -147,6 +152,14 @@ class EncodeReport:
         if self.unreadable_places:
             names = first_few(self.unreadable_places)
             lines.append(f"ignored {self.ignored_files} others, among them what cannot be looked into: {names}")
+        if self.replaced:
+            lines.append(f"edited  {self.replaced} rows replaced, of images that changed: {_few(self.replaced_keys)}")
+        if self.gone:
+            end = "" if self.pruned else "; they are still served, --prune takes them out"
+            verb = "pruned" if self.pruned else "gone"
+            lines.append(
+                f"{verb:7s} {self.gone} rows of images that the source no longer has: {_few(self.gone_keys)}{end}"
+            )
         if self.duplicate_keys:
             lines.append(f"keys    {self.duplicate_keys} were there before: kept apart as KEY~2 and so on")
         return lines + [f"note    {note}" for note in self.notes]
@@ -171,6 +184,10 @@ class EncodeReport:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join([*keys[:3], *["..."] * (len(keys) > 3)])
 
 
 def parse_limit(limit: str | float | int, total: int) -> int:

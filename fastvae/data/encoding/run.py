@@ -53,6 +53,7 @@ class EncodeJob:
     files: list[SourceFile]
     identity: dict[str, Any]
     layout: dict[str, Any]
+    prune: bool = False  # take out the rows of images that the source no longer has
 
     def report(self) -> EncodeReport:
         """Return the report of a run that has done nothing yet."""
@@ -76,7 +77,7 @@ def prepare(
     ``settings``: with their dtype.
     """
     model, made_with = loaded
-    places = {file.key: file.place for file in listing.files}
+    listed = {file.key: file for file in listing.files}
     reader = ImageReader(
         source,
         settings.buckets,
@@ -84,7 +85,7 @@ def prepare(
         settings.alpha,
         settings.factor,
         options.max_pixels,
-        places,
+        listed,
         settings.animated,
         settings.sizes,
         listing.excluded,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.rows import SourceFile
+from fastvae.data.rows import Origin, SourceFile
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, translate
-from fastvae.data.sources.source import Listing, is_image_name, starts_like_an_image, system_folder
+from fastvae.data.sources.source import Listing, is_image_name, origin_at, starts_like_an_image, system_folder
 from fastvae.system.terminal import first_few
 
 
@@ -40,7 +40,7 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
     links end.
     Raises ValueError if ``root`` is not a folder or holds no image.
     """
-    top = Path(root)
+    top, origin = Path(root), origin_at(os.path.realpath(root))
     if not top.is_dir():
         raise ValueError(f"the source must be a folder of images, got {os.fspath(root)!r}")
     listing = Listing()
@@ -51,7 +51,7 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
     while waiting:
         links: list[str] = []
         for folder in waiting:
-            links += _walk(folder, os.fspath(top), seen, listing)
+            links += _walk(folder, os.fspath(top), origin, seen, listing)
         waiting = sorted(links)
     if not listing.files:
         ignored = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
@@ -62,7 +62,7 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
     return listing
 
 
-def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
+def _walk(folder: str, top: str, origin: Origin, seen: set[tuple[int, int]], listing: Listing) -> list[str]:
     """Add the images under ``folder`` to ``listing``; return the links to folders, which are not followed."""
     links = []
     stack = [folder]
@@ -89,7 +89,7 @@ def _walk(folder: str, top: str, seen: set[tuple[int, int]], listing: Listing) -
                 elif entry.is_dir():
                     links.append(entry.path)
                 else:
-                    add_file(entry.path, top, listing)
+                    add_file(entry.path, top, origin, listing)
             except OSError:
                 listing.skip(entry.path, top)
     return links
@@ -100,7 +100,7 @@ def _count_images(folder: str) -> int:
     return sum(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
 
 
-def add_file(path: str, top: str, listing: Listing) -> None:
+def add_file(path: str, top: str, origin: Origin, listing: Listing) -> None:
     """Add the file at ``path`` under the folder ``top``, or count it as ignored."""
     try:
         status = os.stat(path)
@@ -111,7 +111,7 @@ def add_file(path: str, top: str, listing: Listing) -> None:
     elif is_image_name(path) or (status is not None and _holds_an_image(path)):
         key = os.path.relpath(path, top).replace(os.sep, "/")
         size, mtime = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
-        listing.files.append(SourceFile(key, size, mtime))
+        listing.files.append(SourceFile(key, size, mtime, origin=origin))
     else:
         listing.ignored += 1
 
@@ -157,13 +157,14 @@ class PatternSource:
         if "**" not in pattern:
             found = Listing()
             excluded = os.path.join(os.path.realpath(exclude), "") if exclude is not None else None
+            origin = origin_at(os.path.realpath(self.root))
             for path in sorted(glob.iglob(pattern)):
                 inside = excluded is not None and os.path.realpath(path).startswith(excluded)
                 made = system_folder(os.path.relpath(path, self.root or ".").split(os.sep)[:-1])
                 if made and is_image_name(path):
                     listing.pass_over(made, 1)
                 elif not inside and not os.path.isdir(path):
-                    add_file(path, self.root or ".", found)
+                    add_file(path, self.root or ".", origin, found)
             listing.ignored += found.ignored
             return found.files
         # glob.glob follows loops of links; the walk enters each folder once.

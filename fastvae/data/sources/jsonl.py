@@ -8,8 +8,8 @@ from typing import Any
 
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.rows import SourceFile
-from fastvae.data.sources.source import Listing, key_of
+from fastvae.data.rows import Origin, SourceFile
+from fastvae.data.sources.source import Listing, key_of, origin_at
 from fastvae.data.sources.storage import (
     LocalStorage,
     RemoteStorage,
@@ -50,10 +50,11 @@ class ManifestSource:
         listing = Listing()
         for manifest in self._files:
             try:
+                origin = origin_at(self._storage.absolute(manifest))
                 with self._storage.open(manifest) as lines:
                     for number, line in enumerate(lines, 1):
                         if line.strip():
-                            listing.files.append(self._entry(line, manifest, f"{manifest} line {number}"))
+                            listing.files.append(self._entry(line, manifest, f"{manifest} line {number}", origin))
             except OSError as error:
                 raise ValueError(f"src names {manifest}, which cannot be read: {error.strerror or error}") from error
         if not listing.files:
@@ -72,7 +73,7 @@ class ManifestSource:
             check_bytes(size, max_pixels, file.key)
             return Path(storage.path(place)) if isinstance(storage, LocalStorage) else read_all(storage, place)
 
-    def _entry(self, line: bytes, manifest: str, where: str) -> SourceFile:
+    def _entry(self, line: bytes, manifest: str, where: str, origin: Origin) -> SourceFile:
         try:
             entry = json_value(line)
         except (ValueError, RecursionError) as error:
@@ -90,7 +91,7 @@ class ManifestSource:
         except OSError:  # listed, and fails as unreadable when it is read
             status = (0, 0)
         columns = {name: value for name, value in entry.items() if name not in (self._key, column)}
-        return SourceFile(key, *status, path, columns)
+        return SourceFile(key, *status, path, columns, origin=origin)
 
     def _where(self, path: str, where: str) -> tuple[Storage, str]:
         """Return the storage of ``path`` and its place there; raise ValueError for a scheme that is not allowed."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from fastvae.data.images.errors import MACHINE, ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.rows import SourceFile
-from fastvae.data.sources.source import Listing, key_of
+from fastvae.data.rows import Origin, SourceFile
+from fastvae.data.sources.source import Listing, content_digest, key_of, origin_at
 from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, read_all
 
 ROW_PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
@@ -54,12 +54,13 @@ class ParquetSource:
         listing, left_out = Listing(), set[str]()
         for place in self._files:
             with _reading(self._storage, place) as (table, (size, mtime_ns)):
+                origin = self._origin(place, size)
                 key_column, taken = self._columns(table.schema_arrow, place, left_out)
                 read = [*dict.fromkeys([*filter(None, [key_column]), *taken])]
                 for row, values in enumerate(_rows_of(table, read)):
                     key = self._key_of(values, key_column, place, row)
                     columns = {column: _without_non_finite(values[column]) for column in taken}
-                    listing.files.append(SourceFile(key, size, mtime_ns, f"{place}#{row}", columns))
+                    listing.files.append(SourceFile(key, size, mtime_ns, f"{place}#{row}", columns, origin=origin))
         if not listing.files:
             raise ValueError(f"no rows in {self.name}")
         if left_out:
@@ -88,6 +89,10 @@ class ParquetSource:
             return _read_named_file(self._storage, value, file.key, max_pixels)
         check_bytes(len(value), max_pixels, file.key)
         return value
+
+    def _origin(self, place: str, size: int) -> Origin:
+        with self._storage.open(place) as file:
+            return origin_at(self._storage.absolute(place), content_digest(file, place, size))
 
     def _columns(self, schema: Any, place: str, left_out: set[str]) -> tuple[str | None, list[str]]:
         """Return the key column and the names of the other columns that JSON can hold; check the image column.

@@ -9,7 +9,7 @@ from fastvae.data.images.errors import check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
-from fastvae.data.sources.source import Listing, is_image_name, system_folder
+from fastvae.data.sources.source import Listing, is_image_name, origin_at, system_folder
 from fastvae.data.sources.storage import open_remote, read_all
 
 
@@ -33,7 +33,7 @@ class RemoteSource:
                 found = files.find(top, detail=True)
         except OSError as error:
             raise ValueError(f"src {self.name} cannot be listed: {error}") from error
-        listing = Listing()
+        listing, origin = Listing(), origin_at(self._storage.root)
         for path, facts in found.items():
             key = posixpath.relpath(path.strip("/"), top.strip("/"))
             if facts.get("type") == "directory":
@@ -41,7 +41,7 @@ class RemoteSource:
             if (made := system_folder(key.split("/")[:-1])) and is_image_name(key):
                 listing.pass_over(made, 1)
             elif is_image_name(key) and not any(part.startswith(".") for part in key.split("/")):
-                listing.files.append(SourceFile(key, *self._storage.note(key, facts)))
+                listing.files.append(SourceFile(key, *self._storage.note(key, facts), origin=origin))
             else:
                 listing.ignored += 1
         if not listing.files:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -11,7 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.rows import SourceFile
+from fastvae.data.rows import Origin, SourceFile
 from fastvae.data.sources.patterns import expand_braces, translate
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
@@ -24,6 +26,7 @@ SYSTEM_FOLDERS = re.compile(
     r"|__MACOSX|\$RECYCLE\.BIN|RECYCLER|System Volume Information|.*\.lrdata",
     re.IGNORECASE,
 )
+EDGE = 2**16  # bytes at the start and at the end of an archive that its content digest covers
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Listing:
     """Images of a source: ``files`` sorted by key, and the number of other files (``ignored``).
 
     ``unreadable`` names up to MAX_LISTED folders without permission, links to themselves, archives that end early and
-    the like. ``duplicates`` is the number of images whose key an earlier one has. ``notes`` are sentences about members
+    the like. ``duplicates`` is the number of images whose key an earlier one has; ``base_keys`` has the key of each
+    such image before ``~2`` was appended. ``notes`` are sentences about members
     and columns that were left out. ``excluded`` are the keys that leave_out took away; ``passed_over`` is the number of
     images in folders of SYSTEM_FOLDERS, by the folder's name.
     """
@@ -43,6 +47,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     excluded: set[str] = field(default_factory=set)
     passed_over: dict[str, int] = field(default_factory=dict)
+    base_keys: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, patterns: Collection[str]) -> None:
         """Take away the files that a pattern matches: their key, or without a slash in it their name in any folder.
@@ -76,7 +81,12 @@ class Listing:
                 number += 1
             seen[file.key] = number
             used.add(key)
+            self.base_keys[key] = file.key
             self.files[index] = replace(file, key=key)
+        self.sort()
+
+    def sort(self) -> None:
+        """Sort the files by the bytes of their keys."""
         self.files.sort(key=lambda file: os.fsencode(file.key))
 
     def skip(self, place: str, top: str) -> None:
@@ -113,6 +123,21 @@ def _matcher(pattern: str) -> Callable[[str], Any]:
 def system_folder(parts: Iterable[str]) -> str | None:
     """Return the first of the folder names ``parts`` that a system makes for thumbnails or deleted files, else None."""
     return next((part for part in parts if SYSTEM_FOLDERS.fullmatch(part)), None)
+
+
+def origin_at(path: str, content: str = "") -> Origin:
+    """Return the origin with an absolute path or URL and a content digest."""
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+    return Origin(os.path.basename(path.rstrip("/")) or path, digest[:16], content)
+
+
+def content_digest(file: BinaryIO, name: str, size: int, members: str = "") -> str:
+    """Return the content digest of an archive: of its name, size, both ends, and the digest of its member list."""
+    digest = hashlib.sha256(json.dumps([os.path.basename(name), size, members]).encode("ascii"))
+    for start in (0, max(0, size - EDGE)):
+        file.seek(start)
+        digest.update(file.read(EDGE))
+    return digest.hexdigest()[:16]
 
 
 def is_image_name(name: str) -> bool:

@@ -34,6 +34,10 @@ class Storage(Protocol):
         """Return (bytes, mtime in ns) of the file at ``place``; raises OSError."""
         ...
 
+    def absolute(self, place: str) -> str:
+        """Return the path of ``place`` that does not depend on the current folder, or its URL."""
+        ...
+
 
 class LocalStorage:
     """Regular files under ``root``. Others are refused: reading a pipe or a device may never end."""
@@ -44,6 +48,9 @@ class LocalStorage:
     def path(self, place: str) -> str:
         """Return the local path of ``place``."""
         return os.path.join(self.root, place)
+
+    def absolute(self, place: str) -> str:
+        return os.path.realpath(self.path(place))
 
     def open(self, place: str) -> BinaryIO:
         self.status(place)
@@ -73,6 +80,9 @@ class RemoteStorage:
         if place.startswith("/"):
             raise OSError(errno.EINVAL, f"Not a path under {self.root}", place)
         return posixpath.join(self.files._strip_protocol(self.root), place)
+
+    def absolute(self, place: str) -> str:
+        return posixpath.join(self.root, place)
 
     def open(self, place: str) -> AbstractContextManager[BinaryIO]:
         return self.files.open(self.path(place), "rb")

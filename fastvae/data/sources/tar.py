@@ -8,6 +8,7 @@ of earlier versions keep the rule that they were made with: a name ends at its l
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 import re
 import tarfile
@@ -18,8 +19,16 @@ from typing import Any, BinaryIO
 
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
-from fastvae.data.rows import SourceFile
-from fastvae.data.sources.source import MAX_LISTED, Listing, is_image_name, starts_like_an_image, system_folder
+from fastvae.data.rows import Origin, SourceFile
+from fastvae.data.sources.source import (
+    MAX_LISTED,
+    Listing,
+    content_digest,
+    is_image_name,
+    origin_at,
+    starts_like_an_image,
+    system_folder,
+)
 from fastvae.data.sources.storage import Bounded, Storage
 from fastvae.system.strict_json import json_value
 from fastvae.system.terminal import first_few
@@ -68,11 +77,12 @@ class TarSource:
             try:
                 size, mtime_ns = self._storage.status(archive)
                 with self._storage.open(archive) as file:
-                    samples = self._samples(file, archive, size, listing, left_out)
+                    samples, content = self._samples(file, archive, size, listing, left_out)
             except OSError as error:
                 raise ValueError(f"src names {archive}, which cannot be read: {error.strerror or error}") from error
+            origin = origin_at(self._storage.absolute(archive), content)
             for key, groups in samples.items():
-                self._add_rows(listing, left_out, f"{archive}: {key}", key, groups, mtime_ns)
+                self._add_rows(listing, left_out, f"{archive}: {key}", key, groups, mtime_ns, origin)
         listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
         if not listing.files:
             why = f"; cannot be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
@@ -101,16 +111,18 @@ class TarSource:
 
     def _samples(
         self, file: BinaryIO, archive: str, size: int, listing: Listing, left_out: Counter[str]
-    ) -> dict[str, list[_Sample]]:
-        """Return the samples of an archive by key; a key with an extension twice has several."""
+    ) -> tuple[dict[str, list[_Sample]], str]:
+        """Return the samples of an archive by key, several if an extension comes twice, and its content digest."""
         if file.read(5).startswith(COMPRESSED_MAGIC):
             raise ValueError(
                 f"src names {archive}, which is compressed as a whole: its members cannot be found by seek"
             )
         samples: dict[str, list[_Sample]] = {}
-        images = 0
+        images, names = 0, hashlib.sha256()
         members = _Members(file, size)
         for member in members:
+            facts = f"{member.name}\0{member.offset_data}\0{member.size}\0{member.mtime}\n"
+            names.update(facts.encode("utf-8", "surrogateescape"))
             base = posixpath.basename(member.name)
             key, extension = split_name(member.name, self._rule)
             kind = extension.rpartition(".")[2]
@@ -137,10 +149,17 @@ class TarSource:
             listing.unreadable += [f"{archive}: {members.damage} after {images} images"][
                 : MAX_LISTED - len(listing.unreadable)
             ]
-        return samples
+        return samples, content_digest(file, archive, size, names.hexdigest())
 
     def _add_rows(
-        self, listing: Listing, left_out: Counter[str], where: str, key: str, groups: list[_Sample], mtime_ns: int
+        self,
+        listing: Listing,
+        left_out: Counter[str],
+        where: str,
+        key: str,
+        groups: list[_Sample],
+        mtime_ns: int,
+        origin: Origin,
     ) -> None:
         # Of samples with other extensions, such as two images and then two captions, it is unknown which caption is
         # whose.
@@ -152,7 +171,8 @@ class TarSource:
             if not clear and group.columns:
                 left_out["of a repeated key in no clear order: their columns are left out"] += len(group.columns)
             for _, place, size in self._chosen(listing, left_out, where, group):
-                listing.files.append(SourceFile(key, size, mtime_ns, place, group.columns if clear else {}))
+                columns = group.columns if clear else {}
+                listing.files.append(SourceFile(key, size, mtime_ns, place, columns, origin=origin))
 
     def _chosen(
         self, listing: Listing, left_out: Counter[str], where: str, sample: _Sample

@@ -10,6 +10,7 @@ from typing import Any
 def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return rows, units, sizes, failures, identity and scaling of the store at ``path``.
 
+    ``superseded_rows``: committed rows that are served no more, of images that were edited or pruned since.
     ``pending_rows``: rows planned and not committed, because no run has made them or their record is damaged.
     ``bytes_per_row``: size of the shards on disk; ``latent_bytes_per_row``: size of their latents alone.
     Raises StoreError if it is not a store, or its first shard has another scaling than store.json.
@@ -39,10 +40,11 @@ def store_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "kind": "latent store",
         "path": os.fspath(path),
         "rows": len(index),
+        "superseded_rows": rows - len(index),
         "failed": len(failures),
         "reasons": reasons,
         "units": {"planned": len(units), "committed": len(commits)},
-        "planned_rows": len({row.name for unit in units for row in unit.rows}),
+        "planned_rows": len(store.latest()),
         "pending_rows": store.pending(),
         "bytes": size,
         "bytes_per_row": round(size / rows, 1) if rows else None,

@@ -1,18 +1,19 @@
 """Plan of a store: files, each written once, that assign every row to a unit.
 
 A line is a row, {"unit", "row", "bucket", "key", "size", "mtime_ns", "place", "columns", "variant", "height", "width"},
-or, with "unit" null, new columns of a file.
+or, with "unit" null, new columns of a file. A row's "origin" is the folder or archive of its image; plans of version
+0.1.0 have none. A line with "pruned" true ends its file's rows in all units before it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvae.data.rows import Size, SourceFile, parse_size, size_name
+from fastvae.data.rows import Origin, Size, SourceFile, parse_size, size_name
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import PLAN, matches, not_a_file
 from fastvae.data.store.store_json import is_count
@@ -43,8 +44,17 @@ class WorkList:
         """Return the latest columns of each key."""
         columns: dict[str, dict[str, Any]] = {}
         for plan in self._plans():
-            columns |= plan.columns
+            columns = {key: values for key, values in columns.items() if key not in plan.pruned} | plan.columns
         return columns
+
+    def latest(self) -> dict[tuple[str, int], int]:
+        """Return the number of the latest unit of each row, by its name, without the rows that were pruned."""
+        latest: dict[tuple[str, int], int] = {}
+        for plan in self._plans():
+            if plan.pruned:
+                latest = {name: unit for name, unit in latest.items() if name[0] not in plan.pruned}
+            latest |= {row.name: number for number in sorted(plan.rows) for row in plan.rows[number]}
+        return latest
 
     def extend(
         self,
@@ -52,11 +62,13 @@ class WorkList:
         rows_per_unit: Callable[[Size], int],
         files: Iterable[SourceFile] = (),
         least: int = 0,
+        pruned: Iterable[SourceFile] = (),
     ) -> list[Unit]:
         """Append units for the ``fresh`` rows, which come with their buckets, one bucket a unit; return the units.
 
         Their numbers follow the planned ones, and are at least ``least``. ``files``: files of the source; changed
-        columns of planned ones are recorded as well. No plan file is ever replaced.
+        columns of planned ones are recorded as well. ``pruned``: files whose rows are served no more. No plan file is
+        ever replaced.
         """
         units, plan = self.units(), self.files()
         first = max(least, units[-1].number + 1 if units else 0)
@@ -68,6 +80,7 @@ class WorkList:
         known = {**self.columns(), **{row.file.key: _as_json(row.file.columns) for _, row in fresh}}
         entries = [_plan_line(unit, number, row) for unit in added for number, row in enumerate(unit.rows)]
         entries += [_columns_line(f) for f in files if f.key in known and known[f.key] != _as_json(f.columns)]
+        entries += [{**_columns_line(file), "columns": {}, "pruned": True} for file in pruned]
         if entries:
             number = _plan_number(plan[-1]) + 1 if plan else 0
             lines = [json_bytes(entry) + b"\n" for entry in entries]
@@ -84,11 +97,15 @@ class WorkList:
 
 @dataclass
 class PlanFile:
-    """Contents of a plan file: rows and bucket of each unit by its number, and the latest columns of each key."""
+    """Contents of a plan file: rows and bucket of each unit by its number, and the latest columns of each key.
+
+    ``pruned``: keys whose rows in earlier plan files are served no more.
+    """
 
     rows: dict[int, list[PlannedRow]] = field(default_factory=dict)
     buckets: dict[int, Size] = field(default_factory=dict)
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pruned: set[str] = field(default_factory=set)
 
 
 def _plan_line(unit: Unit, number: int, row: PlannedRow) -> dict[str, Any]:
@@ -106,12 +123,14 @@ def _source_line(file: SourceFile) -> dict[str, Any]:
     fields: dict[str, Any] = {"key": file.key, "size": file.size, "mtime_ns": file.mtime_ns}
     if file.sha256:
         fields["sha256"] = file.sha256
+    if file.origin is not None:
+        fields["origin"] = {name: value for name, value in asdict(file.origin).items() if value}
     return {**fields, "place": file.place, "columns": dict(file.columns)}
 
 
 def read_plan(path: Path) -> PlanFile:
     """Read a plan file; raises StoreError for a damaged one."""
-    plan = PlanFile()
+    plan, origins = PlanFile(), dict[tuple[Any, ...], Origin]()
     if what := not_a_file(path):
         raise StoreError(f"{path} is damaged: it {what}")
     try:
@@ -119,15 +138,19 @@ def read_plan(path: Path) -> PlanFile:
             entry = json.loads(line)
             columns = entry.get("columns", {})
             digest = entry.get("sha256", "")
-            file = SourceFile(entry["key"], entry["size"], entry["mtime_ns"], entry.get("place", ""), columns, digest)
+            place, origin = entry.get("place", ""), _origin_of(entry.get("origin"), origins)
+            file = SourceFile(entry["key"], entry["size"], entry["mtime_ns"], place, columns, digest, origin)
             unit = entry["unit"]
+            texts = (file.key, file.place, digest)
             if (
-                not isinstance(file.key, str)
-                or not isinstance(digest, str)
+                not all(isinstance(text, str) for text in texts)
                 or not isinstance(columns, dict)
                 or not is_count(file.size)
             ):
                 raise ValueError(f"unexpected values in {line[:200]}")
+            if unit is None and entry.get("pruned") is True:
+                plan.pruned.add(file.key)
+                continue
             if unit is None:
                 plan.columns[file.key] = columns
                 continue
@@ -141,6 +164,18 @@ def read_plan(path: Path) -> PlanFile:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {error!r}") from error
     return plan
+
+
+def _origin_of(entry: Any, known: dict[tuple[Any, ...], Origin]) -> Origin | None:
+    """Return the origin of a row, one object for each that a plan file names; raises ValueError for a wrong one."""
+    if entry is None:
+        return None
+    fields = entry["name"], entry["path"], entry.get("content", "")
+    if fields not in known:
+        if not all(isinstance(text, str) for text in fields):
+            raise ValueError(f"unexpected origin {entry!r:.200}")
+        known[fields] = Origin(*fields)
+    return known[fields]
 
 
 def _as_json(columns: Any) -> dict[str, Any]:
@@ -182,8 +217,3 @@ class Unit:
     def lease(self) -> str:
         """Name of its lease."""
         return f"{self.number:06d}"
-
-
-def latest_units(units: list[Unit]) -> dict[tuple[str, int], int]:
-    """Return the number of the latest unit of each row, by its name."""
-    return {row.name: unit.number for unit in units for row in unit.rows}

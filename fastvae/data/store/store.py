@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fastvae.data.store.commits import Commit, Failure, read_commit
 from fastvae.data.store.errors import IdentityMismatch, StoreError
 from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_kinds, matches
 from fastvae.data.store.leases import Leases
-from fastvae.data.store.plan import PlannedRow, Unit, WorkList, latest_units
+from fastvae.data.store.plan import PlannedRow, Unit, WorkList
 from fastvae.data.store.shard import ShardRow, pack, read_names
 from fastvae.data.store.shard_metadata import metadata_of
 from fastvae.data.store.store_json import check_store_json, read_store_json
@@ -135,10 +135,39 @@ class Store:
         fresh: Sequence[tuple[Size, PlannedRow]],
         rows_per_unit: Callable[[Size], int],
         files: Iterable[SourceFile] = (),
+        pruned: Iterable[SourceFile] = (),
     ) -> list[Unit]:
         """Extend the plan, see WorkList.extend; skip the numbers of records whose plan was lost, which would match."""
         numbers = [int(path.name.split("-")[0]) for path in self.records()]
-        return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1)
+        return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1, pruned)
+
+    def latest(self) -> dict[tuple[str, int], int]:
+        """Return the number of the latest unit of each row, by its name, without the rows that were pruned."""
+        return self._work.latest()
+
+    def planned_files(self) -> dict[str, SourceFile]:
+        """Return each file of the plan by its key, as it was planned last, without the pruned ones."""
+        latest = self.latest()
+        rows = ((unit.number, row) for unit in self.units() for row in unit.rows)
+        return {row.file.key: row.file for number, row in rows if latest.get(row.name) == number}
+
+    def served_rows(self) -> dict[str, int]:
+        """Return the number of committed rows of each key, in the latest unit that they were planned in."""
+        commits, rows = self.commits(), dict[str, int]()
+        failed = {(failure.key, failure.variant) for failure, _ in self.latest_failures()}
+        for name, unit in self.latest().items():
+            if unit in commits and name not in failed:
+                rows[name[0]] = rows.get(name[0], 0) + 1
+        return rows
+
+    def count_served(self, commits: Mapping[int, Commit]) -> int:
+        """Return the number of rows that ``commits`` serve: encoded, in the latest unit that they were planned in."""
+        latest = self.latest()
+        failures = (
+            (failure.key, failure.variant, commit.unit) for commit in commits.values() for failure in commit.failed
+        )
+        failed = sum(latest.get((key, variant)) == unit for key, variant, unit in failures)
+        return sum(unit in commits for unit in latest.values()) - failed
 
     def records(self) -> list[Path]:
         """Return the paths of all commit records, trusted or not."""
@@ -151,20 +180,20 @@ class Store:
 
         ``again``: returns True for a failure, of the latest unit of its file, that is to be retried.
         """
-        planned = {row.file.key: row.file for unit in self.units() for row in unit.rows}
+        planned = self.planned_files()
         retried = {failure.key for failure, commit in self.latest_failures() if again(failure, commit)}
         return [file for file in files if not file.is_same_as(planned.get(file.key)) or file.key in retried]
 
     def latest_failures(self) -> list[tuple[Failure, Commit]]:
         """Return every failure in the latest unit of its row, with that unit's record."""
-        latest = latest_units(self.units())
+        latest = self.latest()
         failures = ((failure, commit) for commit in self.commits().values() for failure in commit.failed)
-        return [pair for pair in failures if latest[pair[0].key, pair[0].variant] == pair[1].unit]
+        return [pair for pair in failures if latest.get((pair[0].key, pair[0].variant)) == pair[1].unit]
 
     def pending(self) -> int:
         """Return the number of rows planned and not committed: not encoded yet, or their record is not trusted."""
         commits = self.commits()
-        return sum(unit not in commits for unit in latest_units(self.units()).values())
+        return sum(unit not in commits for unit in self.latest().values())
 
     def commits(self, with_keys: bool = False) -> dict[int, Commit]:
         """Return the trusted commit records, by unit.
@@ -243,7 +272,7 @@ class Store:
 
     def _index_and_failures(self) -> tuple[dict[tuple[str, int], tuple[str, int]], dict[tuple[str, int], Failure]]:
         index: dict[tuple[str, int], tuple[str, int]] = {}
-        latest = latest_units(self.units())
+        latest = self.latest()
         for commit in self.commits().values():
             if commit.shard is not None:
                 for row, name in enumerate(self._names(commit)):

@@ -16,7 +16,7 @@ from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import DERIVED_NAMES, STORE, not_a_file
 from fastvae.data.store.lock import locked
 from fastvae.data.store.mapped_shard import map_shard
-from fastvae.data.store.plan import Unit, latest_units
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.shard import SUMMED, read_metadata, read_names, row_damage
 from fastvae.data.store.shard_metadata import SHAPE, Differences, edited_fields, metadata_differences
 from fastvae.data.store.store import Store
@@ -53,7 +53,8 @@ class RecordCheck:
 class VerifyReport:
     """Result of verify: units planned and committed, rows of the committed ones, and every damaged file.
 
-    ``failed``: rows that failed in the latest unit they were planned in. ``stale``: derived files that differ from the
+    ``failed``: rows that failed in the latest unit they were planned in. ``superseded``: those of ``rows`` that are
+    served no more, of images that were edited or pruned. ``stale``: derived files that differ from the
     records, as after a kill, or are missing although something is committed; the next encode rewrites them.
     """
 
@@ -61,6 +62,7 @@ class VerifyReport:
     committed: int = 0
     rows: int = 0
     failed: int = 0
+    superseded: int = 0
     bytes: int = 0
     damaged: list[Damage] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -78,7 +80,10 @@ class VerifyReport:
             return
         self.committed += 1
         self.rows += check.commit.rows
-        self.failed += sum(latest[each.key, each.variant] == check.unit.number for each in check.commit.failed)
+        failed = sum(latest.get((each.key, each.variant)) == check.unit.number for each in check.commit.failed)
+        served = sum(latest.get(row.name) == check.unit.number for row in check.unit.rows) - failed
+        self.failed += failed
+        self.superseded += check.commit.rows - served
         self.bytes += check.commit.bytes
 
 
@@ -112,7 +117,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False, progress: bool =
         Damage(STORE, f"says {name} {ours}, and {shards} {theirs}") for name, (ours, theirs) in edits.items()
     ]
     facts = {**store.facts, **{name: int(edits[name][1]) for name in SHAPE if name in edits}}
-    latest = latest_units([*units.values()])
+    latest = store.latest()
     for check in checks:
         what = check.what or _own_difference(check.differences, edits)
         if deep and what is None and check.unit is not None and check.commit is not None:
