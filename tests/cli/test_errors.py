@@ -184,6 +184,7 @@ PRODUCED = {
     "a source without images": lambda p, m: ended(encode({**p, "in": p["in"] / "nothing"})),
     "the source as output": lambda p, m: ended(encode({**p, "out": p["in"]})),
     "a wrong amount": lambda p, m: ended(encode(p, "--batch", "0")),
+    "a pattern that leaves no image": lambda p, m: ended(encode(p, "--exclude", "*")),
     "wrong rows": lambda p, m: ended(["decode", p["store"], p["out"], "--rows", "x"]),
     "rows that are not there": lambda p, m: ended(["decode", p["store"], p["out"], "--rows", "9:10"]),
     "a wrong device": lambda p, m: ended(encode(p, "--device", "gpu")),
