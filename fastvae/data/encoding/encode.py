@@ -170,6 +170,8 @@ def encode(
     # Everything that can be refused is refused before OUT is touched, and once more while OUT is locked.
     existing = _existing_store(job)
     report = job.report()
+    if existing is not None:
+        report.identity = existing.facts["identity_digest"]  # the job's may have other hints
     if note := denoiser_note(settings, denoiser_multiple(loaded[0])):
         report.notes.append(note)
     report.masks = companion_patterns(listing.files)
@@ -207,6 +209,7 @@ def _failed_before(job: EncodeJob, existing: Store | None) -> set[str]:
 def _plan(job: EncodeJob, leases: Leases, report: EncodeReport) -> tuple[Store, list[Unit]]:
     """Plan every file while the store is locked; return the store and the units without a commit."""
     store = Store.create_or_open(job.out, job.identity, job.layout, leases)
+    report.identity = store.facts["identity_digest"]
     orphan_records(store)
     fresh = plan_rows(
         files_to_encode(store, job.listing.files, job.files, job.reader, job.options.retry_failed), job.reader

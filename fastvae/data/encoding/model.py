@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastvae.checkpoints.loading import TINY
+from fastvae.data.encoding.wrappers import model_inside
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.store import Store
 from fastvae.fast.fallback_reasons import BUILT_IN_PROCESSORS
@@ -44,10 +45,11 @@ def open_model(
 def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[Any, dict[str, Any]]:
     """Return the model and where it came from, for decode to load it again.
 
-    It is loaded in fp32 for every dtype of the run, so that the same weights have the same digest. Raises what
-    check_model raises.
+    It is loaded in fp32 for every dtype of the run, so that the same weights have the same digest; a wrapped object is
+    unwrapped. Raises what check_model and model_inside raise.
     """
     if isinstance(vae, torch.nn.Module):
+        vae = model_inside(vae)
         check_model(vae)
         return vae, {"vae": type(vae).__name__, "object": True}
     name = os.fspath(vae)
@@ -92,17 +94,20 @@ def weight_files(model: Any) -> list[dict[str, str]]:
 
 
 def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
-    """Return the config of ``vae`` and the sha256 of the weights that make latents (without the decoder)."""
-    import torch
+    """Return the config of ``vae`` and the sha256 of the weights that make latents (without the decoder).
 
+    Raises ValueError for a model without such weights: a digest of no tensor is the same for all of them.
+    """
     hasher = hashlib.sha256()
     state = vae.state_dict()
-    for name in sorted(state):
-        if name.startswith(ENCODER_PARTS):
-            # Hashed in fp32, so that a model object in bf16 has the digest of its file, which is read in fp32.
-            tensor = state[name].detach().to("cpu", torch.float32).contiguous()
-            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    names = sorted(name for name in state if name.startswith(ENCODER_PARTS))
+    if not any(name.startswith("encoder.") for name in names):
+        raise ValueError(f"vae must have weights of an encoder, 'encoder.*', got {type(vae).__name__} with none")
+    for name in names:
+        # Hashed in fp32, so that a model object in bf16 has the digest of its file, which is read in fp32.
+        tensor = state[name].detach().to("cpu", torch.float32).contiguous()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
     return {
         "class": type(vae).__name__,

@@ -239,6 +239,7 @@ def _plan(job: EncodeJob, leases: Leases, work: _Work, report: EncodeReport) -> 
     """Return the store and the units to encode, while it is locked."""
     numbers = {*work.damaged, *work.begun}
     store = Store.create_or_open(job.out, job.identity, {}, leases)
+    report.identity = store.facts["identity_digest"]  # the job's may have other hints
     _delete_orphans(store, leases)
     todo = [unit for unit in store.units() if unit.number in numbers]
     check_buckets(todo, job.settings, job.out)

@@ -11,6 +11,8 @@ import hashlib
 import json
 from typing import Any
 
+from fastvae.checkpoints.presets import HINTS
+
 
 def canonical_json(value: Any) -> str:
     """Return JSON with one spelling for each value: sorted keys, no spaces, ASCII; raises ValueError for NaN."""
@@ -20,6 +22,23 @@ def canonical_json(value: Any) -> str:
 def digest(identity: dict[str, Any]) -> str:
     """Return the sha256 of the canonical JSON of ``identity``, in hexadecimal."""
     return hashlib.sha256(canonical_json(identity).encode("ascii")).hexdigest()
+
+
+def identity_differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Return differences(stored, given) without config values that change no latent (HINTS).
+
+    A config.json is edited, and the same model has other hints in another repository. The digest has the hints.
+    """
+    return differences(_without_hints(stored), _without_hints(json.loads(canonical_json(given))))
+
+
+def _without_hints(identity: dict[str, Any]) -> dict[str, Any]:
+    model = identity.get("model")
+    config = model.get("config") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(config, dict):
+        return identity
+    kept = {name: value for name, value in config.items() if name not in HINTS}
+    return {**identity, "model": {**model, "config": kept}}
 
 
 def differences(stored: Any, given: Any, path: str = "") -> list[str]:

@@ -73,7 +73,7 @@ class Store:
         if (path / "store.json").exists():
             check_kinds(path)
             store = cls.open(path)
-            lines = identities.differences(store.facts["identity"], json.loads(identities.canonical_json(identity)))
+            lines = identities.identity_differences(store.facts["identity"], identity)
             if lines and store.records():
                 raise IdentityMismatch(path, lines)
             return None if lines else store
@@ -104,9 +104,7 @@ class Store:
         if store is None:
             if leases.live() and (path / "store.json").exists():
                 other = cls.open(path).facts["identity"]
-                raise IdentityMismatch(
-                    path, identities.differences(other, json.loads(identities.canonical_json(identity)))
-                )
+                raise IdentityMismatch(path, identities.identity_differences(other, identity))
             path.mkdir(parents=True, exist_ok=True)
             facts = {"fvl": 1, "identity": identity, "identity_digest": identities.digest(identity), **layout}
             content = json_bytes(facts, indent=1)
