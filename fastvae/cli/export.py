@@ -33,7 +33,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option(
     "--family",
     type=click.Choice(["sd", "sdxl", "sd3", "flux"]),
-    help="For npz-kohya: the model family, which decides file names and scaling. Default: sdxl.",
+    help="For npz-kohya: the model family, which decides file names and scaling. Default: from the store's scaling.",
 )
 @click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file in MB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

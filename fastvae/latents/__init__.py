@@ -6,5 +6,6 @@ scaling       scale_latents, unscale_latents, and the numbers they use
 logvar_range  the range that a log-variance is clamped to
 sampling      sample_posterior: draws by seed or by generator
 cpu_sampling  the same draws by seed on a CPU, in NumPy
+wrappers      the VAE inside torch.compile, PEFT and the like
 convert       encode_latents and decode_latents
 """

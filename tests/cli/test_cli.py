@@ -53,7 +53,7 @@ def test_export_prints_its_plan_and_its_result(pictures, model, tmp_path):
     assert f"{out}  4 rows  wds  dist  raw  ~1.0 KiB (free " in result.stderr
     assert result.stdout.startswith("done    4 rows (dist, raw) in 2 files, ")
     facts = json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json", "-q").stdout)
-    assert (facts["rows"], facts["files"], facts["about"]["family"]) == (4, 5, "sdxl")
+    assert (facts["rows"], facts["files"], facts["about"]["family"]) == (4, 5, "sd")
     refused = run("export", out, tmp_path / "new", "--to", "wds", "--family", "sd", code=2)
     assert "family must be left out for wds" in refused.stderr
     again = run("export", out, tmp_path / "tars", "--to", "wds", code=1)

@@ -74,15 +74,15 @@ def write_store(
 ) -> Path:
     """Write a store of generated moments: keys, or (key, variant), of each bucket; ``changes``: of its scaling.
 
-    A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves it out. preprocess: of the
-    identity; of MASK each row has its opacity_of.
+    channels: of the latents. A logvar="u8" stores the log-variance in eight bits; posterior "mean" or "sample" leaves
+    it out. preprocess: of the identity; of MASK each row has its opacity_of.
     """
     logvar, posterior = changes.pop("logvar", "fp16"), changes.pop("posterior", "dist")
-    preprocess = changes.pop("preprocess", {})
+    preprocess, channels = changes.pop("preprocess", {}), changes.pop("channels", 4)
     scaling = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": None, "latents_std": None}
     layout = {
         "buckets": [f"{height}x{width}" for height, width in rows_by_bucket],
-        "latent_channels": 4,
+        "latent_channels": channels,
         "downsample_factor": 8,
         "scaling": {**scaling, "batch_norm": False, **changes},
         "metadata": {"fvl": "1"},
@@ -100,15 +100,15 @@ def write_store(
                 file = SourceFile(key, 1, 0, columns=(columns or {}).get(key, {}))
                 fresh.append((bucket, PlannedRow(file, variant, bucket)))
         for unit in store.extend_plan(fresh, lambda bucket: rows_per_unit):
-            rows = [_row(planned, unit.bucket, logvar, posterior) for planned in unit.rows]
+            rows = [_row(planned, unit.bucket, logvar, posterior, channels) for planned in unit.rows]
             if preprocess.get("alpha") == "mask":
                 rows = [replace(row, alpha=opacity_of(row.key, row.variant, unit.bucket)) for row in rows]
             store.commit(unit, rows)
     return path
 
 
-def _row(planned: PlannedRow, bucket: tuple[int, int], encoding: str, posterior: str) -> ShardRow:
-    mean, logvar = moments_of(*planned.name, bucket)
+def _row(planned: PlannedRow, bucket: tuple[int, int], encoding: str, posterior: str, channels: int) -> ShardRow:
+    mean, logvar = moments_of(*planned.name, bucket, channels)
     extent = None
     if encoding == "u8":
         extent = np.array([logvar.min(), logvar.max()], np.float32)

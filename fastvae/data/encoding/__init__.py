@@ -4,7 +4,6 @@ encode        fastvae.encode
 repair        fastvae.repair
 model         opening a model, checking that a store can hold its latents, its identity
 options       options of encode and repair: those that decide latents, and those of the run
-wrappers      the VAE inside torch.compile, PEFT and the like
 settings      settings of a store, resolved with its model, and the identity they make
 image_reader  source and preprocessing policies, applied to one file
 planning      which files need a row, and in which bucket

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from fastvae.checkpoints.loading import TINY
-from fastvae.data.encoding.wrappers import model_inside
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.store import Store
 from fastvae.fast.fallback_reasons import BUILT_IN_PROCESSORS
+from fastvae.latents.wrappers import model_inside
 from fastvae.system.atomic_files import sha256_of
 from fastvae.system.terminal import print_stderr
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvae.data.datasets.dataset import ARRAYS, LatentDataset
-from fastvae.data.exporting.kohya import FAMILIES, Kohya
+from fastvae.data.exporting.kohya import FAMILIES, Kohya, family_of
 from fastvae.data.exporting.parquet import Parquet
 from fastvae.data.exporting.webdataset import Tar
 from fastvae.data.store.leases import STALE, Leases
@@ -27,7 +27,6 @@ from fastvae.system.terminal import format_bytes, print_stderr
 FORMATS = ("npz-kohya", "wds", "parquet", "hf")
 # Rows read together; they are of one shard, so of one size.
 ROWS_AT_ONCE = 64
-KOHYA_FAMILY = "sdxl"  # the default
 EXPORT_RECORD = "export.json"
 # In the temporary folder: the future DST, and the lease of its writer.
 CONTENT, LEASES = "content", "leases"
@@ -67,26 +66,31 @@ def export(
     a folder for datasets.load_dataset. posterior: "dist", mean and logvar [L, h, w], the default; "mean"; or "sample",
     one draw [L, h, w] in fp32, its noise keyed by (``seed`` from [0, 2^64), epoch 0, key, variant). kohya's caches have
     one latent an image: "sample", their default, or "mean". scaled: as scale_latents returns them, in fp32, else raw as
-    stored. family: for kohya's caches alone ("sd", "sdxl", "sd3", "flux"; default "sdxl"), whose latents are raw except
-    for flux. shard_mb: size of a tar or Parquet file. progress: a plan line on stderr.
-    Raises FileExistsError if ``dst`` exists, ValueError for another argument, for keys that the format cannot have or
-    for several crops of an image in kohya's layout, StoreError for a folder that is not a store or cannot be scaled,
-    OSError, ENOSPC if the disk is too small, ImportError if pyarrow is needed and missing.
+    stored. family: for kohya's caches alone ("sd", "sdxl", "sd3", "flux"), whose latents are raw except for flux; by
+    default the family with the store's channels and scaling. shard_mb: size of a tar or Parquet file. progress: a plan
+    line on stderr.
+    Raises FileExistsError if ``dst`` exists, ValueError for another argument, for a family that the store's
+    latents are not of, for keys that the format cannot have or for several crops of an image in kohya's layout,
+    StoreError for a folder that is not a store or cannot be scaled, OSError, ENOSPC if the disk is too small,
+    ImportError if pyarrow is needed and missing.
     """
     _check(to, posterior, scaled, family, shard_mb)
     out = Path(dst)
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"dst must be a new folder, {out} is there already")
     is_kohya = to == "npz-kohya"
-    family = family or KOHYA_FAMILY
     posterior = posterior or ("sample" if is_kohya else "dist")
-    scaled = FAMILIES[family].scaled if is_kohya else scaled
-    opened = Store.open(Path(store))
+    opened, note = Store.open(Path(store)), None
+    if is_kohya:
+        family, note = family_of(opened.facts["latent_channels"], opened.facts["scaling"], family)
+        scaled = FAMILIES[family].scaled
     stored = opened.facts["identity"]["numerics"]["posterior"]
     if stored == "sample" or (stored == "mean" and posterior == "dist"):
         posterior = stored  # the store has one draw, or one mean, and nothing else
     rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
-    about = _about(opened, rows, to, posterior, seed, family if is_kohya else None)
+    about = _about(opened, rows, to, posterior, seed, family)
+    if note:
+        about["note"] = note
     records = _rows(rows, opened.columns())
     _sweep(out)
     needed = _size(rows)
@@ -94,6 +98,8 @@ def export(
         missing = f" of {len(rows) + about['pending']}, the others are not committed" if about["pending"] else ""
         what = f"{opened.path}  {len(rows)} rows{missing}  {to}  {posterior}  {about['space']}"
         print_stderr(f"export  {what}  ~{format_bytes(needed)} (free {format_bytes(free_bytes(out))})\n")
+        if note:
+            print_stderr(f"fastvae: {note}\n")
     check_room(out, needed)
     written = _write_folder(
         out, about, lambda content: _writer(to, content, about, opened, int(shard_mb * 1e6)), records

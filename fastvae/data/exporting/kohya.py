@@ -3,31 +3,89 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from fastvae.checkpoints.presets import PRESETS
 from fastvae.data.exporting.writer import Writer
 
 
 @dataclass(frozen=True)
 class Family:
-    """Cache layout of a model family in sd-scripts: scaled or raw, and with the latents' size in array names or not."""
+    """Cache layout of a model family in sd-scripts, and the latents that its trainer takes.
+
+    scaled, or raw; several_sizes: the latents' size is in the array names. channels, scaling_factor, shift_factor: of
+    the family's latents.
+    """
 
     scaled: bool
     several_sizes: bool
+    channels: int
+    scaling_factor: float
+    shift_factor: float = 0.0
 
 
+# Numbers: fastvae.checkpoints.PRESETS.
 FAMILIES = {
-    "sd": Family(scaled=False, several_sizes=False),
-    "sdxl": Family(scaled=False, several_sizes=False),
-    "sd3": Family(scaled=False, several_sizes=True),
-    "flux": Family(scaled=True, several_sizes=True),
+    "sd": Family(False, False, 4, 0.18215),
+    "sdxl": Family(False, False, 4, 0.13025),
+    "sd3": Family(False, True, 16, 1.5305, 0.0609),
+    "flux": Family(True, True, 16, 0.3611, 0.1159),
 }
+# Family of a store of 4 channels whose scaling is none of these: version 0.1.0 wrote its name for every store.
+UNKNOWN_FAMILY = "sdxl"
+
+
+def family_of(channels: int, scaling: dict[str, Any], given: str | None) -> tuple[str, str | None]:
+    """Return the family of a store's latents, and a note if its scaling is that of no known model.
+
+    given: the family that the caller names. Raises ValueError if the latents are those of another family, or of no
+    family, or do not decide a family.
+    """
+    described = f"latents of {channels} channels, {_described(scaling)}"
+    fitting = [name for name, family in FAMILIES.items() if family.channels == channels]
+    found = next((name for name in fitting if _is_scaled_as(scaling, vars(FAMILIES[name]))), None)
+    if not fitting or scaling.get("batch_norm") or (found is None and (model := _known_model(channels, scaling))):
+        whose = f" (those of {model})" if fitting and not scaling.get("batch_norm") else ""
+        raise ValueError(f"to must be another than npz-kohya: no family of sd-scripts has {described}{whose}")
+    choice = repr(found) if found else " or ".join(map(repr, fitting))
+    if given not in (None, found) and (found or given not in fitting):
+        raise ValueError(f"family must be {choice} for {described}, got {given!r}")
+    if found is not None:
+        return found, None
+    if given is None and UNKNOWN_FAMILY not in fitting:
+        raise ValueError(f"family must be given for {described}: {choice}")
+    family = given or UNKNOWN_FAMILY
+    return family, f"{described}, exported as {family}'s, which have {_described(vars(FAMILIES[family]))}"
+
+
+def _is_scaled_as(scaling: Mapping[str, Any], numbers: Mapping[str, Any]) -> bool:
+    same = (
+        math.isclose(scaling.get(name) or 0.0, numbers.get(name) or 0.0, rel_tol=1e-4)
+        for name in ("scaling_factor", "shift_factor")
+    )
+    return all(same) and bool(scaling.get("latents_mean")) == bool(numbers.get("latents_mean"))
+
+
+def _known_model(channels: int, scaling: Mapping[str, Any]) -> str | None:
+    """Return the name of the known model whose latents these are."""
+    for preset in PRESETS.values():
+        if preset.config["latent_channels"] == channels and _is_scaled_as(scaling, preset.config):
+            return preset.models
+    return None
+
+
+def _described(scaling: Mapping[str, Any]) -> str:
+    shift = scaling.get("shift_factor")
+    statistics = ", latents_mean" if scaling.get("latents_mean") else ""
+    return f"scaling_factor {scaling.get('scaling_factor')}" + (f", shift_factor {shift}" if shift else "") + statistics
 
 
 class Kohya(Writer):

@@ -27,6 +27,9 @@ KEYS = {key: bucket for bucket, keys in BUCKETS.items() for key in keys}
 CAPTIONS = {"a/0.b.png": {"caption": "a \u2603"}}
 
 
+CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
+
+
 @pytest.fixture
 def store(tmp_path):
     return write_store(tmp_path / "store", BUCKETS, columns=CAPTIONS)
@@ -94,12 +97,14 @@ def test_datasets_loads_the_folder(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
-def test_numpy_reads_the_caches_of_sd_scripts(store, tmp_path, family):
+def test_numpy_reads_the_caches_of_sd_scripts(tmp_path, family):
+    channels = CHANNELS[family]
+    store = write_store(tmp_path / "store", BUCKETS, columns=CAPTIONS, channels=channels)
     run(store, tmp_path / "out", "npz-kohya", family=family, seed=3)
     files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npz"))
     expected = [f"a/{n}.b_0032x0032_{family}.npz" for n in range(5)]
     assert files == expected + [f"tall{n}_0032x0048_{family}.npz" for n in range(3)]
-    mean, logvar = (torch.from_numpy(part)[None].float() for part in moments_of("tall1.png", 0, (48, 32)))
+    mean, logvar = (torch.from_numpy(part)[None].float() for part in moments_of("tall1.png", 0, (48, 32), channels))
     drawn = draw(mean, logvar, [noise_key(3, 0, "tall1.png")])[0]
     ending = "_6x4" if family in ("sd3", "flux") else ""
     with np.load(tmp_path / "out" / f"tall1_0032x0048_{family}.npz", allow_pickle=False) as cache:
@@ -210,7 +215,9 @@ def test_pyarrow_and_datasets_read_the_masks(masked, tmp_path, monkeypatch):
 def test_sd_scripts_weights_its_loss_by_the_masks(tmp_path, family):
     """The trainer stacks masks at the bucket's size and takes their mean over each latent; it mirrors them itself."""
     names = [("a.png", 0), ("a.png", 1), ("b.png", 0)]
-    store = write_store(tmp_path / "store", {(48, 32): names}, preprocess={**MASK, "flip": True})
+    store = write_store(
+        tmp_path / "store", {(48, 32): names}, preprocess={**MASK, "flip": True}, channels=CHANNELS[family]
+    )
     run(store, tmp_path / "out", "npz-kohya", family=family)
     ending = "_6x4" if family == "flux" else ""
     for key in ("a.png", "b.png"):
