@@ -66,6 +66,13 @@ from fastvae.system.terminal import strip_control_characters
     help="Size of a shard in MB; a kill loses the work of two at most.",
 )
 @click.option(
+    "--commit-seconds",
+    type=click.FloatRange(min=0),
+    default=60,
+    show_default=True,
+    help="Commit a shard that takes longer, its other rows as another shard; 0: never.",
+)
+@click.option(
     "--on-error",
     type=click.Choice(["quarantine", "fail"]),
     default="quarantine",
@@ -117,8 +124,14 @@ def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool
     Any number of these commands may share one OUT.
     """
     from fastvae.data.encoding.encode import encode as run
+    from fastvae.data.encoding.report import Interrupted
 
-    report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **given)
+    try:
+        report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **given)
+    except Interrupted as stopped:
+        if as_json:
+            echo(stopped.report.to_json())
+        raise
     if as_json:
         echo(report.to_json())
     else:

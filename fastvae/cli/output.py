@@ -49,8 +49,9 @@ def errors_as_sentences(function: Callable[Parameters, Result]) -> Callable[Para
         try:
             with graceful_stop(INTERRUPTED):
                 return function(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise Problem("interrupted; run the same command again to go on", INTERRUPTED) from None
+        except KeyboardInterrupt as error:  # of encode and repair with the number of rows that are kept
+            counts = f": {error}" if str(error) else ""
+            raise Problem(f"interrupted{counts}; run the same command again to go on", INTERRUPTED) from None
         except (ValueError, ImportError, OSError) as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 echo_error(strip_control_characters(traceback.format_exc()).rstrip())

@@ -1,6 +1,7 @@
 """Failure mode 23: SIGTERM and Ctrl-C, sent to a real process during a run."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -47,9 +48,12 @@ def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(forks, tmp_path,
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     seconds = time.monotonic() - started
-    assert (process.returncode, said) == (75, "fastvae: interrupted; run the same command again to go on\n")
-    assert seconds < WITHIN
     rows = committed(out)
+    counts = re.fullmatch(
+        r"fastvae: interrupted: (\d+) rows kept, (\d+) lost; run the same command again to go on\n", said
+    )
+    assert (process.returncode, counts and int(counts[1])) == (75, len(rows)), said
+    assert seconds < WITHIN
     assert 0 < len(rows) < PICTURES
     assert verify(out, deep=True).damaged == []
     assert not list(out.rglob("*.tmp.*"))

@@ -62,6 +62,7 @@ def encode(
     batch: int | str = "auto",
     workers: int | str = "auto",
     shard_mb: float = 256,
+    commit_seconds: float = 60,
     max_failures: str | float | int = "0.1%",
     on_error: str = "quarantine",
     alpha: str = "white",
@@ -97,8 +98,9 @@ def encode(
     that are smaller than their bucket in a side. Both are counted, and neither counts as a failure.
     Options of the run. exclude: patterns of images that are left out, by their key, or without a slash by its name in
     any folder. batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill
-    can lose the work of two. max_failures: rows that may fail, a share or a count, before the report is ``exceeded``.
-    on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
+    can lose the work of two. commit_seconds: a shard that takes longer is committed as it is, and its other rows become
+    a shard of their own; 0 or deterministic: never. max_failures: rows that may fail, a share or a count, before the
+    report is ``exceeded``. on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
     and on a CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once
     more, which finds an edit that keeps size and time, and encodes nothing again for a new time alone. retry_failed:
     try every image again that failed, whatever the reason. progress: a plan line and a bar on stderr. limit: the first
@@ -106,8 +108,9 @@ def encode(
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
     StoreError when ``out`` is damaged or holds other things, StoreLocked when another run plans it for too long,
-    IdentityMismatch when it was made otherwise, ImageError with on_error="fail", and OSError, ENOSPC when the disk is
-    full. After any error, committed shards stay valid, and the same call resumes.
+    IdentityMismatch when it was made otherwise, ImageError with on_error="fail", OSError, ENOSPC when the disk is full,
+    and Interrupted, a KeyboardInterrupt with a report, for Ctrl-C while rows are encoded: finished rows are committed.
+    After any error, committed shards stay valid, and the same call resumes.
     """
     latents = LatentOptions(
         buckets,
@@ -136,6 +139,7 @@ def encode(
         on_error=on_error,
         hash=hash,
         shard_mb=shard_mb,
+        commit_seconds=commit_seconds,
     )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")

@@ -89,7 +89,7 @@ class LatentOptions:
 class RunOptions:
     """Options that do not change the latents, so are not part of the store's identity; see encode. Raises ValueError.
 
-    The last three are arguments of encode alone; repair takes the values here.
+    The last four are arguments of encode alone; repair takes the values here.
     """
 
     device: str | torch.device | None
@@ -103,6 +103,7 @@ class RunOptions:
     on_error: str = "quarantine"
     hash: str = "none"
     shard_mb: float = 256
+    commit_seconds: float = 60
 
     def __post_init__(self) -> None:
         check_choices(on_error=(self.on_error, ("quarantine", "fail")), hash=(self.hash, ("none", "full")))
@@ -114,3 +115,5 @@ class RunOptions:
         parse_limit(self.max_failures, 1)
         if not (self.shard_mb > 0 and math.isfinite(self.shard_mb)):
             raise ValueError(f"shard_mb must be above 0 and finite, got {self.shard_mb!r}")
+        if not self.commit_seconds >= 0:
+            raise ValueError(f"commit_seconds must be at least 0, got {self.commit_seconds!r}")

@@ -47,7 +47,7 @@ class Decoded:
 
 @dataclass
 class Chunk:
-    """A few rows of one unit; ``last`` marks the unit's final chunk."""
+    """A few rows of one unit; ``last`` marks the unit's final chunk, ``finished`` one whose rows are encoded."""
 
     unit: Unit
     planned: tuple[PlannedRow, ...]
@@ -59,6 +59,7 @@ class Chunk:
     redone: int = 0
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
+    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def finish_chunk(chunk: Chunk, pending: Pending | Finished | None, row_format: R
                 continue
             place = item.original_hw, item.crop_tlhw, variant
             chunk.rows.append(ShardRow(key, stored.mean, stored.logvar, *place, stored.logvar_range, item.mask))
-    chunk.decoded = []
+    chunk.decoded, chunk.finished = [], True
     chunk.encode_seconds += time.perf_counter() - started
     return chunk
 

@@ -12,12 +12,21 @@ from fastvae.system.strict_json import strict_json
 from fastvae.system.terminal import first_few, format_bytes
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during a run; ``report``: its report, with the rows that are kept and lost."""
+
+    def __init__(self, report: EncodeReport):
+        super().__init__(f"{report.ok + report.kept + report.failed} rows kept, {report.lost} lost")
+        self.report = report
+
+
 @dataclass
 class EncodeReport:
     """Counts and times of a run. Rows are variants of images.
 
     ``ok``: rows encoded, ``failed``: quarantined, ``resumed``: committed before, ``elsewhere``: committed by other
     processes meanwhile, ``kept``: copied by a repair from damaged shards, since their images no longer encode.
+    ``interrupted``: the run ended by a signal; ``lost``: rows that it had begun and could not keep.
     ``taken_over``: units that other processes took over. Of a dry run, ``planned``: rows by bucket, ``planned_bytes``:
     their size, ``unreadable_headers``: rows that will fail. ``batches``: batch size by bucket; ``halved``: times that
     one did not fit in memory. ``seconds`` is wall time; ``decode_seconds`` and ``encode_seconds`` are summed over
@@ -38,6 +47,8 @@ class EncodeReport:
     elsewhere: int = 0
     taken_over: int = 0
     kept: int = 0
+    lost: int = 0
+    interrupted: bool = False
     failed_before: int = 0
     redone_fp32: int = 0
     ignored_files: int = 0

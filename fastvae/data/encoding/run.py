@@ -111,10 +111,11 @@ def run_job(
             leases = held.enter_context(Leases(job.out / "leases"))
             store, todo = plan(leases)
             leases.sweep(keep={unit.lease for unit in todo})
+            plan_files = store.plan_files()
         encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, options.deterministic)
         batches = BatchSizes(options.batch, encoder)
         encoding = Encoding(encoder, settings.row_format, batches)
-        worker = Worker(store, leases, settings, options, job.reader, encoding, report, redo)
+        worker = Worker(store, leases, settings, options, job.reader, encoding, report, redo, plan_files)
         if todo and (wrong := check_fast_path(encoder)):
             print_stderr(f"fastvae: {wrong}\n")
             report.notes.append(wrong)

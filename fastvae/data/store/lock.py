@@ -24,15 +24,15 @@ LOCK_TIMEOUT, POLL_INTERVAL = 1800.0, 0.05
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, timeout: float | None = None) -> Iterator[None]:
     """Wait for the lock of the existing ``folder``, and hold it.
 
-    Raises StoreLocked, which names the holder's pid, when another process has held it for LOCK_TIMEOUT seconds, and
-    StoreError when the lock is not a regular file (a link to one is refused too).
+    Raises StoreLocked, which names the holder's pid, when another process has held it for ``timeout`` seconds, by
+    default LOCK_TIMEOUT, and StoreError when the lock is not a regular file (a link to one is refused too).
     """
     descriptor = open_regular_file(folder / LOCK_NAME)
     try:
-        _acquire(descriptor, folder)
+        _acquire(descriptor, folder, LOCK_TIMEOUT if timeout is None else timeout)
         if os.fstat(descriptor).st_nlink == 1:  # a hard link may be a user's file
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
@@ -41,10 +41,10 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)  # releases the lock; the file stays, because removing it would let two processes in
 
 
-def _acquire(descriptor: int, folder: Path) -> None:
+def _acquire(descriptor: int, folder: Path, timeout: float) -> None:
     if fcntl is None:
         return None
-    until = time.monotonic() + LOCK_TIMEOUT
+    until = time.monotonic() + timeout
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,9 +52,7 @@ def _acquire(descriptor: int, folder: Path) -> None:
             if time.monotonic() >= until:
                 holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
                 whose = f"process {holder}" if holder.isdigit() else "another process"
-                raise StoreLocked(
-                    f"{folder} is locked: {whose} has been planning it for {LOCK_TIMEOUT:.0f} s"
-                ) from None
+                raise StoreLocked(f"{folder} is locked: {whose} has been planning it for {timeout:.0f} s") from None
             time.sleep(POLL_INTERVAL)
         except OSError as error:
             if error.errno not in UNSUPPORTED:

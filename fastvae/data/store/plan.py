@@ -8,8 +8,8 @@ or, with "unit" null, new columns of a file. A row's "origin" is the folder or a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class WorkList:
         columns of planned ones are recorded as well. ``pruned``: files whose rows are served no more. No plan file is
         ever replaced.
         """
-        units, plan = self.units(), self.files()
+        units = self.units()
         first = max(least, units[-1].number + 1 if units else 0)
         added: list[Unit] = []
         for bucket in dict.fromkeys(bucket for bucket, _ in fresh):
@@ -82,10 +82,33 @@ class WorkList:
         entries += [_columns_line(f) for f in files if f.key in known and known[f.key] != _as_json(f.columns)]
         entries += [{**_columns_line(file), "columns": {}, "pruned": True} for file in pruned]
         if entries:
-            number = _plan_number(plan[-1]) + 1 if plan else 0
-            lines = [json_bytes(entry) + b"\n" for entry in entries]
-            write_atomically(self.folder / f"units-{number:05d}.jsonl", lines, exclusive=True)
+            self._append(entries)
         return added
+
+    def split(self, unit: Unit, done: Collection[tuple[str, int]], least: int = 0) -> tuple[Unit, Unit] | None:
+        """Replace ``unit`` by one of its rows with names in ``done``, under its number, and a new one of the rest.
+
+        Both leave out rows that were planned again since or pruned; nothing changes if one is then empty: None. One plan
+        file replaces the old unit and adds the new one, so that no reader finds a row twice or not at all.
+        """
+        latest, columns = self.latest(), self.columns()
+        own = [row for row in unit.rows if latest.get(row.name) == unit.number]
+        own = [replace(row, file=replace(row.file, columns=columns[row.file.key])) for row in own]
+        part = replace(unit, rows=tuple(row for row in own if row.name in done))
+        rest = Unit(
+            max(least, self.units()[-1].number + 1), unit.bucket, tuple(row for row in own if row.name not in done)
+        )
+        if not (part.rows and rest.rows):
+            return None
+        self._append([_plan_line(half, number, row) for half in (part, rest) for number, row in enumerate(half.rows)])
+        return part, rest
+
+    def _append(self, entries: list[dict[str, Any]]) -> None:
+        """Write ``entries`` to the next plan file."""
+        plan = self.files()
+        number = _plan_number(plan[-1]) + 1 if plan else 0
+        lines = [json_bytes(entry) + b"\n" for entry in entries]
+        write_atomically(self.folder / f"units-{number:05d}.jsonl", lines, exclusive=True)
 
     def _plans(self) -> list[PlanFile]:
         paths = self.files()

@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,7 @@ class Store:
         pruned: Iterable[SourceFile] = (),
     ) -> list[Unit]:
         """Extend the plan, see WorkList.extend; skip the numbers of records whose plan was lost, which would match."""
-        numbers = [int(path.name.split("-")[0]) for path in self.records()]
-        return self._work.extend(fresh, rows_per_unit, files, max(numbers, default=-1) + 1, pruned)
+        return self._work.extend(fresh, rows_per_unit, files, self._least_number(), pruned)
 
     def latest(self) -> dict[tuple[str, int], int]:
         """Return the number of the latest unit of each row, by its name, without the rows that were pruned."""
@@ -166,6 +165,17 @@ class Store:
         )
         failed = sum(latest.get((key, variant)) == unit for key, variant, unit in failures)
         return sum(unit in commits for unit in latest.values()) - failed
+
+    def split(self, unit: Unit, done: Collection[tuple[str, int]]) -> tuple[Unit, Unit] | None:
+        """Split ``unit`` in the plan into its ``done`` rows and the others, see WorkList.split."""
+        return self._work.split(unit, done, self._least_number())
+
+    def plan_files(self) -> int:
+        """Return the number of plan files, which grows with every change of the plan."""
+        return len(self._work.files())
+
+    def _least_number(self) -> int:
+        return max((int(path.name.split("-")[0]) for path in self.records()), default=-1) + 1
 
     def records(self) -> list[Path]:
         """Return the paths of all commit records, trusted or not."""
