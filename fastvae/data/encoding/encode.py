@@ -100,7 +100,8 @@ def encode(
     any folder. batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill
     can lose the work of two. commit_seconds: a shard that takes longer is committed as it is, and its other rows become
     a shard of their own; 0 or deterministic: never. max_failures: rows that may fail, a share or a count, before the
-    report is ``exceeded``. on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
+    report is ``exceeded``.
+    on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
     and on a CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once
     more, which finds an edit that keeps size and time, and encodes nothing again for a new time alone. retry_failed:
     try every image again that failed, whatever the reason. progress: a plan line and a bar on stderr. limit: the first

@@ -88,8 +88,8 @@ class WorkList:
     def split(self, unit: Unit, done: Collection[tuple[str, int]], least: int = 0) -> tuple[Unit, Unit] | None:
         """Replace ``unit`` by one of its rows with names in ``done``, under its number, and a new one of the rest.
 
-        Both leave out rows that were planned again since or pruned; nothing changes if one is then empty: None. One plan
-        file replaces the old unit and adds the new one, so that no reader finds a row twice or not at all.
+        Both leave out rows that were planned again since or pruned; nothing changes if one is then empty: None. One
+        plan file replaces the old unit and adds the new one, so that no reader finds a row twice or not at all.
         """
         latest, columns = self.latest(), self.columns()
         own = [row for row in unit.rows if latest.get(row.name) == unit.number]

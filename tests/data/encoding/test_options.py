@@ -32,7 +32,7 @@ SHARED = {
     "retry_failed": True,
     "progress": False,
 }
-OF_ENCODE = {"on_error": "fail", "hash": "full", "shard_mb": 6}
+OF_ENCODE = {"on_error": "fail", "hash": "full", "shard_mb": 6, "commit_seconds": 7}
 
 
 def values(options) -> dict:
@@ -43,7 +43,11 @@ def values(options) -> dict:
     ("module", "arguments", "wanted"),
     [
         (encode, ("in", "out"), [LATENTS, {**SHARED, **OF_ENCODE}]),
-        (repair, ("out",), [{**SHARED, "on_error": "quarantine", "hash": "none", "shard_mb": 256}]),
+        (
+            repair,
+            ("out",),
+            [{**SHARED, "on_error": "quarantine", "hash": "none", "shard_mb": 256, "commit_seconds": 60}],
+        ),
     ],
     ids=["encode", "repair"],
 )
@@ -67,7 +71,15 @@ def test_an_argument_reaches_the_field_of_its_name(module, arguments, wanted, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("shard_mb", 0), ("shard_mb", float("inf")), ("batch", 0), ("workers", 1025), ("hash", "md5")]
+    ("name", "value"),
+    [
+        ("commit_seconds", -1),
+        ("shard_mb", 0),
+        ("shard_mb", float("inf")),
+        ("batch", 0),
+        ("workers", 1025),
+        ("hash", "md5"),
+    ],
 )
 def test_a_wrong_value_of_the_run_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
