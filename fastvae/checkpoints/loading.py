@@ -17,7 +17,7 @@ from fastvae.checkpoints.config import (
     validate_config,
 )
 from fastvae.checkpoints.files import Repository, WeightFiles, find_config, find_single_file, find_weights
-from fastvae.checkpoints.presets import Preset, candidates, find_preset, structure
+from fastvae.checkpoints.presets import Preset, candidates, find_preset, structure, unlike
 from fastvae.checkpoints.report import LoadReport
 from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.system.terminal import first_few
@@ -77,10 +77,12 @@ def open_single_file(
     preset: str | None,
     config: Mapping[str, Any] | str | Path | None,
     allow_pickle: bool,
+    parts: tuple[str, ...] = tuple(names.PART_ROOTS),
 ) -> tuple[dict[str, Any], Checkpoint, tuple[str, ...]]:
     """Open a single file, given as a path or a Hub address.
 
-    Returns the constructor's arguments, the checkpoint, and notes on how the config was chosen.
+    parts: halves that are read; the shapes of the other half decide nothing. Returns the constructor's arguments, the
+    checkpoint, and notes on how the config was chosen.
     """
     if preset is not None and config is not None:
         raise ValueError("preset and config were both given; one of them is taken")
@@ -92,6 +94,7 @@ def open_single_file(
     renamed = {new: shapes[old] for old, new in names.rename_table(shapes).items()}
     if not renamed:
         raise ValueError(f"{path}: holds no VAE: {first_few(checkpoint.names) or 'it has no tensors'}")
+    renamed = {name: shape for name, shape in renamed.items() if names.part_of(name, parts)}
     statistics = _latent_statistics(checkpoint, path)
     if config is not None:
         raw, origin = _given_config(config, repository)
@@ -136,7 +139,7 @@ def _choose(shapes: Mapping[str, tuple[int, ...]], class_name: str, has_statisti
 
 
 def _check_fit(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    wrong = {key: seen for key, seen in structure(shapes).items() if values.get(key) != seen}
+    wrong = unlike(values, shapes)
     if wrong:
         expected = _shown({key: values.get(key) for key in wrong})
         fitting = ", ".join(preset.name for preset in candidates(shapes)) or "none"

@@ -168,6 +168,13 @@ _ALL = (
         dict(CONFIG_DEFAULTS["AutoencoderKLFlux2"]),
         "diffusers.models.autoencoders.autoencoder_kl_flux2 (its defaults)",
     ),
+    Preset(
+        "flux2-small-decoder",
+        "AutoencoderKLFlux2",
+        "FLUX.2 with the small decoder",
+        {**CONFIG_DEFAULTS["AutoencoderKLFlux2"], "decoder_block_out_channels": (96, 192, 384, 384)},
+        "config.json of black-forest-labs/FLUX.2-small-decoder",
+    ),
 )
 
 #: Keys that change no latent: the size above which an image is tiled, and a pipeline's use of fp32 for decoding.
@@ -236,8 +243,21 @@ def candidates(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Preset, ...]:
     if not seen:
         return ()
     class_name = "AutoencoderKLFlux2" if "bn.running_mean" in shapes else "AutoencoderKL"
-    matching = (preset for preset in _ALL if preset.class_name == class_name)
-    return tuple(preset for preset in matching if all(preset.config.get(key) == value for key, value in seen.items()))
+    fitting = tuple(preset for preset in _ALL if preset.class_name == class_name and not unlike(preset.config, shapes))
+    # Without a decoder in the file, models that differ in their decoders alone are one.
+    if "decoder.conv_in.weight" not in shapes:
+        fitting = tuple(preset for preset in fitting if preset.config.get("decoder_block_out_channels") is None)
+    return fitting
+
+
+def unlike(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return the values of structure(shapes) that ``config`` has otherwise."""
+    seen, decoder = structure(shapes), "decoder_block_out_channels"
+    if "encoder.conv_in.weight" not in shapes and "block_out_channels" in seen and config.get(decoder):
+        seen[decoder] = seen.pop("block_out_channels")
+    elif "decoder.conv_in.weight" in shapes and "block_out_channels" in seen and config.get(decoder):
+        seen.setdefault(decoder, seen["block_out_channels"])
+    return {key: value for key, value in seen.items() if config.get(key) != value}
 
 
 def _widths(shapes: Mapping[str, tuple[int, ...]], stack: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import struct
 from collections import Counter
@@ -92,7 +93,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors ``expected`` (diffusers' name -> shape) to ``device``, and fill in ``report``.
 
-    Only tensors of ``report.parts`` are read. ``dtype`` None keeps that of each tensor; integers are never converted.
+    Only tensors of ``report.parts`` are read. ``dtype`` None keeps that of the file, or the widest of several; integers
+    are never converted.
     Every tensor is a copy, so that replacing the file later changes nothing. Raises ValueError for missing tensors,
     tensors of a wrong shape or of integers, and tensors of the VAE that the model does not have; if ``strict``, for
     tensors outside the VAE too.
@@ -125,6 +127,8 @@ def read_tensors(
         found_dtypes[_short(tensor.dtype)] += 1
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         tensors[new] = shaped.to(device=device, dtype=target, copy=True).contiguous()
+    if dtype is None:
+        _unite_dtypes(tensors, report)
     report.files = tuple(str(path) for path in dict.fromkeys(checkpoint.opened))
     report.commit = next(filter(None, map(commit_of, checkpoint.opened)), None)
     report.loaded = tuple(sorted(set(tensors) - set(counters)))
@@ -132,6 +136,24 @@ def read_tensors(
     report.reshaped = tuple(reshaped)
     report.dtypes = dict(found_dtypes)
     return tensors
+
+
+def _unite_dtypes(tensors: dict[str, Tensor], report: LoadReport) -> None:
+    """Convert weights of several dtypes, in place, to the one that holds the values of all, and record it.
+
+    torch computes with one dtype. The statistics of a batch norm keep theirs: they are converted where they are used.
+    """
+    weights = {
+        name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not name.startswith("bn.")
+    }
+    found = sorted({tensor.dtype for tensor in weights.values()}, key=str)
+    if len(found) < 2:
+        return
+    # torch promotes no floats of one byte; each wider dtype holds their values.
+    dtype = functools.reduce(torch.promote_types, [one for one in found if one.itemsize > 1] or [torch.float32])
+    tensors.update((name, tensor.to(dtype)) for name, tensor in weights.items())
+    report.dtype = _short(dtype)
+    report.notes += (f"the weights in the file are {' and '.join(map(_short, found))}: all are {report.dtype} now",)
 
 
 def convertible_dtype(
@@ -176,7 +198,7 @@ def _record_unread(
         new = table.get(old)
         if new in needed:
             continue
-        if new in expected:
+        if new in expected or (new is not None and not names.part_of(new, report.parts)):
             not_read.append(old)
         elif new is not None and _is_fused_copy(new, table):
             dropped.append(old)

@@ -115,7 +115,7 @@ class ModelMixin(InPipelines, ConfigMixin):
         target = convertible_dtype(torch_dtype, dtype)
         repository = loading.Repository(str(source), subfolder, revision, token, cache_dir, local_files_only)
         values, opened, notes = loading.open_single_file(
-            source, repository, cls._class_name(), preset, config, allow_pickle
+            source, repository, cls._class_name(), preset, config, allow_pickle, parts
         )
         report = loading.new_report(source, cls._class_name(), parts, target, device)
         report.notes = notes
