@@ -16,8 +16,15 @@ from fastvae.checkpoints.config import (
     unknown_keys,
     validate_config,
 )
-from fastvae.checkpoints.files import Repository, WeightFiles, find_config, find_single_file, find_weights
-from fastvae.checkpoints.presets import Preset, candidates, find_preset, structure, unlike
+from fastvae.checkpoints.files import (
+    PICKLE_SUFFIXES,
+    Repository,
+    WeightFiles,
+    find_config,
+    find_single_file,
+    find_weights,
+)
+from fastvae.checkpoints.presets import PRESETS, Preset, candidates, find_preset, structure, unlike
 from fastvae.checkpoints.report import LoadReport
 from fastvae.checkpoints.tensors import Checkpoint
 from fastvae.system.terminal import first_few
@@ -58,6 +65,22 @@ def model_class_name(source: str | Path, **options: Any) -> str:
     if name not in CONFIG_DEFAULTS:
         raise ValueError(f"{path}: this is a {name}; fastvae has {' and '.join(CONFIG_DEFAULTS)}")
     return name
+
+
+def is_single_file(source: str | Path) -> bool:
+    """Return True if ``source`` is a file, or has the name of a file of weights and is no directory."""
+    path = Path(source).expanduser()
+    return path.is_file() or (path.suffix in (".safetensors", ".sft", *PICKLE_SUFFIXES) and not path.is_dir())
+
+
+def single_file_class(source: str | Path, revision: str | None = None, preset: str | None = None) -> str:
+    """Return the class of a single file: that of ``preset``, else by its tensors. Raises as from_single_file does."""
+    if preset in PRESETS:
+        return PRESETS[preset].class_name
+    repository = Repository(str(source), revision=revision)
+    checkpoint = Checkpoint(WeightFiles(repository, single=find_single_file(str(source), repository)))
+    is_flux2 = "bn.running_mean" in names.rename_table(checkpoint.names).values()
+    return "AutoencoderKLFlux2" if is_flux2 else "AutoencoderKL"
 
 
 def open_pretrained(
@@ -135,7 +158,9 @@ def _choose(shapes: Mapping[str, tuple[int, ...]], class_name: str, has_statisti
     if not fitting:
         raise ValueError(f"{path}: fits no preset ({_shown(structure(shapes))}); pass config= with its values")
     listed = ", ".join(f"{preset.name!r} ({_scaling(preset)})" for preset in fitting)
-    raise ValueError(f"{path}: the tensors do not say how latents are scaled; pass preset= one of {listed}, or config=")
+    raise ValueError(
+        f"{path}: the tensors do not say how latents are scaled; pass preset= (--preset) one of {listed}, or config="
+    )
 
 
 def _check_fit(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -18,6 +18,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--rows", default="0:16", show_default=True, help="Rows to decode, as in 0:16.")
 @click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
 @options.model_location
+@options.preset
 @options.device
 @click.option("--sheet", type=click.Path(dir_okay=False), help="Also write a contact sheet to this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list of files as one JSON document.")

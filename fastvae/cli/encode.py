@@ -18,6 +18,7 @@ from fastvae.system.terminal import strip_control_characters
     "--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", a small model in the package.'
 )
 @options.model_location
+@options.preset
 @click.option(
     "--buckets",
     default="256",

@@ -15,10 +15,13 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("what", metavar="STORE|MODEL")
 @options.model_location
+@options.preset
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
 @errors_as_sentences
-def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
+def info(
+    what: str, subfolder: str | None, revision: str | None, preset: str | None, as_json: bool, quiet: bool
+) -> None:
     """Print the contents of a latent store, or the facts of a model."""
     from fastvae.system.terminal import print_stderr
 
@@ -33,7 +36,7 @@ def info(what: str, subfolder: str | None, revision: str | None, as_json: bool, 
         from fastvae.data.encoding.model import model_facts
 
         try:
-            facts = model_facts(what, subfolder, revision)
+            facts = model_facts(what, subfolder, revision, preset)
         except FileNotFoundError as error:
             if Path(what).is_dir() and not Path(what, subfolder or "", "config.json").exists():
                 raise FileNotFoundError(f"{what} is no store and no model: no store.json and no config.json") from error

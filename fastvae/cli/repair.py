@@ -17,6 +17,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.argument("src", nargs=-1)
 @click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
 @options.model_location
+@options.preset
 @click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
 @options.device
 @options.run

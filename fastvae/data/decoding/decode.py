@@ -33,6 +33,7 @@ def decode(
     vae: str | os.PathLike[str] | torch.nn.Module | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     device: str | torch.device | None = None,
     sheet: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -59,7 +60,7 @@ def decode(
     if progress:
         _announce(dataset, numbers, folder)
     written, thumbnails = [], []
-    for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device):
+    for number, key, pixels in decoded_rows(dataset, numbers, vae, subfolder, revision, device, preset):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:06d}-{safe_name(key)}.png"
         image = as_image(pixels)
@@ -94,6 +95,7 @@ def decoded_rows(
     subfolder: str | None = None,
     revision: str | None = None,
     device: Any = None,
+    preset: str | None = None,
 ) -> Iterator[tuple[int, str, np.ndarray]]:
     """Yield (row, key, uint8 [H, W, C]) of the rows' means or draws; C: the model's out_channels, 1, 3 or 4."""
     import torch
@@ -101,7 +103,7 @@ def decoded_rows(
     from fastvae.latents.convert import decode_latents
     from fastvae.latents.scaling import scale_latents
 
-    model = _decoder(dataset, vae, subfolder, revision, device)
+    model = _decoder(dataset, vae, subfolder, revision, device, preset)
     weight = next(model.decoder.parameters())
     with torch.inference_mode():
         for number in numbers:
@@ -112,7 +114,14 @@ def decoded_rows(
             yield number, item["key"], pixels[0].permute(1, 2, 0).cpu().numpy()  # type: ignore[union-attr, call-overload]
 
 
-def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: str | None, device: Any) -> Any:
+def _decoder(
+    dataset: LatentDataset,
+    vae: Any,
+    subfolder: str | None,
+    revision: str | None,
+    device: Any,
+    preset: str | None,
+) -> Any:
     import torch
 
     from fastvae.data.encoding.model import named_model, open_model
@@ -127,13 +136,13 @@ def _decoder(dataset: LatentDataset, vae: Any, subfolder: str | None, revision: 
         if getattr(vae, "encoder", None) is not None:
             _check_weights(dataset, lambda: vae, type(vae).__name__, is_given)
         return vae
-    vae, subfolder, revision = named_model(Store.open(dataset.path), vae, subfolder, revision)
+    vae, subfolder, revision, preset = named_model(Store.open(dataset.path), vae, subfolder, revision, preset)
     name = os.fspath(vae)
-    model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",))
+    model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",), preset)
     _check_channels(dataset, model)
     if not _has_same_files(dataset, model):
         _check_weights(
-            dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",)), name, is_given
+            dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",), preset), name, is_given
         )
     model = model.requires_grad_(False).to(device=place, memory_format=torch.channels_last)
     return model if place.type == "cpu" else accelerate(model, freeze=True)

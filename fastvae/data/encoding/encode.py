@@ -50,6 +50,7 @@ def encode(
     vae: str | os.PathLike[str] | torch.nn.Module = "tiny",
     subfolder: str | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     buckets: int | str | os.PathLike[str] = 256,
     crop: str = "centre",
     variants: int = 1,
@@ -86,7 +87,8 @@ def encode(
     """Encode every image of ``src`` into the latent store ``out``, or resume a run that stopped.
 
     src, image_column, key_column, schemes: see open_source. vae: a directory, a Hub id (with ``subfolder``,
-    ``revision``), "tiny", or a model, which is copied.
+    ``revision``), a single file (with ``preset`` if its tensors do not decide the scaling), "tiny", or a model, which
+    is copied.
     Options that decide the latents, recorded in the store's identity. buckets: the sizes that images are scaled to
     cover and cropped to, by aspect ratio: a side in pixels for one square, "sdxl", "flux", a JSON file, or one of these
     scaled down as in "sdxl@256". crop: "centre", or "random", drawn by ``seed`` from [0, 2^64) and stored; variants:
@@ -159,7 +161,7 @@ def encode(
         )
     if (Path(out) / STORE).exists():
         keep_planned_keys(listing, Store.open(Path(out)).planned_files())
-    loaded = load_model(vae, subfolder, revision)
+    loaded = load_model(vae, subfolder, revision, preset)
     settings = with_dtype(Path(out), latents.settings(loaded[0], target))
     settings = with_table_of(Path(out), settings, latents.earlier_buckets(loaded[0]))
     check_memory(loaded[0], settings, options.batch)

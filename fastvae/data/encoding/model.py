@@ -30,19 +30,29 @@ def open_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     parts: tuple[str, ...] = ("encoder", "decoder"),
+    preset: str | None = None,
 ) -> Any:
-    """Load the model at ``source`` (a directory, a Hub id or "tiny"), of the class that its config names, on the CPU.
+    """Load the model at ``source`` (a directory, a Hub id, a single file or "tiny") on the CPU.
 
-    Raises what from_pretrained raises.
+    Its class is that of its config; of a single file, that of ``preset`` or of its tensors. Raises what from_pretrained
+    and from_single_file raise, and ValueError for a preset of another source.
     """
     from fastvae import models
     from fastvae.checkpoints import model_class_name
+    from fastvae.checkpoints.loading import is_single_file, single_file_class
 
+    if is_single_file(source):
+        kind = getattr(models, single_file_class(source, revision, preset))
+        return kind.from_single_file(source, preset=preset, revision=revision, torch_dtype=dtype, parts=parts)
+    if preset is not None:
+        raise ValueError(f"preset must be left out, got {preset!r}: it is for single files, and {source} has a config")
     kind = getattr(models, model_class_name(source, subfolder=subfolder, revision=revision))
     return kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype, parts=parts)
 
 
-def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[Any, dict[str, Any]]:
+def load_model(
+    vae: Any, subfolder: str | None, revision: str | None, preset: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Return the model and where it came from, for decode to load it again.
 
     It is loaded in fp32 for every dtype of the run, so that the same weights have the same digest; a wrapped object is
@@ -53,34 +63,38 @@ def load_model(vae: Any, subfolder: str | None, revision: str | None) -> tuple[A
         check_model(vae)
         return vae, {"vae": type(vae).__name__, "object": True}
     name = os.fspath(vae)
-    model = open_model(name, subfolder, revision, torch.float32, ("encoder",))
+    model = open_model(name, subfolder, revision, torch.float32, ("encoder",), preset)
     check_model(model)
     folder = os.path.abspath(os.path.expanduser(name))
-    if name != TINY and os.path.isdir(folder):
+    if name != TINY and os.path.exists(folder):
         name = folder  # a later decode may run in another folder
-    return model, {"vae": name, "subfolder": subfolder, "revision": revision}
+    made_with = {"vae": name, "subfolder": subfolder, "revision": revision}
+    return model, made_with if preset is None else {**made_with, "preset": preset}
 
 
 def named_model(
-    store: Store, vae: Any, subfolder: str | None, revision: str | None
-) -> tuple[Any, str | None, str | None]:
-    """Return ``vae`` if given, else the model that the store names, with its subfolder and revision.
+    store: Store, vae: Any, subfolder: str | None, revision: str | None, preset: str | None = None
+) -> tuple[Any, str | None, str | None, str | None]:
+    """Return ``vae`` if given, else the model that the store names, with its subfolder, revision and preset.
 
     A store may come from somebody else, so the model's name is printed on stderr before it is opened. Raises ValueError
     for a store that was made with a model object, which has no name.
     """
     if vae is not None:
-        return vae, subfolder, revision
+        return vae, subfolder, revision, preset
     source = store.facts["source"]
     if source.get("object"):
         raise ValueError(f"vae must be given: the store was made with a {source['vae']} object, not a file")
     parts = [subfolder or source.get("subfolder"), revision or source.get("revision") or source.get("commit")]
+    parts.append(preset or source.get("preset"))
     if any(part is not None and not isinstance(part, str) for part in parts):
-        raise StoreError(f"{store.path / 'store.json'} is damaged: source.subfolder and source.revision must be text")
+        raise StoreError(
+            f"{store.path / 'store.json'} is damaged: source.subfolder, source.revision and source.preset must be text"
+        )
     if source["vae"] != TINY:
         place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
         print_stderr(f"model   {place}: named by the store; --vae takes another\n")
-    return source["vae"], parts[0], parts[1]
+    return source["vae"], parts[0], parts[1], parts[2]
 
 
 def _commit(model: Any) -> str | None:
@@ -116,7 +130,9 @@ def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def model_facts(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def model_facts(
+    source: str, subfolder: str | None = None, revision: str | None = None, preset: str | None = None
+) -> dict[str, Any]:
     """Return class, parameters, dtype, scaling and config of a model; raises what from_pretrained raises.
 
     ``presets``: the known models that have this config; their weights are not compared.
@@ -124,7 +140,7 @@ def model_facts(source: str, subfolder: str | None = None, revision: str | None 
     from fastvae.checkpoints.presets import matching
     from fastvae.latents.scaling import scaling_of
 
-    vae = open_model(source, subfolder, revision)
+    vae = open_model(source, subfolder, revision, preset=preset)
     parts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in vae.named_children()}
     return {
         "kind": "model",

@@ -57,6 +57,7 @@ def repair(
     vae: str | os.PathLike[str] | torch.nn.Module | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     retry_failed: bool = False,
     batch: int | str = "auto",
     workers: int | str = "auto",
@@ -72,9 +73,9 @@ def repair(
     """Encode the damaged units of ``store`` again, as verify(deep=True) finds them; every other file stays as it is.
 
     src: where the images come from, as encode takes it. The store does not name it: a plan may have been edited, so
-    only what the caller names is opened. It may be left out where nothing has to be encoded. vae, subfolder, revision:
-    the model; by default the one that the store names, which is printed on stderr. All settings of the store's identity
-    are taken from the store. retry_failed: also try images again whose last try failed, in units of their own, among
+    only what the caller names is opened. It may be left out where nothing has to be encoded. vae, subfolder, revision,
+    preset: the model; by default the one that the store names, which is printed on stderr. All settings of the store's
+    identity are taken from the store. retry_failed: also try images again whose last try failed, in units of their own, among
     them those of a repair that was interrupted. The other options: see encode. Commit records of no unit are deleted
     unless there is a shard beside them. An image that is missing is quarantined.
     Raises ValueError for an argument, for a ``src`` that is needed and not given, that holds none of the images, or one
@@ -115,7 +116,7 @@ def repair(
         raise ValueError(_needs_source(path, work))
     columns = {"image_column": image_column, "key_column": key_column}
     source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule_of(path))
-    job = _job(opened, source, named_model(opened, vae, subfolder, revision), work.failed, options)
+    job = _job(opened, source, named_model(opened, vae, subfolder, revision, preset), work.failed, options)
     _check_source(_planned_files(opened, work.damaged), work.retried, job)
     check_memory(job.model, job.settings, options.batch)
     report = result.report = job.report()
@@ -168,7 +169,7 @@ def _check_repairable(path: Path, damaged: Sequence[Damage]) -> None:
 def _job(
     store: Store,
     source: Source,
-    named: tuple[Any, str | None, str | None],
+    named: tuple[Any, str | None, str | None, str | None],
     failed: Collection[str],
     options: RunOptions,
 ) -> EncodeJob:
