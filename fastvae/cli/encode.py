@@ -111,6 +111,13 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("--no-upscale", is_flag=True, help="Leave out images that are smaller than their bucket.")
 @click.option("--exclude", multiple=True, help="Leave out images by a pattern, such as '*-masklabel.*'; repeatable.")
 @click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
+@click.option(
+    "--captions",
+    type=click.Choice(["beside", "none"]),
+    default="beside",
+    show_default=True,
+    help="Record captions beside the images of a folder (.txt, .caption, metadata.jsonl or .csv), or leave them.",
+)
 @click.option("--prune", is_flag=True, help="Serve no row any more whose image the source no longer has.")
 @click.option("--dry-run", is_flag=True, help="Plan and report, but write nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Encode the first N images only.")

@@ -75,6 +75,7 @@ def encode(
     image_column: str | None = None,
     key_column: str | None = None,
     schemes: Collection[str] = (),
+    captions: str = "beside",
     device: str | torch.device | None = None,
     deterministic: bool = False,
     hash: str = "none",
@@ -86,7 +87,7 @@ def encode(
 ) -> EncodeReport:
     """Encode every image of ``src`` into the latent store ``out``, or resume a run that stopped.
 
-    src, image_column, key_column, schemes: see open_source. vae: a directory, a Hub id (with ``subfolder``,
+    src, image_column, key_column, schemes, captions: see open_source. vae: a directory, a Hub id (with ``subfolder``,
     ``revision``), a single file (with ``preset`` if its tensors do not decide the scaling), "tiny", or a model, which
     is copied.
     Options that decide the latents, recorded in the store's identity. buckets: the sizes that images are scaled to
@@ -148,7 +149,7 @@ def encode(
         raise ValueError(f"limit must be at least 1, got {limit!r}")
     tar_rule = tar_rule_of(Path(out))
     columns = {"image_column": image_column, "key_column": key_column}
-    source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule)
+    source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule, captions=captions)
     if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     target = resolve_device(options.device)

@@ -8,6 +8,7 @@ remote      images under a URL
 tar         images in WebDataset tars
 parquet     images in a column of Parquet files
 jsonl       images named by JSONL manifests
+captions    captions beside the images of a folder
 companions  masks and control images, found by name
 changes     a source against a plan: keys of other origins, edited and deleted images
 open        open_source: the kind of source that an argument names

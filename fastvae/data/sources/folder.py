@@ -11,20 +11,25 @@ from typing import Any
 
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import Origin, SourceFile
+from fastvae.data.sources.captions import add_captions
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, translate
 from fastvae.data.sources.source import Listing, is_image_name, origin_at, starts_like_an_image, system_folder
+from fastvae.data.sources.storage import LocalStorage
 from fastvae.system.terminal import first_few
 
 
 class FolderSource:
     """Images of a local folder, as list_folder finds them."""
 
-    def __init__(self, root: str):
-        self.name = root
+    def __init__(self, root: str, captions: bool = True):
+        self.name, self._captions = root, captions
 
     def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
         """See Source."""
-        return list_folder(self.name, exclude)
+        listing = list_folder(self.name, exclude)
+        if self._captions:
+            _add_captions(listing, self.name)
+        return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:
         """See Source."""
@@ -129,11 +134,16 @@ def _inode(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _add_captions(listing: Listing, root: str) -> None:
+    storage = LocalStorage(root)
+    add_captions(listing, lambda folder: os.listdir(storage.path(folder)), storage.open)
+
+
 class PatternSource:
     """Images that a pattern matches; a key is relative to the folder before the first ``*`` of the pattern."""
 
-    def __init__(self, pattern: str):
-        self.name = pattern
+    def __init__(self, pattern: str, captions: bool = True):
+        self.name, self._captions = pattern, captions
         self.root = fixed_folder(pattern)
 
     def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
@@ -147,6 +157,8 @@ class PatternSource:
         if not listing.files:
             raise ValueError(f"no images match {self.name!r}")
         listing.deduplicate_keys()
+        if self._captions:
+            _add_captions(listing, self.root or ".")
         return listing
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:

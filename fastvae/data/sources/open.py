@@ -7,6 +7,7 @@ import posixpath
 from collections.abc import Collection, Sequence
 from glob import glob
 
+from fastvae.data.sources.captions import CAPTIONS
 from fastvae.data.sources.folder import FolderSource, PatternSource
 from fastvae.data.sources.jsonl import ManifestSource
 from fastvae.data.sources.parquet import ParquetSource
@@ -15,6 +16,7 @@ from fastvae.data.sources.remote import RemoteSource
 from fastvae.data.sources.source import Source
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
 from fastvae.data.sources.tar import FIRST_DOT, TarSource
+from fastvae.system.arguments import check_choices
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".jsonl.gz", ".jsonl.zst")
@@ -27,6 +29,7 @@ def open_source(
     key_column: str | None = None,
     schemes: Collection[str] = (),
     tar_rule: str = FIRST_DOT,
+    captions: str = "beside",
 ) -> Source:
     """Return the source that ``src`` names.
 
@@ -35,9 +38,10 @@ def open_source(
     under a URL whose file system fsspec knows. ``image_column`` and ``key_column`` name the columns of Parquet files
     and manifests, by default "image" and "key"; ``image_column`` is also the extension of the image in tar samples that
     have several. ``schemes`` are the schemes of URLs that a manifest may name, by default none. ``tar_rule``: see
-    TarSource.
+    TarSource. ``captions``: "beside" adds those beside the images of a folder or pattern to their columns, "none" not.
     Raises ValueError for anything else, and if a package that the source needs is not installed.
     """
+    check_choices(captions=(captions, CAPTIONS))
     given = [src] if isinstance(src, str | os.PathLike) else list(src)
     texts = [os.fspath(text) for text in given]
     if not texts or not all(isinstance(text, str) and text for text in texts):
@@ -50,9 +54,9 @@ def open_source(
     (kind,) = kinds
     if kind == "images":
         if scheme_of(texts[0]):
-            return RemoteSource(texts[0])
+            return RemoteSource(texts[0], captions == "beside")
         is_folder = not is_pattern(texts[0]) or os.path.isdir(texts[0])
-        return FolderSource(texts[0]) if is_folder else PatternSource(texts[0])
+        return (FolderSource if is_folder else PatternSource)(texts[0], captions == "beside")
     storage, places = locate_files(texts)
     name = ", ".join(texts)
     if kind == "tar":

@@ -8,6 +8,7 @@ from typing import Any
 from fastvae.data.images.errors import check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
+from fastvae.data.sources.captions import add_captions
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
 from fastvae.data.sources.source import Listing, is_image_name, origin_at, system_folder
 from fastvae.data.sources.storage import open_remote, read_all
@@ -16,8 +17,8 @@ from fastvae.data.sources.storage import open_remote, read_all
 class RemoteSource:
     """Images in a URL's folder, or matching a pattern in the URL, by their suffix alone."""
 
-    def __init__(self, url: str):
-        self.name = url
+    def __init__(self, url: str, captions: bool = True):
+        self.name, self._captions = url, captions
         pattern = is_pattern(url)
         self._storage = open_remote(fixed_folder(url) if pattern else url.rstrip("/"))
         self._patterns = expand_braces(url) if pattern else []
@@ -47,7 +48,14 @@ class RemoteSource:
         if not listing.files:
             raise ValueError(f"no images under {self.name} ({listing.ignored} other files passed over)")
         listing.deduplicate_keys()
+        if self._captions:
+            add_captions(listing, self._names_in, self._storage.open)
         return listing
+
+    def _names_in(self, folder: str) -> list[str]:
+        return [
+            posixpath.basename(path.rstrip("/")) for path in self._storage.files.ls(self._storage.path(folder), False)
+        ]
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
         """See Source."""
