@@ -2,6 +2,7 @@
 
 import errno
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,32 @@ def repaired_without_a_source(places, monkeypatch):
     return ended(["repair", places["store"]])
 
 
+def tar_of(path, *names):
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            picture(number + len(names)).save(path.with_suffix(".png"))
+            tar.add(path.with_suffix(".png"), name)
+    return path
+
+
+def from_another_archive(places, monkeypatch):
+    places["in"] = tar_of(places["in"] / "0.tar", "a.png")
+    assert ended(encode(places)).exit_code == 0
+    places["in"] = tar_of(places["in"].with_name("1.tar"), "a.png", "b.png")
+    return ended(encode(places))
+
+
+def two_images_in_a_sample(places, monkeypatch):
+    places["in"] = tar_of(places["in"] / "0.tar", "a.image.png", "a.mask.png")
+    return ended(encode(places))
+
+
+def pruned_by_a_part(places, monkeypatch):
+    places["in"] = tar_of(places["in"] / "0.tar", "a.png", "b.png")
+    places["in"].write_bytes(places["in"].read_bytes()[:-9000])
+    return ended(encode(places, "--prune"))
+
+
 def repaired_from_other_pictures(places, monkeypatch):
     assert ended(encode(places)).exit_code == 0
     shard = next((places["out"] / "shards").glob("*.safetensors"))
@@ -183,6 +210,9 @@ PRODUCED = {
     "a missing argument": lambda p, m: ended(["verify"]),
     "a source without images": lambda p, m: ended(encode({**p, "in": p["in"] / "nothing"})),
     "the source as output": lambda p, m: ended(encode({**p, "out": p["in"]})),
+    "a key that the store has from another source": from_another_archive,
+    "several images in a sample of a tar": two_images_in_a_sample,
+    "a prune by a source that is read in part": pruned_by_a_part,
     "a wrong amount": lambda p, m: ended(encode(p, "--batch", "0")),
     "a pattern that leaves no image": lambda p, m: ended(encode(p, "--exclude", "*")),
     "wrong rows": lambda p, m: ended(["decode", p["store"], p["out"], "--rows", "x"]),

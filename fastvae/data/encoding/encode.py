@@ -107,7 +107,8 @@ def encode(
     on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
     and on a CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once
     more, which finds an edit that keeps size and time, and encodes nothing again for a new time alone. retry_failed:
-    try every image again that failed, whatever the reason. progress: a plan line and a bar on stderr. limit: the first
+    try every image again that failed, whatever the reason. prune: serve no row any more whose image ``src`` no longer
+    has; refused if ``src`` cannot be listed whole. progress: a plan line and a bar on stderr. limit: the first
     N images only. dry_run: plan and report, and write nothing.
     Any number of processes may run this call on one ``out``: each row is made once. Images that fail are listed in
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
