@@ -13,9 +13,7 @@ from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
-@click.option(
-    "--vae", default="tiny", show_default=True, help='A directory, a preset (random weights), a Hub id, or "tiny".'
-)
+@options.vae
 @options.model_location
 @click.option(
     "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Side in pixels, may be repeated. Default: 256."

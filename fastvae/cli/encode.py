@@ -12,11 +12,8 @@ from fastvae.system.terminal import strip_control_characters
 
 
 @click.command()
-@click.argument("src", nargs=-1, required=True)
-@click.argument("out", type=click.Path(file_okay=False))
-@click.option(
-    "--vae", default="tiny", show_default=True, help='A directory, a Hub id, or "tiny", a small model in the package.'
-)
+@click.argument("paths", metavar="SRC... OUT", nargs=-1, type=click.Path())
+@options.vae
 @options.model_location
 @options.preset
 @click.option(
@@ -125,17 +122,22 @@ from fastvae.system.terminal import strip_control_characters
 @options.quiet
 @click.pass_context
 @errors_as_sentences
-def encode(context: click.Context, src: tuple[str, ...], out: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def encode(context: click.Context, paths: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Encode the images of SRC into the latent store OUT, or resume a run that stopped.
 
     SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, local or under a URL that fsspec knows.
     Any number of these commands may share one OUT.
     """
+    if len(paths) < 2:
+        got = f"only {paths[0]!r}" if paths else "neither"
+        raise click.UsageError(f"SRC, the images, and OUT, the folder of the store, must be named, got {got}")
+    *src, out = paths
+    click.Path(file_okay=False).convert(out, None, context)
     from fastvae.data.encoding.encode import encode as run
     from fastvae.data.encoding.report import Interrupted
 
     try:
-        report = run(src[0] if len(src) == 1 else src, out, progress=not quiet, **given)
+        report = run(src[0] if len(src) == 1 else tuple(src), out, progress=not quiet, **given)
     except Interrupted as stopped:
         if as_json:
             echo(stopped.report.to_json())

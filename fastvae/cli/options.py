@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fastvae.cli.output import Count
+from fastvae.system.arguments import DEFAULT_LIMIT
 
 Command = Callable[..., Any]
 
@@ -23,6 +24,15 @@ def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return add
 
 
+def _named(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+    if value is None:
+        raise click.UsageError(f"--vae must name the model: {_MODELS}")
+    return value
+
+
+_MODELS = 'a directory, a Hub id, a single file, or "tiny", a small model of this package for trying things out.'
+# Required, because no diffusion model knows the latents of a default.
+vae = click.option("--vae", callback=_named, help="Required. " + _MODELS[0].upper() + _MODELS[1:])
 model_location = combined(
     click.option("--subfolder", help="Folder of the VAE inside that directory or repository."),
     click.option("--revision", help="A branch, tag or commit of the Hub repository."),
@@ -37,9 +47,9 @@ run = combined(
     click.option("--workers", default="auto", show_default=True, help="Threads that read images."),
     click.option(
         "--max-failures",
-        default="0.1%",
+        default=DEFAULT_LIMIT,
         show_default=True,
-        help="Share or count of failures above which the exit code is 3.",
+        help="Share or count of failures above which the exit code is 3; by default the greater.",
     ),
     click.option(
         "--max-pixels",

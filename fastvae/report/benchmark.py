@@ -58,7 +58,7 @@ class Row:
 
 
 def benchmark(
-    vae: str = "tiny",
+    vae: str,
     *,
     subfolder: str | None = None,
     revision: str | None = None,

@@ -143,7 +143,7 @@ def compare(vae_or_pipe: Any, images: Any) -> Comparison:
 
 def compare_files(
     images: Sequence[str],
-    vae: str = "tiny",
+    vae: str,
     *,
     subfolder: str | None = None,
     revision: str | None = None,

@@ -78,7 +78,7 @@ def test_a_wrong_result_is_shown_written_and_exit_code_1(model, tmp_path, monkey
 def test_without_the_extra_nothing_is_measured_for_a_page(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(module, "benchmark", lambda **options: pytest.fail("it was measured"))
-    result = run("--html", tmp_path / "report.html", code=1)
+    result = run("--vae", "tiny", "--html", tmp_path / "report.html", code=1)
     assert result.stderr == f'fastvae: the HTML report needs {missing}: pip install "fastvae[report]"\n'
 
 
@@ -99,6 +99,8 @@ def test_without_the_extra_nothing_is_measured_for_a_page(missing, tmp_path, mon
 )
 def test_a_wrong_argument_is_one_sentence(arguments, words, code, tmp_path):
     arguments = [argument.replace("{there}", str(tmp_path)) for argument in arguments]
+    if "--vae" not in arguments:
+        arguments += ["--vae", "tiny"]
     result = run(*arguments, code=code)
     assert words.replace("{there}", str(tmp_path)) in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == ""

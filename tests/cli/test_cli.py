@@ -129,12 +129,12 @@ def test_retry_failed_encodes_only_failed_images_again(pictures, model, tmp_path
     whole, times = bad.read_bytes(), bad.stat()
     bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(len(whole) - 8))
     os.utime(bad, ns=(times.st_atime_ns, times.st_mtime_ns))
-    result = encode(pictures, out, model, code=3)
+    result = encode(pictures, out, model, "--max-failures", 0, code=3)
     assert "see " + str(out / "failures.jsonl") + "; again with --retry-failed" in result.stdout
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "shards").iterdir()}
     bad.write_bytes(whole)  # size and time as before: neither shows the edit
     os.utime(bad, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert "0 ok, 3 resumed, 1 quarantined" in encode(pictures, out, model, code=3).stdout
+    assert "0 ok, 3 resumed, 1 quarantined" in encode(pictures, out, model, "--max-failures", 0, code=3).stdout
     result = encode(pictures, out, model, "--retry-failed").stdout
     assert result.startswith("done    1 ok, 3 resumed, 0 quarantined")
     assert "has failed before" not in result

@@ -96,7 +96,7 @@ def means_alone(places, monkeypatch):
 
 def failing(places, monkeypatch, *more):
     (places["in"] / "bad.png").write_bytes(b"")
-    return ended(encode(places, *more))
+    return ended(encode(places, "--max-failures", "0", *more))
 
 
 def other_identity(places, monkeypatch):

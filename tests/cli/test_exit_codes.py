@@ -1,5 +1,6 @@
 """Exit codes of the command line, and the sentence of each error."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastvae.data.store.lock import locked
 
 def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
     (Path(pictures) / "bad.png").write_bytes(b"")
-    result = encode(pictures, tmp_path / "out", model, code=3)
+    result = encode(pictures, tmp_path / "out", model, "--max-failures", 0, code=3)
     assert "4 ok" in result.stdout
     assert "failed  empty 1" in result.stdout
     encode(pictures, tmp_path / "out", model, "--max-failures", "20%", code=0)
@@ -109,7 +110,10 @@ def test_an_output_that_is_a_link_to_nothing_is_a_sentence(pictures, model, tmp_
         (["encode", "{in}", "{out}", "--max-failures", "some"], "max_failures must be"),
         (["encode", "{in}", "{out}", "--batch", "0"], "batch must be 'auto' or at least 1"),
         (["decode", "{empty}", "{out}", "--rows", "x"], "rows must look like 0:16"),
-        (["encode"], "Missing argument 'SRC...'"),
+        (["encode"], "SRC, the images, and OUT, the folder of the store, must be named, got neither"),
+        (["encode", "{in}"], "SRC, the images, and OUT, the folder of the store, must be named, got only '{in}'"),
+        (["encode", "{in}", "{out}", "--vae"], "Option '--vae' requires an argument"),
+        (["bench"], '--vae must name the model: a directory, a Hub id, a single file, or "tiny"'),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -118,10 +122,28 @@ def test_wrong_usage_is_exit_code_2_and_a_sentence(arguments, words, pictures, m
     places = {"{in}": pictures, "{out}": str(tmp_path / "out"), "{empty}": str(tmp_path / "empty")}
     for place, path in places.items():
         arguments = [argument.replace(place, path) for argument in arguments]
-    if arguments[0] == "encode" and len(arguments) > 1:
+    if arguments[0] == "encode" and arguments[-1] != "--vae":
         arguments = [*arguments, "--vae", model]
     result = run(*arguments, code=2)
-    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert words.replace("{in}", str(pictures)) in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("verb", ["encode", "bench", "compare"])
+def test_the_model_has_no_default(verb, pictures, tmp_path):
+    paths = {"encode": [pictures, tmp_path / "out"], "bench": [], "compare": [next(Path(pictures).iterdir())]}[verb]
+    said = " ".join(run(verb, *paths, code=2).stderr.replace("│", " ").split())
+    assert '--vae must name the model: a directory, a Hub id, a single file, or "tiny", a small model of this package' in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_five_broken_images_are_no_failed_run_and_are_named(pictures, model, tmp_path):
+    for number in range(5):
+        (Path(pictures) / f"bad{number}.png").write_bytes(b"")
+    report = json.loads(encode(pictures, tmp_path / "out", model, "--flip", "--json").stdout)
+    assert (report["exceeded"], report["reasons"]) == (False, {"empty": 10})
+    assert report["failures"] == [f"empty: bad{number}.png holds no bytes" for number in range(5)]
+    (Path(pictures) / "bad5.png").write_bytes(b"")
+    assert "empty: bad5.png holds no bytes" in encode(pictures, tmp_path / "out", model, "--flip", code=3).stdout
 
 
 def test_a_missing_model_is_one_sentence(pictures, tmp_path):

@@ -36,6 +36,7 @@ from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
 from fastvae.latents.scaling import denoiser_multiple
+from fastvae.system.arguments import DEFAULT_LIMIT
 from fastvae.system.atomic_files import check_room
 from fastvae.system.devices import resolve_device
 from fastvae.system.terminal import first_few
@@ -47,7 +48,7 @@ def encode(
     src: SourceName | Sequence[SourceName],
     out: str | os.PathLike[str],
     *,
-    vae: str | os.PathLike[str] | torch.nn.Module = "tiny",
+    vae: str | os.PathLike[str] | torch.nn.Module,
     subfolder: str | None = None,
     revision: str | None = None,
     preset: str | None = None,
@@ -64,7 +65,7 @@ def encode(
     workers: int | str = "auto",
     shard_mb: float = 256,
     commit_seconds: float = 60,
-    max_failures: str | float | int = "0.1%",
+    max_failures: str | float | int = DEFAULT_LIMIT,
     on_error: str = "quarantine",
     alpha: str = "white",
     animated: str = "first",
@@ -103,7 +104,7 @@ def encode(
     any folder. batch: images a step; on a CPU "auto" is 1. workers: threads. shard_mb: size of a shard; a kill
     can lose the work of two. commit_seconds: a shard that takes longer is committed as it is, and its other rows become
     a shard of their own; 0 or deterministic: never. max_failures: rows that may fail, a share or a count, before the
-    report is ``exceeded``.
+    report is ``exceeded``; by default 5 images or 0.1 % of the rows, the greater.
     on_error: "quarantine", or "fail" to stop at the first. max_pixels: see read_image. deterministic: image by image,
     and on a CPU each in one thread, so that neither batch nor workers change a bit. hash: "full" reads every file once
     more, which finds an edit that keeps size and time, and encodes nothing again for a new time alone. retry_failed:

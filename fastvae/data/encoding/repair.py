@@ -29,6 +29,7 @@ from fastvae.data.store.lock import locked
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import Damage, verify
+from fastvae.system.arguments import DEFAULT_LIMIT
 from fastvae.system.atomic_files import check_room, synchronise_folder
 from fastvae.system.devices import resolve_device
 
@@ -61,7 +62,7 @@ def repair(
     retry_failed: bool = False,
     batch: int | str = "auto",
     workers: int | str = "auto",
-    max_failures: str | float | int = "0.1%",
+    max_failures: str | float | int = DEFAULT_LIMIT,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     image_column: str | None = None,
     key_column: str | None = None,

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastvae.data.store.commits import Commit
+from fastvae.data.images.errors import LEFT_OUT
+from fastvae.data.store.commits import Commit, Failure
+from fastvae.system.arguments import ALLOWED_IMAGES, DEFAULT_LIMIT
 from fastvae.system.strict_json import strict_json
 from fastvae.system.terminal import first_few, format_bytes
+
+# Failed images that a report names.
+NAMED_FAILURES = 10
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +40,7 @@ class EncodeReport:
     not be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit. ``excluded``: images
     that --exclude names; ``passed_over``: images in folders that systems make, by the folder's name; ``masks``: images
     that look like masks or control images, by a pattern that matches them. ``flags``: images by what was noticed about
-    them, such as "upscaled".
+    them, such as "upscaled". ``failures``: the first ten images that failed, with reason and detail.
     """
 
     store: str
@@ -76,6 +82,7 @@ class EncodeReport:
     halved: int = 0
     threads_per_worker: int = 1
     reasons: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
     flags: dict[str, int] = field(default_factory=dict)
     exceeded: bool = False
     bottleneck: str = "nothing to do"
@@ -119,6 +126,7 @@ class EncodeReport:
         if failed:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
             lines.append(f"failed  {counts}: see {self.store}/failures.jsonl; again with --retry-failed")
+            lines += [f"        {line}" for line in self.failures]
         if self.elsewhere or self.taken_over:
             lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
         if self.kept:
@@ -175,6 +183,17 @@ class EncodeReport:
             lines.append(f"keys    {self.duplicate_keys} were there before: kept apart as KEY~2 and so on")
         return lines + [f"note    {note}" for note in self.notes]
 
+    def count_failures(self, failures: Iterable[Failure], served: int, limit: str | float | int) -> None:
+        """Fill ``reasons``, ``failures`` and ``exceeded``: ``failures`` of all runs, beside ``served`` rows."""
+        listed = list(failures)
+        self.reasons = dict(Counter(failure.reason for failure in listed))
+        broken = [failure for failure in listed if failure.reason not in LEFT_OUT]
+        images = {failure.key: _named(failure) for failure in reversed(broken)}
+        self.failures = [images[key] for key in sorted(images)[:NAMED_FAILURES]]
+        # The default allows images: one image has as many rows as variants.
+        allowed = limit == DEFAULT_LIMIT and len(images) <= ALLOWED_IMAGES
+        self.exceeded = len(broken) > parse_limit(limit, served + len(listed)) and not allowed
+
     def judge(self, on_cpu: bool) -> None:
         """Fill ``bottleneck`` and ``suggestion`` from the seconds spent."""
         if not self.ok:
@@ -201,8 +220,18 @@ def _few(keys: list[str]) -> str:
     return ", ".join([*keys[:3], *["..."] * (len(keys) > 3)])
 
 
+def _named(failure: Failure) -> str:
+    detail = f"{failure.reason}: {failure.detail}"
+    return detail if failure.key in failure.detail else f"{failure.key}: {detail}"
+
+
 def parse_limit(limit: str | float | int, total: int) -> int:
-    """Return the number of ``total`` rows that may fail: "0.1%", a fraction below 1, or a count. Raises ValueError."""
+    """Return the number of ``total`` rows that may fail: "0.1%", a fraction below 1, a count, or DEFAULT_LIMIT.
+
+    Raises ValueError for anything else.
+    """
+    if limit == DEFAULT_LIMIT:
+        return max(parse_limit(part, total) for part in DEFAULT_LIMIT.split(" or "))
     try:
         if isinstance(limit, str) and limit.strip().endswith("%"):
             share = float(limit.strip()[:-1]) / 100

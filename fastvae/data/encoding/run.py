@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from fastvae.checkpoints.loading import TINY
 from fastvae.data.encoding.batch_size import BatchSizes, choose_workers
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.pipeline import Chunk, Encoding, decode_chunk
 from fastvae.data.encoding.planning import count_by_bucket, needed_bytes
-from fastvae.data.encoding.report import EncodeReport, parse_limit
+from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.data.encoding.settings import Settings, identity_of, layout_of
 from fastvae.data.encoding.worker import Worker, encode_units
-from fastvae.data.images.errors import LEFT_OUT
 from fastvae.data.rows import SourceFile, size_name
 from fastvae.data.sources.source import Listing, Source
 from fastvae.data.store.errors import StoreError
@@ -151,6 +150,8 @@ def _print_plan(worker: Worker, todo: list[Unit], source: str, free: int) -> Non
     batches = sorted({worker.encoding.batches.size_for(bucket) for bucket in counts}) or [1]
     batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
     verb = "encode" if worker.redo is None else "repair"
+    if source == TINY:
+        source = "tiny (a model for trying things out: no diffusion model knows its latents)"
     print_stderr(
         f"{verb}  {source}  {report.dtype}{error}  {settings.row_format.posterior}  {table}  "
         f"{sum(counts.values())} {what}  ~{format_bytes(needed)} (free {format_bytes(free)})  "
@@ -181,10 +182,6 @@ def _complete(worker: Worker) -> None:
     """Write the derived files and complete the report, while the store is locked."""
     report, store = worker.report, worker.store
     store.write_derived()
-    failures, served = store.failures(), len(store.resolve())
-    report.reasons = dict(Counter(failure.reason for failure in failures.values()))
+    report.count_failures(store.failures().values(), len(store.resolve()), worker.options.max_failures)
     report.failed_before = sum(commit.unit not in worker.done for _, commit in store.latest_failures())
-    skipped = sum(report.reasons.get(reason, 0) for reason in LEFT_OUT)
-    limit = parse_limit(worker.options.max_failures, served + len(failures))
-    report.exceeded = len(failures) - skipped > limit
     report.judge(on_cpu=worker.settings.device.type == "cpu")

@@ -137,7 +137,17 @@ def test_the_sheet_shows_each_pair_side_by_side(tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "total", "allowed"),
-    [("0.1%", 1000, 1), ("0.1%", 999, 0), ("100%", 5, 5), (0.25, 8, 2), (3, 10, 3), ("3", 10, 3), (0, 10, 0)],
+    [
+        ("5 or 0.1%", 57, 5),
+        ("5 or 0.1%", 9000, 9),
+        ("0.1%", 1000, 1),
+        ("0.1%", 999, 0),
+        ("100%", 5, 5),
+        (0.25, 8, 2),
+        (3, 10, 3),
+        ("3", 10, 3),
+        (0, 10, 0),
+    ],
 )
 def test_failure_limits(limit, total, allowed):
     assert parse_limit(limit, total) == allowed
