@@ -132,7 +132,10 @@ def test_wrong_usage_is_exit_code_2_and_a_sentence(arguments, words, pictures, m
 def test_the_model_has_no_default(verb, pictures, tmp_path):
     paths = {"encode": [pictures, tmp_path / "out"], "bench": [], "compare": [next(Path(pictures).iterdir())]}[verb]
     said = " ".join(run(verb, *paths, code=2).stderr.replace("│", " ").split())
-    assert '--vae must name the model: a directory, a Hub id, a single file, or "tiny", a small model of this package' in said
+    assert (
+        '--vae must name the model: a directory, a Hub id, a single file, or "tiny", a small model of this package'
+        in said
+    )
     assert not (tmp_path / "out").exists()
 
 
