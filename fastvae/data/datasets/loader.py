@@ -25,6 +25,7 @@ from fastvae.latents.scaling import scale_latents, scaling_of
 from fastvae.system.arguments import check_state, check_unsigned
 
 END = object()
+PIXEL_VALUES = "pixel_values"  # the images of a batch in diffusers' training scripts
 Place = str | int | None
 Keys = str | int | Callable[[Any], Sequence[Any]] | None
 
@@ -32,9 +33,10 @@ Keys = str | int | Callable[[Any], Sequence[Any]] | None
 class LatentLoader:
     """The batches of ``images_loader`` with latents instead of images, each encoded before it is asked for.
 
-    images_loader: a DataLoader, or any iterable of batches: a tensor of uint8 images, [B, C, H, W] or [B, H, W, C], or
-    a tuple or dict that holds one. Batches are fetched ahead, so each must own its memory. images: name or index of
-    that tensor in the batch; by default the only such tensor. vae: fastvae's or diffusers', accelerated or not; its
+    images_loader: a DataLoader, or any iterable of batches: a tensor of images, uint8 or floats in [-1, 1],
+    [B, C, H, W] or [B, H, W, C], or a tuple or dict that holds one. Batches are fetched ahead, so each must own its
+    memory. images: name or index of that tensor in the batch; by default ``pixel_values`` of a dict, else the only
+    tensor of uint8 images, else of floats with three channels. vae: fastvae's or diffusers', accelerated or not; its
     weights must not change during an iteration.
     posterior: "sample" draws; "mean" takes the mean; "dist" returns both moments, to draw from at each use. scaled:
     ready to train on, else raw. Latents, [B, L, H / f, W / f] on the model's device, replace the images; a dict batch
@@ -263,15 +265,19 @@ def _place_of_images(batch: Any, given: Place) -> Place:
         if not isinstance(parts.get(given), Tensor):
             raise ValueError(f"images must be the place of a tensor in the batch, {_described(batch)}, got {given!r}")
         return given
-    found = [name for name, part in parts.items() if isinstance(part, Tensor) and _are_images(part)]
+    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor) and part.ndim == 4}
+    if PIXEL_VALUES in tensors:
+        return PIXEL_VALUES
+    found = [name for name, part in tensors.items() if part.dtype == torch.uint8]
+    # Latents and masks are floats of 4 dimensions as well, but have another number of channels.
+    found = found or [name for name, part in tensors.items() if part.is_floating_point() and 3 in part.shape[1::2]]
     if len(found) != 1:
         which = f"{found} are" if found else "none is"
-        raise ValueError(f"images must say which uint8 tensor of 4 dimensions is meant: {which} in {_described(batch)}")
+        raise ValueError(
+            f"images must say which tensor of 4 dimensions, uint8 or floats in [-1, 1], is meant: {which} in "
+            f"{_described(batch)}"
+        )
     return found[0]
-
-
-def _are_images(part: Tensor) -> bool:
-    return part.dtype == torch.uint8 and part.ndim == 4
 
 
 def _with_latents(batch: Any, place: Place, encoded: dict[str, Tensor]) -> Any:

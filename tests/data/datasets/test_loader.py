@@ -233,8 +233,24 @@ def test_keys_may_be_a_name_or_a_function(key, expected):
 ZEROS = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("name", ["pixel_values", "images", 0])
+def test_float_images_as_in_training_scripts_are_taken(name):
+    vae, pixels = small_vae(), torch.rand(2, 3, 32, 32) * 2 - 1
+    others = torch.zeros(2, 4, 16, 16), torch.zeros(2, 1, 32, 32)  # latents and a mask
+    batch = [pixels, *others] if name == 0 else {name: pixels, "model_input": others[0], "mask": others[1]}
+    (found,) = LatentLoader([batch], vae, posterior="mean", scaled=False)
+    expected = moments_of_images(vae, pixels).chunk(2, dim=1)[0]
+    assert torch.equal(found[0] if name == 0 else found["latents"], expected)
+
+
+def test_pixel_values_come_before_other_images():
+    batch = {"pixel_values": torch.zeros(1, 3, 32, 32), "conditioning": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}
+    (found,) = LatentLoader([batch], small_vae())
+    assert set(found) == {"conditioning", "latents", "noise_key"}
+
+
 REFUSED = {
-    "no images": ([ZEROS.float(), 1], {}, "none is in a list of 2"),
+    "no images": ([torch.zeros(2, 4, 16, 16), 1], {}, "none is in a list of 2"),
     "two of them": ((ZEROS, ZEROS), {}, r"images must say which .*: \[0, 1\] are in a tuple of 2"),
     "text": ("images", {}, "a batch must be a tensor of images, or a tuple or dict with one, got a str of 6"),
     "no such place": ({"x": ZEROS}, {"images": "image"}, "place of a tensor in the batch, a dict of x, got 'image'"),
