@@ -7,4 +7,5 @@ strict_json         JSON without NaN and infinity
 terminal            writing to stderr; sizes as text
 devices             devices, their memory and default dtype
 threads             ordered map and background writes
+child_processes     functions called in another process, whose end is an error
 """
