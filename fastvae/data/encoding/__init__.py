@@ -5,7 +5,7 @@ repair        fastvae.repair
 model         opening a model, checking that a store can hold its latents, its identity
 options       options of encode and repair: those that decide latents, and those of the run
 settings      settings of a store, resolved with its model, and the identity they make
-image_reader  source and preprocessing policies, applied to one file
+image_reader  source and preprocessing policies, applied to one file; decoding of a few rows, here or in a child
 planning      which files need a row, and in which bucket
 batch_size    batch size and threads, from memory
 self_check    the fast path against torch on one image, before a run

@@ -1,22 +1,36 @@
-"""ImageReader: pixels, size and hash of one file of a source, by the policies of a run."""
+"""ImageReader: pixels, size and hash of one file of a source, by the policies of a run; and the decoding of chunks.
+
+A chunk is a few rows of one unit. This module imports no torch: a child that decodes starts in a tenth of a second.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import time
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from fastvae.data.images.buckets import Buckets
-from fastvae.data.images.crop import Variants, pool_opacity
+from fastvae.data.images.crop import Variants, pool_opacity, to_bucket
 from fastvae.data.images.errors import ImageError
-from fastvae.data.images.read import Picture, image_size, read_image
+from fastvae.data.images.read import DEFAULT_MAX_PIXELS, Picture, image_size, quiet_pillow, read_image
 from fastvae.data.images.size_rules import ANY_SIZE, SizeRules, is_enlarged
 from fastvae.data.rows import Size, SourceFile
-from fastvae.data.sources.source import Source
+from fastvae.data.sources.source import Listing, Source
+from fastvae.data.store.commits import Failure
+from fastvae.data.store.plan import PlannedRow, Unit
+from fastvae.data.store.shard import ShardRow
 from fastvae.system.atomic_files import sha256_of
+from fastvae.system.child_processes import ChildEnded, ChildProcess
+
+# An image is given up after this many child processes ended while they decoded it: one end may have another cause.
+MAX_ENDS = 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,13 @@ class ImageReader:
         except (OSError, ImageError):
             return ""
 
+    def of_one_file(self, file: SourceFile) -> ImageReader:
+        """Return a reader of ``file`` alone, which can be pickled: it holds the file's path or its bytes.
+
+        Raises ImageError if the source does not give them.
+        """
+        return replace(self, source=_OneFile(self._content(file)), listed=None, excluded=frozenset())
+
     def _content(self, file: SourceFile) -> Path | bytes:
         if file.key in self.excluded:
             raise ImageError("excluded", f"{file.key} was planned before, and --exclude names it now")
@@ -104,3 +125,110 @@ class ImageReader:
             elif now is None or now.place != file.place:
                 raise ImageError("unreadable", f"{file.key} is not in the source where it was when the run was planned")
         return self.source.read(file, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class _OneFile:
+    """Source of one file whose content has been read; without listing."""
+
+    content: Path | bytes
+    name: str = ""
+
+    def listing(self, exclude: str | os.PathLike[str] | None = None) -> Listing:
+        raise NotImplementedError
+
+    def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path | bytes:
+        return self.content
+
+
+@dataclass
+class Decoded:
+    """Pixels of one row, uint8 [H, W, 3], its crop, and its opacity, uint8 [h, w], with alpha="mask"."""
+
+    row: PlannedRow
+    pixels: np.ndarray
+    original_hw: tuple[int, int]
+    crop_tlhw: tuple[int, int, int, int]
+    mask: np.ndarray | None
+
+
+@dataclass
+class Chunk:
+    """A few rows of one unit; ``last`` marks the unit's final chunk, ``finished`` one whose rows are encoded."""
+
+    unit: Unit
+    planned: tuple[PlannedRow, ...]
+    last: bool
+    decoded: list[Decoded] = field(default_factory=list)
+    rows: list[ShardRow] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    flags: Counter[str] = field(default_factory=Counter)
+    redone: int = 0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    finished: bool = False
+
+
+def decode_chunk(chunk: Chunk, reader: ImageReader) -> Chunk:
+    """Read and crop the chunk's rows; a file is read once for neighbouring rows. Errors become failures."""
+    started = time.perf_counter()
+    key, found = None, None
+    for row in chunk.planned:
+        if row.file.key != key:
+            key, found = row.file.key, _read(chunk, row, reader)
+        if isinstance(found, Picture):
+            pixels, crop = to_bucket(found, chunk.unit.bucket, reader.variants, row.variant, row.file.key)
+            mask = reader.mask(found, chunk.unit.bucket, row.variant, row.file.key)
+            chunk.decoded.append(Decoded(row, pixels, found.original_hw, crop, mask))
+        elif found is not None:
+            chunk.failures.append(Failure(row.file.key, found.reason, found.detail, row.variant))
+    chunk.decode_seconds = time.perf_counter() - started
+    return chunk
+
+
+def _read(chunk: Chunk, row: PlannedRow, reader: ImageReader) -> Picture | ImageError:
+    try:
+        picture = reader.picture(row.file, chunk.unit.bucket)
+    except ImageError as error:
+        return error
+    chunk.flags.update(picture.flags)
+    return picture
+
+
+def decode_chunk_apart(chunk: Chunk, reader: ImageReader, child: ChildProcess) -> Chunk:
+    """Do what decode_chunk does, each image in ``child``; one that ends the child fails as worker_died, it alone."""
+    started = time.perf_counter()
+    for _, rows in groupby(chunk.planned, key=lambda row: row.file.key):
+        part = _decoded_apart(Unit(chunk.unit.number, chunk.unit.bucket, tuple(rows)), reader, child)
+        chunk.decoded += part.decoded
+        chunk.failures += part.failures
+        chunk.flags.update(part.flags)
+    chunk.decode_seconds = time.perf_counter() - started
+    return chunk
+
+
+def _decoded_apart(unit: Unit, reader: ImageReader, child: ChildProcess) -> Chunk:
+    """Return a chunk of ``unit``, the rows of one file, decoded in ``child``."""
+    chunk, file = Chunk(unit, unit.rows, True), unit.rows[0].file
+    try:
+        # The parent reads the source: its connections and open archives stay there, and so do all checks of places.
+        alone = reader.of_one_file(file)
+    except ImageError as error:
+        return _failed(chunk, error.reason, error.detail)
+    for _ in range(MAX_ENDS):
+        try:
+            return child.call(decode_quietly, chunk, alone)
+        except ChildEnded as error:
+            how = error.how
+    return _failed(chunk, "worker_died", f"{MAX_ENDS} child processes ended while they decoded {file.key}: {how}")
+
+
+def decode_quietly(chunk: Chunk, reader: ImageReader) -> Chunk:
+    """Call decode_chunk without Pillow's warnings, in a child process."""
+    with quiet_pillow():
+        return decode_chunk(chunk, reader)
+
+
+def _failed(chunk: Chunk, reason: str, detail: str) -> Chunk:
+    chunk.failures += [Failure(row.file.key, reason, detail, row.variant) for row in chunk.planned]
+    return chunk

@@ -9,57 +9,27 @@ against 302; Xeon with AMX, torch 2.13).
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fastvae.data.encoding.batch_size import BatchSizes
 from fastvae.data.encoding.encoder import Finished, MomentEncoder, Pending
-from fastvae.data.encoding.image_reader import ImageReader
+from fastvae.data.encoding.image_reader import Chunk, ImageReader, decode_chunk, decode_chunk_apart
 from fastvae.data.encoding.row_format import RowFormat
-from fastvae.data.images.crop import to_bucket
-from fastvae.data.images.errors import ImageError
-from fastvae.data.images.read import Picture, quiet_pillow
+from fastvae.data.images.read import quiet_pillow
 from fastvae.data.store.commits import Failure
-from fastvae.data.store.plan import PlannedRow, Unit
+from fastvae.data.store.plan import Unit
 from fastvae.data.store.shard import ShardRow
+from fastvae.system.child_processes import ChildProcess
 from fastvae.system.threads import ordered_map
 
 MESSAGES = {
     "non_finite": "is not finite, in fp32 either",
     "overflow": "exceeds 65504: store it as fp32",
 }
-
-
-@dataclass
-class Decoded:
-    """Pixels of one row, uint8 [H, W, 3], its crop, and its opacity, uint8 [h, w], with alpha="mask"."""
-
-    row: PlannedRow
-    pixels: np.ndarray
-    original_hw: tuple[int, int]
-    crop_tlhw: tuple[int, int, int, int]
-    mask: np.ndarray | None
-
-
-@dataclass
-class Chunk:
-    """A few rows of one unit; ``last`` marks the unit's final chunk, ``finished`` one whose rows are encoded."""
-
-    unit: Unit
-    planned: tuple[PlannedRow, ...]
-    last: bool
-    decoded: list[Decoded] = field(default_factory=list)
-    rows: list[ShardRow] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    flags: Counter[str] = field(default_factory=Counter)
-    redone: int = 0
-    decode_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,32 +49,6 @@ def chunks_of(units: Iterable[Unit], batches: BatchSizes) -> Iterator[Chunk]:
             stop = start + batches.size_for(unit.bucket)
             yield Chunk(unit, unit.rows[start:stop], stop >= len(unit.rows))
             start = stop
-
-
-def decode_chunk(chunk: Chunk, reader: ImageReader) -> Chunk:
-    """Read and crop the chunk's rows; a file is read once for neighbouring rows. Errors become failures."""
-    started = time.perf_counter()
-    key, found = None, None
-    for row in chunk.planned:
-        if row.file.key != key:
-            key, found = row.file.key, _read(chunk, row, reader)
-        if isinstance(found, Picture):
-            pixels, crop = to_bucket(found, chunk.unit.bucket, reader.variants, row.variant, row.file.key)
-            mask = reader.mask(found, chunk.unit.bucket, row.variant, row.file.key)
-            chunk.decoded.append(Decoded(row, pixels, found.original_hw, crop, mask))
-        elif found is not None:
-            chunk.failures.append(Failure(row.file.key, found.reason, found.detail, row.variant))
-    chunk.decode_seconds = time.perf_counter() - started
-    return chunk
-
-
-def _read(chunk: Chunk, row: PlannedRow, reader: ImageReader) -> Picture | ImageError:
-    try:
-        picture = reader.picture(row.file, chunk.unit.bucket)
-    except ImageError as error:
-        return error
-    chunk.flags.update(picture.flags)
-    return picture
 
 
 def start_chunk(chunk: Chunk, encoding: Encoding) -> Pending | Finished | None:
@@ -180,3 +124,20 @@ def encoded_chunks(
             ahead = chunk, pending
         if ahead is not None:
             yield finish_chunk(*ahead, encoding.row_format)
+
+
+def chunks_apart(
+    chunks: Iterator[Chunk], reader: ImageReader, encoding: Encoding, threads: int
+) -> Generator[Chunk, None, None]:
+    """Yield the chunks, encoded, in order, without threads of their own; each image is decoded in a child process."""
+    on_cpu, before = encoding.encoder.device.type == "cpu", torch.get_num_threads()
+    try:
+        if on_cpu:  # the number decides the last bits of a latent: the same as in encoded_chunks
+            torch.set_num_threads(threads)
+        with ChildProcess() as child:
+            for chunk in chunks:
+                decode_chunk_apart(chunk, reader, child)
+                yield finish_chunk(chunk, start_chunk(chunk, encoding), encoding.row_format)
+    finally:
+        if on_cpu:
+            torch.set_num_threads(before)

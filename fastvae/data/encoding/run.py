@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,21 @@ import numpy as np
 from fastvae.checkpoints.loading import TINY
 from fastvae.data.encoding.batch_size import BatchSizes, choose_workers
 from fastvae.data.encoding.encoder import MomentEncoder
-from fastvae.data.encoding.image_reader import ImageReader
+from fastvae.data.encoding.image_reader import Chunk, ImageReader, decode_chunk
 from fastvae.data.encoding.options import RunOptions
-from fastvae.data.encoding.pipeline import Chunk, Encoding, decode_chunk
+from fastvae.data.encoding.pipeline import Encoding
 from fastvae.data.encoding.planning import count_by_bucket, needed_bytes
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.data.encoding.settings import Settings, identity_of, layout_of
 from fastvae.data.encoding.worker import Worker, encode_units
-from fastvae.data.rows import SourceFile, size_name
+from fastvae.data.rows import Size, SourceFile, size_name
 from fastvae.data.sources.source import Listing, Source
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.identity import digest
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
-from fastvae.data.store.plan import Unit
+from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.store import Store
 from fastvae.system.atomic_files import free_bytes
 from fastvae.system.terminal import format_bytes, print_stderr
@@ -169,13 +169,26 @@ def _dtype_error(worker: Worker, todo: list[Unit]) -> float | None:
         return None
     pixels: list[np.ndarray] = []
     bucket, batch = todo[0].bucket, worker.encoding.batches.size_for(todo[0].bucket)
-    rows = ((unit, row) for unit in todo if unit.bucket == bucket for row in unit.rows)
-    for unit, row in itertools.islice(rows, batch + MAX_UNREADABLE):
+    leased: list[Unit] = []
+    for unit, row in itertools.islice(_free_rows(worker, todo, bucket, leased), batch + MAX_UNREADABLE):
         chunk = decode_chunk(Chunk(unit, (row,), True), worker.reader)
         pixels += [item.pixels for item in chunk.decoded]
         if len(pixels) == batch:
             break
+    for unit in leased:
+        worker.leases.release(unit.lease)
     return worker.encoding.encoder.error_against_fp32(np.stack(pixels)) if pixels else None
+
+
+def _free_rows(worker: Worker, todo: list[Unit], bucket: Size, leased: list[Unit]) -> Iterator[tuple[Unit, PlannedRow]]:
+    """Yield the rows of ``bucket`` in units that no process has, with their leases acquired and added to ``leased``.
+
+    An image that ends this process is thereby counted against its unit, and the next run does not begin with it.
+    """
+    for unit in todo:
+        if unit.bucket == bucket and not worker.leases.is_taken(unit.lease) and worker.leases.acquire(unit.lease):
+            leased.append(unit)
+            yield from ((unit, row) for row in unit.rows)
 
 
 def _complete(worker: Worker) -> None:

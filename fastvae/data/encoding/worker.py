@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from fastvae._version import __version__
-from fastvae.data.encoding.image_reader import ImageReader
+from fastvae.data.encoding.image_reader import Chunk, ImageReader
 from fastvae.data.encoding.options import RunOptions
-from fastvae.data.encoding.pipeline import Chunk, Encoding, chunks_of, encoded_chunks
+from fastvae.data.encoding.pipeline import Encoding, chunks_apart, chunks_of, encoded_chunks
 from fastvae.data.encoding.planning import rotated_for_rank
 from fastvae.data.encoding.report import EncodeReport, Interrupted
 from fastvae.data.encoding.salvage import sound_rows
@@ -33,7 +33,8 @@ from fastvae.system.threads import BackgroundWriter
 
 # Seconds between two looks at the units that other processes hold.
 POLL_SECONDS = 0.5
-# A unit's rows are given up after this many processes died while they encoded it.
+# After this many processes died while they encoded a unit, its images are decoded in a child process, one by one. After
+# as many more its rows are given up: what ends the processes is then not a decoder.
 MAX_DEATHS = 3
 # Seconds that an interrupted run waits for the plan of another, to commit the unit that it has begun.
 LAST_WAIT = 5.0
@@ -137,8 +138,8 @@ def _is_done(worker: Worker, unit: Unit, bar: tqdm) -> bool:
 def _take_over_one(worker: Worker, others: list[Unit], bar: tqdm) -> bool:
     """Encode one of ``others`` whose holder is dead, and remove it from the list; return False if there is none.
 
-    One unit at a time, so that if it crashes the process, no other unit is blamed. A unit that MAX_DEATHS processes
-    died in fails: its rows are listed as worker_died.
+    One unit at a time, so that if it crashes the process, no other unit is blamed. After MAX_DEATHS of them the unit's
+    images are decoded in a child process; after twice as many its rows fail as worker_died.
     """
     fewest = sorted(others, key=lambda unit: worker.leases.deaths(unit.lease))  # units that were only held come first
     unit = next((unit for unit in fewest if worker.leases.acquire(unit.lease)), None)
@@ -150,6 +151,13 @@ def _take_over_one(worker: Worker, others: list[Unit], bar: tqdm) -> bool:
         return True
     if (deaths := worker.leases.deaths(unit.lease)) < MAX_DEATHS:
         _encode_claimed(worker, iter([unit]), bar)
+        return True
+    if deaths < 2 * MAX_DEATHS:
+        worker.report.notes.append(
+            f"{deaths} processes died while they encoded the unit of {unit.rows[0].file.key}: its images were decoded "
+            "one by one in a child process"
+        )
+        _encode_claimed(worker, iter([unit]), bar, apart=True)
         return True
     detail = f"{deaths} processes died while they encoded the unit of"
     if worker.options.on_error == "fail":
@@ -163,12 +171,14 @@ def _take_over_one(worker: Worker, others: list[Unit], bar: tqdm) -> bool:
     return True
 
 
-def _encode_claimed(worker: Worker, units: Iterator[Unit], bar: tqdm) -> None:
+def _encode_claimed(worker: Worker, units: Iterator[Unit], bar: tqdm, apart: bool = False) -> None:
+    """Encode, write and commit ``units``, whose leases this process has; ``apart``: decode in a child process."""
     report = worker.report
     with BackgroundWriter() as writer:
         begun = _BegunUnits(worker, writer, bar)
         chunks = begun.handed_out(chunks_of(units, worker.encoding.batches))
-        encoded = encoded_chunks(chunks, worker.reader, worker.encoding, report.workers, report.threads_per_worker)
+        parts, threads = (chunks, worker.reader, worker.encoding), report.threads_per_worker
+        encoded = chunks_apart(*parts, threads) if apart else encoded_chunks(*parts, report.workers, threads)
         try:
             # The threads end before the begun unit is cut; complete units are written, also after an error.
             with contextlib.closing(encoded) as done:

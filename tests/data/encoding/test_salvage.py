@@ -14,6 +14,7 @@ from support.store_checks import committed, failures
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.salvage import sound_rows
 from fastvae.data.encoding.settings import stored_settings
+from fastvae.data.encoding.worker import MAX_DEATHS
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import verify
@@ -103,7 +104,7 @@ def test_sound_rows_are_kept_of_a_unit_that_crashes_processes(made, tmp_path, mo
     whole = committed(made)
     flip(made / "shards" / "000001-32x32.safetensors")
     monkeypatch.setattr(Leases, "is_taken", lambda leases, name: name.isdigit())
-    monkeypatch.setattr(Leases, "deaths", lambda leases, name: 3)
+    monkeypatch.setattr(Leases, "deaths", lambda leases, name: 2 * MAX_DEATHS)
     report = mend(made, tmp_path / "in", max_failures=2).report
     assert (report.ok, report.kept, report.failed) == (0, 3, 1)
     assert failures(made) == {"bad.png": "empty", "007.png": "worker_died"}

@@ -73,47 +73,83 @@ def test_row_22_one_of_four_workers_is_killed_again_and_again(forks, tmp_path, l
             f"{line['encoded'] - pictures} encoded again")  # fmt: skip
 
 
-# Encodes until a process ends without being killed, at most argv[3] times; prints the exit codes. The image "poison"
-# kills the process that reads it.
-POISONED = """
+# Encodes until a process ends without being killed, at most six times; prints the exit codes. An image named "fatal"
+# ends the process that decodes it (argv[4] "reader"), or the one whose model encodes it.
+FATAL = """
 import os, sys
 import torch
 torch.set_num_threads(1)
+from fastvae.data.encoding import pipeline, run
 from fastvae.data.encoding.encode import encode
-from fastvae.data.encoding.image_reader import ImageReader
+from support.fatal_reader import FatalReader
 from support.small_store import SIDE, small_vae
-real = ImageReader.picture
-def picture(reader, file, bucket):
-    if "poison" in file.key:
+source, out, dtype, part = sys.argv[1:]
+real = pipeline.start_chunk
+def start_chunk(chunk, encoding):
+    if any("fatal" in item.row.file.key for item in chunk.decoded):
         os.kill(os.getpid(), 9)
-    return real(reader, file, bucket)
-ImageReader.picture = picture
-for _ in range(int(sys.argv[3])):
+    return real(chunk, encoding)
+if part == "reader":
+    run.ImageReader = FatalReader
+else:
+    pipeline.start_chunk = start_chunk
+for _ in range(6):
     child = os.fork()
     if child == 0:
-        encode(sys.argv[1], sys.argv[2], vae=small_vae(), buckets=SIDE, dtype="fp32", device="cpu", shard_mb=0.002,
-               workers=2, max_failures=4, progress=False)
+        encode(source, out, vae=small_vae(), buckets=SIDE, dtype=dtype, device="cpu", shard_mb=0.002, workers=2,
+               max_failures=4, deterministic=True, progress=False)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(code, flush=True)
     if code == 0:
         break
 """
+OPTIONS = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "progress": False}
 
 
-def test_row_22_a_unit_that_crashes_three_processes_is_given_up(forks, tmp_path):
-    names = write_pictures(tmp_path / "in", 32)
-    (tmp_path / "in" / "013.png").rename(tmp_path / "in" / "012 poison.png")
-    done = forks.run(POISONED, tmp_path / "in", tmp_path / "out", 9)
+@pytest.mark.parametrize(("fatal", "dtype"), [((13, 14), "fp32"), ((0,), "bf16")], ids=["two of a unit", "first, bf16"])
+def test_row_22_an_image_that_ends_each_process_that_decodes_it_costs_its_own_row(forks, tmp_path, fatal, dtype):
+    """After three deaths its unit's images are decoded in a child process; the others have the latents of any run.
+
+    In bf16 the first image is also decoded before the run, for the dtype's error.
+    """
+    names = write_pictures(tmp_path / "in", 16)
+    lost = {names[number]: names[number].replace(".png", " fatal.png") for number in fatal}
+    for name, renamed in lost.items():
+        (tmp_path / "in" / name).rename(tmp_path / "in" / renamed)
+    done = forks.run(FATAL, tmp_path / "in", tmp_path / "out", dtype, "reader")
     assert done.stdout.split() == ["-9", "-9", "-9", "0"], done.stderr
-    with_it = {"012 poison.png", "012.png", "014.png", "015.png"}  # of a unit: four at a time, by name
+    assert failures(tmp_path / "out") == dict.fromkeys(lost.values(), "worker_died")
+    rows = committed(tmp_path / "out")
+    assert {key for key, _ in rows} == {*names} - {*lost}
+    assert not list((tmp_path / "out" / "leases").glob("*.lease"))
+    details = [json.loads(line)["detail"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    expected = "2 child processes ended while they decoded {}: signal 9 (SIGKILL)"
+    assert details == [expected.format(name) for name in lost.values()]
+    for name, renamed in lost.items():
+        (tmp_path / "in" / renamed).rename(tmp_path / "in" / name)
+    options = OPTIONS | {"dtype": dtype, "deterministic": True}
+    encode(tmp_path / "in", tmp_path / "whole", vae=small_vae(), **options)
+    whole = committed(tmp_path / "whole")
+    assert [name for name in rows if rows[name] != whole[name]] == []
+    say(22, f"{len(lost)} images that end every process: 3 deaths, {len(lost)} rows of {len(names)} lost")
+
+
+def test_row_22_a_unit_that_ends_processes_with_decoded_images_too_is_given_up(forks, tmp_path):
+    names = write_pictures(tmp_path / "in", 16)
+    (tmp_path / "in" / "013.png").rename(tmp_path / "in" / "012 fatal.png")
+    done = forks.run(FATAL, tmp_path / "in", tmp_path / "out", "fp32", "model")
+    assert done.stdout.split() == ["-9"] * 6, done.stderr
+    with_it = {"012 fatal.png", "012.png", "014.png", "015.png"}  # of a unit: four at a time, by name
+    report = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), shard_mb=0.002, max_failures=4, **OPTIONS)
+    assert (report.ok, report.failed) == (0, 4)
     assert failures(tmp_path / "out") == dict.fromkeys(with_it, "worker_died")
     rows = {key for key, _ in committed(tmp_path / "out")}
-    assert rows == {*names, "012 poison.png"} - {"013.png"} - with_it
+    assert rows == {*names, "012 fatal.png"} - {"013.png"} - with_it
     assert not list((tmp_path / "out" / "leases").glob("*.lease"))
     (line,) = [line for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines() if '"012.png"' in line]
-    assert json.loads(line)["detail"] == "3 processes died while they encoded the unit of 012.png"
-    (tmp_path / "in" / "012 poison.png").unlink()
-    options = {"buckets": SIDE, "dtype": "fp32", "device": "cpu", "progress": False, "retry_failed": True}
-    assert encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), max_failures=1, **options).ok == 3
-    say(22, f"a poisoned unit: 3 deaths, {len(with_it)} rows given up of 32, the others whole")
+    assert json.loads(line)["detail"] == "6 processes died while they encoded the unit of 012.png"
+    (tmp_path / "in" / "012 fatal.png").unlink()
+    options = OPTIONS | {"retry_failed": True, "max_failures": 1}
+    assert encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **options).ok == 3
+    say(22, f"a unit whose encoding ends the process: 6 deaths, {len(with_it)} rows given up of 16, the others whole")
