@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from support.fatal_reader import FatalReader
 from support.small_store import SIDE, picture, write_pictures, write_store
 
 import fastvae.system.atomic_files
 from fastvae.cli.main import cli
+from fastvae.data.encoding.worker import MAX_DEATHS
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.lock import locked
 
@@ -168,6 +170,15 @@ def encoded_without_its_plan(places, monkeypatch):
     return ended(encode(places))
 
 
+def ending_its_process(places, monkeypatch):
+    """Three processes died on the only unit, and one of its images ends each child too."""
+    (places["in"] / "001.png").rename(places["in"] / "001 fatal.png")
+    monkeypatch.setattr("fastvae.data.encoding.run.ImageReader", FatalReader)
+    monkeypatch.setattr(Leases, "is_taken", lambda leases, name: name.isdigit())
+    monkeypatch.setattr(Leases, "deaths", lambda leases, name: MAX_DEATHS)
+    return ended(encode(places, "--on-error", "fail"))
+
+
 def full_disk(places, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -230,6 +241,7 @@ PRODUCED = {
     "a run into a store without its plan": encoded_without_its_plan,
     "more failures than allowed": failing,
     "the first failure, with --on-error fail": lambda p, m: failing(p, m, "--on-error", "fail"),
+    "an image that ends its process, with --on-error fail": ending_its_process,
     "an image that compare cannot read": lambda p, m: ended(
         ["compare", f"{p['model']}/config.json", "--vae", p["model"], "--device", "cpu"]
     ),

@@ -76,9 +76,9 @@ def repair(
     src: where the images come from, as encode takes it. The store does not name it: a plan may have been edited, so
     only what the caller names is opened. It may be left out where nothing has to be encoded. vae, subfolder, revision,
     preset: the model; by default the one that the store names, which is printed on stderr. All settings of the store's
-    identity are taken from the store. retry_failed: also try images again whose last try failed, in units of their own, among
-    them those of a repair that was interrupted. The other options: see encode. Commit records of no unit are deleted
-    unless there is a shard beside them. An image that is missing is quarantined.
+    identity are taken from the store. retry_failed: also try images again whose last try failed, in units of their own,
+    among them those of a repair that was interrupted. The other options: see encode. Commit records of no unit are
+    deleted unless there is a shard beside them. An image that is missing is quarantined.
     Raises ValueError for an argument, for a ``src`` that is needed and not given, that holds none of the images, or one
     that is not as it was planned; StoreError for what is no store, has a store.json that its shards contradict, a
     folder instead of a file, or a shard of no unit; StoreLocked while a run is writing it; IdentityMismatch for another
