@@ -19,6 +19,7 @@ import torch
 # first import of fastvae_kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FASTVAE_INTERPRET_ON_CPU", "1")
 # No test uses the network; the tests of Hub addresses use a server on the loopback.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

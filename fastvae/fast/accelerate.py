@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -62,6 +63,10 @@ def accelerate(
     vae = vae_of(vae_or_pipe)
     if all(fallback_reasons.why_not_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
+    if fallback_reasons.INTERPRETER_IGNORED:
+        warnings.warn(
+            "TRITON_INTERPRET=1 is for debugging kernels: on a CPU torch's operators run instead", stacklevel=2
+        )
     path = FastPath(precision, deterministic=deterministic, graphs=graphs, compile=compile, freeze=freeze)
     with LOCK:
         before = vars(vae).get(ACCELERATED)

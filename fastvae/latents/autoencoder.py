@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Attribute in which an accelerated VAE keeps its fast path, a fastvae.fast.fast_path.FastPath; used here, not imported.
 ACCELERATED = "_fastvae"
+# Config values of AutoencoderTiny, VQModel and models of videos.
+OTHER_KINDS = ("latent_magnitude", "num_vq_embeddings", "temporal_compression_ratio")
 
 
 class Autoencoder(Protocol):
@@ -23,6 +25,21 @@ class Autoencoder(Protocol):
     def decode(self, z: Tensor) -> Any:
         """Return the images of raw latents [B, L, h, w], as ``.sample`` [B, C, H, W]."""
         ...
+
+
+def check_autoencoder(vae: Any) -> None:
+    """Raise ValueError, in one sentence, for a model whose latents are not those of an AutoencoderKL.
+
+    AutoencoderTiny returns scaled latents and no posterior, VQModel a code; models of videos have other axes.
+    """
+    config = getattr(vae, "config", None)
+    what = [f"no {name}" for name in ("latent_channels", "block_out_channels") if not hasattr(config, name)]
+    what += [name for name in OTHER_KINDS if hasattr(config, name)]
+    if what:
+        raise ValueError(
+            f"vae must return mean and log-variance as AutoencoderKL does, got {type(vae).__name__}: its config has "
+            f"{what[0]}"
+        )
 
 
 def check_finite(name: str, values: Tensor, how: str) -> None:

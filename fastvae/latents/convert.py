@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastvae.latents.autoencoder import ACCELERATED, Autoencoder, check_finite, like_weights, to_device_of
+from fastvae.latents.autoencoder import (
+    ACCELERATED,
+    Autoencoder,
+    check_autoencoder,
+    check_finite,
+    like_weights,
+    to_device_of,
+)
 from fastvae.latents.pixels import fit_to_multiple, pil_from_bytes, pixels_from_images
 from fastvae.latents.sampling import check_noise, sample_posterior
 from fastvae.latents.scaling import (
@@ -50,6 +57,7 @@ def encode_latents(
         raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
     if posterior == "mode" and (seeds is not None or generator is not None):
         raise ValueError("the mode has no noise: leave out seeds and generator, or say posterior='sample'")
+    check_autoencoder(vae)
     fast = vars(vae).get(ACCELERATED)
     pixels = pixels_from_images(vae, images, layout=layout, keep_bytes=fast is not None)
     pixels = fit_to_multiple(pixels, pixel_multiple(vae), pad)
@@ -71,23 +79,23 @@ def encode_latents(
 @torch.no_grad()
 def moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
     """Return raw mean and log-variance, unsplit, [B, 2L, H / f, W / f]; images and errors as in encode_latents."""
-    moments = _encode_pixels(vae, _checked_pixels(vae, images), again_in_fp32=True)
+    moments = _encode_pixels(vae, _checked_pixels(vae, images, "error"), again_in_fp32=True)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
 
 @torch.no_grad()
-def unchecked_moments_of_images(vae: Autoencoder, images: Any) -> Tensor:
+def unchecked_moments_of_images(vae: Autoencoder, images: Any, pad: str = "error") -> Tensor:
     """Return moments_of_images, [B, 2L, H / f, W / f], without waiting for a GPU: the caller checks if they are finite.
 
     Rows that are not finite in half precision are not computed again: see redo_overflow. Errors as in encode_latents,
     for the images alone.
     """
-    return _encode_pixels(vae, _checked_pixels(vae, images), again_in_fp32=False)
+    return _encode_pixels(vae, _checked_pixels(vae, images, pad), again_in_fp32=False)
 
 
 @torch.no_grad()
-def redo_overflow(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
+def redo_overflow(vae: Autoencoder, images: Any, moments: Tensor, pad: str = "error") -> Tensor:
     """Return moments_of_images, [B, 2L, H / f, W / f], from the ``moments`` of unchecked_moments_of_images.
 
     Only rows that are not finite in half precision are computed again, in fp32. Raises ValueError if one of them is
@@ -95,14 +103,14 @@ def redo_overflow(vae: Autoencoder, images: Any, moments: Tensor) -> Tensor:
     """
     fast = vars(vae).get(ACCELERATED)
     if fast is not None:
-        moments = fast.redo_overflow(vae, _like_input(vae, _checked_pixels(vae, images)), moments)
+        moments = fast.redo_overflow(vae, _like_input(vae, _checked_pixels(vae, images, pad)), moments)
     check_finite("the moments", moments, f"computed in {moments.dtype}")
     return moments
 
 
-def _checked_pixels(vae: Autoencoder, images: Any) -> Tensor:
+def _checked_pixels(vae: Autoencoder, images: Any, pad: str) -> Tensor:
     pixels = pixels_from_images(vae, images, keep_bytes=vars(vae).get(ACCELERATED) is not None)
-    return fit_to_multiple(pixels, pixel_multiple(vae), "error")
+    return fit_to_multiple(pixels, pixel_multiple(vae), pad)
 
 
 def _encode_pixels(vae: Autoencoder, pixels: Tensor, again_in_fp32: bool) -> Tensor:
@@ -143,6 +151,7 @@ def decode_latents(
     """
     if output not in ("uint8", "float", "pil"):
         raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
+    check_autoencoder(vae)
     check_latents(z, vae.config.latent_channels * patch_size(vae) ** 2)
     check_finite("z", z, "as given")
     height, width = (side * pixel_multiple(vae) for side in z.shape[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 # Floats with a larger magnitude are not images in [-1, 1]; resampling overshoots by less.
 LARGEST_PIXEL = 1.5
+PADS = ("error", "crop", "reflect")
+# A picture without a negative value, with one from here to 1, is probably in [0, 1].
+UNIT_RANGE = 0.5
+_has_warned = False
 
 
 def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", keep_bytes: bool = False) -> Tensor:
@@ -31,12 +36,26 @@ def pixels_from_images(vae: Autoencoder, images: Any, *, layout: str = "auto", k
     if not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     check_finite("images", images, "as given")
-    if images.numel() and (largest := images.abs().max().item()) > LARGEST_PIXEL:
+    if images.numel():
+        _check_range(*(bound.item() for bound in images.aminmax()))
+    return images
+
+
+def _check_range(least: float, largest: float) -> None:
+    """Raise ValueError for floats outside [-1, 1]; warn, once in a process, for floats that seem to be in [0, 1]."""
+    global _has_warned
+    if (furthest := max(-least, largest)) > LARGEST_PIXEL:
         raise ValueError(
-            f"images given as floats must lie in [-1, 1], got values up to {largest:g}: "
+            f"images given as floats must lie in [-1, 1], got values up to {furthest:g}: "
             "give 0..255 as uint8, or divide by 127.5 and subtract 1"
         )
-    return images
+    if not _has_warned and least >= 0 and UNIT_RANGE <= largest <= 1:
+        _has_warned = True
+        warnings.warn(
+            f"images given as floats are read as [-1, 1], and these lie in [{least:g}, {largest:g}]: if they are in "
+            "[0, 1], multiply by 2 and subtract 1, or give uint8",
+            stacklevel=2,
+        )
 
 
 def normalized(pixels: Tensor) -> Tensor:
@@ -99,7 +118,7 @@ def fit_to_multiple(pixels: Tensor, multiple: int, pad: str) -> Tensor:
     """Return pixels [B, C, H, W] with sides that are multiples of ``multiple``; pad and errors as in encode_latents."""
     height, width = pixels.shape[2:]
     more = (-height % multiple, -width % multiple)
-    if pad not in ("error", "crop", "reflect"):
+    if pad not in PADS:
         raise ValueError(f"pad must be 'error', 'crop' or 'reflect', got {pad!r}")
     if more == (0, 0):
         return pixels

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.latents.autoencoder import Autoencoder
+from fastvae.latents.autoencoder import Autoencoder, check_autoencoder
 from fastvae.latents.pixels import described
 
 
@@ -26,6 +26,7 @@ def scale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
     for another shape or dtype.
     Source: the pipelines of Stable Diffusion, SD3, FLUX, SDXL (Playground v2.5) and FLUX.2 in diffusers.
     """
+    check_autoencoder(vae)
     check_latents(z, vae.config.latent_channels, multiple=patch_size(vae))
     if _batch_norm(vae) is not None:
         mean, std = _batch_norm_statistics(vae, z)
@@ -42,6 +43,7 @@ def unscale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
 
     Raises ValueError for another shape or dtype.
     """
+    check_autoencoder(vae)
     check_latents(z, vae.config.latent_channels * patch_size(vae) ** 2)
     if _batch_norm(vae) is not None:
         mean, std = _batch_norm_statistics(vae, z)

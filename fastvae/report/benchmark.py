@@ -218,6 +218,12 @@ def _fill(row: Row, samples: list[float], batch: int, baseline: list[float] | No
     row.times_baseline = median(baseline) / middle if baseline else None
 
 
+def _convolves_in_tf32() -> bool:
+    # cudnn.allow_tf32 raises RuntimeError once a flag of fp32_precision is set (torch 2.13). "none": as the next one.
+    flags = (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends)
+    return next((flag.fp32_precision for flag in flags if flag.fp32_precision != "none"), "none") == "tf32"
+
+
 def _notes(device: torch.device, dtype: str, contestants: list[Contestant]) -> list[str]:
     notes = [
         "Times are wall times of one call, with launches, on inputs on the device. The contestants took turns in one "
@@ -226,7 +232,7 @@ def _notes(device: torch.device, dtype: str, contestants: list[Contestant]) -> l
     ]
     if device.type != "cuda":
         notes.append("Peak memory is not measured on a CPU.")
-    if device.type == "cuda" and dtype == "fp32" and torch.backends.cudnn.allow_tf32:
+    if device.type == "cuda" and dtype == "fp32" and _convolves_in_tf32():
         notes.append("Convolutions in fp32 use TF32 for all contestants: that is torch's default.")
     if any(one.name == COMPILED for one in contestants):
         notes.append("No time includes compiling.")

@@ -2,6 +2,7 @@
 
 dataset          LatentDataset: rows by number or key, from mapped shards
 iterable         LatentIterable: one pass, a few shards at a time
+row_view         rows inside Subset and ConcatDataset, several stores as one dataset, packed keys
 sampler          BucketBatchSampler: batches of one bucket, shuffled and split by rank
 buffer_pool      reused memory of batches
 collate          rows to a batch

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvae.data.datasets.buffer_pool import BufferPool
 from fastvae.data.datasets.collate import Rows
+from fastvae.data.datasets.row_view import LatentDatasets, PackedKeys
 from fastvae.data.rows import noise_keys, sample_id
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import bucket_of
@@ -34,7 +35,7 @@ ITEM = (*ARRAYS, "noise_key", "key", "original_hw", "crop_tlhw", "bucket", "vari
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """The rows of the store at ``path``, in the order of their shards.
+    """The rows of the store at ``path``, in the order of their shards; a list of stores gives a LatentDatasets.
 
     Item: ``mean`` and ``logvar`` [L, h, w] (no ``logvar`` if the store has only means); with alpha="mask" in the store,
     ``alpha`` uint8 [h, w], the opacity of the image in each latent, 255 opaque; ``noise_key`` (torch.uint64), the row's
@@ -51,6 +52,11 @@ class LatentDataset(torch.utils.data.Dataset):
     Raises StoreError (a ValueError) if ``path`` is not a store, has no committed row, lacks what ``posterior`` needs,
     or cannot be scaled; ValueError for another posterior, seed or column.
     """
+
+    def __new__(cls, path: Any = None, *args: Any, **options: Any) -> Any:
+        if isinstance(path, (list, tuple)):
+            return LatentDatasets([cls(one, *args, **options) for one in path])
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -78,13 +84,13 @@ class LatentDataset(torch.utils.data.Dataset):
         self._with_logvar = self._stored == "dist" and posterior != "mean"
         self._with_alpha = keeps_alpha(store.facts)
         self._scaling = LatentScaling(store.facts["scaling"], scaled)
-        self._keys = [key for key, _ in index]
+        self._keys = PackedKeys([key for key, _ in index])
         self._variants = np.array([variant for _, variant in index])
         names, self._shard_of = np.unique([shard for shard, _ in index.values()], return_inverse=True)
         self._names: list[str] = names.tolist()
         self._buckets = [bucket_of(name) for name in self._names]
         self._row_of = np.array([row for _, row in index.values()])
-        self._columns = _source_columns(store, columns, self._keys)
+        self._columns = _source_columns(store, columns, self.keys())
         # In shared memory, so that set_epoch reaches persistent workers.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._pool = BufferPool()

@@ -17,12 +17,12 @@ from fastvae.data.datasets.device_transfer import EncodedTensors, Transfer, tran
 from fastvae.data.rows import noise_keys
 from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import POSTERIORS
-from fastvae.latents.autoencoder import check_finite
+from fastvae.latents.autoencoder import check_autoencoder, check_finite
 from fastvae.latents.convert import redo_overflow, unchecked_moments_of_images
 from fastvae.latents.logvar_range import LOGVAR_RANGE
 from fastvae.latents.sampling import sample_posterior
 from fastvae.latents.scaling import scale_latents, scaling_of
-from fastvae.system.arguments import check_state, check_unsigned
+from fastvae.system.arguments import check_choices, check_state, check_unsigned
 
 END = object()
 PIXEL_VALUES = "pixel_values"  # the images of a batch in diffusers' training scripts
@@ -45,6 +45,7 @@ class LatentLoader:
     key: identifies an image: its noise depends on the key, ``seed`` and the epoch alone. A name or index in the batch,
     or a function of the batch, that gives a string or integer for each image. Default: ``key`` of a dict, else the
     position in the epoch, with ``rank`` for several processes. A store's dataset draws the same noise for the same key.
+    pad: for sides that the model does not divide, as in encode_latents.
     ahead: number of batches encoded in advance; besides these, one batch is being encoded and one fetched.
     One thread fetches and one encodes; on a CUDA GPU each has its own stream and copies from pinned memory. An error in
     either is raised where its batch would have come. Both end with the iteration, however it ends; a new iteration ends
@@ -65,6 +66,7 @@ class LatentLoader:
         images: Place = None,
         key: Keys = None,
         rank: int = 0,
+        pad: Literal["error", "crop", "reflect"] = "error",
     ):
         if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
             raise ValueError(f"ahead must be at least 1, got {ahead!r}")
@@ -73,7 +75,9 @@ class LatentLoader:
         self.images_loader, self.vae = images_loader, vae
         self.ahead, self.scaled, self.posterior = ahead, scaled, posterior
         self.seed, self.rank = check_unsigned("seed", seed), check_unsigned("rank", rank)
-        self._images, self._key = images, key
+        check_autoencoder(vae)
+        check_choices(pad=(pad, ("error", "crop", "reflect")))
+        self._images, self._key, self._pad = images, key, pad
         self._scaling = LatentScaling(scaling_of(vae), scaled) if posterior == "dist" else None
         self._epoch = self._batches = self._done = 0
         self._start = 0, 0  # batches and images that the next iteration counts as done
@@ -226,7 +230,7 @@ class LatentLoader:
     @torch.no_grad()
     def _encode_unchecked(self, kept: list[Tensor], images: Tensor, seeds: Tensor) -> EncodedTensors:
         # Check the moments too: the latents may clamp or leave out a part of them.
-        moments = unchecked_moments_of_images(self.vae, images)
+        moments = unchecked_moments_of_images(self.vae, images, self._pad)
         kept.append(moments)
         latents = self._latents(moments, seeds)
         return latents, [moments, *(values for values in latents.values() if values.is_floating_point())]
@@ -234,7 +238,7 @@ class LatentLoader:
     @torch.no_grad()
     def _encode_in_fp32(self, moments: Tensor, images: Tensor, seeds: Tensor) -> EncodedTensors:
         """Encode an accelerated model's half-precision rows again in fp32; raises ValueError if more is not finite."""
-        moments = redo_overflow(self.vae, images, moments)
+        moments = redo_overflow(self.vae, images, moments, self._pad)
         latents = self._latents(moments, seeds)
         for name, values in latents.items():
             if values.is_floating_point():

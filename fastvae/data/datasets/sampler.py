@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastvae.data.datasets.row_view import RowView
 from fastvae.system.arguments import check_state, check_unsigned
 
 if TYPE_CHECKING:
+    from torch.utils.data import ConcatDataset, Subset
+
     from fastvae.data.datasets.dataset import LatentDataset
 
 Shards = Sequence[tuple[tuple[int, int], Tensor]]
@@ -24,9 +27,10 @@ ORDER_PREFIX = b"fastvae order 1\0"
 class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
     """Lists of row numbers of ``dataset``, each of one bucket, in an order that depends on (seed, epoch) alone.
 
-    Rows are shuffled within a bucket, and batches across buckets, unless ``shuffle`` is False. Each row is returned
-    once an epoch; ``drop_last`` leaves out the rows that do not fill a batch of their bucket. Each of several processes
-    takes its ``rank`` of ``ranks``: all get the same number of batches, in each step of the same bucket and size, for
+    dataset: a LatentDataset, or a Subset or ConcatDataset of such. Rows are shuffled within a bucket, and batches
+    across buckets, unless ``shuffle`` is False. Each row is returned once an epoch; ``drop_last`` leaves out
+    the rows that do not fill a batch of their bucket. Each of several processes takes its ``rank`` of
+    ``ranks``: all get the same number of batches, in each step of the same bucket and size, for
     which up to ranks - 1 rows of a bucket are repeated. (accelerate's ``prepare`` would split the batches again, across
     buckets: do not pass it a loader with this sampler; set rank=accelerator.process_index and
     ranks=accelerator.num_processes here.)
@@ -36,7 +40,7 @@ class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __init__(
         self,
-        dataset: LatentDataset,
+        dataset: LatentDataset | Subset | ConcatDataset,
         batch_size: int,
         *,
         seed: int = 0,
@@ -49,21 +53,22 @@ class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self._order = Order(batch_size, seed, shuffle, drop_last, rank, ranks)
-        self._shards = dataset.shards()
+        self._rows = RowView(dataset)
+        self._shards = self._rows.shards()
         self._resume = (0, 0)  # an epoch, and the number of its batches to skip
         self._returned = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the dataset's epoch, for the order of the next iteration and for the noise."""
-        self.dataset.set_epoch(epoch)
+        self._rows.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self._order.count(self._shards)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, done = self._resume
-        self._resume, self._returned = (0, 0), done if epoch == self.dataset.epoch else 0
-        for batch in itertools.islice(self._order.batches(self._shards, self.dataset.epoch), self._returned, None):
+        self._resume, self._returned = (0, 0), done if epoch == self._rows.epoch else 0
+        for batch in itertools.islice(self._order.batches(self._shards, self._rows.epoch), self._returned, None):
             self._returned += 1
             yield batch
 
@@ -73,19 +78,19 @@ class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
         done: number of batches that training has finished, counted from the epoch's start. Default: the number that was
         returned, which is ahead of training by what a DataLoader's workers have fetched.
         """
-        return {"batches": self._returned if done is None else done, **order_state(self._order, self.dataset)}
+        return {"batches": self._returned if done is None else done, **order_state(self._order, self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue in the epoch of ``state``: its next iteration begins after the finished batches.
 
         Raises ValueError for a state of another order.
         """
-        check_order(state, order_state(self._order, self.dataset))
-        self.dataset.set_epoch(state["epoch"])
+        check_order(state, order_state(self._order, self._rows))
+        self._rows.set_epoch(state["epoch"])
         self._resume, self._returned = (state["epoch"], state["batches"]), state["batches"]
 
 
-def order_state(order: Order, dataset: LatentDataset) -> dict[str, Any]:
+def order_state(order: Order, dataset: LatentDataset | RowView) -> dict[str, Any]:
     """Return all that decides an order except the rank: every process resumes from the same state."""
     names = ("batch_size", "seed", "shuffle", "drop_last", "ranks", "window")
     return {"epoch": dataset.epoch, "rows": len(dataset), **{name: getattr(order, name) for name in names}}
