@@ -46,7 +46,7 @@ def test_a_vq_model_is_fast_and_no_posterior_is_made_up():
     fastvae.accelerate(vae)
     assert not fastvae.explain(vae, SHAPE).reasons
     torch.testing.assert_close(vae.encode(x).latents, before)
-    with pytest.raises(ValueError, match="vae must return mean and log-variance .* got VQModel"):
+    with pytest.raises(ValueError, match=r"vae must return mean and log-variance .* got VQModel"):
         fastvae.encode_latents(vae, x, posterior="mode")
 
 
