@@ -3,7 +3,7 @@
     python examples/image_to_image.py picture.jpg --model path/to/pipeline --prompt "a watercolour"
     python examples/image_to_image.py --tiny  # random weights, no download
 
-Needs `pip install "fastvae[diffusers]"`, and for a model with a text encoder `pip install transformers`. On a CPU the
+Needs `pip install diffusers`, and for a model with a text encoder `pip install transformers`. On a CPU the
 fused kernels do not run; docs/performance.md describes the effect of ``accelerate`` there.
 """
 

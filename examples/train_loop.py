@@ -4,7 +4,7 @@
 
 Both see the same latents: an image's noise depends only on the seed, the epoch and its key. In the loop, the next batch
 is encoded during a training step; stored batches are read from memory-mapped files and sampled on the training device.
-Needs `pip install "fastvae[diffusers]"`.
+Needs `pip install diffusers`.
 """
 
 from __future__ import annotations

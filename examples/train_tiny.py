@@ -2,7 +2,7 @@
 
     python examples/train_tiny.py photographs/ tiny/ --state training/
 
-A run that was stopped continues when it is started again. The evaluation needs `pip install fastvae[demo]`:
+A run that was stopped continues when it is started again. The evaluation needs `pip install scikit-image`:
 four photographs of scikit-image, which are not in the training set.
 """
 

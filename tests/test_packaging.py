@@ -47,7 +47,7 @@ def run(*command, cwd):
 @pytest.mark.slow
 def test_the_wheel_works_in_a_fresh_environment(tmp_path):
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("fastvae-*.whl")
+    (wheel,) = tmp_path.glob("fastvae_latents-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fastvae", "fastvae_kernels", next(t for t in tops if t.endswith(".dist-info"))}

@@ -73,7 +73,7 @@ def diffusers_twin(plain: Any) -> tuple[Any | None, str | None]:
         # By name: the package imports diffusers nowhere else.
         kind = getattr(importlib.import_module("diffusers"), name)
     except ImportError:
-        return None, 'diffusers is not installed: pip install "fastvae[diffusers]"'
+        return None, "diffusers is not installed: pip install diffusers"
     except (RuntimeError, AttributeError) as error:  # errors of its lazy modules for a part that cannot be loaded
         return None, f"diffusers' {name} cannot be loaded: {first_line(error)}"
     twin = kind.from_config(dict(plain.config))

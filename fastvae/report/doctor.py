@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fastvae
 from fastvae.report.findings import BAD, NOTE, OK, Finding
 from fastvae.report.machine import driver, processor, versions
 from fastvae.system.terminal import format_bytes
 
 OLDEST = {"torch": (2, 11), "triton": (3, 6), "python": (3, 11), "diffusers": (0, 38)}
 OPTIONAL = {"diffusers"}
+DISTRIBUTION = "fastvae-latents"
 
 
 def examine(
@@ -24,6 +28,7 @@ def examine(
     folder: the planned folder of latents; it need not exist. A failed check is a finding and raises nothing.
     """
     yield check_versions(versions())
+    yield check_distribution()
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing or broken
@@ -59,6 +64,17 @@ def check_versions(found: dict[str, str]) -> Finding:
         sentence = f"{old[0]} {found[old[0]]} is too old: {remedy} {least} or newer ({listed})"
         return Finding("versions", BAD, sentence, found)
     return Finding("versions", OK, listed, found)
+
+
+def check_distribution() -> Finding:
+    """Check that the imported fastvae is the installed one: another distribution on PyPI has the same import name."""
+    place = os.path.dirname(os.path.abspath(fastvae.__file__))
+    facts = {"distribution": DISTRIBUTION, "place": place}
+    try:
+        facts["version"] = importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("install", NOTE, f"fastvae is imported from {place}; {DISTRIBUTION} is not installed", facts)
+    return Finding("install", OK, f"{DISTRIBUTION} {facts['version']}, imported from {place}", facts)
 
 
 def _parsed(version: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ def check_extra() -> None:
         try:
             import_module(name)
         except ImportError:
-            raise ImportError(f'the HTML report needs {name}: pip install "fastvae[report]"') from None
+            raise ImportError(f"the HTML report needs {name}: pip install jinja2 matplotlib") from None
 
 
 def page(results: Mapping[str, Any]) -> str:

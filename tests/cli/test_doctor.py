@@ -10,7 +10,7 @@ from fastvae.cli.main import cli
 from fastvae.report import doctor
 from fastvae.report.findings import Finding
 
-NAMES = ["versions", "gpu", "kernels", "numbers", "paths", "images", "disk"]
+NAMES = ["versions", "install", "gpu", "kernels", "numbers", "paths", "images", "disk"]
 
 
 def test_the_whole_examination(forks, tmp_path):

@@ -1,11 +1,13 @@
 """Findings of fastvae doctor: one sentence each, with the state and the remedy."""
 
 import errno
+import importlib.metadata
 import itertools
 import subprocess
 import sys
 import types
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from fastvae_kernels import group_norm_silu
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.small_store import small_vae
 
+import fastvae
 from fastvae.report import doctor, torch_checks
 from fastvae.report.correctness import Truth
-from fastvae.report.doctor import check_disk, check_gpu, check_versions, examine
+from fastvae.report.doctor import check_disk, check_distribution, check_gpu, check_versions, examine
 
 FINE = {"fastvae": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu", "triton": "3.9.0"}
 CPU = torch.device("cpu")
@@ -223,6 +226,22 @@ def test_images_are_read_by_the_clock(monkeypatch):
 def test_a_torch_that_cannot_be_loaded_ends_the_examination(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     findings = list(examine())
-    assert [finding.name for finding in findings] == ["versions", "torch"]
+    assert [finding.name for finding in findings] == ["versions", "install", "torch"]
     assert findings[1].state == "bad"
     assert findings[1].sentence.startswith("torch cannot be imported, so nothing else was checked: ")
+
+
+def test_the_distribution_is_named_with_its_place(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"fastvae-latents": "0.1.0"}[name])
+    finding = check_distribution()
+    assert finding.state == "ok"
+    assert finding.sentence == f"fastvae-latents 0.1.0, imported from {Path(fastvae.__file__).parent}"
+
+
+def test_another_distribution_under_the_same_import_name_is_a_note(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    finding = check_distribution()
+    assert (finding.state, "fastvae-latents is not installed" in finding.sentence) == ("note", True)

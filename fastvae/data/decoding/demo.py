@@ -35,7 +35,7 @@ def write_photographs(folder: Path) -> list[Path]:
     try:
         from skimage import data
     except ImportError:
-        raise ImportError('the demo\'s photographs come from scikit-image: pip install "fastvae[demo]"') from None
+        raise ImportError("the demo's photographs come from scikit-image: pip install scikit-image") from None
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ class Parquet(Writer):
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise ImportError('Parquet needs pyarrow: pip install "fastvae[data]"') from error
+            raise ImportError("Parquet needs pyarrow: pip install pyarrow") from error
         self._arrow, self._parquet = pyarrow, pyarrow.parquet
         self._about, self._size, self._card = about, size, card
         self._rows: list[dict[str, Any]] = []

@@ -43,7 +43,7 @@ class ParquetSource:
         try:
             import_module("pyarrow.parquet")
         except ImportError as error:
-            raise ValueError("Parquet needs pyarrow: pip install 'fastvae[data]'") from error
+            raise ValueError("Parquet needs pyarrow: pip install pyarrow") from error
         self.name = name
         self._storage, self._files = storage, list(files)
         self._image, self._key = image_column, key_column

@@ -114,7 +114,7 @@ def open_remote(url: str) -> RemoteStorage:
     try:
         fsspec = import_module("fsspec")
     except ImportError as error:
-        raise ValueError(f"{scheme}:// needs fsspec: pip install 'fastvae[data]'") from error
+        raise ValueError(f"{scheme}:// needs fsspec: pip install fsspec") from error
     try:
         files = fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
