@@ -236,7 +236,9 @@ class DiagonalGaussianDistribution:
 
     def _wide(self) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if self.parameters.dtype == torch.float64 else torch.float32
-        return self.mean.to(wide), self.logvar.to(wide)
+        # Views of the moments, as in diffusers: torch sums other strides in another order.
+        mean, logvar = self.parameters.chunk(2, dim=1)
+        return mean.to(wide), logvar.clamp(*LOGVAR_RANGE).to(wide)
 
 
 class AutoencoderMixin:
