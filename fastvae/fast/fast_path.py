@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvae.fast import compiled_passes, fallback_reasons, network_walk
 from fastvae.fast.compiled_passes import Compiled
 from fastvae.fast.counters import DeviceCounters
-from fastvae.fast.cpu_pass import CpuPass
+from fastvae.fast.cpu_pass import ContiguousGroupNorm, CpuPass
 from fastvae.fast.cuda_graphs import Graphs
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.inference_pass import InferencePass
@@ -108,8 +108,11 @@ class FastPath:
             self.graphs.plain[reason] += 1
         if reason is Reason.CPU and x.device.type == "cpu":
             # On a CPU channels_last and reused memory win, and no fused kernel does. A trace needs torch's own ops.
-            if fallback_reasons.needs_gradient(part, x) or not compiled_passes.is_plain_call():
-                y = type(part).forward(part, channels_last(x))
+            if not compiled_passes.is_plain_call():
+                y = type(part).forward(part, channels_last(x) if torch.compiler.is_compiling() else x)
+            elif fallback_reasons.needs_gradient(part, x):
+                with ContiguousGroupNorm():
+                    y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)
                 done = [network_walk.run_part(part, row, CpuPass(self.packed)) for row in rows]

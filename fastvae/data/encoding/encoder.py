@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae.fast.accelerate import accelerate, refresh
+from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.convert import encode_moments
 from fastvae.latents.pixels import normalized
@@ -156,5 +158,7 @@ def _moments(model: Any, x: Tensor) -> Tensor:
         return encode_moments(model, x)
     if hasattr(model, "encode_moments"):
         return model.encode_moments(x)
-    result = model.encoder(x)  # a model of diffusers
+    # A model of diffusers, or one restored by the self check. On a CPU torch's norm errs in channels_last.
+    with ContiguousGroupNorm() if x.device.type == "cpu" else nullcontext():
+        result = model.encoder(x)
     return result if getattr(model, "quant_conv", None) is None else model.quant_conv(result)

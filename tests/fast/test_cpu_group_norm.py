@@ -1,0 +1,197 @@
+"""GroupNorm and SiLU of the CPU's pass against float64: sizes, means, pictures, dtypes, threads; whole models too."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fast.small_models import small_model
+from support.accuracy import assert_as_accurate
+from support.small_store import small_vae
+from torch import nn
+
+import fastvae
+from fastvae.fast.cpu_pass import ContiguousGroupNorm, group_norm_silu
+
+slow = pytest.mark.slow
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _as_a_users_cpu(monkeypatch):
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+
+
+def norm_of(channels, groups, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    norm = nn.GroupNorm(groups, channels, eps=1e-6).requires_grad_(False)
+    norm.weight.copy_(torch.randn(channels, generator=generator))
+    norm.bias.copy_(torch.randn(channels, generator=generator))
+    return norm.to(dtype)
+
+
+def plain(norm, x):
+    return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+
+
+def check(norm, x):
+    """``x`` [N, C, H, W] in its dtype: out of place, in place, and both the same."""
+    eager, truth = plain(norm, x), plain(copy.deepcopy(norm).double(), x.double())
+    given = x.contiguous(memory_format=torch.channels_last).clone(memory_format=torch.preserve_format)
+    before = given.clone()
+    ours = group_norm_silu(norm, given)
+    assert torch.equal(given, before)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_as_accurate(ours, eager, truth)
+    assert torch.equal(group_norm_silu(norm, given, in_place=True), ours)
+
+
+def noise(*shape, mean=0.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) + mean
+
+
+def one_pixel(channels, side, level):
+    """Flat pictures, in each of which one pixel is another: eight at once, so that no single rounding decides."""
+    x = torch.full((8, channels, side * side), level)
+    for row, place in enumerate((0, 1, side, side * side // 8, side * side // 2, side * side // 2 + 3, -2, -1)):
+        x[row, :, place] = level - 0.4 - 0.37 * row
+    return x.view(8, channels, side, side)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mean", [0, 1, 30, 10_000])
+def test_any_mean_is_within_the_tolerance(mean, dtype):
+    check(norm_of(32, 8, dtype), noise(1, 32, 96, 88, mean=mean).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "dtype"),
+    [
+        (16, 16, torch.float32),
+        (24, 1, torch.float32),
+        (32, 8, torch.float16),
+        pytest.param(16, 16, torch.bfloat16, marks=slow),
+        pytest.param(32, 8, torch.float32, marks=slow),
+        pytest.param(32, 8, torch.bfloat16, marks=slow),
+        pytest.param(24, 1, torch.float16, marks=slow),
+    ],
+    ids=str,
+)
+def test_flat_and_one_pixel_pictures_are_within_the_tolerance(channels, groups, dtype):
+    for side, level in ((33, 0.7), (128, 0.3), (96, 12345.678)):
+        check(norm_of(channels, groups, dtype), one_pixel(channels, side, level).to(dtype))
+        check(norm_of(channels, groups, dtype), torch.full((1, channels, side, side), level).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((1, 32, 8, 8), 8),
+        ((2, 32, 1, 1), 8),
+        ((1, 4096, 9, 5), 32),  # a row wider than ROW
+        ((3, 64, 127, 113), 16),  # no divisor: one pixel a row, and a last strip that is shorter
+        ((70, 64, 17, 16), 16),  # several images a strip, and a last strip of fewer
+        ((1, 32, 512, 512), 8),
+        pytest.param((1, 8, 1024, 1024), 8, marks=slow),
+        pytest.param((1, 128, 512, 512), 32, marks=slow),
+        pytest.param((1, 16, 2048, 2048), 4, marks=slow),
+        pytest.param((1, 4, 4096, 4096), 1, marks=slow),
+    ],
+    ids=str,
+)
+def test_any_size_and_batch_is_within_the_tolerance(shape, groups):
+    check(norm_of(shape[1], groups), noise(*shape, mean=0.5))
+
+
+@pytest.mark.parametrize("threads", [1, 2, pytest.param(3, marks=slow), 4])
+def test_any_number_of_threads_is_within_the_tolerance(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(norm_of(32, 8), noise(1, 32, 128, 96, mean=20.0))
+        check(norm_of(32, 8, torch.bfloat16), noise(1, 32, 128, 96, mean=2.0).bfloat16())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_float64_values_that_are_not_finite_and_empty_batches():
+    norm = norm_of(32, 8).double()
+    x = noise(1, 32, 96, 64, mean=5.0).double()
+    given = x.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(group_norm_silu(norm, given), plain(norm, x), rtol=1e-12, atol=1e-12)
+    x[0, 5, 7, 7] = torch.inf
+    ours = group_norm_silu(norm, x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(ours.isfinite(), plain(norm, x).isfinite())
+    assert group_norm_silu(norm, given[:0]).shape == (0, 32, 96, 64)
+
+
+def test_torchs_norm_in_channels_last_fails_this_test():
+    """The reason for a norm of our own. If this test fails, torch's kernel has become accurate."""
+    norm, x = norm_of(32, 8), noise(1, 32, 256, 256, mean=30.0)
+    wrong, truth = plain(norm, x.contiguous(memory_format=torch.channels_last)), plain(norm.double(), x.double())
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_accurate(wrong.contiguous(), plain(norm.float(), x), truth)
+    with ContiguousGroupNorm():
+        right = plain(norm, x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(right, plain(norm, x))
+
+
+def narrow_model(dtype=torch.float32):
+    """f = 8, one channel a group, as few operations a pixel as a model can have."""
+    options = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 8, "layers_per_block": 1}
+    return small_vae(mid_block_add_attention=False, **options).requires_grad_(False).to(dtype)
+
+
+PICTURES = {
+    "noisy": lambda side: noise(1, 3, side, side).clamp(-1, 1),
+    "white": lambda side: torch.ones(1, 3, side, side),
+    "grey": lambda side: torch.full((1, 3, side, side), 1 / 255),
+    "one pixel": lambda side: one_pixel(3, side, 0.9)[5:6].clamp(-1, 1),
+    "dark": lambda side: noise(1, 3, side, side) * 0.001 - 0.99,
+}
+
+
+@pytest.mark.parametrize(
+    ("side", "dtype", "picture"),
+    [
+        *((64, dtype, picture) for dtype in DTYPES for picture in PICTURES),
+        pytest.param(512, torch.float32, "noisy", marks=slow),
+        (512, torch.float32, "grey"),
+        pytest.param(512, torch.bfloat16, "white", marks=slow),
+        *(pytest.param(1024, torch.float32, picture, marks=slow) for picture in PICTURES),
+        pytest.param(2048, torch.float32, "dark", marks=slow),
+    ],
+    ids=str,
+)
+def test_an_accelerated_model_is_within_the_tolerance_at_sizes_people_use(side, dtype, picture):
+    stock = narrow_model(dtype)
+    fast, wide = fastvae.accelerate(copy.deepcopy(stock), freeze=True), copy.deepcopy(stock).double()
+    x = PICTURES[picture](side).to(dtype)
+    moments = [vae.encode(x.to(vae.dtype)).latent_dist.parameters for vae in (fast, stock, wide)]
+    assert_as_accurate(*moments)
+    z = moments[1].chunk(2, dim=1)[0].contiguous()
+    assert_as_accurate(*(vae.decode(z.to(vae.dtype)).sample for vae in (fast, stock, wide)))
+
+
+def test_1024_pixels_are_within_the_tolerance():
+    """The encoder of a model of one level alone: truth in float64 of more takes seconds."""
+    one = {"block_out_channels": (4,), "norm_num_groups": 4, "layers_per_block": 1, "mid_block_add_attention": False}
+    options = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    stock = small_vae(**one, **options).requires_grad_(False)
+    fast, wide = fastvae.accelerate(copy.deepcopy(stock)), copy.deepcopy(stock).double()
+    x = noise(1, 3, 1024, 1024) * 0.02 + 0.9
+    assert_as_accurate(*(vae.encode(x.to(vae.dtype)).latent_dist.parameters for vae in (fast, stock, wide)))
+
+
+def test_a_block_with_a_hook_and_a_gradient_are_within_the_tolerance():
+    """A block that runs as a module, and a pass with a gradient, run torch's layers in channels_last."""
+    stock = small_model("SD")
+    x = noise(1, 3, 128, 128) * 0.01 + 0.9
+    truth = copy.deepcopy(stock).double().encode(x.double()).latent_dist.parameters
+    eager = stock.encode(x).latent_dist.parameters
+    fast = fastvae.accelerate(copy.deepcopy(stock))
+    for block in fast.encoder.down_blocks:
+        block.register_forward_hook(lambda module, given, result: None)
+    assert_as_accurate(fast.encode(x).latent_dist.parameters, eager, truth)
+    fast = fastvae.accelerate(copy.deepcopy(stock)).requires_grad_(True)
+    assert_as_accurate(fast.encode(x).latent_dist.parameters.detach(), eager, truth)
