@@ -1,8 +1,9 @@
-"""Compares the fast path with torch's layers on one image, on this device and with this model, before a run."""
+"""Compares the fast path with torch's layers on four pictures, on this device and with this model, before a run."""
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -10,47 +11,68 @@ from torch import Tensor
 
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.fast.accelerate import restore
+from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.scaling import pixel_multiple
 
-SIDE = 32
-# Multiple of torch's own error in the same dtype, against float64. The kernels' tests allow 2. Here one small image
-# represents all images, a wrong result is orders of magnitude away, and a false alarm makes a whole run slow.
+# An error that grows with the picture shows at this size; float64 of SD's encoder takes a second on one core.
+SIDES = {"waves": 32, "flat": 64, "noisy": 64, "large": 128}
+# Multiple of torch's own error in the same dtype, against float64. The kernels' tests allow 2. Here four pictures
+# represent all images, a wrong result is orders of magnitude away, and a false alarm makes a whole run slow.
 ALLOWED = 8
 
 
 def check_fast_path(encoder: MomentEncoder) -> str | None:
-    """Return None if one small image has the latents that torch's layers compute.
+    """Return None if waves, a flat, a noisy and a large picture have the latents that torch's layers compute.
 
-    Else return a sentence with the error, and restore the encoder's models, which are then slower. A model that was not
-    accelerated is not checked.
+    Else return a sentence with the picture and its error, and restore the encoder's models, which are then slower. A
+    model that was not accelerated is not checked.
     """
     model: Any = encoder.model
     if ACCELERATED not in vars(model):
         return None
-    error, allowed = _errors(model, encoder.device)
-    if error <= allowed:
-        return None
-    restore(encoder.model)
-    restore(encoder.reference)
-    dtype = str(encoder.dtype).removeprefix("torch.")
-    return (
-        f"the fast path is wrong on this {encoder.device.type} in {dtype} (error {error:.1e}, torch's own allow "
-        f"{allowed:.1e}): torch's own layers run, slower; fastvae doctor says more"
-    )
-
-
-def _errors(model: Any, device: torch.device) -> tuple[float, float]:
-    """Return rms(fast - exact) / rms(exact) of one image, and its limit; exact: torch, float64, fp32 for halves."""
-    side = max(SIDE, pixel_multiple(model))
-    x = _pattern(side).to(device)
-    dtype = next(model.encoder.parameters()).dtype
     stock = restore(copy.deepcopy(model))
+    dtype = next(model.encoder.parameters()).dtype
+    exact = copy.deepcopy(stock).to(torch.float64 if dtype == torch.float32 else torch.float32)
+    for name, picture in check_pictures(pixel_multiple(model)).items():
+        error, allowed = _errors(model, stock, exact, picture.to(encoder.device))
+        if error <= allowed:
+            continue
+        restore(encoder.model)
+        restore(encoder.reference)
+        return (
+            f"the fast path is wrong on this {encoder.device.type} in {str(dtype).removeprefix('torch.')} ({name} "
+            f"picture: error {error:.1e}, torch's own allow {allowed:.1e}): torch's own layers run, slower; fastvae "
+            "doctor says more"
+        )
+    return None
+
+
+def check_pictures(multiple: int) -> dict[str, Tensor]:
+    """Return pictures [1, 3, H, W] in [-1, 1], fp32, of sides that are multiples of ``multiple``, by name.
+
+    Each has what the others have not: waves that differ in every channel and pixel; one value; noise; many pixels whose
+    mean is many deviations.
+    """
+    sides = {name: math.ceil(side / multiple) * multiple for name, side in SIDES.items()}
+    noise = torch.rand(1, 3, sides["noisy"], sides["noisy"], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return {
+        "waves": _waves(sides["waves"]),
+        "flat": torch.ones(1, 3, sides["flat"], sides["flat"]),
+        "noisy": noise,
+        "large": 0.9 + 0.02 * _waves(sides["large"]),
+    }
+
+
+def _errors(model: Any, stock: Any, wide: Any, x: Tensor) -> tuple[float, float]:
+    """Return rms(fast - exact) / rms(exact) of one image, and its limit; exact: torch, float64, fp32 for halves."""
+    dtype, exact_dtype = (next(one.encoder.parameters()).dtype for one in (stock, wide))
+    given = x.to(dtype)
     with torch.inference_mode():
-        fast = _moments(model, x.to(dtype, memory_format=torch.channels_last))
-        plain = _moments(stock, x.to(dtype, memory_format=torch.channels_last))
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
-        exact = _moments(stock.to(wide), x.to(wide)).double()
+        fast = _moments(model, given.contiguous(memory_format=torch.channels_last))
+        with ContiguousGroupNorm():
+            plain = _moments(stock, given)
+            exact = _moments(wide, given.to(exact_dtype)).double()
     scale = exact.square().mean().sqrt()
     # Infinities of half precision are found and redone row by row: they do not indicate a wrong kernel.
     if not plain.isfinite().all():
@@ -64,7 +86,7 @@ def _moments(model: Any, x: Tensor) -> Tensor:
     return y if getattr(model, "quant_conv", None) is None else model.quant_conv(y)
 
 
-def _pattern(side: int) -> Tensor:
+def _waves(side: int) -> Tensor:
     """Return waves in [-1, 1], fp32 [1, 3, side, side], that differ in every channel and pixel."""
     at = torch.arange(3 * side * side, dtype=torch.float64)
     return torch.sin(at * 0.7 + torch.sin(at * 0.013) * 5).float().view(1, 3, side, side)

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.small_store import SIDE, small_vae, write_pictures
 
 import fastvae
@@ -66,6 +67,18 @@ def test_row_21_a_right_one_passes_within_two_seconds(dtype, widths):
         assert check_fast_path(encoder) is None
         assert time.process_time() - started < 2
         assert ACCELERATED in vars(encoder.model)
+
+
+def test_row_21_torchs_norm_in_channels_last_is_noticed_on_a_flat_or_large_picture(monkeypatch):
+    """What the CPU's pass ran before it had a norm of its own; one small picture of waves did not show it."""
+
+    def norm(layer, x, *, in_place=False):
+        return F.silu(F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps))
+
+    monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", norm)
+    wrong = check_fast_path(MomentEncoder(small_vae(norm_num_groups=8), "fp32", torch.device("cpu")))
+    assert wrong is not None
+    assert "(flat picture: error" in wrong or "(large picture: error" in wrong
 
 
 def test_row_21_a_model_that_overflows_is_no_wrong_kernel():
