@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch.nn.functional as F
 from click.testing import CliRunner
 from support.small_store import picture, small_vae
 
@@ -54,6 +55,21 @@ def test_a_fast_path_that_is_wrong_ends_in_code_1(folder, tmp_path, monkeypatch)
     result = run(folder, "--html", tmp_path / "page.html", "--dtype", "fp32", code=1)
     assert "TOO FAR" in result.stdout
     assert "<strong>The error of some stages is more than twice" in (tmp_path / "page.html").read_text()
+
+
+def test_an_error_that_the_images_do_not_show_ends_in_code_1(folder, monkeypatch):
+    """torch's GroupNorm in channels_last, which loses digits on flat and on large pictures."""
+
+    def norm(layer, x, *, in_place=False):
+        return F.silu(F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps))
+
+    right = json.loads(run(folder, "--json", "--dtype", "fp32").stdout)
+    assert right["generated"] == {"waves": [], "flat": [], "noisy": [], "large": []}
+    monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", norm)
+    wrong = json.loads(run(folder, "--json", "--dtype", "fp32", code=1).stdout)
+    assert wrong["is_right"] is False
+    assert wrong["generated"]["large"]
+    assert "large picture: TOO FAR in " in run(folder, "--dtype", "fp32", code=1).stdout
 
 
 @pytest.mark.parametrize(

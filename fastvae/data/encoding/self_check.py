@@ -58,9 +58,9 @@ def check_pictures(multiple: int) -> dict[str, Tensor]:
     noise = torch.rand(1, 3, sides["noisy"], sides["noisy"], generator=torch.Generator().manual_seed(0)) * 2 - 1
     return {
         "waves": _waves(sides["waves"]),
-        "flat": torch.ones(1, 3, sides["flat"], sides["flat"]),
+        "flat": -torch.ones(1, 3, sides["flat"], sides["flat"]),
         "noisy": noise,
-        "large": 0.9 + 0.02 * _waves(sides["large"]),
+        "large": -0.9 + 0.02 * _waves(sides["large"]),
     }
 
 
