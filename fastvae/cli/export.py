@@ -35,6 +35,11 @@ from fastvae.system.terminal import strip_control_characters
     type=click.Choice(["sd", "sdxl", "sd3", "flux"]),
     help="For npz-kohya: the model family, which decides file names and scaling. Default: from the store's scaling.",
 )
+@click.option(
+    "--beside-images",
+    is_flag=True,
+    help="For npz-kohya: DST is the folder of the images, and each file goes beside its image.",
+)
 @click.option("--shard-mb", type=float, default=256, show_default=True, help="Size of a tar or Parquet file in MB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @options.quiet
@@ -50,5 +55,7 @@ def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> No
     else:
         what = f"{done.about['posterior']}, {done.about['space']}"
         rest = f"; {done.pending} rows are planned and not committed: fastvae verify says why" if done.pending else ""
+        for keys in done.clashes:
+            echo(strip_control_characters(f"clash   {', '.join(keys)} would share a file: none is written, rename one"))
         files = f"{done.files} files, {format_bytes(done.bytes)}"
         echo(strip_control_characters(f"done    {done.rows} rows ({what}) in {files}: {done.path}{rest}"))

@@ -36,7 +36,8 @@ CONTENT, LEASES = "content", "leases"
 class ExportReport:
     """Result of an export: the folder, rows, files and bytes, and ``about``, the content of export.json.
 
-    ``pending``: rows planned in the store and not exported, because they are not committed.
+    ``pending``: rows planned in the store and not exported, because they are not committed. ``clashes``: keys of images
+    that would share a file, which is not written, with beside_images.
     """
 
     path: str
@@ -45,6 +46,7 @@ class ExportReport:
     files: int = 0
     bytes: int = 0
     about: dict[str, Any] = field(default_factory=dict)
+    clashes: list[list[str]] = field(default_factory=list)
 
 
 def export(
@@ -57,6 +59,7 @@ def export(
     seed: int = 0,
     family: str | None = None,
     shard_mb: float = 256,
+    beside_images: bool = False,
     progress: bool = True,
 ) -> ExportReport:
     """Write every committed row of the latent store into the new folder ``dst``, which appears complete or not at all.
@@ -68,7 +71,9 @@ def export(
     one latent an image: "sample", their default, or "mean". scaled: as scale_latents returns them, in fp32, else raw as
     stored. family: for kohya's caches alone ("sd", "sdxl", "sd3", "flux"), whose latents are raw except for flux; by
     default the family with the store's channels and scaling. shard_mb: size of a tar or Parquet file. progress: a plan
-    line on stderr.
+    line on stderr. beside_images: for kohya's caches, ``dst`` is the existing folder of the images, and each file is
+    renamed to its place beside its image, where sd-scripts reads it; an older cache of that name is replaced. Images
+    that would share a file, such as x.jpg and x.png of one size, get none and are named.
     Raises FileExistsError if ``dst`` exists, ValueError for another argument, for a family that the store's
     latents are not of, for keys that the format cannot have or for several crops of an image in kohya's layout,
     StoreError for a folder that is not a store or cannot be scaled, OSError, ENOSPC if the disk is too small,
@@ -76,7 +81,9 @@ def export(
     """
     _check(to, posterior, scaled, family, shard_mb)
     out = Path(dst)
-    if out.exists() or out.is_symlink():
+    if beside_images and not (to == "npz-kohya" and out.is_dir()):
+        raise ValueError(f"beside_images must be used with npz-kohya and the folder of the images, got {to} and {out}")
+    if not beside_images and (out.exists() or out.is_symlink()):
         raise FileExistsError(f"dst must be a new folder, {out} is there already")
     is_kohya = to == "npz-kohya"
     posterior = posterior or ("sample" if is_kohya else "dist")
@@ -101,10 +108,13 @@ def export(
         if note:
             print_stderr(f"fastvae: {note}\n")
     check_room(out, needed)
-    written = _write_folder(
-        out, about, lambda content: _writer(to, content, about, opened, int(shard_mb * 1e6)), records
-    )
-    return ExportReport(os.fspath(out), len(rows), about["pending"], len(written), sum(written), about)
+    clashes: dict[Path, list[str]] | None = {} if beside_images else None
+    writer = lambda content: _writer(to, content, about, opened, int(shard_mb * 1e6), clashes)  # noqa: E731
+    written = _write_folder(out, about, writer, records, beside_images)
+    shared = list((clashes or {}).values())
+    lost = {key for keys in shared for key in keys}
+    count = sum(key not in lost for key in rows.keys())  # noqa: SIM118 (the dataset's method, a key a row)
+    return ExportReport(os.fspath(out), count, about["pending"], len(written), sum(written), about, shared)
 
 
 def _write_folder(
@@ -112,8 +122,12 @@ def _write_folder(
     about: dict[str, Any],
     make_writer: Callable[[Path], Kohya | Tar | Parquet],
     rows: Iterator[dict[str, Any]],
+    beside: bool,
 ) -> list[int]:
-    """Write ``rows`` and export.json to a temporary folder, and rename it to ``out``; return the sizes of the files."""
+    """Write ``rows`` and export.json to a temporary folder, and rename it to ``out``; return the sizes of the files.
+
+    beside: rename each file to its place in ``out`` instead, without export.json.
+    """
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
     content = temporary / CONTENT
     content.mkdir(parents=True)
@@ -123,12 +137,24 @@ def _write_folder(
             with make_writer(content) as writer:
                 for row in rows:
                     writer.add(row)
-            write_atomically(content / EXPORT_RECORD, [json_bytes(about, indent=1)])
+            if not beside:
+                write_atomically(content / EXPORT_RECORD, [json_bytes(about, indent=1)])
             sizes = _synchronise_files(content)
-            _take_name(content, out)
+            if beside:
+                _move_beside(content, out)
+            else:
+                _take_name(content, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sizes
+
+
+def _move_beside(content: Path, out: Path) -> None:
+    """Rename each finished file to its place in ``out``."""
+    for path in sorted(path for path in content.rglob("*") if path.is_file()):
+        place = out / path.relative_to(content)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
 
 
 def _take_name(content: Path, out: Path) -> None:
@@ -220,10 +246,12 @@ def _size(rows: LatentDataset) -> int:
     return total
 
 
-def _writer(to: str, folder: Path, about: dict[str, Any], store: Store, size: int) -> Kohya | Tar | Parquet:
+def _writer(
+    to: str, folder: Path, about: dict[str, Any], store: Store, size: int, clashes: dict[Path, list[str]] | None
+) -> Kohya | Tar | Parquet:
     if to == "npz-kohya":
         flip = bool(store.facts["identity"]["preprocess"].get("flip"))
-        return Kohya(folder, about["family"], flip)
+        return Kohya(folder, about["family"], flip, clashes)
     if to == "wds":
         return Tar(folder, size)
     return Parquet(folder, about, size, card=to == "hf")

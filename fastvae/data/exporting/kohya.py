@@ -96,9 +96,10 @@ class Kohya(Writer):
     ``alpha_mask``, fp32 from 0 to 1, at the bucket's size in pixels, which the trainer mirrors itself.
     """
 
-    def __init__(self, folder: Path, family: str, flip: bool):
+    def __init__(self, folder: Path, family: str, flip: bool, clashes: dict[Path, list[str]] | None = None):
+        """clashes: filled with the keys of each file that several images share, which is not written; None: refused."""
         super().__init__(folder)
-        self._flip = flip
+        self._flip, self._clashes = flip, clashes
         self._family, self._layout = family, FAMILIES[family]
         self._written: dict[Path, str] = {}
 
@@ -109,6 +110,8 @@ class Kohya(Writer):
         path = self.folder / key.with_name(f"{key.stem}_{width:04d}x{height:04d}_{self._family}.npz")
         values = row["latents" if "latents" in row else "mean"].astype(np.float32)
         ending = "_{}x{}".format(*values.shape[-2:]) if self._layout.several_sizes else ""
+        if self._clashes is not None and self._is_shared(path, row["key"], self._clashes):
+            return
         if row["variant"] > int(self._flip):
             raise ValueError(f"to must be another than npz-kohya, which holds one crop: {row['key']} has several")
         if row["variant"] == 1:
@@ -127,6 +130,15 @@ class Kohya(Writer):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_npz(path, arrays)
         self._written[path] = row["key"]
+
+    def _is_shared(self, path: Path, key: str, clashes: dict[Path, list[str]]) -> bool:
+        """Return True, and delete the file, if another image has the same one: the trainer would take it for both."""
+        if path not in clashes and self._written.get(path, key) != key:
+            clashes[path] = [self._written[path]]
+            path.unlink()
+        if path in clashes and key not in clashes[path]:
+            clashes[path].append(key)
+        return path in clashes
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

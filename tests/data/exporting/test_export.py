@@ -296,3 +296,20 @@ def test_wrong_arguments_are_refused(store, tmp_path, wrong, words):
 def test_a_folder_that_is_not_a_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"it has no store\.json"):
         run(tmp_path, tmp_path / "out", "wds")
+
+
+def test_kohyas_caches_go_beside_their_images_and_a_clash_is_named(tmp_path):
+    store = write_store(tmp_path / "store", {(32, 32): ["a/x.png", "a/x.jpg", "a/y.png", "z.png"]})
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    (images / "a" / "x.png").write_bytes(b"an image")
+    done = export(store, images, to="npz-kohya", family="sdxl", beside_images=True, progress=False)
+    assert sorted(path.relative_to(images).as_posix() for path in images.rglob("*.*")) == [
+        "a/x.png", "a/y_0032x0032_sdxl.npz", "z_0032x0032_sdxl.npz"
+    ]  # fmt: skip
+    assert (done.rows, done.files, [sorted(keys) for keys in done.clashes]) == (2, 2, [["a/x.jpg", "a/x.png"]])
+    export(store, images, to="npz-kohya", family="sdxl", beside_images=True, progress=False)  # replaces them
+    assert sorted(tmp_path.iterdir()) == [images, tmp_path / "store"]
+    for to, place in (("wds", images), ("npz-kohya", tmp_path / "nothing")):
+        with pytest.raises(ValueError, match="beside_images must be used with npz-kohya and the folder of the images"):
+            export(store, place, to=to, beside_images=True)
