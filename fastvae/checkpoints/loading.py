@@ -37,10 +37,17 @@ _PLAYGROUND_SCALING_FACTOR = 0.5
 def locate(source: str | Path, **options: Any) -> Repository:
     """Return the repository of a directory, a Hub id or "tiny"; ``options`` are the other fields of Repository.
 
-    A directory named tiny is given as ./tiny. Raises FileNotFoundError if this installation has no tiny model.
+    A directory named tiny is given as ./tiny. Raises FileNotFoundError for a name without a slash that is no directory
+    (the Hub's ids of VAEs have one, and a mistyped name would be tried for half a minute), and if this installation has
+    no tiny model.
     """
     if str(source) != TINY:
-        return Repository(str(source), **options)
+        repository = Repository(str(source), **options)
+        if repository.directory is None and not set("/\\") & set(str(source)):
+            raise FileNotFoundError(
+                f'{source} is no folder, and not the id of a Hub repository, such as OWNER/NAME, or "{TINY}"'
+            )
+        return repository
     folder = Path(str(importlib.resources.files("fastvae"))) / "assets" / TINY
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f'"{TINY}": this installation does not carry the embedded model ({folder} is missing)')

@@ -281,3 +281,15 @@ def test_a_hub_that_does_not_answer_is_a_connection_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_answer)
     with pytest.raises(ConnectionError, match="the Hub did not answer and the file is not cached"):
         AutoencoderKL.from_pretrained("owner/vae")
+
+
+def test_a_mistyped_name_is_refused_without_a_request(monkeypatch):
+    import huggingface_hub
+
+    from fastvae.checkpoints.loading import locate
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *given, **options: pytest.fail("a request was made"))
+    with pytest.raises(
+        FileNotFoundError, match="tinny is no folder, and not the id of a Hub repository, such as OWNER/NAME"
+    ):
+        locate("tinny")
