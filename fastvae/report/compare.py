@@ -17,6 +17,7 @@ from fastvae import metrics
 from fastvae.data.encoding.self_check import check_pictures
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import unwrapped, vae_of
+from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.fast.fast_path import FastPath
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import pixels_from_images
@@ -56,10 +57,20 @@ class Stage:
 
     @property
     def is_right(self) -> bool:
-        """True if the fast path is within twice eager's error plus one rounding, or finite if eager is not."""
+        """True if the fast path is within twice eager's error plus one rounding, or finite if eager is not.
+
+        Eager's error is the larger of those in NCHW and in channels_last, with GroupNorm in NCHW in both.
+        """
         if not math.isfinite(self.eager_float64.largest):
             return math.isfinite(self.fast_float64.largest)
-        return self.fast_float64.largest <= self.allowed and self.fast_float64.rms <= self.allowed_rms
+        return self.fast_float64.largest <= self.allowed and self.is_right_by_rms
+
+    @property
+    def is_right_by_rms(self) -> bool:
+        """True if the rms error is within 1.5 times eager's plus one rounding, or finite if eager is not."""
+        if not math.isfinite(self.eager_float64.largest):
+            return math.isfinite(self.fast_float64.largest)
+        return self.fast_float64.rms <= self.allowed_rms
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,8 @@ def compare_files(
     generated = {}
     for name, picture in check_pictures(pixel_multiple(model)).items():
         stages = compare(model, picture[:, : getattr(model.config, "in_channels", 3)]).stages
-        generated[name] = [stage.name for stage in stages if not stage.is_right]
+        # By rms alone: of a flat picture a stage has a few values, and the largest error is one rounding.
+        generated[name] = [stage.name for stage in stages if not stage.is_right_by_rms]
     return f"{vae} (weights: {weights})", replace(found, generated=generated)
 
 
@@ -214,28 +226,40 @@ class _Gap:
 def _measure(
     vae: Any, wide: Any, path: FastPath, x: Tensor, gaps: dict[str, list[_Gap]], psnr: dict[str, list[float]]
 ) -> None:
-    """Run one image [1, C, H, W] through all three, stage by stage."""
+    """Run one image [1, C, H, W] through all three, and through eager in channels_last, stage by stage."""
     weight = next(wide.parameters())
     side_by_side = [
         compare_stages.run_stages(vae, x, path),
         compare_stages.run_stages(vae, x, None),
         compare_stages.run_stages(wide, x.to(weight), None),
     ]
+    # Of a flat picture few values decide, and one rounding each: a second eager run makes the limit less random.
+    laid_out = compare_stages.run_stages(vae, x.contiguous(memory_format=torch.channels_last), None)
     last: list[Tensor] = []
-    for reached in zip(*side_by_side, strict=True):
+    for *reached, (_, other) in zip(*side_by_side, _with_norms_in_nchw(laid_out), strict=True):
         fast, eager, truth = last = [values.to(weight.device) for _, values in reached]
-        pairs = (fast, eager), (fast, truth), (eager, truth)
+        pairs = (fast, eager), (fast, truth), (eager, truth), (other.to(weight.device), truth)
         for gap, pair in zip(gaps.setdefault(reached[0][0], [_Gap() for _ in pairs]), pairs, strict=True):
             gap.add(*pair)
     for variant, image in zip(VARIANTS, last, strict=True):
         psnr[variant].append(_clamped_psnr(image, x.to(weight)))
 
 
+def _with_norms_in_nchw(stages: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield stages that are computed with GroupNorm in NCHW: torch's loses digits in channels_last on a CPU."""
+    while True:
+        with ContiguousGroupNorm():
+            stage = next(stages, None)
+        if stage is None:
+            return
+        yield stage
+
+
 def _stage(name: str, path: str, gaps: list[_Gap], dtype: torch.dtype) -> Stage:
-    fast_eager, fast_float64, eager_float64 = (gap.distance() for gap in gaps)
+    fast_eager, fast_float64, eager_float64, other = (gap.distance() for gap in gaps)
     size, eps = gaps[2], torch.finfo(dtype).eps
-    rms = math.sqrt(size.other / size.count)
-    allowed = tolerance(eager_float64.largest, eager_float64.rms, size.largest_other, rms, eps)
+    eager = max(eager_float64.largest, other.largest), max(eager_float64.rms, other.rms)
+    allowed = tolerance(*eager, size.largest_other, math.sqrt(size.other / size.count), eps)
     return Stage(name, path, fast_eager, fast_float64, eager_float64, *allowed)
 
 
