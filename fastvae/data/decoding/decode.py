@@ -144,8 +144,9 @@ def _decoder(
         _check_weights(
             dataset, lambda: open_model(name, subfolder, revision, torch.float32, ("encoder",), preset), name, is_given
         )
-    model = model.requires_grad_(False).to(device=place, memory_format=torch.channels_last)
-    return model if place.type == "cpu" else accelerate(model, freeze=True)
+    model = model.requires_grad_(False).to(device=place)
+    # On a CPU torch's GroupNorm loses digits in channels_last (docs/numerics.md).
+    return model if place.type == "cpu" else accelerate(model.to(memory_format=torch.channels_last), freeze=True)
 
 
 def _check_channels(dataset: LatentDataset, model: Any) -> None:
