@@ -57,7 +57,7 @@ class ModelMixin(InPipelines, ConfigMixin):
         allow_pickle: bool = False,
         low_cpu_mem_usage: bool = True,
         output_loading_info: bool = False,
-    ) -> Self | tuple[Self, dict[str, list[str]]]:
+    ) -> Self:
         """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
 
         ``torch_dtype`` (or ``dtype``) None means float32, "auto" that of the file. ``parts=("encoder",)`` reads no
@@ -84,7 +84,7 @@ class ModelMixin(InPipelines, ConfigMixin):
         report = loading.new_report(source, cls._class_name(), parts, target, device)
         report.unused_config = unused
         model = cls._from_checkpoint(config, opened, report, target, device)
-        return (model, report.loading_info()) if output_loading_info else model
+        return (model, report.loading_info()) if output_loading_info else model  # type: ignore[return-value]
 
     @classmethod
     def from_single_file(

@@ -220,7 +220,8 @@ def _fill(row: Row, samples: list[float], batch: int, baseline: list[float] | No
 
 def _convolves_in_tf32() -> bool:
     # cudnn.allow_tf32 raises RuntimeError once a flag of fp32_precision is set (torch 2.13). "none": as the next one.
-    flags = (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends)
+    cudnn: Any = torch.backends.cudnn
+    flags = (cudnn.conv, cudnn, torch.backends)
     return next((flag.fp32_precision for flag in flags if flag.fp32_precision != "none"), "none") == "tf32"
 
 

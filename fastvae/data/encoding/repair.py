@@ -115,8 +115,9 @@ def repair(
         return result
     if src is None:
         raise ValueError(_needs_source(path, work))
-    columns = {"image_column": image_column, "key_column": key_column}
-    source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule_of(path))
+    source = open_source(
+        src, image_column=image_column, key_column=key_column, schemes=schemes, tar_rule=tar_rule_of(path)
+    )
     job = _job(opened, source, named_model(opened, vae, subfolder, revision, preset), work.failed, options)
     _check_source(_planned_files(opened, work.damaged), work.retried, job)
     check_memory(job.model, job.settings, options.batch)

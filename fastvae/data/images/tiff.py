@@ -80,7 +80,7 @@ def read_directory(file: BinaryIO, at: int | None = None, tags: Container[int] =
     order = "<" if start[:2] == b"II" else ">"
     big = struct.unpack_from(order + "H", start, 2)[0] == 43
     (first,) = struct.unpack_from(order + ("Q" if big else "I"), start, 8 if big else 4)
-    place = first if at is None else at
+    place = int(first if at is None else at)
     (count,) = struct.unpack(order + ("Q" if big else "H"), _read(file, place, 8 if big else 2))
     step, count = 20 if big else 12, min(count, 65535)
     entries = _read(file, place + (8 if big else 2), step * count + 8)
