@@ -25,9 +25,9 @@ BASE ?= HEAD
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
 
-# A test that takes more than five CPU seconds fails (tests/support/cpu_limit.py).
+# Tests take at most five CPU seconds each on a quiet machine; one that takes ten fails (tests/support/cpu_limit.py).
 test: $(VENV)/.dev
-	CPU_SECONDS_LIMIT=5 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q --durations=10
+	CPU_SECONDS_LIMIT=10 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q --durations=10
 
 test-all: $(VENV)/.dev test-oldest-diffusers
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q -m "slow or not slow"

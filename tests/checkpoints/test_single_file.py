@@ -95,7 +95,7 @@ def tiny_presets(monkeypatch, layouts, model):
 
 def test_a_preset_is_required_if_shapes_fit_several(model, tiny_presets, tmp_path, layouts):
     path = layouts.write(tmp_path / "vae.safetensors", layouts.to_ldm(model.state_dict()))
-    words = r"pass preset= one of 'one' \(scaling_factor 0.25\), 'two' \(scaling_factor 0.5\)"
+    words = r"pass preset= \(--preset\) one of 'one' \(scaling_factor 0.25\), 'two' \(scaling_factor 0.5\)"
     with pytest.raises(ValueError, match=words):
         AutoencoderKL.from_single_file(path)
     loaded = AutoencoderKL.from_single_file(path, preset="one")
@@ -120,7 +120,7 @@ def test_an_unverified_preset_is_never_chosen_silently(tiny_presets, tmp_path, l
     monkeypatch.setattr(presets, "_ALL", (unsure,))
     wide = AutoencoderKL(**{**layouts.small, "latent_channels": 8})
     path = layouts.write(tmp_path / "vae.safetensors", wide.state_dict())
-    with pytest.raises(ValueError, match="pass preset= one of 'wide'"):
+    with pytest.raises(ValueError, match=r"pass preset= \(--preset\) one of 'wide'"):
         AutoencoderKL.from_single_file(path)
 
 

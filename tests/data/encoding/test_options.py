@@ -64,7 +64,7 @@ def test_an_argument_reaches_the_field_of_its_name(module, arguments, wanted, mo
 
     for kind in (LatentOptions, RunOptions):
         monkeypatch.setattr(module, kind.__name__, stop(kind), raising=False)
-    given = {**LATENTS, **SHARED, **OF_ENCODE} if module is encode else SHARED
+    given = {"vae": "tiny", **LATENTS, **SHARED, **OF_ENCODE} if module is encode else SHARED
     with pytest.raises(InterruptedError):
         getattr(module, module.__name__.rsplit(".", 1)[1])(*arguments, **given)
     assert made == wanted

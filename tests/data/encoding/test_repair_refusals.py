@@ -112,7 +112,7 @@ def test_the_models_name_is_printed_before_it_is_opened(made, tmp_path, capsys):
     assert f"model   {tmp_path}/?[2Jgone fastvae: all is well: named by the store; --vae takes another\n" in said
     facts["source"]["subfolder"] = ["vae"]
     (made / "store.json").write_text(json.dumps(facts))
-    with pytest.raises(StoreError, match=r"source\.subfolder and source.revision must be text"):
+    with pytest.raises(StoreError, match=r"source\.subfolder, source\.revision and source\.preset must be text"):
         mend(made, tmp_path / "in")
 
 

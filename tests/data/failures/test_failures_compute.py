@@ -70,7 +70,7 @@ def test_row_21_a_right_one_passes_within_two_seconds(dtype, widths):
 
 
 def test_row_21_torchs_norm_in_channels_last_is_noticed_on_a_flat_or_large_picture(monkeypatch):
-    """What the CPU's pass ran before it had a norm of its own; one small picture of waves did not show it."""
+    """The CPU's pass once ran that norm; one small picture of waves does not show its error."""
 
     def norm(layer, x, *, in_place=False):
         return F.silu(F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps))
