@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a process: the tests run in two workers.
+# One thread a process. Three workers on two cores: one waits for a child or a disk most of the time.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # The oldest versions that pyproject.toml accepts. They are installed into build/, and PYTHONPATH puts them first.
 OLDEST_TRITON := 3.6.0
@@ -27,7 +27,7 @@ demo: $(VENV)/.run
 
 # Tests take at most five CPU seconds each on a quiet machine; one that takes ten fails (tests/support/cpu_limit.py).
 test: $(VENV)/.dev
-	CPU_SECONDS_LIMIT=10 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q --durations=10
+	CPU_SECONDS_LIMIT=10 $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile -q --durations=10
 
 test-all: $(VENV)/.dev test-oldest-diffusers
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q -m "slow or not slow"

@@ -179,6 +179,7 @@ print(json.dumps({"accelerate": in_place, "times": times, "new": sorted(modules(
 """
 
 
+@pytest.mark.slow
 def test_the_first_encode_is_no_slower_and_nothing_is_compiled():
     """In a separate process, after the imports: accelerate and one call, against the median of later calls."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
