@@ -62,6 +62,9 @@ class ChildProcess:
             _send(process.stdin, request)
             result, error = pickle.loads(_receive(process.stdout))
         except (EOFError, BrokenPipeError):
+            # A child that ends has closed its answers already. Closing its requests as well would end it with code 0.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
             raise ChildEnded(self.close()) from None
         except BaseException:
             self.close()  # its answer is still to come, and would be taken for that of the next call
