@@ -1,11 +1,14 @@
 """A VAE whose encoder waits as for a GPU and computes almost nothing, and a dataset of images for it."""
 
+import multiprocessing
 import threading
 import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 class WaitingVAE(nn.Module):
@@ -50,3 +53,18 @@ class Pictures(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(index)
         image = torch.randint(0, 256, (3, self.side, self.side), dtype=torch.uint8, generator=generator)
         return {"image": image, "key": f"{index:03d}.png", "caption": f"picture {index}"}
+
+
+def loader_of(count=10, batch_size=2, workers=0, **options):
+    return DataLoader(Pictures(count, **options), batch_size=batch_size, num_workers=workers)
+
+
+def threads_of_ours():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastvae-")]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert threads_of_ours() == []
+    assert multiprocessing.active_children() == []

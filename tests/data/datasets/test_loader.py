@@ -1,37 +1,21 @@
 """LatentLoader returns the latents of the plain loop, bit for bit and in its order."""
 
 import collections
-import multiprocessing
 import pickle
-import threading
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from support.small_store import small_vae
-from support.waiting_vae import Pictures, WaitingVAE
+from support.waiting_vae import Pictures, WaitingVAE, loader_of
+from support.waiting_vae import no_thread_is_left as no_thread_is_left  # the fixture
 from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.data.datasets.loader import LatentLoader
 from fastvae.data.rows import noise_key
 from fastvae.latents.convert import moments_of_images
-
-
-def loader_of(count=10, batch_size=2, workers=0, **options):
-    return DataLoader(Pictures(count, **options), batch_size=batch_size, num_workers=workers)
-
-
-def threads_of_ours():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastvae-")]
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    assert threads_of_ours() == []
-    assert multiprocessing.active_children() == []
 
 
 def stock_vae():

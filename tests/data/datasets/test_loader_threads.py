@@ -1,7 +1,6 @@
 """Threads of LatentLoader: how far they work ahead, where their errors are raised, and that they end."""
 
 import itertools
-import multiprocessing
 import signal
 import sys
 import threading
@@ -9,26 +8,11 @@ import time
 
 import pytest
 import torch
-from support.waiting_vae import Pictures, WaitingVAE
-from torch.utils.data import DataLoader
+from support.waiting_vae import WaitingVAE, loader_of, threads_of_ours
+from support.waiting_vae import no_thread_is_left as no_thread_is_left  # the fixture
 
 import fastvae
 from fastvae.data.datasets.loader import LatentLoader
-
-
-def loader_of(count=10, batch_size=2, workers=0, **options):
-    return DataLoader(Pictures(count, **options), batch_size=batch_size, num_workers=workers)
-
-
-def threads_of_ours():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastvae-")]
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    assert threads_of_ours() == []
-    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
