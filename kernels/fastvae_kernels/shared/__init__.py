@@ -4,4 +4,5 @@ runtime     where kernels run, and the Cost of a call
 tiles       the tile of a kernel, from the tables in tuned/
 statistics  partial statistics, and merging them
 philox      counter-based random numbers
+winograd_matrices  coefficients of Winograd's convolutions, for GPUs and CPUs
 """
