@@ -12,6 +12,7 @@ inference_pass    blocks without a gradient, on fused kernels
 training_pass     blocks with a gradient, on fused kernels
 cpu_pass          blocks without fused kernels, in channels_last
 packed_weights    laid-out copies and products of weights
+forms             the form of each convolution, by tables of measurements
 counters          counts kept on the device
 calibration       calibrate: power-of-two factors for half precision
 cost_trace        launches, bytes and operations of a pass, on fake tensors

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastvae.fast import layer_checks
+from fastvae.fast.forms.form import DIRECT_ONLY, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, takes_onednn
@@ -34,8 +35,9 @@ class CpuPass(Pass):
 
     differentiable = False
 
-    def __init__(self, packed: PackedWeights):
+    def __init__(self, packed: PackedWeights, forms: Forms = DIRECT_ONLY):
         self.packed = packed
+        self.forms = forms
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
         return Activation(self._convolve(part.conv_in, channels_last(x)))

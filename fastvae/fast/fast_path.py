@@ -16,6 +16,8 @@ from fastvae.fast.counters import DeviceCounters
 from fastvae.fast.cpu_pass import ContiguousGroupNorm, CpuPass
 from fastvae.fast.cuda_graphs import Graphs
 from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.forms.form import DIRECT_ONLY, Forms
+from fastvae.fast.forms.tables import forms_of
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last
@@ -49,6 +51,7 @@ class FastPath:
         self.compiled = Compiled() if compile else None
         self.factors = {"encoder": Factors(), "decoder": Factors()}
         self.packed = PackedWeights(frozen=freeze)
+        self.forms: Forms | None = None  # None: those of the device's tables
         self.counts: dict[str, Any] = {"rows": 0, "rows_again_in_fp32": 0}
         self.counters = DeviceCounters()
 
@@ -90,7 +93,17 @@ class FastPath:
             stream_factor=factors.stream,
             inner_factor=factors.inner,
             quant_conv=quant_conv,
+            forms=self.forms_on(x.device),
         )
+
+    def forms_on(self, device: torch.device) -> Forms:
+        """Return the forms of convolutions on a device: its tables' for frozen weights, else the direct one.
+
+        A transformed weight takes longer to make than it saves in one call.
+        """
+        if self.forms is not None:
+            return self.forms
+        return forms_of(device) if self.packed.frozen else DIRECT_ONLY
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
         """Return the part's output for x, on the fast path if possible, and count its rows without waiting."""
@@ -115,7 +128,7 @@ class FastPath:
                     y = type(part).forward(part, channels_last(x))
             else:
                 rows = x.split(1) if self.deterministic else (x,)
-                done = [network_walk.run_part(part, row, CpuPass(self.packed)) for row in rows]
+                done = [network_walk.run_part(part, row, CpuPass(self.packed, self.forms_on(x.device))) for row in rows]
                 y = torch.cat(done) if len(done) > 1 else done[0]
             return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)

@@ -94,7 +94,7 @@ def _pass(path: FastPath | None, part: Layer, x: Tensor) -> Any:
     kind = "eager" if path is None else stage_path(path, part, x)
     if path is None or kind not in ("fused", "in place"):
         return Eager()
-    return path.pass_for(part, x) if kind == "fused" else CpuPass(path.packed)
+    return path.pass_for(part, x) if kind == "fused" else CpuPass(path.packed, path.forms_on(x.device))
 
 
 def _values(run: Any, activation: Activation) -> Tensor:

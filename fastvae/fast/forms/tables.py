@@ -1,0 +1,72 @@
+"""Tables of forms, one file a device: those shipped, then the user's own, which replace them layer by layer.
+
+A table is a JSON object with the device's name, the versions it was measured with, and ``entries``. It is read once a
+process. Nothing is measured here, and nothing is written at an ordinary call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvae.fast.forms.device_name import name_of
+from fastvae.fast.forms.form import Entry, Form, Forms
+from fastvae.fast.layer_checks import assume_constant_result
+from fastvae.system.cache_folder import cache_folder
+
+SHIPPED = Path(__file__).parent / "shipped"
+TYPES = {"kind": str, "inputs": int, "outputs": int, "dtype": str, "pixels": int, "form": str}
+
+
+@assume_constant_result
+def forms_of(device: torch.device) -> Forms:
+    """Return the forms on a device, by its tables. Raises ValueError if a table cannot be read as one."""
+    return _forms_of(name_of(device))
+
+
+@functools.cache
+def _forms_of(name: str) -> Forms:
+    shipped, own = (read(path) for path in (SHIPPED / f"{name}.json", users_table(name)))
+    replaced = {entry.layer for entry in own}
+    return Forms([*own, *(entry for entry in shipped if entry.layer not in replaced)])
+
+
+def users_table(name: str) -> Path:
+    """Return the place of the user's table for the device of this name."""
+    return cache_folder() / "forms" / f"{name}.json"
+
+
+def has_table(device: torch.device) -> bool:
+    """Return True if a table for this device is shipped, or in the user's cache folder."""
+    name = name_of(device)
+    return any(path.exists() for path in (SHIPPED / f"{name}.json", users_table(name)))
+
+
+def read(path: Path) -> list[Entry]:
+    """Return the entries of a table; none if there is no file. Raises ValueError naming the file and the entry."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return [_entry(line) for line in table["entries"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a table of forms ({error}): delete it, and measure again with fastvae tune"
+        ) from error
+
+
+def _entry(line: Any) -> Entry:
+    named = {field.name: line[field.name] for field in dataclasses.fields(Entry)}
+    if not all(type(value) is TYPES[name] for name, value in named.items()):
+        raise ValueError(f"an entry is {line}")
+    return Entry(**{**named, "form": Form(named["form"])})
+
+
+def clear() -> None:
+    """Forget the tables read so far, after a change of their files."""
+    _forms_of.cache_clear()
