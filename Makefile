@@ -19,6 +19,8 @@ FUZZ_SECONDS ?= 60
 FUZZ_PARSERS ?= config index weights record plan facts shard lease manifest archive table structure image
 RESULTS ?= bench/results/cpu/results.json
 BASE ?= HEAD
+# Prints one line, then installs without a word: $(call install,what it is) ARGUMENTS OF PIP.
+install = @echo "Installing $(1)"; $(BIN)/python -m pip install --quiet
 
 .PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-integrations fuzz check bench report bench-compare audit mutate clean
 
@@ -98,36 +100,37 @@ clean:
 	rm -rf $(VENV) $(OLDEST_FOLDER) $(DIFFUSERS_FOLDER) $(INTEGRATIONS_FOLDER) $(FUZZ_FOLDER) demo .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 # torch first, at its exact version: without one, pip may choose a build with gigabytes of CUDA libraries.
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
-	touch $@
+	$(call install,torch (some minutes)) "$$(grep '^torch==' constraints.txt)"
+	$(call install,fastvae and the packages of the demo) --constraint constraints.txt --editable ".[demo]"
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	$(call install,the packages of the tests (some minutes)) --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	touch $@
+	$(call install,the packages of the benchmarks (some minutes)) --constraint constraints.txt --editable ".[bench]"
+	@touch $@
 
 $(OLDEST_FOLDER)/.done: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) triton==$(OLDEST_TRITON)
-	touch $@
+	$(call install,triton $(OLDEST_TRITON)) --upgrade --no-deps --target $(@D) triton==$(OLDEST_TRITON)
+	@touch $@
 
 # It needs this httpx: newer versions have another client.
 $(DIFFUSERS_FOLDER)/.done: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) diffusers==$(OLDEST_DIFFUSERS) \
+	$(call install,diffusers $(OLDEST_DIFFUSERS)) --upgrade --no-deps --target $(@D) diffusers==$(OLDEST_DIFFUSERS) \
 		httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
-	touch $@
+	@touch $@
 
 $(FUZZ_FOLDER)/.done: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) $(ATHERIS)
-	touch $@
+	$(call install,$(ATHERIS)) --upgrade --no-deps --target $(@D) $(ATHERIS)
+	@touch $@
 
 $(INTEGRATIONS_FOLDER)/.done: constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade --target $(@D) --constraint constraints.txt $(INTEGRATIONS)
-	touch $@
+	$(call install,$(INTEGRATIONS)) --upgrade --target $(@D) --constraint constraints.txt $(INTEGRATIONS)
+	@touch $@

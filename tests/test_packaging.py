@@ -1,8 +1,10 @@
 """Checks that the package contains its files, and that the installed wheel works outside the repository."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -42,6 +44,46 @@ def run(*command, cwd):
     done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_an_editable_install_is_found_in_the_folder_above_the_checkout(tmp_path):
+    """There the folder ``fastvae``, which is the checkout, is an empty namespace package of the same name."""
+    pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
+    checkout, installed = tmp_path / "fastvae", tmp_path / "site-packages"
+    for file in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "build_backend.py"):
+        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, checkout / file)
+    for package in ("fastvae", "kernels/fastvae_kernels"):
+        (checkout / package).mkdir(parents=True, exist_ok=True)
+        (checkout / package / "__init__.py").write_text(f"place = {package!r}\n")
+    build = "import build_backend as backend; print(backend.build_sdist('..'), backend.build_editable('..'))"
+    source, name = run(sys.executable, "-c", build, cwd=checkout).split()[-2:]
+    with tarfile.open(tmp_path / source) as archive:
+        assert "build_backend.py" in {Path(member).name for member in archive.getnames()}
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        wheel.extractall(installed)
+        record = wheel.read(next(member for member in wheel.namelist() if member.endswith("RECORD"))).decode()
+    assert {line.split(",")[0] for line in record.splitlines()} == {*wheel.namelist()}
+    found = "import site; site.addsitedir('site-packages'); import fastvae, fastvae_kernels"
+    printed = run(sys.executable, "-S", "-c", f"{found}; print(fastvae.place, fastvae_kernels.place)", cwd=tmp_path)
+    assert printed.split() == ["fastvae", "kernels/fastvae_kernels"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("target", "steps"), [("demo", 4), ("test", 5)])
+def test_make_prints_one_line_a_step(tmp_path, target, steps):
+    """pip works for minutes without a word. Its place is taken by a script that prints its name."""
+    for file in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\nmkdir -p .venv/bin\ncp {python} .venv/bin/python\ncp {python} .venv/bin/fastvae\necho step\n"
+    )
+    python.chmod(0o755)
+    lines = run("make", target, f"PYTHON={python}", cwd=tmp_path).splitlines()
+    assert [line == "step" for line in lines] == [False, True] * steps, lines
+    assert lines[2] == "Installing torch (some minutes)"
+    assert len(run("make", target, f"PYTHON={python}", cwd=tmp_path).splitlines()) == 2  # everything is installed
 
 
 @pytest.mark.slow
