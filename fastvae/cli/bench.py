@@ -65,7 +65,14 @@ def bench(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Measure encode and decode on this machine: fastvae and diffusers, on the same weights, outputs checked first."""
+    """Measure encode and decode on this machine, beside diffusers.
+
+    Both have the same weights, and a time is shown only after a check of the results.
+
+    \b
+    Example:
+      fastvae bench --vae stabilityai/sdxl-vae --size 512 --html report.html
+    """
     for name, path in (("html", html), ("json", json_file)):
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{name} must be a file in a folder that is there, got {path!r}")

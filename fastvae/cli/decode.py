@@ -16,7 +16,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.argument("store", type=click.Path(exists=True, file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--rows", default="0:16", show_default=True, help="Rows to decode, as in 0:16.")
-@click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
+@click.option("--vae", help="A directory, a Hub id, a single file, or tiny. Default: the model that the store names.")
 @options.model_location
 @options.preset
 @options.device
@@ -25,7 +25,12 @@ from fastvae.system.terminal import strip_control_characters
 @options.quiet
 @errors_as_sentences
 def decode(store: str, out: str, rows: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Decode rows of the latent store STORE into PNG files in OUT."""
+    """Decode rows of the latent store STORE into PNG files in OUT.
+
+    \b
+    Example:
+      fastvae decode latents/ pictures/ --rows 0:16
+    """
     from fastvae.data.decoding.decode import decode as run
     from fastvae.data.decoding.decode import parse_rows
 

@@ -26,9 +26,14 @@ def doctor(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check this machine: versions, GPU, kernels, numerics, fast paths, image codecs, and the disk of FOLDER.
+    """Check this machine, and the disk of FOLDER.
 
-    Every line is ok, a note, or bad. Exit code 1 if one is bad.
+    A line each on versions, GPU, kernels, numerics, fast paths, image codecs and the disk says ok, a note, or bad. Exit
+    code 1 if one is bad.
+
+    \b
+    Example:
+      fastvae doctor latents/ --vae stabilityai/sdxl-vae
     """
     from fastvae.report.doctor import examine
     from fastvae.report.findings import BAD, NOTE

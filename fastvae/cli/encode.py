@@ -123,10 +123,14 @@ from fastvae.system.terminal import strip_control_characters
 @click.pass_context
 @errors_as_sentences
 def encode(context: click.Context, paths: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Encode the images of SRC into the latent store OUT, or resume a run that stopped.
+    """Encode the images of SRC into the latent store OUT, or resume it.
 
     SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, local or under a URL that fsspec knows.
-    Any number of these commands may share one OUT.
+    Any number of these commands may share one OUT. The same command resumes a run that stopped.
+
+    \b
+    Example:
+      fastvae encode photographs/ latents/ --vae stabilityai/sdxl-vae
     """
     if len(paths) < 2:
         got = f"only {paths[0]!r}" if paths else "neither"

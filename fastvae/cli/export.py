@@ -45,7 +45,14 @@ from fastvae.system.terminal import strip_control_characters
 @options.quiet
 @errors_as_sentences
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Write every committed row of the latent store STORE into the new folder DST, in another trainer's format."""
+    """Write every committed row of STORE into DST, for another trainer.
+
+    DST is a new folder, which appears complete or not at all; with --beside-images it is the folder of the images.
+
+    \b
+    Example:
+      fastvae export latents/ caches/ --to npz-kohya
+    """
     from fastvae.data.exporting.export import export as run
     from fastvae.system.terminal import format_bytes
 

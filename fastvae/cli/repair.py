@@ -15,7 +15,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
 @click.argument("src", nargs=-1)
-@click.option("--vae", help="A directory, a Hub id, or tiny. Default: the model that the store names.")
+@click.option("--vae", help="A directory, a Hub id, a single file, or tiny. Default: the model that the store names.")
 @options.model_location
 @options.preset
 @click.option("--retry-failed", is_flag=True, help="Try again every image that failed before, whatever the reason.")
@@ -27,10 +27,14 @@ from fastvae.system.terminal import strip_control_characters
 @click.pass_context
 @errors_as_sentences
 def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Encode the damaged units of STORE, as verify --deep finds them, again from the images of SRC.
+    """Encode the damaged units of STORE again from the images of SRC.
 
-    Settings and model are those that the store names. SRC is the source of the first run; it may be left out if nothing
-    is damaged. Exit code 5 while a run is writing the store.
+    Damaged are those that verify --deep finds. Settings and model are those that the store names. SRC is the source of
+    the first run; it may be left out if nothing is damaged. Exit code 5 while a run is writing the store.
+
+    \b
+    Example:
+      fastvae repair latents/ photographs/
     """
     from fastvae.data.encoding.repair import repair as run
 

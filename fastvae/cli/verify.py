@@ -20,9 +20,13 @@ from fastvae.system.terminal import strip_control_characters
 @click.pass_context
 @errors_as_sentences
 def verify(context: click.Context, store: str, deep: bool, rebuild_index: bool, as_json: bool, quiet: bool) -> None:
-    """Check every committed shard of STORE against its record. Exit code 1 if one is damaged.
+    """Check every committed shard of STORE against its record.
 
-    Nothing is written, except by --rebuild-index if all is sound.
+    Exit code 1 if one is damaged. Nothing is written, except by --rebuild-index if all is sound.
+
+    \b
+    Example:
+      fastvae verify latents/ --deep
     """
     from fastvae.data.store.verify import rebuild_index as rebuild
     from fastvae.data.store.verify import verify as look
