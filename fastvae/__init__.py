@@ -30,6 +30,7 @@ _WHERE = {
     "BucketBatchSampler": "fastvae.data.datasets.sampler",
     "DecoderOutput": "fastvae.models",
     "DiagonalGaussianDistribution": "fastvae.models",
+    "ImageDataset": "fastvae.data.datasets.image_dataset",
     "LatentDataset": "fastvae.data.datasets.dataset",
     "LatentIterable": "fastvae.data.datasets.iterable",
     "LatentLoader": "fastvae.data.datasets.loader",
@@ -50,6 +51,7 @@ _WHERE = {
     "restore": "fastvae.fast.accelerate",
     "sample_posterior": "fastvae.latents.sampling",
     "scale_latents": "fastvae.latents.scaling",
+    "time_ids": "fastvae.data.datasets.collate",
     "unscale_latents": "fastvae.latents.scaling",
     "verify": "fastvae.data.store.verify",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "BucketBatchSampler",
     "DecoderOutput",
     "DiagonalGaussianDistribution",
+    "ImageDataset",
     "LatentDataset",
     "LatentIterable",
     "LatentLoader",
@@ -81,13 +84,16 @@ __all__ = [
     "restore",
     "sample_posterior",
     "scale_latents",
+    "time_ids",
     "unscale_latents",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from fastvae.data.datasets.collate import collate as collate
+    from fastvae.data.datasets.collate import time_ids as time_ids
     from fastvae.data.datasets.dataset import LatentDataset as LatentDataset
+    from fastvae.data.datasets.image_dataset import ImageDataset as ImageDataset
     from fastvae.data.datasets.iterable import LatentIterable as LatentIterable
     from fastvae.data.datasets.loader import LatentLoader as LatentLoader
     from fastvae.data.datasets.sampler import BucketBatchSampler as BucketBatchSampler

@@ -228,13 +228,13 @@ def train(out: Path, steps: int) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT / "examples"))
     import train_loop  # type: ignore[import-not-found]
 
-    epoch = train_loop.stored(out, torch.device("cpu"), 4, 0, 0)
+    rows = fastvae.LatentDataset(out, scaled=True)
+    epoch = train_loop.stored(rows, torch.device("cpu"), 4, 0, 0)
     seen = Counter(key for batch in epoch(0) for key in batch["key"])
-    assert seen == Counter(fastvae.LatentDataset(out).keys()), "an epoch is not every row once"
-    channels = fastvae.LatentDataset(out).latent_channels
+    assert seen == Counter(rows.keys()), "an epoch is not every row once"
     torch.manual_seed(0)
     started = time.perf_counter()
-    losses = train_loop.train(train_loop.Denoiser(channels, torch.device("cpu")), epoch, steps)
+    losses = train_loop.train(train_loop.Denoiser(rows.latent_channels, torch.device("cpu")), epoch, steps)
     first, last = (float(np.mean(part)) for part in (losses[:10], losses[-10:]))
     assert last < first, f"the loss did not fall: {first:.3f} to {last:.3f}"
     per_s = steps / (time.perf_counter() - started)

@@ -24,8 +24,11 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_runs(name, tmp_path, monkeypatch):
     """In a folder with a store and a photograph; models of the Hub are replaced by models of random weights."""
+    (tmp_path / "photographs").mkdir()
     write_store(tmp_path / "latents", {(32, 32): ["a.jpg", "b.jpg"]}, columns={"a.jpg": {"caption": "a"}, "b.jpg": {}})
     picture(0, 16, 16).save(tmp_path / "photo.jpg")
+    picture(1, 300, 260).save(tmp_path / "photographs" / "a.jpg")
+    (tmp_path / "photographs" / "a.txt").write_text("a picture")
     monkeypatch.chdir(tmp_path)
     model = lambda *given, **options: small_vae()  # noqa: E731
     monkeypatch.setattr(fastvae.AutoencoderKL, "from_pretrained", model)

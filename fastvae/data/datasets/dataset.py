@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fastvae.data.datasets.buffer_pool import BufferPool
 from fastvae.data.datasets.collate import Rows
-from fastvae.data.datasets.row_view import LatentDatasets, PackedKeys
+from fastvae.data.datasets.row_view import LatentDatasets, PackedKeys, row_number
 from fastvae.data.rows import noise_keys, sample_id
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import bucket_of
@@ -159,13 +158,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            index = operator.index(index)
-        except TypeError:
-            raise TypeError(f"index must be the number of one row, got {index!r:.80}") from None
-        if not -len(self) <= index < len(self):  # an IndexError ends a for loop over the dataset
-            raise IndexError(f"index must be within the dataset's {len(self)} rows, got {index}")
-        return self._read(np.array([index % len(self)]))[0]
+        return self._read(np.array([row_number(index, len(self))]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Return the items of ``indices``; rows of one bucket are read as one batch, which collate does not copy."""

@@ -1,7 +1,8 @@
-"""Rows of LatentDatasets inside torch's Subset and ConcatDataset, by bucket; several stores as one dataset."""
+"""Rows inside torch's Subset and ConcatDataset, by bucket; several stores as one; numbers and packed keys of rows."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ from torch.utils.data import ConcatDataset, Subset
 from fastvae.data.rows import key_bytes, key_text
 
 Shards = list[tuple[tuple[int, int], Tensor]]
+
+
+def row_number(index: Any, count: int) -> int:
+    """Return ``index`` of ``count`` rows, negative ones counted from the end; raises TypeError and IndexError."""
+    try:
+        index = operator.index(index)
+    except TypeError:
+        raise TypeError(f"index must be the number of one row, got {index!r:.80}") from None
+    if not -count <= index < count:  # an IndexError ends a for loop over a dataset
+        raise IndexError(f"index must be within the dataset's {count} rows, got {index}")
+    return index % count
 
 
 class RowView:
@@ -52,7 +64,7 @@ def _stores_of(dataset: Any) -> Iterator[Any]:
         yield dataset
     else:
         kind = type(dataset).__name__
-        raise TypeError(f"dataset must be a LatentDataset, or a Subset or ConcatDataset of such, got {kind}")
+        raise TypeError(f"dataset must be LatentDataset, ImageDataset, or Subset or ConcatDataset of such, got {kind}")
 
 
 def _shards_of(dataset: Any) -> Shards:

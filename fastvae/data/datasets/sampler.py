@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset, Subset
 
     from fastvae.data.datasets.dataset import LatentDataset
+    from fastvae.data.datasets.image_dataset import ImageDataset
 
 Shards = Sequence[tuple[tuple[int, int], Tensor]]
 ORDER_PREFIX = b"fastvae order 1\0"
@@ -27,11 +28,11 @@ ORDER_PREFIX = b"fastvae order 1\0"
 class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
     """Lists of row numbers of ``dataset``, each of one bucket, in an order that depends on (seed, epoch) alone.
 
-    dataset: a LatentDataset, or a Subset or ConcatDataset of such. Rows are shuffled within a bucket, and batches
-    across buckets, unless ``shuffle`` is False. Each row is returned once an epoch; ``drop_last`` leaves out
-    the rows that do not fill a batch of their bucket. Each of several processes takes its ``rank`` of
-    ``ranks``: all get the same number of batches, in each step of the same bucket and size, for
-    which up to ranks - 1 rows of a bucket are repeated. (accelerate's ``prepare`` would split the batches again, across
+    dataset: a LatentDataset or ImageDataset, or a Subset or ConcatDataset of such. Rows are shuffled within a bucket,
+    and batches across buckets, unless ``shuffle`` is False. Each row is returned once an epoch; ``drop_last`` leaves
+    out the rows that do not fill a batch of their bucket. Each of several processes takes its ``rank`` of ``ranks``:
+    all get the same number of batches, in each step of the same bucket and size, for which up to ranks - 1 rows of a
+    bucket are repeated. (accelerate's ``prepare`` would split the batches again, across
     buckets: do not pass it a loader with this sampler; set rank=accelerator.process_index and
     ranks=accelerator.num_processes here.)
     ``set_epoch`` is the dataset's, so noise and order have one epoch. Raises ValueError for an invalid batch_size,
@@ -40,7 +41,7 @@ class BucketBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __init__(
         self,
-        dataset: LatentDataset | Subset | ConcatDataset,
+        dataset: LatentDataset | ImageDataset | Subset | ConcatDataset,
         batch_size: int,
         *,
         seed: int = 0,

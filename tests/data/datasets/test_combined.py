@@ -72,7 +72,7 @@ def test_several_stores_have_the_items_of_each(stores):
 
 
 def test_another_dataset_is_refused():
-    with pytest.raises(TypeError, match=r"dataset must be a LatentDataset, or a Subset .* got TensorDataset"):
+    with pytest.raises(TypeError, match=r"dataset must be LatentDataset, ImageDataset, or Subset .* got TensorDataset"):
         BucketBatchSampler(TensorDataset(torch.zeros(2)), 2)
 
 
