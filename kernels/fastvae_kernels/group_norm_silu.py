@@ -18,7 +18,8 @@ from torch import Tensor
 from fastvae_kernels.parts.group_norm_gradient import gradients
 from fastvae_kernels.parts.group_norm_tiles import load_vectors, pointwise
 from fastvae_kernels.shared import statistics, tiles
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes, tl, triton
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
@@ -114,8 +115,7 @@ def _normalize_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@torch.library.custom_op("fastvae::group_norm_forward", mutates_args=())
-@on_its_device
+@op
 def group_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,8 +124,7 @@ def group_norm_forward(
     return reference(x, weight, bias, groups, eps, silu), *moments_reference(x, groups, eps)
 
 
-@group_norm_forward.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(group_norm_forward)
 def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, partials: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +149,7 @@ def launch_forward(
     return y, mean, inverse
 
 
-@group_norm_forward.register_fake
+@fake(group_norm_forward)
 def _(x, weight, bias, groups, eps, silu, partials=None):
     _check(x, weight, bias, groups)
     statistics.check_partials(partials, x)
@@ -159,8 +158,7 @@ def _(x, weight, bias, groups, eps, silu, partials=None):
     return statistics.new_channels_last(*x.shape, like=x), mean, inverse
 
 
-@torch.library.custom_op("fastvae::group_norm_backward", mutates_args=())
-@on_its_device
+@op
 def group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,15 +166,14 @@ def group_norm_backward(
     return backward_reference(dy, x, weight, bias, mean, inverse, silu)
 
 
-@group_norm_backward.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(group_norm_backward)
 def launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return gradients(dy, x, weight, bias, mean, inverse, silu)
 
 
-@group_norm_backward.register_fake
+@fake(group_norm_backward)
 def _(dy, x, weight, bias, mean, inverse, silu):
     return statistics.new_channels_last(*x.shape, like=x), torch.empty_like(weight), torch.empty_like(bias)
 
@@ -193,7 +190,7 @@ def _backward(ctx, dy, dmean, dinverse):
     return dx, dweight, dbias, None, None, None, None
 
 
-group_norm_forward.register_autograd(_backward, setup_context=_keep)
+differentiate(group_norm_forward, _backward, _keep)
 
 
 def group_norm_silu(

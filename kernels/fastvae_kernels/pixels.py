@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels.shared import statistics, tiles
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes, tl, triton
 
 MOST_COLOURS = 8
 
@@ -100,8 +101,7 @@ def _conv_in_kernel(
     statistics.store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total, squares, CHANNELS)
 
 
-@torch.library.custom_op("fastvae::pixels_conv_in", mutates_args=())
-@on_its_device
+@op
 def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """(conv_in(pixels) * factor, its partial statistics); differentiable in weight, bias and float pixels.
 
@@ -111,8 +111,7 @@ def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float =
     return reference(pixels, weight, bias, factor)
 
 
-@pixels_conv_in.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(pixels_conv_in)
 def launch(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     _check(pixels, weight, bias)
     statistics.check_kernel_dtype("weight", weight)
@@ -134,7 +133,7 @@ def launch(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) ->
     return y, partials
 
 
-@pixels_conv_in.register_fake
+@fake(pixels_conv_in)
 def _(pixels, weight, bias, factor=1.0):
     _check(pixels, weight, bias)
     batch, _, height, width = pixels.shape
@@ -161,7 +160,7 @@ def _backward(ctx, dy, dpartials):
     return dpixels.to(pixels.dtype) if needed[0] else None, dweight, dbias.to(bias.dtype) if needed[2] else None, None
 
 
-pixels_conv_in.register_autograd(_backward, setup_context=_keep)
+differentiate(pixels_conv_in, _backward, _keep)
 
 
 def audit_cases():
