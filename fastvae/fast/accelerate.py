@@ -20,6 +20,7 @@ from fastvae.fast import copying, fallback_reasons, layer_checks
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
 from fastvae.latents.autoencoder import ACCELERATED
+from fastvae.latents.interpreter import INTERPRETER_IGNORED
 
 Model = TypeVar("Model")
 # Held while forwards are replaced. A call takes no lock: it finds either the one forward or the other.
@@ -63,7 +64,7 @@ def accelerate(
     vae = vae_of(vae_or_pipe)
     if all(fallback_reasons.why_not_shape(part) is Reason.UNSUPPORTED_LAYER for part in _parts(vae)):
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
-    if fallback_reasons.INTERPRETER_IGNORED:
+    if INTERPRETER_IGNORED:
         warnings.warn(
             "TRITON_INTERPRET=1 is for debugging kernels: on a CPU torch's operators run instead", stacklevel=2
         )

@@ -24,6 +24,7 @@ from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation
 from fastvae.fast.packed_weights import PackedWeights, weights_of
 from fastvae.latents.autoencoder import ACCELERATED
+from fastvae.latents.interpreter import without_interpreter
 from fastvae.latents.pixels import pixels_from_images
 from fastvae.latents.scaling import unscale_latents
 
@@ -150,7 +151,8 @@ def _fp16_part(vae: Any, name: str) -> Layer | None:
 
 
 def _measured(part: Layer, run: MeasuringPass, x: Tensor) -> Tensor:
-    return network_walk.run_part(part, x, run)
+    with without_interpreter(x.device):
+        return network_walk.run_part(part, x, run)
 
 
 def _factor(largest: float) -> float:

@@ -5,20 +5,15 @@ Decided at every call, because weights and hooks may change between calls. layer
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 import torch
-from fastvae_kernels.shared import runtime
 from torch import Tensor, nn
 
 from fastvae.fast import layer_checks
 from fastvae.fast.layer_checks import Layer
-
-# Only tests run Triton's interpreter on a CPU: it is 15 times slower than torch there.
-INTERPRETER_IGNORED = runtime.INTERPRETED and os.environ.get("FASTVAE_INTERPRET_ON_CPU") != "1"
-KERNEL_DEVICES = tuple(device for device in runtime.KERNEL_DEVICES if not (device == "cpu" and INTERPRETER_IGNORED))
+from fastvae.latents.interpreter import KERNEL_DEVICES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLOURS, MAX_HEAD_CHANNELS = 8, 512

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from fastvae_kernels.posterior import sample_posterior as posterior_op
 from fastvae_kernels.shared import philox
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from torch import Tensor
 
+from fastvae.latents.interpreter import KERNEL_DEVICES, without_interpreter
 from fastvae.latents.logvar_range import LOGVAR_RANGE
 
 
@@ -44,14 +44,19 @@ def sample_posterior(
     # For a gradient torch's operations compute the sample, so that it can be differentiated twice: the op draws noise.
     wants_gradient = torch.is_grad_enabled() and moments.requires_grad
     if numbers is not None and not wants_gradient:
-        return _strided_as_eager(posterior_op(moments, numbers), mean)
+        return _strided_as_eager(_drawn(moments, numbers), mean)
     if not wants_gradient and (on_cuda := _cuda_generators(mean, generators)):
         return _strided_as_eager(posterior_op(moments, *_reserved(on_cuda, mean)), mean)
     if numbers is None:
         noise = _randn_rows(mean, generators)
     else:
-        noise = posterior_op(torch.zeros_like(moments, requires_grad=False), numbers)
+        noise = _drawn(torch.zeros_like(moments, requires_grad=False), numbers)
     return mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise
+
+
+def _drawn(moments: Tensor, numbers: Tensor) -> Tensor:
+    with without_interpreter(moments.device):
+        return posterior_op(moments, numbers)
 
 
 def check_noise(
