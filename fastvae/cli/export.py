@@ -11,6 +11,9 @@ from fastvae.cli import options
 from fastvae.cli.output import echo, echo_json, errors_as_sentences
 from fastvae.system.terminal import strip_control_characters
 
+# Files that several images would share, whose images are named.
+NAMED_CLASHES = 10
+
 
 @click.command()
 @click.argument("store", type=click.Path(file_okay=False))
@@ -62,7 +65,9 @@ def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> No
     else:
         what = f"{done.about['posterior']}, {done.about['space']}"
         rest = f"; {done.pending} rows are planned and not committed: fastvae verify says why" if done.pending else ""
-        for keys in done.clashes:
+        for keys in done.clashes[:NAMED_CLASHES]:
             echo(strip_control_characters(f"clash   {', '.join(keys)} would share a file: none is written, rename one"))
+        if len(done.clashes) > NAMED_CLASHES:
+            echo(f"clash   {len(done.clashes) - NAMED_CLASHES} more files: --json names their images")
         files = f"{done.files} files, {format_bytes(done.bytes)}"
         echo(strip_control_characters(f"done    {done.rows} rows ({what}) in {files}: {done.path}{rest}"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.command_line import encode, run
-from support.small_store import SIDE, picture, small_vae, write_pictures
+from support.small_store import SIDE, picture, small_vae, write_pictures, write_store
 
 from fastvae.data.decoding.demo import PHOTOGRAPHS
 
@@ -46,6 +46,20 @@ def test_decode_makes_a_contact_sheet(pictures, model, tmp_path):
             assert np.array_equal(pixels[top + 16 : top + 16 + SIDE, left : left + SIDE], np.asarray(image))
 
 
+def test_export_names_ten_clashes_and_json_all(tmp_path):
+    keys = [f"{number:02d}{ending}" for number in range(12) for ending in (".jpg", ".png")]
+    store = write_store(tmp_path / "store", {(32, 32): [*keys, "one.png"]})
+    lines = run("export", store, tmp_path / "npz", "--to", "npz-kohya").stdout.splitlines()
+    assert lines[0] == "clash   00.jpg, 00.png would share a file: none is written, rename one"
+    assert lines[9:11] == [
+        "clash   09.jpg, 09.png would share a file: none is written, rename one",
+        "clash   2 more files: --json names their images",
+    ]
+    assert lines[11].startswith("done    1 rows (sample, raw) in 2 files, ")
+    facts = json.loads(run("export", store, tmp_path / "again", "--to", "npz-kohya", "--json").stdout)
+    assert (facts["rows"], len(facts["clashes"])) == (1, 12)
+
+
 def test_export_prints_its_plan_and_its_result(pictures, model, tmp_path):
     out = tmp_path / "out"
     encode(pictures, out, model)
@@ -54,6 +68,7 @@ def test_export_prints_its_plan_and_its_result(pictures, model, tmp_path):
     assert result.stdout.startswith("done    4 rows (dist, raw) in 2 files, ")
     facts = json.loads(run("export", out, tmp_path / "npz", "--to", "npz-kohya", "--json", "-q").stdout)
     assert (facts["rows"], facts["files"], facts["about"]["family"]) == (4, 5, "sd")
+    assert facts["clashes"] == []
     refused = run("export", out, tmp_path / "new", "--to", "wds", "--family", "sd", code=2)
     assert "family must be left out for wds" in refused.stderr
     again = run("export", out, tmp_path / "tars", "--to", "wds", code=1)

@@ -195,10 +195,6 @@ def interrupted(places, monkeypatch):
     return ended(encode(places))
 
 
-def two_keys(places, monkeypatch):
-    return ended(["export", places["store"], places["out"], "--to", "npz-kohya"])
-
-
 def no_path(places, monkeypatch):
     store = write_store(places["out"], {(32, 32): ["../y.png"]})
     return ended(["export", store, places["out"].parent / "new", "--to", "npz-kohya"])
@@ -233,7 +229,6 @@ PRODUCED = {
         ["export", p["store"], p["out"], "--to", "npz-kohya", "--posterior", "dist"]
     ),
     "a family of another layout": lambda p, m: ended(["export", p["store"], p["out"], "--to", "wds", "--family", "sd"]),
-    "two keys of one file": two_keys,
     "a key that is no path": no_path,
     "a repair without the images": repaired_without_a_source,
     "a repair from other pictures": repaired_from_other_pictures,

@@ -36,8 +36,8 @@ CONTENT, LEASES = "content", "leases"
 class ExportReport:
     """Result of an export: the folder, rows, files and bytes, and ``about``, the content of export.json.
 
-    ``pending``: rows planned in the store and not exported, because they are not committed. ``clashes``: keys of images
-    that would share a file, which is not written, with beside_images.
+    ``pending``: rows planned in the store and not exported, because they are not committed. ``clashes``: the keys of
+    images that would share a file of kohya's caches, which is not written; their rows are not among ``rows``.
     """
 
     path: str
@@ -72,8 +72,9 @@ def export(
     stored. family: for kohya's caches alone ("sd", "sdxl", "sd3", "flux"), whose latents are raw except for flux; by
     default the family with the store's channels and scaling. shard_mb: size of a tar or Parquet file. progress: a plan
     line on stderr. beside_images: for kohya's caches, ``dst`` is the existing folder of the images, and each file is
-    renamed to its place beside its image, where sd-scripts reads it; an older cache of that name is replaced. Images
-    that would share a file, such as x.jpg and x.png of one size, get none and are named.
+    renamed to its place beside its image, where sd-scripts reads it; an older cache of that name is replaced.
+    Images that would share a file of kohya's caches, such as x.jpg and x.png of one size, get none; they are named in
+    the result and in export.json, and the other rows are written.
     Raises FileExistsError if ``dst`` exists, ValueError for another argument, for a family that the store's
     latents are not of, for keys that the format cannot have or for several crops of an image in kohya's layout,
     StoreError for a folder that is not a store or cannot be scaled, OSError, ENOSPC if the disk is too small,
@@ -108,25 +109,33 @@ def export(
         if note:
             print_stderr(f"fastvae: {note}\n")
     check_room(out, needed)
-    clashes: dict[Path, list[str]] | None = {} if beside_images else None
+    clashes: dict[Path, list[str]] = {}
     writer = lambda content: _writer(to, content, about, opened, int(shard_mb * 1e6), clashes)  # noqa: E731
-    written = _write_folder(out, about, writer, records, beside_images)
-    shared = list((clashes or {}).values())
-    lost = {key for keys in shared for key in keys}
-    count = sum(key not in lost for key in rows.keys())  # noqa: SIM118 (the dataset's method, a key a row)
-    return ExportReport(os.fspath(out), count, about["pending"], len(written), sum(written), about, shared)
+    written = _write_folder(out, writer, records, lambda: _without(clashes, about, rows), beside_images)
+    shared = about.get("clashes", [])
+    return ExportReport(os.fspath(out), about["rows"], about["pending"], len(written), sum(written), about, shared)
+
+
+def _without(clashes: dict[Path, list[str]], about: dict[str, Any], rows: LatentDataset) -> dict[str, Any]:
+    """Take the rows of images that would share a file out of the count of ``about``, name them there, and return it."""
+    if clashes:
+        about["clashes"] = [*clashes.values()]
+        lost = {key for keys in clashes.values() for key in keys}
+        about["rows"] = sum(key not in lost for key in rows.keys())  # noqa: SIM118 (the dataset's method, a key a row)
+    return about
 
 
 def _write_folder(
     out: Path,
-    about: dict[str, Any],
     make_writer: Callable[[Path], Kohya | Tar | Parquet],
     rows: Iterator[dict[str, Any]],
+    record: Callable[[], dict[str, Any]],
     beside: bool,
 ) -> list[int]:
     """Write ``rows`` and export.json to a temporary folder, and rename it to ``out``; return the sizes of the files.
 
-    beside: rename each file to its place in ``out`` instead, without export.json.
+    record: gives the content of export.json once all rows are written. beside: rename each file to its place in ``out``
+    instead, without export.json.
     """
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
     content = temporary / CONTENT
@@ -137,6 +146,7 @@ def _write_folder(
             with make_writer(content) as writer:
                 for row in rows:
                     writer.add(row)
+            about = record()
             if not beside:
                 write_atomically(content / EXPORT_RECORD, [json_bytes(about, indent=1)])
             sizes = _synchronise_files(content)
@@ -247,7 +257,7 @@ def _size(rows: LatentDataset) -> int:
 
 
 def _writer(
-    to: str, folder: Path, about: dict[str, Any], store: Store, size: int, clashes: dict[Path, list[str]] | None
+    to: str, folder: Path, about: dict[str, Any], store: Store, size: int, clashes: dict[Path, list[str]]
 ) -> Kohya | Tar | Parquet:
     if to == "npz-kohya":
         flip = bool(store.facts["identity"]["preprocess"].get("flip"))

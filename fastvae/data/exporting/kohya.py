@@ -96,8 +96,8 @@ class Kohya(Writer):
     ``alpha_mask``, fp32 from 0 to 1, at the bucket's size in pixels, which the trainer mirrors itself.
     """
 
-    def __init__(self, folder: Path, family: str, flip: bool, clashes: dict[Path, list[str]] | None = None):
-        """clashes: filled with the keys of each file that several images share, which is not written; None: refused."""
+    def __init__(self, folder: Path, family: str, flip: bool, clashes: dict[Path, list[str]]):
+        """clashes: filled with the keys of each file that several images share, which is not written."""
         super().__init__(folder)
         self._flip, self._clashes = flip, clashes
         self._family, self._layout = family, FAMILIES[family]
@@ -110,7 +110,7 @@ class Kohya(Writer):
         path = self.folder / key.with_name(f"{key.stem}_{width:04d}x{height:04d}_{self._family}.npz")
         values = row["latents" if "latents" in row else "mean"].astype(np.float32)
         ending = "_{}x{}".format(*values.shape[-2:]) if self._layout.several_sizes else ""
-        if self._clashes is not None and self._is_shared(path, row["key"], self._clashes):
+        if self._is_shared(path, row["key"]):
             return
         if row["variant"] > int(self._flip):
             raise ValueError(f"to must be another than npz-kohya, which holds one crop: {row['key']} has several")
@@ -120,8 +120,6 @@ class Kohya(Writer):
             with np.load(path) as cache:
                 arrays = {name: cache[name] for name in cache.files}
             arrays[f"latents_flipped{ending}"] = values
-        elif path in self._written:
-            raise ValueError(f"{self._written[path]} and {row['key']} would share the file {path.name}: rename one")
         else:
             arrays = {f"latents{ending}": values, f"original_size{ending}": np.array([width, height])}
             arrays[f"crop_ltrb{ending}"] = np.array(crop_ltrb((width, height), tuple(row["bucket"][::-1])))
@@ -131,8 +129,9 @@ class Kohya(Writer):
         _write_npz(path, arrays)
         self._written[path] = row["key"]
 
-    def _is_shared(self, path: Path, key: str, clashes: dict[Path, list[str]]) -> bool:
+    def _is_shared(self, path: Path, key: str) -> bool:
         """Return True, and delete the file, if another image has the same one: the trainer would take it for both."""
+        clashes = self._clashes
         if path not in clashes and self._written.get(path, key) != key:
             clashes[path] = [self._written[path]]
             path.unlink()

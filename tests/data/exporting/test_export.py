@@ -251,11 +251,14 @@ def test_a_hostile_key_writes_nothing(tmp_path, key):
     assert {path.parent for path in tmp_path.rglob("*.tar")} == {tmp_path / "exports" / "out"}
 
 
-def test_two_keys_of_one_cache_are_refused(tmp_path):
-    store = write_store(tmp_path / "store", {(32, 32): ["x.png", "x.jpg"]})
-    with pytest.raises(ValueError, match=r"x\.png and x\.jpg would share the file x_0032x0032_sdxl\.npz"):
-        run(store, tmp_path / "out", "npz-kohya")
-    assert os.listdir(tmp_path) == ["store"]
+def test_keys_of_one_cache_are_named_and_the_rest_is_written(tmp_path):
+    store = write_store(tmp_path / "store", {(32, 32): ["x.png", "y.png", "x.jpg", "x.webp", "a/x.png"]})
+    done = run(store, tmp_path / "out", "npz-kohya")
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert written == {"y_0032x0032_sdxl.npz", "a/x_0032x0032_sdxl.npz", "export.json"}
+    assert (done.rows, done.files, done.clashes) == (2, 3, [["x.png", "x.jpg", "x.webp"]])
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == done.about
+    assert (done.about["rows"], done.about["clashes"]) == (2, done.clashes)
 
 
 def test_a_key_that_is_not_utf_8_is_exported_to_tars_alone(tmp_path):
