@@ -90,18 +90,19 @@ def pixels_of(picture: Planned) -> Tensor:
 def plan(folder: Path, sizes: list[Size]) -> list[Planned]:
     """List every picture under ``folder``, sorted by bucket.
 
-    Raises ValueError for two that differ only by extension: their caches would have one name.
+    Those that differ only by extension are named and left out: their caches would have one name.
     """
-    planned = []
-    seen: dict[tuple[Path, Size], Path] = {}
+    by_cache: dict[tuple[Path, Size], list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
             with Image.open(path) as image:  # reads only the header
-                size = image.size
-            other = seen.setdefault((path.with_suffix(""), size), path)
-            if other != path:
-                raise ValueError(f"{other} and {path} would share one cache: rename one of them")
-            planned.append(Planned(path, size, bucket_for(size, sizes)))
+                by_cache.setdefault((path.with_suffix(""), image.size), []).append(path)
+    for paths in by_cache.values():
+        if len(paths) > 1:
+            print(f"left out: {', '.join(map(str, paths))} would share one cache: rename one")
+    planned = [
+        Planned(paths[0], size, bucket_for(size, sizes)) for (_, size), paths in by_cache.items() if len(paths) == 1
+    ]
     return sorted(planned, key=lambda picture: picture.bucket)
 
 
@@ -186,7 +187,7 @@ def main() -> None:
             device="cuda" if cuda else "cpu",
             parts=("encoder",),
         )
-    except (OSError, ValueError) as error:  # no model, an unreadable picture, or two pictures of one cache
+    except (OSError, ValueError) as error:  # no model, or an unreadable picture
         parser.error(str(error))
     fastvae.accelerate(vae, freeze=True)
     done = cache(vae, pictures, arguments.family, batch=arguments.batch, flip=arguments.flip, seed=arguments.seed)

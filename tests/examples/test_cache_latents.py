@@ -115,10 +115,12 @@ def test_cached_pictures_are_not_encoded_again(kohya, vae, photographs):
     assert kohya.cache(vae, pictures, "sd3", batch=2, flip=True) == 4
 
 
-def test_two_pictures_of_one_cache_are_refused(kohya, photographs):
+def test_two_pictures_of_one_cache_are_named_and_left_out(kohya, photographs, capsys):
     picture(3, 96, 80).save(photographs / "wide.jpg")
-    with pytest.raises(ValueError, match=r"wide\.jpg and .*wide\.png would share one cache"):
-        planned(kohya, photographs)
+    assert len(planned(kohya, photographs)) == 3
+    assert capsys.readouterr().out == (
+        f"left out: {photographs / 'wide.jpg'}, {photographs / 'wide.png'} would share one cache: rename one\n"
+    )
     picture(3, 96, 81).save(photographs / "wide.jpg")
     assert len(planned(kohya, photographs)) == 5
 
