@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -37,11 +36,17 @@ def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bo
       fastvae repair latents/ photographs/
     """
     from fastvae.data.encoding.repair import repair as run
+    from fastvae.data.encoding.report import Interrupted
 
-    done = run(store, src[0] if len(src) == 1 else src or None, progress=not quiet, **given)
+    try:
+        done = run(store, src[0] if len(src) == 1 else src or None, progress=not quiet, **given)
+    except Interrupted as stopped:
+        if as_json:
+            echo_json(stopped.report.facts())
+        raise
     report = done.report
     if as_json:
-        echo_json({**asdict(done), "report": report and report.facts()})
+        echo_json(done.facts())
     else:
         for damage in done.damaged:
             echo(strip_control_characters(f"damaged {damage.file} {damage.what}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastvae.data.encoding.batch_size import check_memory
 from fastvae.data.encoding.model import load_model, named_model
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.planning import orphan_records, plan_rows, with_sha256
-from fastvae.data.encoding.report import EncodeReport
+from fastvae.data.encoding.report import EncodeReport, Interrupted
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
 from fastvae.data.encoding.settings import check_layout, stored_settings, tar_rule_of
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
@@ -38,6 +38,7 @@ from fastvae.system.devices import resolve_device
 class RepairReport:
     """Damage that was found, numbers of the units that were encoded again, and images that were tried again.
 
+    After an interruption, those of the units that were committed.
     ``missing``: images that failed, are not in the source, and so were not tried. ``pending``: units that were never
     encoded, which is left to encode. ``report``: of what was encoded; None if nothing was.
     """
@@ -49,6 +50,16 @@ class RepairReport:
     missing: int = 0
     pending: int = 0
     report: EncodeReport | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the report as a dict of JSON values."""
+        return {**asdict(self), "report": self.report and self.report.facts()}
+
+    def count_done(self, work: _Work, done: set[int], units: Sequence[Unit]) -> None:
+        """Count only what is in the units ``done``, after an interruption."""
+        self.units = sorted(work.damaged & done)
+        tried = {row.file.key for unit in units if unit.number in done - work.damaged for row in unit.rows}
+        self.retried = len(tried & work.retried)
 
 
 def repair(
@@ -82,7 +93,9 @@ def repair(
     Raises ValueError for an argument, for a ``src`` that is needed and not given, that holds none of the images, or one
     that is not as it was planned; StoreError for what is no store, has a store.json that its shards contradict, a
     folder instead of a file, or a shard of no unit; StoreLocked while a run is writing it; IdentityMismatch for another
-    model; OSError, ENOSPC when the disk is full. After any error, what was sound stays so, and the same call resumes.
+    model; OSError, ENOSPC when the disk is full; and Interrupted, a KeyboardInterrupt with a report, for Ctrl-C while
+    rows are encoded: finished rows are committed, except those of a damaged unit that is not complete.
+    After any error, what was sound stays so, and the same call resumes.
     """
     options = RunOptions(
         device=device,
@@ -124,7 +137,12 @@ def repair(
     report = result.report = job.report()
     result.missing = len(work.failed.difference(job.reader.listed or {}))
     result.retried = len(work.retried) - result.missing
-    run_job(job, report, lambda leases: _plan(job, leases, work, report), redo=work.damaged)
+    try:
+        run_job(job, report, lambda leases: _plan(job, leases, work, report), redo=work.damaged)
+    except Interrupted as stopped:
+        result.count_done(work, {*stopped.done}, Store.open(path).units())
+        stopped.report = result
+        raise
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,11 +19,14 @@ NAMED_FAILURES = 10
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM during a run; ``report``: its report, with the rows that are kept and lost."""
+    """Ctrl-C or SIGTERM during a run. ``report``: what the call would have returned, with the rows kept and lost;
+    ``done``: numbers of the units that the run committed.
+    """
 
-    def __init__(self, report: EncodeReport):
+    def __init__(self, report: EncodeReport, done: Collection[int]):
         super().__init__(f"{report.ok + report.kept + report.failed} rows kept, {report.lost} lost")
-        self.report = report
+        self.report: Any = report  # of repair, its own
+        self.done = done
 
 
 @dataclass

@@ -79,7 +79,7 @@ def encode_units(worker: Worker, todo: list[Unit]) -> None:
             _encode_all(worker, todo, bar)
     except KeyboardInterrupt:
         worker.report.interrupted = True
-        raise Interrupted(worker.report) from None
+        raise Interrupted(worker.report, worker.done) from None
     finally:
         worker.report.seconds = time.perf_counter() - started
         worker.report.batches, worker.report.halved = worker.encoding.batches.as_dict(), worker.encoding.batches.halved

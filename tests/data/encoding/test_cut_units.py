@@ -4,9 +4,12 @@ import json
 import threading
 
 import pytest
-from support.small_store import SIDE, small_vae, write_pictures
+from click.testing import CliRunner
+from support.repairs import flip
+from support.small_store import SIDE, picture, small_vae, write_pictures
 from support.store_checks import committed
 
+from fastvae.cli.main import cli
 from fastvae.data.encoding import worker as workers
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.encoder import MomentEncoder
@@ -127,3 +130,29 @@ def test_a_caption_that_changed_and_an_image_that_was_planned_again_survive_a_cu
     assert reopened.columns()[last.file.key] == {"caption": "edited"}
     assert [len(unit.rows) for unit in reopened.units()] == [2, 1, PICTURES - 3]
     assert store.split(rest, {row.name for row in rest.rows}) is None
+
+
+def test_json_of_an_interrupted_repair_counts_what_was_committed(made, tmp_path, monkeypatch):
+    picture(77).save(tmp_path / "in" / "bad.png")
+    for unit in (0, 1):
+        flip(made / "shards" / f"00000{unit}-32x32.safetensors")
+    command = ["repair", made, tmp_path / "in", "--device", "cpu", "--workers", 1, "--deterministic", "--json", "-q"]
+
+    def repair():
+        return CliRunner().invoke(cli, [*map(str, command), "--retry-failed"])
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        stopped = repair()
+    facts, report = json.loads(stopped.stdout), json.loads(stopped.stdout)["report"]
+    assert (stopped.exit_code, facts["units"], facts["retried"], len(facts["damaged"])) == (75, [0], 0, 2)
+    assert (report["interrupted"], report["ok"]) == (True, 4)
+    assert report["lost"] >= 1  # a damaged unit is not cut
+    assert f"fastvae: interrupted: 4 rows kept, {report['lost']} lost; " in stopped.stderr
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        again = json.loads(repair().stdout)
+    assert (again["units"], again["retried"], again["report"]["ok"]) == ([1], 0, 4)
+    last = json.loads(repair().stdout)
+    assert (last["units"], last["retried"], last["report"]["ok"]) == ([], 1, 1)
+    assert verify(made, deep=True).damaged == []
