@@ -34,6 +34,12 @@ TINY = "tiny"
 _PLAYGROUND_SCALING_FACTOR = 0.5
 
 
+def full_name(source: str) -> str:
+    """Return the name of a model for the plan line of a command; "tiny" with its purpose."""
+    purpose = " (a model for trying things out: no diffusion model knows its latents)"
+    return source + purpose * (source == TINY)
+
+
 def locate(source: str | Path, **options: Any) -> Repository:
     """Return the repository of a directory, a Hub id or "tiny"; ``options`` are the other fields of Repository.
 

@@ -45,11 +45,12 @@ def compare(
         from fastvae.report.page import check_extra
 
         check_extra()  # before a minute of computing
+    from fastvae.checkpoints.loading import full_name
     from fastvae.report.compare import compare_files
     from fastvae.system.terminal import print_stderr
 
     if not quiet:
-        print_stderr(f"compare {len(images)} images  {given['vae']}  against eager and float64\n")
+        print_stderr(f"compare {len(images)} images  {full_name(given['vae'])}  against eager and float64\n")
     source, found = compare_files(images, **given)
     if as_json:
         echo_json({"vae": source, **found.facts()})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.checkpoints.loading import full_name
 from fastvae.fast.explain import explain
 from fastvae.latents.scaling import pixel_multiple
 from fastvae.report.contestants import (
@@ -84,7 +85,7 @@ def benchmark(
     for _, size, batch in cases:
         _check(model, size, batch, DTYPES[dtype], place)
     plain = model.to(device=place, dtype=DTYPES[dtype])
-    say(f"bench   {vae}  {place}  {dtype}  " + ", ".join(_name(*case) for case in cases))
+    say(f"bench   {full_name(vae)}  {place}  {dtype}  " + ", ".join(_name(*case) for case in cases))
     contestants = contestants_for(plain, compiled=compiled)
     ours = next(one.model for one in contestants if one.name == FASTVAE)
     measured = [_measured(plain, contestants, case, seconds / len(cases), say) for case in cases]

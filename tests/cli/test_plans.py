@@ -51,6 +51,26 @@ def test_a_verb_prints_its_plan_first_and_not_with_quiet(tmp_path, model, verb):
     assert "another model than the one" in quiet.stderr if verb == "decode" else quiet.stderr == ""
 
 
+@pytest.mark.parametrize("verb", ["encode", "bench", "compare"])
+def test_the_tiny_model_is_said_to_be_for_trying_things_out(tmp_path, monkeypatch, verb):
+    def stop(*arguments, **options):
+        raise ValueError("the plan was printed")
+
+    monkeypatch.setattr("fastvae.data.encoding.run.encode_units", stop)
+    monkeypatch.setattr("fastvae.report.benchmark.contestants_for", stop)
+    monkeypatch.setattr("fastvae.report.compare.compare_files", stop)
+    write_pictures(tmp_path / "in", 1)
+    rest = {
+        "encode": [tmp_path / "in", tmp_path / "out", "--buckets", SIDE],
+        "bench": ["--size", SIDE],
+        "compare": [tmp_path / "in" / "000.png"],
+    }[verb]
+    fixed = ["--vae", "tiny", "--dtype", "fp32", "--device", "cpu"]
+    plan, *_, last = CliRunner().invoke(cli, [verb, *map(str, rest), *fixed]).stderr.splitlines()
+    assert "  tiny (a model for trying things out: no diffusion model knows its latents)  " in plan
+    assert last == "fastvae: the plan was printed"
+
+
 def test_the_plans_are_those_of_every_verb():
     assert {*cli.commands} - {*PLANS} == {"demo"}  # which begins with encode's
 

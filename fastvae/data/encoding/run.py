@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvae.checkpoints.loading import TINY
+from fastvae.checkpoints.loading import full_name
 from fastvae.data.encoding.batch_size import BatchSizes, choose_workers
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.image_reader import Chunk, ImageReader, decode_chunk
@@ -150,10 +150,8 @@ def _print_plan(worker: Worker, todo: list[Unit], source: str, free: int) -> Non
     batches = sorted({worker.encoding.batches.size_for(bucket) for bucket in counts}) or [1]
     batch = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
     verb = "encode" if worker.redo is None else "repair"
-    if source == TINY:
-        source = "tiny (a model for trying things out: no diffusion model knows its latents)"
     print_stderr(
-        f"{verb}  {source}  {report.dtype}{error}  {settings.row_format.posterior}  {table}  "
+        f"{verb}  {full_name(source)}  {report.dtype}{error}  {settings.row_format.posterior}  {table}  "
         f"{sum(counts.values())} {what}  ~{format_bytes(needed)} (free {format_bytes(free)})  "
         f"{report.workers} workers of batch {batch}\n"
     )
