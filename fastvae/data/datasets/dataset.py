@@ -148,6 +148,13 @@ class LatentDataset(torch.utils.data.Dataset):
         """Return the key of every row, in row order; a key with several variants is repeated."""
         return list(self._keys)
 
+    def columns(self) -> list[dict[str, Any]]:
+        """Return the source's columns of every row by name, such as its caption, in row order, as the store has them
+        now; {} for a row without any. ``columns=`` adds those that it names to the items.
+        """
+        given = Store.open(self.path).columns()
+        return [given.get(key, {}) for key in self._keys]
+
     def shards(self) -> list[tuple[tuple[int, int], Tensor]]:
         """Return the bucket (height, width in pixels) and the row numbers, int64 [N], of each shard, in order."""
         order = np.argsort(self._shard_of, kind="stable")

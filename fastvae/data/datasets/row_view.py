@@ -103,6 +103,10 @@ class LatentDatasets(ConcatDataset):
         """Return the key of every row, in row order."""
         return [key for part in self.datasets for key in part.keys()]  # type: ignore[attr-defined]  # noqa: SIM118
 
+    def columns(self) -> list[dict[str, Any]]:
+        """Return the source's columns of every row, in row order."""
+        return [columns for part in self.datasets for columns in part.columns()]  # type: ignore[attr-defined]
+
 
 class PackedKeys(Sequence):
     """Keys as one block of bytes: a forked worker that reads them writes to no page of its parent.

@@ -168,6 +168,14 @@ def test_a_pickle_carries_no_open_file(made):
     assert torch.equal(again[3]["mean"], dataset[3]["mean"])
 
 
+def test_columns_are_listed_for_every_row(made, tmp_path):
+    dataset = LatentDataset(made)
+    none = [{}] * 5
+    assert dataset.columns() == [COLUMNS["a"], *none, COLUMNS["g"], COLUMNS["g"], {}]
+    other = write_store(tmp_path / "other", {SQUARE: ["a"]}, columns={"a": {"txt": "another image"}})
+    assert LatentDataset([made, other]).columns() == [*dataset.columns(), {"txt": "another image"}]
+
+
 def test_source_columns_are_those_of_the_key(made):
     dataset = LatentDataset(made, columns=["score", "txt"])
     assert (dataset[0]["txt"], dataset[0]["score"]) == ("an image", 3)
