@@ -6,6 +6,7 @@ One that takes no part has a row with the reason, and the case passes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from bench.timing.cases import Network
 from bench.timing.contestants import COMPARED, CONTESTANTS, EAGER, Job, LeftOut, Ready
 from bench.timing.gate import in_full, sets_beyond_cache, truth_dtype
 from bench.timing.stopwatch import CLOCK, Stopwatch, interval, median
+from fastvae.checkpoints.presets import PRESETS
+from fastvae.fast.survey import Survey
+from fastvae.models import AutoencoderKL
 
 # A case is measured for about this long, but in no fewer rounds than an interval of 95 % needs.
 CASE_SECONDS, FEWEST_ROUNDS = 50.0, 7
@@ -146,6 +150,22 @@ def timed(calls: Mapping[str, Sequence[Callable[[], Any]]], stopwatch: Stopwatch
 
     benchmark.pedantic(one_round, rounds=rounds)
     return seconds
+
+
+def seconds_of_checks(rounds: int) -> dict[str, float]:
+    """Return the least CPU seconds, of this thread, of the checks before each call of Stable Diffusion's parts."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**PRESETS["sd15"].config)
+    taken = {}
+    for name in ("encoder", "decoder"):
+        part, samples = getattr(vae, name), []
+        survey = Survey(part)
+        for _ in range(rounds):
+            begin = time.thread_time()
+            survey.holds(part)
+            samples.append(time.thread_time() - begin)
+        taken[name] = min(samples)
+    return taken
 
 
 def failures(entry: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,8 @@
 accelerate        accelerate, accelerated, restore, refresh, fast_report
 fast_path         the state that an accelerated VAE carries
 copying           copies and pickles of an accelerated part
-compiled_passes   torch.compile of a whole pass
-cuda_graphs       CUDA graphs of whole passes
+capture           CUDA graphs and torch.compile of whole passes
+survey            what runs fused, kept until anything that decides it changes
 network_walk      the order of the blocks of encoder and decoder
 layer_checks      properties of a single layer
 fallback_reasons  why a module falls back, one named reason each
@@ -13,6 +13,7 @@ training_pass     blocks with a gradient, on fused kernels
 cpu_pass          blocks without fused kernels, in channels_last
 packed_weights    laid-out copies and products of weights
 forms             the form of each convolution, by tables of measurements
+fp32_copy         the copy on which rows that overflow are computed again
 counters          counts kept on the device
 calibration       calibrate: power-of-two factors for half precision
 cost_trace        launches, bytes and operations of a pass, on fake tensors

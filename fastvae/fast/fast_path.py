@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.fast import compiled_passes, fallback_reasons, network_walk
-from fastvae.fast.compiled_passes import Compiled
+from fastvae.fast import fallback_reasons, network_walk
+from fastvae.fast.capture import compiled_passes
+from fastvae.fast.capture.compiled_passes import Compiled
+from fastvae.fast.capture.cuda_graphs import Graphs
 from fastvae.fast.counters import DeviceCounters
 from fastvae.fast.cpu_pass import ContiguousGroupNorm, CpuPass
-from fastvae.fast.cuda_graphs import Graphs
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.forms.form import DIRECT_ONLY, Forms
 from fastvae.fast.forms.tables import forms_of
+from fastvae.fast.fp32_copy import Fp32Copy
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last
+from fastvae.fast.survey import Survey
 from fastvae.fast.training_pass import TrainingPass
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import normalized
@@ -52,6 +55,8 @@ class FastPath:
         self.factors = {"encoder": Factors(), "decoder": Factors()}
         self.packed = PackedWeights(frozen=freeze)
         self.forms: Forms | None = None  # None: those of the device's tables
+        self.surveys: dict[str, Survey] = {}
+        self.fp32_copies: dict[str, Fp32Copy] = {}
         self.counts: dict[str, Any] = {"rows": 0, "rows_again_in_fp32": 0}
         self.counters = DeviceCounters()
 
@@ -62,8 +67,8 @@ class FastPath:
     def __deepcopy__(self, memo: dict) -> FastPath:
         clone = FastPath.__new__(FastPath)
         memo[id(self)] = clone
-        # Packed copies are not copied: their keys are the modules of the whole VAE, and the copy may be of one part.
-        empty = {id(self.packed): PackedWeights(self.packed.frozen)}
+        # Packed copies and surveys are not copied: they hold modules of the whole VAE, and the copy may be of one part.
+        empty = {id(self.packed): PackedWeights(self.packed.frozen), id(self.surveys): {}, id(self.fp32_copies): {}}
         vars(clone).update(copy.deepcopy(vars(self), memo | empty))
         return clone
 
@@ -74,12 +79,26 @@ class FastPath:
         if self.compiled is not None:
             self.compiled.clear()
         self.packed.clear()
+        self.fp32_copies.clear()
 
-    def why_not(self, part: Layer, x: Tensor) -> Reason | None:
-        """Return why this call runs the part's own forward, or None."""
+    def why_not(self, part: Layer, x: Tensor, survey: Survey | None = None) -> Reason | None:
+        """Return why this call runs the part's own forward, or None; ``survey`` may be the part's own."""
         if self.precision == "exact":
             return Reason.EXACT
-        return fallback_reasons.why_not_part(part) or fallback_reasons.why_not_input(part, x)
+        decided = fallback_reasons.why_not_part(part) if survey is None else survey.why_not
+        return decided or fallback_reasons.why_not_input(part, x)
+
+    def survey(self, part: Layer) -> Survey | None:
+        """Return the decisions on an encoder or decoder, made again if anything that decides has changed.
+
+        None where none are kept: in a trace, and with precision="exact".
+        """
+        if torch.compiler.is_compiling() or self.precision == "exact":
+            return None
+        survey = self.surveys.get(part_name(part))
+        if survey is None or not survey.holds(part):
+            survey = self.surveys[part_name(part)] = Survey(part)
+        return survey
 
     def pass_for(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> network_walk.Pass:
         """Return the pass for this call: TrainingPass if a gradient is needed, else InferencePass."""
@@ -112,11 +131,12 @@ class FastPath:
         return self._run(part, x)
 
     def _run(self, part: Layer, x: Tensor) -> Tensor:
-        reason = self.why_not(part, x)
+        survey = self.survey(part)
+        reason = self.why_not(part, x, survey)
         if not x.is_floating_point():
             return type(part).forward(part, x)  # torch raises its own error; only encode_latents takes bytes
         if reason is None:
-            return self._run_fused(part, x)
+            return self._run_fused(part, x, survey=survey)
         if self.graphs is not None and not torch.compiler.is_compiling():
             self.graphs.plain[reason] += 1
         if reason is Reason.CPU and x.device.type == "cpu":
@@ -127,28 +147,33 @@ class FastPath:
                 with ContiguousGroupNorm():
                     y = type(part).forward(part, channels_last(x))
             else:
+                run = CpuPass(self.packed, self.forms_on(x.device))
+                run.sure = survey is not None and survey.fused
                 rows = x.split(1) if self.deterministic else (x,)
-                done = [network_walk.run_part(part, row, CpuPass(self.packed, self.forms_on(x.device))) for row in rows]
+                done = [network_walk.run_part(part, row, run) for row in rows]
                 y = torch.cat(done) if len(done) > 1 else done[0]
             return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)
 
-    def _run_fused(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> Tensor:
+    def _run_fused(
+        self, part: Layer, x: Tensor, quant_conv: Layer | None = None, survey: Survey | None = None
+    ) -> Tensor:
         """Return the part's output from the fused kernels, or from a graph of them, and count its rows."""
         run = self.pass_for(part, x, quant_conv)
+        run.sure = survey is not None and survey.fused
 
         def work(x: Tensor) -> Tensor:
             y = network_walk.run_part(part, x, run)
             return y if is_channels_last(x) else y.contiguous()
 
-        if torch.compiler.is_compiling():
+        if survey is None:  # a trace
             y = work(x)
             # torch.compile would guard a Python number by its value and compile again at each call.
             self.counters.add(y, rows=y.shape[0])
             return y
         self.counts["rows"] += x.shape[0]
         if self.graphs is not None:
-            return self.graphs.run(part, x, run, work, self.counters.add)
+            return self.graphs.run(survey, x, run, work, self.counters.add)
         y = work(x)
         self.counters.add(y)
         return y
@@ -163,13 +188,14 @@ class FastPath:
         if encoder is None:
             return vae.encode(x).latent_dist.parameters  # raises that there is no encoder
         untiled = not (getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
-        fused = untiled and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x) is None
+        survey = self.survey(encoder)
+        fused = untiled and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x, survey) is None
         if not fused or fallback_reasons.needs_gradient(encoder, x) or fallback_reasons.why_not_quant_conv(vae):
             moments = self._image_by_image(lambda x: vae.encode(x).latent_dist.parameters, _as_floats(encoder, x))
         elif self.compiled is not None and compiled_passes.is_plain_call():
             moments = self.compiled.call(self._run_fused, encoder, x, quant_conv)
         else:
-            moments = self._run_fused(encoder, x, quant_conv)
+            moments = self._run_fused(encoder, x, quant_conv, survey)
         return self.redo_overflow(vae, x, moments) if again_in_fp32 else moments
 
     def redo_overflow(self, vae: Any, x: Tensor, moments: Tensor) -> Tensor:
@@ -207,11 +233,17 @@ class FastPath:
         if y.dtype == torch.float32 or not len(bad):
             return y
         self.counts["rows_again_in_fp32"] += len(bad)
-        # The memo leaves out the part that is not called, and this path, so the copy is stock.
-        wide = copy.deepcopy(vae, {id(self): None, id(getattr(vae, unused, None)): None}).float()
+        wide = self._fp32_copy(vae, unused)
         # One row at a time: a batch that fills the GPU in half precision does not fit in fp32.
         exact = torch.cat([again(wide, slice(row, row + 1)) for row in bad.tolist()])
         return y.index_copy(0, bad, exact.to(y.dtype))
+
+    def _fp32_copy(self, vae: Any, unused: str) -> Any:
+        held = self.fp32_copies.get(unused)
+        if held is None or not held.holds(vae):
+            self.fp32_copies.pop(unused, None)  # its memory first
+            held = self.fp32_copies[unused] = Fp32Copy(vae, unused, self)
+        return held.updated()
 
     def report(self) -> dict[str, int | str]:
         """Return the counts, the bytes of packed copies, and log2 of the fp16 factors."""
@@ -225,6 +257,7 @@ class FastPath:
             "rows": self.counts["rows"] + self.counters.rows(),
             "non_finite_rows": self.counters.non_finite_rows(),
             "packed_bytes": self.packed.bytes(),
+            "fp32_copy_bytes": sum(held.bytes() for held in list(self.fp32_copies.values())),
             **factors,
             **({} if self.graphs is None else self.graphs.report()),
         }

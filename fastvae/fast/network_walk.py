@@ -31,6 +31,8 @@ class Pass(Protocol):
     """Computation of the blocks of an encoder or decoder, from ``begin`` to ``end``."""
 
     differentiable: bool
+    sure: bool = False
+    """True if a survey found that every block is fused: no block is asked again."""
 
     def begin(self, part: Layer, x: Tensor) -> Activation: ...
     def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation: ...
@@ -65,7 +67,7 @@ def blocks_of(part: Layer) -> list[Layer]:
 
 def run_block(block: Layer, activation: Activation, run: Pass) -> Activation:
     """Run a down, mid or up block: residual blocks, attention between them, and at most one change of size."""
-    reason = fallback_reasons.why_not_block(block)
+    reason = None if run.sure else fallback_reasons.why_not_block(block)
     if reason is not None:
         run.note(block, reason)
         return run.as_module(block, activation)
@@ -73,7 +75,7 @@ def run_block(block: Layer, activation: Activation, run: Pass) -> Activation:
     layers = _layers(block)
     for place, layer in enumerate(layers):
         is_last = place == len(layers) - 1
-        pad = is_last and bool(samplers) and _fused_downsample(block, samplers[0], activation)
+        pad = is_last and bool(samplers) and _fused_downsample(block, samplers[0], activation, run)
         activation = _run_layer(layer, activation, run, pad)
     for sampler in samplers:
         activation = _run_sampler(block, sampler, activation, run)
@@ -94,7 +96,7 @@ def _layers(block: Layer) -> list[Layer]:
 def _run_layer(layer: Layer, activation: Activation, run: Pass, pad: bool) -> Activation:
     is_attention = hasattr(layer, "to_out")
     why_not = fallback_reasons.why_not_attention if is_attention else fallback_reasons.why_not_resnet
-    reason = why_not(layer, activation.x) or _why_not_gradient(activation, run)
+    reason = None if run.sure else why_not(layer, activation.x) or _why_not_gradient(activation, run)
     run.note(layer, reason)
     if reason is not None:
         return run.as_module(layer, activation)
@@ -106,15 +108,16 @@ def _why_not_gradient(activation: Activation, run: Pass) -> Reason | None:
     return Reason.GRADIENT if activation.x.requires_grad and not run.differentiable else None
 
 
-def _fused_downsample(block: Layer, sampler: Layer, activation: Activation) -> bool:
-    down = getattr(block, "downsamplers", None)
-    return bool(down) and fallback_reasons.why_not_downsample(sampler, activation.x) is None
+def _fused_downsample(block: Layer, sampler: Layer, activation: Activation, run: Pass) -> bool:
+    if not getattr(block, "downsamplers", None):
+        return False
+    return run.sure or fallback_reasons.why_not_downsample(sampler, activation.x) is None
 
 
 def _run_sampler(block: Layer, sampler: Layer, activation: Activation, run: Pass) -> Activation:
     is_down = bool(getattr(block, "downsamplers", None))
     why_not = fallback_reasons.why_not_downsample if is_down else fallback_reasons.why_not_upsample
-    reason = why_not(sampler, activation.x) or _why_not_gradient(activation, run)
+    reason = None if run.sure else why_not(sampler, activation.x) or _why_not_gradient(activation, run)
     run.note(sampler, reason)
     if reason is not None:
         return run.as_module(sampler, activation)

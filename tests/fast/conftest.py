@@ -6,7 +6,7 @@ import pytest
 import torch
 from fast.fake_cuda import STILL, FakeGraph, Stream
 
-from fastvae.fast import cuda_graphs
+from fastvae.fast.capture import cuda_graphs
 
 
 @pytest.fixture

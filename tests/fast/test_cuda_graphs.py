@@ -9,8 +9,9 @@ from fast.fake_cuda import STILL, FakeGraph, Watcher
 from fast.small_models import latents, pixels
 
 import fastvae
-from fastvae.fast import cuda_graphs
-from fastvae.fast.cuda_graphs import NoGraph
+from fastvae.fast.capture import cuda_graphs
+from fastvae.fast.capture.cuda_graphs import NoGraph
+from fastvae.fast.survey import Survey
 
 
 def tiny(attention=False, **settings):
@@ -108,7 +109,7 @@ def test_a_changed_state_is_detected(change, stream, monkeypatch):
     x = pixels(vae, 1, 4, 4)
 
     def state():
-        return cuda_graphs.state_of(vae.encoder, vae._fastvae.pass_for(vae.encoder, x))
+        return cuda_graphs.state_of(Survey(vae.encoder), vae._fastvae.pass_for(vae.encoder, x))
 
     before = state()
     assert state() == before, "else nothing would ever be replayed"
@@ -185,9 +186,9 @@ def test_the_decoder_counts_the_pixels_of_its_images(stream, monkeypatch):
     for part, x in (("decoder", latents(vae, 1, 4, 8)), ("encoder", pixels(vae, 1, 8, 16))):
         run = path.pass_for(getattr(vae, part), x)
         monkeypatch.setattr(cuda_graphs, "MAX_PIXELS", 128)
-        assert cuda_graphs.why_not(getattr(vae, part), x, run) is None
+        assert cuda_graphs.why_not(Survey(getattr(vae, part)), x, run) is None
         monkeypatch.setattr(cuda_graphs, "MAX_PIXELS", 127)
-        assert cuda_graphs.why_not(getattr(vae, part), x, run) is NoGraph.SIZE
+        assert cuda_graphs.why_not(Survey(getattr(vae, part)), x, run) is NoGraph.SIZE
 
 
 def test_weights_that_learn_are_captured_where_no_gradient_is_asked(stream):

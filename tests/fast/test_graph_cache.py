@@ -7,8 +7,9 @@ import torch
 from fast.fake_cuda import STILL, FakeGraph
 from torch import nn
 
-from fastvae.fast import cuda_graphs
-from fastvae.fast.cuda_graphs import Graphs, NoGraph
+from fastvae.fast.capture import cuda_graphs
+from fastvae.fast.capture.cuda_graphs import Graphs, NoGraph
+from fastvae.fast.survey import Survey
 
 
 class Part(nn.Module):
@@ -24,10 +25,11 @@ class Part(nn.Module):
 @pytest.fixture
 def call(stream):
     """Return call(x, work), which runs through one Graphs, ``call.graphs``."""
-    part, run, own = Part(), cuda_graphs.InferencePass(None), Graphs()
+    survey, run, own = Survey(Part()), cuda_graphs.InferencePass(None), Graphs()
+    survey.fused = True
 
     def call(x, work=None):
-        return own.run(part, x, run, work or (lambda x: x * 2), lambda y: None)
+        return own.run(survey, x, run, work or (lambda x: x * 2), lambda y: None)
 
     call.graphs = own
     return call
@@ -76,6 +78,24 @@ def test_a_failed_capture_falls_back_with_its_reason_and_leaves_nothing_behind(c
     call.graphs.clear()
     call(x), call(x)
     assert call.graphs.replays == 1, "refresh tries again"
+
+
+def test_a_failed_capture_ends_no_captures_of_other_shapes(call):
+    """One large shape may not fit beside the graphs that are held; a small one still does."""
+    large, small = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 2, 2)
+    attempts = []
+
+    def work(x):
+        if STILL["capturing"] and x.shape == large.shape:
+            attempts.append(x)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x * 2
+
+    for x in (large, large, small, small, large, small):
+        assert torch.equal(call(x, work), x * 2)
+    assert (len(call.graphs.held), call.graphs.replays, len(attempts)) == (1, 2, 1), "the large shape is tried once"
+    assert f"{NoGraph.FAILED} (2 calls)" in call.graphs.report()["no_graph"]
+    assert call.graphs.report()["no_graph"].endswith("the error was: CUDA out of memory")
 
 
 def test_an_error_of_another_kind_is_not_hidden(call):

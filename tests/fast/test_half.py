@@ -15,6 +15,7 @@ import fastvae
 from fastvae.data.encoding.encoder import MomentEncoder, _placed
 from fastvae.fast.accelerate import path_of
 from fastvae.fast.fast_path import UNSCALED, Factors
+from fastvae.fast.fp32_copy import Fp32Copy
 from fastvae.fast.inference_pass import InferencePass
 
 CONFIG = {**TWO, "block_out_channels": (16, 32), "norm_num_groups": 4}
@@ -266,6 +267,34 @@ def test_a_row_that_overflows_is_encoded_again_in_fp32():
         "non_finite_rows": 3,
         "rows_again_in_fp32": 2,
     } == fastvae.fast_report(vae), "a redone batch counts once"
+
+
+def test_the_copy_in_fp32_is_kept_and_follows_the_weights(monkeypatch):
+    """One deep copy, not one a batch; a write into a weight shows, and a replaced layer needs a new copy."""
+    vae, made = half_model(**FEWEST), []
+    monkeypatch.setattr("fastvae.fast.fast_path.Fp32Copy", lambda *given: made.append(given) or Fp32Copy(*given))
+    x = dim_and_bright(vae, CALLS["encoder"][1])
+    fastvae.accelerate(vae)
+    path_of(vae).factors = {"encoder": UNSCALED, "decoder": UNSCALED}
+
+    def redone():
+        wanted = copy.deepcopy(vae).float().encode(x[1:2].float()).latent_dist.mean * vae.config.scaling_factor
+        ours = fastvae.encode_latents(vae, x, posterior="mode")[1:2]
+        return torch.allclose(ours, wanted.half(), rtol=2**-9)
+
+    assert redone()
+    vae.encoder.conv_out.weight.data.mul_(0.5)
+    assert redone()
+    assert len(made) == 1
+    vae.encoder.conv_norm_out = copy.deepcopy(vae.encoder.conv_norm_out)
+    vae.encoder.conv_norm_out.weight.data.mul_(2)
+    assert redone()
+    assert len(made) == 2
+    weights = sum(weight.numel() for name, weight in vae.named_parameters() if not name.startswith("decoder"))
+    assert fastvae.fast_report(vae)["fp32_copy_bytes"] == 4 * weights
+    assert not copy.deepcopy(vae)._fastvae.fp32_copies
+    fastvae.refresh(vae)
+    assert fastvae.fast_report(vae)["fp32_copy_bytes"] == 0
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.fast import network_walk
-from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.inference_pass import InferencePass
-from fastvae.fast.layer_checks import Layer
-from fastvae.fast.network_walk import Activation, Pass
+from fastvae.fast.survey import Survey
 
 GRAPH_DEVICES = ("cuda",)
 MAX_GRAPHS = 32
@@ -55,7 +53,7 @@ class NoGraph(StrEnum):
 class Graph:
     """A captured pass: the state it depends on, its input x and its output y."""
 
-    state: Hashable
+    state: Any
     graph: Any
     x: Tensor
     y: Tensor
@@ -66,10 +64,10 @@ class Graphs:
 
     def __init__(self):
         self.held: OrderedDict[Hashable, Graph] = OrderedDict()
-        self.seen: OrderedDict[Hashable, Hashable] = OrderedDict()
+        self.seen: OrderedDict[Hashable, Any] = OrderedDict()
         self.plain: Counter[StrEnum] = Counter()
         self.replays = 0
-        self.failure: str | None = None
+        self.failures: OrderedDict[Hashable, tuple[Any, str]] = OrderedDict()
         self.pool: Any = None
         self.last: Any = None
         self.lock = threading.RLock()
@@ -84,25 +82,26 @@ class Graphs:
             for key in list(self.held):
                 self._drop(key)
             self.seen.clear()
-            self.pool, self.failure = None, None
+            self.failures.clear()
+            self.pool = None
 
     def run(
         self,
-        part: Layer,
+        survey: Survey,
         x: Tensor,
         run: network_walk.Pass,
         work: Callable[[Tensor], Tensor],
         count: Callable[[Tensor], None],
     ) -> Tensor:
-        """Return ``work(x)``, which takes ``run`` through ``part``, from a graph if there is one.
+        """Return ``work(x)``, which takes ``run`` through the surveyed part, from a graph if there is one.
 
         The result is the caller's own. ``count`` receives each result once and must add on the device.
         """
-        why = why_not(part, x, run)
+        why = why_not(survey, x, run)
         if why is None and isinstance(run, InferencePass):
             layout = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
-            key = (type(part), tuple(x.shape), x.dtype, x.device, layout, run.quant_conv is None)
-            state = state_of(part, run)
+            key = (type(survey.part), tuple(x.shape), x.dtype, x.device, layout, run.quant_conv is None)
+            state = state_of(survey, run)
             with self.lock, torch.cuda.device(x.device):
                 why = self._prepare(key, state, x, work, count)
                 if why is None:
@@ -116,14 +115,13 @@ class Graphs:
     def report(self) -> dict[str, int | str]:
         """Return the number of graphs, of replays, and why other calls took none."""
         whys = [f"{why} ({calls} {'call' if calls == 1 else 'calls'})" for why, calls in self.plain.items()]
-        if self.failure is not None:
-            whys.append(f"the error was: {self.failure}")
+        whys += [f"the error was: {error}" for error in dict.fromkeys(error for _, error in self.failures.values())]
         return {"graphs": len(self.held), "graph_replays": self.replays, "no_graph": "; ".join(whys)}
 
     def _prepare(
         self,
         key: Hashable,
-        state: Hashable,
+        state: Any,
         x: Tensor,
         work: Callable[[Tensor], Tensor],
         count: Callable[[Tensor], None],
@@ -137,24 +135,22 @@ class Graphs:
         # The first call runs without a graph, so that nothing is captured for weights that change at every call or for
         # a shape that occurs once. It also makes packed copies and compiles kernels: neither may happen in a capture.
         if self.seen.get(key) != state:
-            self.seen[key] = state
-            self.seen.move_to_end(key)
-            if len(self.seen) > MAX_GRAPHS:
-                self.seen.popitem(last=False)
+            _keep(self.seen, key, state)
             return NoGraph.FIRST
-        if self.failure is not None:
+        # Only this shape: another may fit into memory. It is tried again when weights or settings change.
+        if key in self.failures and self.failures[key][0] == state:
             return NoGraph.FAILED
         try:
             self.held[key] = self._capture(state, x, work, count)
         except RuntimeError as error:  # raised by CUDA and torch, also when out of memory
-            self.failure = str(error)
+            _keep(self.failures, key, (state, str(error)))
             return NoGraph.FAILED
         if len(self.held) > MAX_GRAPHS:
             self._drop(next(iter(self.held)))
         return None
 
     def _capture(
-        self, state: Hashable, x: Tensor, work: Callable[[Tensor], Tensor], count: Callable[[Tensor], None]
+        self, state: Any, x: Tensor, work: Callable[[Tensor], Tensor], count: Callable[[Tensor], None]
     ) -> Graph:
         self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -194,41 +190,15 @@ class Graphs:
         self.held.pop(key).graph.reset()
 
 
-class SurveyPass(Pass):
-    """A pass that computes nothing and records in ``fused`` if every block is fused."""
-
-    # The activations here are weights, so that one of them requires a gradient does not matter.
-    differentiable = True
-
-    def __init__(self):
-        self.fused = True
-
-    def note(self, module: Layer, reason: Reason | None) -> None:
-        self.fused = self.fused and reason is None
-
-    def begin(self, part: Layer, x: Tensor) -> Activation:
-        return Activation(part.conv_in.weight)  # only dtype and device of an activation are read
-
-    def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation:
-        return activation
-
-    def attention(self, layer: Layer, activation: Activation, pad: bool) -> Activation:
-        return activation
-
-    def downsample(self, sampler: Layer, activation: Activation) -> Activation:
-        return activation
-
-    def upsample(self, sampler: Layer, activation: Activation) -> Activation:
-        return activation
-
-    def as_module(self, module: Layer, activation: Activation) -> Activation:
-        return activation
-
-    def end(self, part: Layer, activation: Activation) -> Tensor:
-        return activation.x
+def _keep(table: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
+    """Write an entry of a table of MAX_GRAPHS entries; the oldest goes first."""
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > MAX_GRAPHS:
+        table.popitem(last=False)
 
 
-def why_not(part: Layer, x: Tensor, run: network_walk.Pass) -> NoGraph | None:
+def why_not(survey: Survey, x: Tensor, run: network_walk.Pass) -> NoGraph | None:
     """Return why this call takes no graph, whatever came before it, or None."""
     if x.device.type not in GRAPH_DEVICES:
         return NoGraph.DEVICE
@@ -238,25 +208,15 @@ def why_not(part: Layer, x: Tensor, run: network_walk.Pass) -> NoGraph | None:
         return NoGraph.TRACED
     if torch.cuda.is_current_stream_capturing():
         return NoGraph.CAPTURING
-    larger = 4 ** sum(bool(getattr(block, "upsamplers", None)) for block in network_walk.blocks_of(part))
+    larger = 4 ** sum(bool(getattr(block, "upsamplers", None)) for block in network_walk.blocks_of(survey.part))
     if not 0 < x.shape[0] * x.shape[2] * x.shape[3] * larger <= MAX_PIXELS:
         return NoGraph.SIZE
-    survey = SurveyPass()
-    network_walk.run_part(part, x, survey)
     return None if survey.fused else NoGraph.MODULE
 
 
-def state_of(part: Layer, run: InferencePass) -> Hashable:
+def state_of(survey: Survey, run: InferencePass) -> tuple[Any, ...]:
     """Return the state that a captured pass depends on: addresses and layouts of weights, settings read in Python."""
-    layers = [*part.modules(), *([] if run.quant_conv is None else [run.quant_conv])]
-    weights = tuple(
-        (weight.data_ptr(), weight.dtype, weight.device, weight.shape, weight.stride())
-        for layer in layers
-        for weight in layer._parameters.values()
-        if weight is not None
-    )
-    norms = tuple((layer.num_groups, layer.eps) for layer in layers if type(layer) is nn.GroupNorm)
-    processors = tuple(type(vars(layer)["processor"]) for layer in layers if "processor" in vars(layer))
+    folded = () if run.quant_conv is None else tuple(map(_place_of, run.quant_conv.parameters()))
     settings = tuple(value for value in vars(run).values() if isinstance(value, (bool, float)))
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches = (
@@ -269,4 +229,8 @@ def state_of(part: Layer, run: InferencePass) -> Hashable:
         matmul.allow_bf16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
     )
-    return id(part), weights, norms, processors, settings, switches
+    return id(survey.part), survey.state, folded, settings, switches
+
+
+def _place_of(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
