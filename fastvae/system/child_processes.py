@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any, Self, TypeVar
 
+from fastvae.system.threads import call_within
+
 Result = TypeVar("Result")
 # With -P no module of the working directory is imported before the parent's sys.path is set.
 COMMAND = (
@@ -26,6 +28,8 @@ COMMAND = (
 )
 # Seconds that a child has to end after its pipe was closed, before it is killed.
 GRACE = 0.2
+# Seconds in which a child must have answered a call, unless its caller says otherwise.
+ANSWER_SECONDS = 600
 
 
 class ChildEnded(RuntimeError):
@@ -34,6 +38,10 @@ class ChildEnded(RuntimeError):
     def __init__(self, how: str):
         super().__init__(f"the child process ended with {how}")
         self.how = how
+
+
+class ChildTimedOut(RuntimeError):
+    """Error of a child that had no answer in time, and was killed."""
 
 
 class ChildProcess:
@@ -50,24 +58,29 @@ class ChildProcess:
         """Process number of the child; None if none runs."""
         return None if self._process is None or self._process.poll() is not None else self._process.pid
 
-    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+    def call(self, function: Callable[..., Result], *arguments: Any, seconds: float = ANSWER_SECONDS) -> Result:
         """Return ``function(*arguments)``, called in the child. All are pickled, the function by its name.
 
-        Raises the function's exception, ChildEnded if the child ends before it answers, and RuntimeError if it ends
-        before it can be asked. An interruption of the wait (Ctrl-C) ends the child.
+        Raises the function's exception, ChildEnded if the child ends before it answers, ChildTimedOut if it has no
+        answer in ``seconds``, and RuntimeError if it ends before it can be asked. An interruption of the wait (Ctrl-C)
+        ends the child.
         """
         request = pickle.dumps((function, arguments), pickle.HIGHEST_PROTOCOL)
         process = self._started()
         try:
-            _send(process.stdin, request)
-            result, error = pickle.loads(_receive(process.stdout))
+            result, error = pickle.loads(call_within(seconds, lambda: _exchange(process, request)))
+        except TimeoutError:
+            process.kill()
+            self.close()
+            raise ChildTimedOut(f"the child process had no answer in {seconds:g} s") from None
         except (EOFError, BrokenPipeError):
             # A child that ends has closed its answers already. Closing its requests as well would end it with code 0.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             raise ChildEnded(self.close()) from None
         except BaseException:
-            self.close()  # its answer is still to come, and would be taken for that of the next call
+            process.kill()  # its answer is still to come, and would be taken for that of the next call
+            self.close()
             raise
         if error is not None:
             raise error
@@ -78,13 +91,14 @@ class ChildProcess:
         process, self._process = self._process, None
         if process is None:
             return "no start"
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # part of a request is still in the buffer
-                pipe.close()  # type: ignore[union-attr]
+        with contextlib.suppress(BrokenPipeError):  # part of a request is still in the buffer
+            process.stdin.close()  # type: ignore[union-attr]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return _describe(process.wait(GRACE))
+            process.wait(GRACE)
         process.kill()
-        return _describe(process.wait())
+        code = process.wait()
+        process.stdout.close()  # type: ignore[union-attr] (a thread that reads it has found its end)
+        return _describe(code)
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +163,12 @@ def _answer(request: bytes) -> bytes:
         except Exception:  # noqa: BLE001 (of a class that cannot be pickled, or not read again)
             return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
         return answer
+
+
+def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """Return the answer to a request."""
+    _send(process.stdin, request)
+    return _receive(process.stdout)
 
 
 def _send(pipe: IO[bytes] | None, message: bytes) -> None:

@@ -1,7 +1,9 @@
-"""A map in threads with results in order, and writes in a background thread."""
+"""A map in threads with results in order, writes in a background thread, and calls with a time limit."""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +32,37 @@ def ordered_map(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def call_within(seconds: float, function: Callable[[], Result]) -> Result:
+    """Return function(), called in a thread of its own; raises TimeoutError if it takes longer.
+
+    Nothing can end a thread: it is left to itself then, and does not keep the process from ending. Whole seconds are
+    counted, not a clock's: a process that is suspended does not use its time up.
+    """
+    outcomes: list[tuple[Result | None, BaseException | None]] = []
+    done = threading.Event()
+
+    def call() -> None:
+        try:
+            outcomes.append((function(), None))
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            outcomes.append((None, error))
+        done.set()
+
+    threading.Thread(target=call, name="fastvae-call", daemon=True).start()
+    for _ in range(math.ceil(seconds)):
+        if done.wait(min(seconds, 1)):
+            break
+    else:
+        raise TimeoutError(f"no result in {seconds:g} s")
+    result, error = outcomes.pop()
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # whose traceback has this frame: without a circle, an image is freed at once
+    return result  # type: ignore[return-value]
 
 
 class BackgroundWriter:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,8 @@ from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.images import formats, jpeg
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.errors import ImageError
-from fastvae.data.images.png import chunk_bodies, damaged_png_chunk, png_head, readable_png
-from fastvae.data.images.read import PLUGINS, image_size, read_image
+from fastvae.data.images.png import damaged_png_chunk
+from fastvae.data.images.read import HEADS, image_size, read_image
 from fastvae.data.images.tiff import undecodable_tiff
 from fastvae.data.sources.open import open_source
 from fastvae.data.store.commits import read_commit
@@ -180,14 +181,13 @@ def structure(data: bytes) -> None:
     """The detection of formats and of cut files, without Pillow."""
     formats.identify(data[:4096])
     formats.describe_refused(data[:64])
-    for image_format in PLUGINS:
+    for image_format in HEADS:
         formats.ends_early(image_format, data)
-    jpeg.broken_jpeg_profile(data)
     jpeg.undecodable_jpeg(io.BytesIO(data))
     damaged_png_chunk(data)
-    readable_png(data)
-    png_head(io.BytesIO(data))
-    chunk_bodies(data)
+    for head in HEADS.values():
+        with contextlib.suppress(struct.error, ValueError, KeyError, IndexError):
+            head(io.BytesIO(data)).decoded_part(data)
     undecodable_tiff(io.BytesIO(data))
 
 

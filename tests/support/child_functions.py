@@ -32,6 +32,11 @@ def fail(kind):
     raise Unpicklable("one", "two") if kind == "unpicklable" else ImportError(kind)
 
 
+def stop_itself():
+    """Stop all threads of this process: none reads a request or sees a closed pipe."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def print_on_stdout():
     os.write(1, b"text of a C library")
     print("text")  # noqa: T201

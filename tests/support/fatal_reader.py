@@ -1,4 +1,4 @@
-"""Image reader that ends the process which decodes an image named "fatal", in a child process as well."""
+"""Image reader that ends, or stops for ever, the process that decodes an image named so, a child process as well."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from fastvae.data.encoding.image_reader import ImageReader
 
 
 class FatalReader(ImageReader):
-    """Pickled by its name, so that a child process has the same picture().
+    """Pickled by its name, so that a child process has the same picture(). Names: "fatal" and "endless".
 
     FATAL_ONCE: path of a file that the first process to decode an image makes before it ends.
     """
@@ -19,4 +19,6 @@ class FatalReader(ImageReader):
             if once:
                 Path(once).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if "endless" in file.key:
+            os.kill(os.getpid(), signal.SIGSTOP)
         return super().picture(file, bucket)

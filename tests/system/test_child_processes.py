@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import child_functions
 
-from fastvae.system.child_processes import ChildEnded, ChildProcess
+from fastvae.system.child_processes import ChildEnded, ChildProcess, ChildTimedOut
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="this system has no signals between processes")
 
@@ -102,6 +102,24 @@ def test_a_child_that_is_killed_while_the_parent_waits_ends_the_wait(child, tmp_
     with pytest.raises(ChildEnded, match=r"signal 9 \(SIGKILL\)"):
         child.call(child_functions.note_and_wait, tmp_path / "pid")
     killer.join()
+
+
+def test_a_child_that_takes_too_long_is_killed_and_the_next_call_starts_another(child, tmp_path):
+    child.call(child_functions.add, 1, 1)
+    pid = child.pid
+    started = time.monotonic()
+    with pytest.raises(ChildTimedOut, match=r"the child process had no answer in 0\.3 s"):
+        child.call(child_functions.note_and_wait, tmp_path / "pid", seconds=0.3)
+    assert time.monotonic() - started < 60
+    assert not is_running(pid)
+    assert child.call(child_functions.add, 1, 2) == 3
+
+
+def test_a_child_that_holds_pythons_lock_is_killed_although_it_reads_no_request(child):
+    large = np.zeros(2**20)  # more than a pipe's buffer
+    with pytest.raises(ChildTimedOut, match=r"no answer in 0\.3 s"):
+        child.call(child_functions.stop_itself, seconds=0.3)
+    assert child.call(child_functions.add, large, 1).all()
 
 
 def test_a_child_that_cannot_start_is_no_end_during_a_call(monkeypatch):

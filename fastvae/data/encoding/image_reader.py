@@ -19,7 +19,14 @@ import numpy as np
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, pool_opacity, to_bucket
 from fastvae.data.images.errors import ImageError
-from fastvae.data.images.read import DEFAULT_MAX_PIXELS, Picture, image_size, quiet_pillow, read_image
+from fastvae.data.images.read import (
+    DECODE_SECONDS,
+    DEFAULT_MAX_PIXELS,
+    Picture,
+    image_size,
+    quiet_pillow,
+    read_image,
+)
 from fastvae.data.images.size_rules import ANY_SIZE, SizeRules, is_enlarged
 from fastvae.data.rows import Size, SourceFile
 from fastvae.data.sources.source import Listing, Source
@@ -27,7 +34,7 @@ from fastvae.data.store.commits import Failure
 from fastvae.data.store.plan import PlannedRow, Unit
 from fastvae.data.store.shard import ShardRow
 from fastvae.system.atomic_files import sha256_of
-from fastvae.system.child_processes import ChildEnded, ChildProcess
+from fastvae.system.child_processes import ChildEnded, ChildProcess, ChildTimedOut
 
 # An image is given up after this many child processes ended while they decoded it: one end may have another cause.
 MAX_ENDS = 2
@@ -217,7 +224,10 @@ def _decoded_apart(unit: Unit, reader: ImageReader, child: ChildProcess) -> Chun
         return _failed(chunk, error.reason, error.detail)
     for _ in range(MAX_ENDS):
         try:
-            return child.call(decode_quietly, chunk, alone)
+            # The child has a limit of its own for each decode, which a decoder that keeps Python's lock does not obey.
+            return child.call(decode_quietly, chunk, alone, seconds=DECODE_SECONDS * (1 + len(unit.rows)))
+        except ChildTimedOut as error:
+            return _failed(chunk, "timed_out", f"{file.key} was not decoded: {error}")
         except ChildEnded as error:
             how = error.how
     return _failed(chunk, "worker_died", f"{MAX_ENDS} child processes ended while they decoded {file.key}: {how}")

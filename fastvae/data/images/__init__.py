@@ -1,10 +1,14 @@
 """Bytes of one image file to upright 8-bit sRGB pixels, scaled and cropped to a bucket.
 
 errors       ImageError and its reasons
-formats      detection of formats and of truncated files
-jpeg         kinds of JPEG that are refused, and profiles in chunks
-png          chunks of PNG: text and profiles that are left out
-tiff         directories of TIFF: planes, and raw files of cameras
+head         size, orientation and metadata of a file, by the parsers below, without a decoder
+formats      detection of formats and of truncated files; headers of GIF and BMP
+jpeg         headers of JPEG, and kinds of JPEG that are refused
+png          headers and damaged chunks of PNG
+tiff         directories of TIFF: headers, planes, and raw files of cameras
+webp         headers of WebP
+avif         headers of AVIF
+decoder      Pillow's decoders
 colour       ICC profiles, CMYK, palettes, 16 bits and transparency to sRGB
 colour_tags  colour information that is not applied, counted
 read         read_image and image_size: pixels or size of one file

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from fastvae.data.images.png import chunk_bodies
+from fastvae.data.images.head import Head
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +24,7 @@ EXIF_INTEROPERABILITY = 0xA005
 MAX_AVIF_HEAD = 2**16
 
 
-def ignored_colour(image: Image.Image, image_format: str, data: bytes) -> list[str]:
+def ignored_colour(image: Image.Image, head: Head, image_format: str, data: bytes) -> list[str]:
     """Return the flags of what an opened image says about its colours and is not applied.
 
     "ignored_cicp": a cICP chunk, or an AVIF's nclx, of another colour space than sRGB (BT.2020, PQ, HLG);
@@ -34,7 +34,7 @@ def ignored_colour(image: Image.Image, image_format: str, data: bytes) -> list[s
     flags = []
     has_profile = bool(image.info.get("icc_profile"))
     if image_format == "PNG":
-        flags += _png_flags(chunk_bodies(data), has_profile)
+        flags += _png_flags(head.colour_chunks, has_profile)
     elif image_format == "AVIF":
         at = data.find(b"colrnclx", 0, MAX_AVIF_HEAD)
         codes = struct.unpack_from(">HH", data, at + 8) if 0 <= at <= len(data) - 12 else (2, 2)
@@ -43,7 +43,8 @@ def ignored_colour(image: Image.Image, image_format: str, data: bytes) -> list[s
         image_format == "GIF" and b"ICCRGBG1012" in data[: data.find(b"\x2c", 13) + 1 + 2**10]
     ):
         flags.append("ignored_profile")
-    if not has_profile and b"R03\0" in image.info.get("exif", b"") and _names_adobe_rgb(image):
+    exif = head.exif or image.info.get("exif", b"")
+    if not has_profile and b"R03\0" in exif and _names_adobe_rgb(exif):
         flags.append("ignored_adobe_rgb")
     return flags
 
@@ -66,12 +67,14 @@ def _is_srgb(primaries: int, transfer: int) -> bool:
     return primaries in SRGB_PRIMARIES and transfer in SRGB_TRANSFERS
 
 
-def _names_adobe_rgb(image: Image.Image) -> bool:
+def _names_adobe_rgb(exif: bytes) -> bool:
     """Return True if the interoperability index of the EXIF block is R03: Adobe RGB, as cameras name it (DCF 2.0)."""
     from PIL import Image
 
     try:
-        return Image.Image.getexif(image).get_ifd(EXIF_INTEROPERABILITY).get(1) == "R03"
+        block = Image.Exif()
+        block.load(exif)
+        return block.get_ifd(EXIF_INTEROPERABILITY).get(1) == "R03"
     # What the parsers of EXIF raise for damaged blocks; the orientation's flag says so.
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error):
         return False

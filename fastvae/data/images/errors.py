@@ -22,6 +22,7 @@ REASONS = (
     "non_finite",
     "overflow",
     "worker_died",
+    "timed_out",
     "below_min_size",
     "below_bucket",
     "excluded",

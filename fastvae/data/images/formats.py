@@ -6,8 +6,11 @@ is never interpreted.
 
 from __future__ import annotations
 
+import io
 import struct
+from typing import BinaryIO
 
+from fastvae.data.images.head import Head
 from fastvae.data.images.tiff import tiff_ends_early
 
 REFUSED_SIGNATURES = (
@@ -128,29 +131,57 @@ def _png_ends_early(data: bytes) -> bool:
     return True
 
 
+def gif_head(file: BinaryIO) -> Head:
+    """Return the header of a GIF, whose first frame may be larger than its screen; raises struct.error if it is cut."""
+    screen = _read(file, 0, 13)
+    width, height = struct.unpack_from("<HH", screen, 6)
+    frame = _gif_frame(file)
+    if frame is not None:
+        left, top, columns, rows = struct.unpack("<4H", _read(file, frame + 1, 8))
+        width, height = max(width, left + columns), max(height, top + rows)
+    return Head(width, height)
+
+
+def bitmap_head(file: BinaryIO) -> Head:
+    """Return the header of a BMP; a negative height is one of rows from the top. Raises struct.error if it is cut."""
+    head = _read(file, 14, 12)
+    width, height = struct.unpack_from("<HH" if head[0] == 12 else "<Ii", head, 4)
+    return Head(width, abs(height))
+
+
+def _gif_frame(file: BinaryIO) -> int | None:
+    """Return the position of the first frame of a GIF, None if there is noise; raises struct.error for a cut before."""
+    position = 13 + _gif_colour_table_size(struct.unpack("B", _read(file, 10, 1))[0])
+    while (kind := _read(file, position, 1)) == b"\x21":
+        position = _after_gif_blocks(file, position + 2)
+    if not kind:
+        raise struct.error("no frame")
+    return position if kind == b"\x2c" else None
+
+
+def _after_gif_blocks(file: BinaryIO, position: int) -> int:
+    """Return the position after blocks of data and their end; raises struct.error if they are cut."""
+    while length := struct.unpack("B", _read(file, position, 1))[0]:
+        position += 1 + length
+    return position + 1
+
+
 def _gif_ends_early(data: bytes) -> bool:
     """Return True if the first frame, the only one that is read, is cut."""
-    if len(data) < 13:
+    file = io.BytesIO(data)
+    try:
+        frame = _gif_frame(file)
+        if frame is not None:
+            after_table = frame + 11 + _gif_colour_table_size(struct.unpack("B", _read(file, frame + 9, 1))[0])
+            return _after_gif_blocks(file, after_table) > len(data)
+    except struct.error:
         return True
-    position = 13 + _gif_colour_table_size(data[10])
-    while position < len(data):
-        kind = data[position]
-        if kind == 0x21:
-            position += 2
-        elif kind == 0x2C:
-            if position + 10 > len(data):
-                return True
-            position += 11 + _gif_colour_table_size(data[position + 9])
-        else:
-            return False  # a trailer without a frame, or noise: the decoder reports it
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
-        if position >= len(data):
-            return True
-        position += 1
-        if kind == 0x2C:
-            return False
-    return True
+    return False  # a trailer without a frame, or noise: the decoder reports it
+
+
+def _read(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
 
 
 def _gif_colour_table_size(flags: int) -> int:

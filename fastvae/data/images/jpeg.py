@@ -1,10 +1,14 @@
-"""JPEG headers: kinds of JPEG that Pillow cannot decode, or not at a smaller scale, and profiles in several chunks."""
+"""JPEG headers: kinds of JPEG that Pillow cannot decode, or not at a smaller scale, and metadata in segments."""
 
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from fastvae.data.images.head import Head
+from fastvae.data.images.tiff import read_directory
 
 # Frame headers (SOF) that libjpeg decodes: Huffman codes (C0 to C2), arithmetic codes (C9, CA), lossless (C3).
 LOSSLESS = 0xC3
@@ -14,6 +18,11 @@ OTHER_FRAMES = {
     0xF7: "a JPEG-LS",
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE), "a hierarchical JPEG"),
 }
+EXIF, XMP, PROFILE, PICTURES = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0", b"MPF\0"
+NUMBER_OF_PICTURES = 0xB001
+# Application segments and comments; those that libjpeg reads, with their marks and least lengths.
+METADATA = (*range(0xE0, 0xF0), 0xFE)
+FOR_DECODER = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
 
 
 def undecodable_jpeg(file: BinaryIO) -> str | None:
@@ -44,23 +53,57 @@ def is_lossless_jpeg(data: bytes) -> bool:
     return _frame(io.BytesIO(data))[0] == LOSSLESS
 
 
-def broken_jpeg_profile(data: bytes) -> bool:
-    """Return True if the chunks of a JPEG's profile are not one to n of n, each once: missing, doubled, or miscounted.
+def jpeg_head(file: BinaryIO) -> Head:
+    """Return the header of a JPEG, from the segments before the first scan.
+
+    A decoder gets no metadata but whole segments of JFIF and Adobe, which decide the colours: libjpeg ignores all
+    others, and Pillow refuses the file for a short one. Raises ValueError without a frame header.
+    """
+    head, exif, xmp, chunks = Head(), b"", b"", list[bytes]()
+    has_gain_map, after = False, 2
+    for marker, body, start, end in _segments(file):
+        if marker in DECODED and len(body) >= 5:
+            head.height, head.width = struct.unpack_from(">HH", body, 1)
+        elif marker == 0xE1 and body.startswith(EXIF):
+            exif += body[len(EXIF) :]
+        elif marker == 0xE1 and body.startswith(XMP):
+            xmp = body[len(XMP) :]
+            has_gain_map |= b' hdrgm:Version="' in xmp
+        elif marker == 0xE2 and body.startswith(PROFILE):
+            chunks.append(body[len(PROFILE) :])
+        elif marker == 0xE2 and body.startswith(PICTURES):
+            head.several_frames |= _has_pictures(body[len(PICTURES) :])
+        mark, length = FOR_DECODER.get(marker, (b"", 0))
+        if marker in METADATA and not (mark and body.startswith(mark) and len(body) >= length):
+            start = end
+        if start > after:  # junk before a segment is left out as well
+            head.left_out.append((after, start))
+        after = end
+    if not head.width:
+        raise ValueError("it has no frame header")
+    head.several_frames &= not has_gain_map
+    head.profile = _joined(chunks) if chunks else None
+    head.orient_by(exif, xmp)
+    return head
+
+
+def _joined(chunks: list[bytes]) -> bytes:
+    """Return the profile of ``chunks``, which begin with their number and count; b"" unless they are 1 to n of n.
 
     Pillow counts the chunks and ignores their numbers. Chunks numbered from zero are accepted, as Pillow does.
     """
-    numbers, counts = [], set()
-    for marker, body in _segments(io.BytesIO(data)):
-        if marker == 0xE2 and body.startswith(b"ICC_PROFILE\0"):
-            if len(body) < 14:
-                return True
-            numbers.append(body[12])
-            counts.add(body[13])
-    if not numbers:
+    chunks = sorted(chunks)
+    first = int(chunks[0][:1] != b"\0")
+    expected = [(first + number, len(chunks)) for number in range(len(chunks))]
+    return b"".join(chunk[2:] for chunk in chunks) if [(*chunk[:2],) for chunk in chunks] == expected else b""
+
+
+def _has_pictures(index: bytes) -> bool:
+    """Return True if an index of pictures (CIPA DC-007) lists more than one."""
+    try:
+        return read_directory(io.BytesIO(index), tags=(NUMBER_OF_PICTURES,)).first(NUMBER_OF_PICTURES) > 1
+    except (struct.error, OverflowError):
         return False
-    first = min(numbers)
-    complete = sorted(numbers) == list(range(first, first + len(numbers)))
-    return not (complete and first <= 1 and counts == {len(numbers)})
 
 
 def _is_fractional(factors: list[int]) -> bool:
@@ -70,24 +113,27 @@ def _is_fractional(factors: list[int]) -> bool:
 
 def _frame(file: BinaryIO) -> tuple[int | None, bytes]:
     """Return marker and body of the first frame header; (None, b"") without one."""
-    for marker, body in _segments(file):
+    for marker, body, *_ in _segments(file):
         if marker in DECODED or marker in OTHER_FRAMES:
             return marker, body
     return None, b""
 
 
-def _segments(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and body of each complete segment before the first scan."""
+def _segments(file: BinaryIO) -> Iterator[tuple[int, bytes, int, int]]:
+    """Yield marker, body, start and end of each complete segment before the first scan, and skip junk between them."""
     file.seek(2)
-    while (start := file.read(2))[:1] == b"\xff" and len(start) == 2:
-        marker = start[1]
-        if marker == 0xFF:  # fill byte
-            file.seek(-1, io.SEEK_CUR)
-        elif marker in (0xD9, 0xDA):
+    while True:
+        while (start := file.read(1)) not in (b"\xff", b""):
+            pass
+        while (marker := file.read(1)) == b"\xff":  # fill bytes
+            pass
+        if not start or marker in (b"", b"\xd9", b"\xda"):
             return
-        elif marker != 0x01 and not 0xD0 <= marker <= 0xD8:
-            length = int.from_bytes(file.read(2), "big")
-            body = file.read(max(0, length - 2))
-            if length < 2 or len(body) != length - 2:
-                return
-            yield marker, body
+        if marker[0] <= 0x01 or 0xD0 <= marker[0] <= 0xD8:
+            continue
+        at = file.tell() - 2
+        length = int.from_bytes(file.read(2), "big")
+        body = file.read(max(0, length - 2))
+        if length < 2 or len(body) != length - 2:
+            return
+        yield marker[0], body, at, at + 2 + length

@@ -1,126 +1,125 @@
-"""PNG chunks: text and profiles that Pillow must not unpack, damaged chunks, and metadata after the pixels."""
+"""PNG chunks: what a decoder gets of a file, damaged chunks, and the metadata before and after the pixels."""
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from fastvae.data.images.head import Head
+
 SIGNATURE_SIZE = 8
-CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
+PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")  # chunks that decide the pixels
+COLOUR = (b"cICP", b"gAMA", b"cHRM", b"sRGB")
+BEFORE_PIXELS = (*COLOUR, b"iCCP", b"acTL", b"fcTL")
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
-# Keywords of text that may hold the orientation; every other text is left out before Pillow sees the file.
-ORIENTATION_TEXT = (b"exif\0", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-# Pillow refuses the whole file if text or a profile unpacks to more.
-MAX_UNPACKED = 2**20
+RAW_EXIF, XMP = b"Raw profile type exif", b"XML:com.adobe.xmp"  # keywords of text that may hold the orientation
+MAX_UNPACKED = 2**20  # of a profile or such text, as in Pillow; no other text is unpacked
 
 
-def readable_png(data: bytes) -> tuple[bytes, list[str]]:
-    """Return a PNG without text and without profiles that cannot be used, and flags of what was left out.
+def png_head(file: BinaryIO) -> Head:
+    """Return the header of a PNG and its metadata, which may come after the pixels; the pixels are not read.
 
-    Text that may hold the orientation is kept. "broken_profile": an iCCP chunk that is empty, damaged or unpacks to
-    more than MAX_UNPACKED bytes; "broken_exif": an orientation's text that does.
+    A decoder gets the chunks of PIXELS alone: Pillow refuses a file for a short or damaged chunk that no pixel needs,
+    and for text that unpacks to more than its limit. Raises struct.error or ValueError for a file without a header.
     """
-    kept: list[memoryview] = []
-    flags: dict[str, None] = {}
-    view, start = memoryview(data), 0
-    for name, at, end in _chunks(data):
-        flag = _fault(name, data[at + 8 : end - 4]) if name in TEXT or name == b"iCCP" else None
-        if flag is None:
+    file.seek(SIGNATURE_SIZE)
+    name, width, height = struct.unpack(">4x4sII", file.read(16))
+    if name != b"IHDR":
+        raise ValueError("its first chunk is no header")
+    head, before_pixels = Head(width, height), True
+    found: dict[bytes, bytes] = {}  # the last body of each name, of text by its keyword; empty if it is damaged
+    for name, start, end in _chunks(file):
+        if name == b"IEND":
+            break
+        before_pixels &= name != b"IDAT"
+        if name in PIXELS:
             continue
-        if flag:
-            flags[flag] = None
-        kept.append(view[start:at])
-        start = end
-    if start == 0:
-        return data, list(flags)
-    return b"".join([*kept, view[start:]]), list(flags)
-
-
-def png_head(file: BinaryIO) -> bytes:
-    """Return a PNG up to the head of its first IDAT chunk, as readable_png leaves it: enough to open it."""
-    end = SIGNATURE_SIZE
-    while True:
-        file.seek(end)
-        head = file.read(8)
-        if len(head) < 8 or head[4:] in (b"IDAT", b"IEND"):
-            break
-        end += 12 + int.from_bytes(head[:4], "big")
-    file.seek(0)
-    return readable_png(file.read(end + 8))[0]
-
-
-def chunk_bodies(data: bytes) -> dict[bytes, bytes]:
-    """Return the bodies of the ancillary chunks before the pixels, by name; the last one of each name."""
-    bodies = {}
-    for name, at, end in _chunks(data):
-        if name == b"IDAT":
-            break
-        if name not in TEXT:
-            bodies[name] = data[at + 8 : end - 4]
-    return bodies
+        head.left_out.append((start, end))
+        if name in TEXT:
+            keyword = _read(file, start + 8, min(end - 4, start + 32)).partition(b"\0")[0]
+            if keyword in (RAW_EXIF, XMP):
+                found[keyword] = _text(name, _body(file, start, end))
+                head.broken_exif |= not found[keyword]
+        elif name == b"eXIf" or (before_pixels and name in BEFORE_PIXELS):
+            found[name] = _body(file, start, end)
+    head.broken_exif |= found.get(b"eXIf") == b""
+    head.profile = _profile(found[b"iCCP"]) if b"iCCP" in found else None
+    head.colour_chunks = {name: found[name] for name in COLOUR if name in found}
+    # The image before the first frame's header is none of the animation's frames.
+    frames = int.from_bytes(found.get(b"acTL", b"")[:4], "big")
+    head.several_frames = frames + (frames > 0 and b"fcTL" not in found) > 1
+    head.orient_by(found.get(b"eXIf") or _from_hexadecimal(head, found.get(RAW_EXIF, b"")), found.get(XMP, b""))
+    return head
 
 
 def damaged_png_chunk(data: bytes) -> str | None:
-    """Return the first critical chunk of a PNG with a wrong checksum, or None. Pillow checks only the header."""
-    for name, at, end in _chunks(data):
-        checksum = int.from_bytes(data[end - 4 : end], "big")
-        if name in CRITICAL and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != checksum:
+    """Return the first chunk of PIXELS with a wrong checksum, or None. Pillow checks only the header's."""
+    file = io.BytesIO(data)
+    for name, start, end in _chunks(file):
+        if name in PIXELS and zlib.crc32(memoryview(data)[start + 4 : end - 4]) != _checksum(file, end):
             return name.decode("ascii")
     return None
 
 
-def has_late_png_text(file: BinaryIO) -> bool:
-    """Return True if a PNG may have its orientation after its pixels, where image_size must decode to find it."""
-    before = file.tell()
-    position, pixels_seen, found = SIGNATURE_SIZE, False, False
-    while not found:
-        file.seek(position)
-        head = file.read(8 + max(map(len, ORIENTATION_TEXT)))
-        name = head[4:8]
-        if len(head) < 8 or name == b"IEND":
-            break
-        pixels_seen |= name == b"IDAT"
-        found = pixels_seen and (name == b"eXIf" or (name in TEXT and head[8:].startswith(ORIENTATION_TEXT)))
-        position += 12 + int.from_bytes(head[:4], "big")
-    file.seek(before)
-    return found
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, start and end of each complete chunk."""
-    position = SIGNATURE_SIZE
-    while position + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        end = position + 12 + length
-        if end > len(data):
+    size, start = file.seek(0, io.SEEK_END), SIGNATURE_SIZE
+    while start + 12 <= size:
+        length, name = struct.unpack(">I4s", _read(file, start, start + 8))
+        if start + 12 + length > size:
             return
-        yield data[position + 4 : position + 8], position, end
-        position = end
+        yield name, start, start + 12 + length
+        start += 12 + length
 
 
-def _fault(name: bytes, body: bytes) -> str | None:
-    """Return the flag of a text or profile that must be left out, "" for one without a flag, None to keep it."""
-    if name == b"iCCP":
-        _, zero, packed = body.partition(b"\0")
-        return "broken_profile" if not zero or packed[:1] != b"\0" or not _unpacks(packed[1:], 1) else None
-    if not body.startswith(ORIENTATION_TEXT):
-        return ""
+def _read(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
+
+
+def _checksum(file: BinaryIO, end: int) -> int:
+    return int.from_bytes(_read(file, end - 4, end), "big")
+
+
+def _body(file: BinaryIO, start: int, end: int) -> bytes:
+    """Return the body of a chunk, b"" if its checksum is wrong."""
+    body = _read(file, start + 4, end - 4)
+    return body[4:] if zlib.crc32(body) == _checksum(file, end) else b""
+
+
+def _profile(body: bytes) -> bytes:
+    """Return the profile of an iCCP chunk, b"" if it is damaged, empty or longer than MAX_UNPACKED."""
     packed = body.partition(b"\0")[2]
+    return _unpacked(packed[1:]) if packed[:1] == b"\0" else b""
+
+
+def _text(name: bytes, body: bytes) -> bytes:
+    """Return the text of a chunk, b"" if it is damaged, empty or longer than MAX_UNPACKED."""
+    text = body.partition(b"\0")[2]
+    if name == b"tEXt":
+        return text
     if name == b"zTXt":
-        return None if _unpacks(packed[1:]) else "broken_exif"
-    if name == b"iTXt" and packed[:1] == b"\1":
-        text = packed[2:].partition(b"\0")[2].partition(b"\0")[2]  # after the language and the translated keyword
-        return None if _unpacks(text) else "broken_exif"
-    return None
+        return _unpacked(text[1:])
+    is_packed, text = text[:1] == b"\1", text[2:].partition(b"\0")[2].partition(b"\0")[2]
+    return _unpacked(text) if is_packed else text
 
 
-def _unpacks(packed: bytes, least: int = 0) -> bool:
-    """Return True if ``packed`` unpacks to ``least`` to MAX_UNPACKED bytes."""
+def _unpacked(packed: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     try:
         found = unpacker.decompress(packed, MAX_UNPACKED)
     except zlib.error:
-        return False
-    return least <= len(found) and not unpacker.unconsumed_tail
+        return b""
+    return b"" if unpacker.unconsumed_tail else found
+
+
+def _from_hexadecimal(head: Head, text: bytes) -> bytes:
+    """Return the EXIF block of ImageMagick's text: three lines of heading, then hexadecimal digits."""
+    try:
+        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    except ValueError:
+        head.broken_exif = True
+        return b""

@@ -10,23 +10,25 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from fastvae.data.images.colour import mend_transparency, to_srgb
+from fastvae.data.images.avif import avif_head
+from fastvae.data.images.colour import to_srgb
 from fastvae.data.images.colour_tags import ignored_colour
+from fastvae.data.images.decoder import PARSER_ERRORS, load_image, open_image, upright
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
-from fastvae.data.images.formats import describe_refused, ends_early, identify
-from fastvae.data.images.jpeg import broken_jpeg_profile, is_lossless_jpeg, undecodable_jpeg
-from fastvae.data.images.png import damaged_png_chunk, has_late_png_text, png_head, readable_png
-from fastvae.data.images.tiff import read_planes, undecodable_tiff
+from fastvae.data.images.formats import bitmap_head, describe_refused, ends_early, gif_head, identify
+from fastvae.data.images.head import Head
+from fastvae.data.images.jpeg import jpeg_head, undecodable_jpeg
+from fastvae.data.images.png import damaged_png_chunk, png_head
+from fastvae.data.images.tiff import tiff_head, undecodable_tiff
+from fastvae.data.images.webp import webp_head
+from fastvae.system.threads import call_within
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,30 +40,17 @@ SMALLEST_SIDE = 8
 LARGEST_ASPECT = 32
 # Larger images are decoded one at a time: at 4 bytes a pixel, each takes over 128 MB, and as much again to be rotated.
 LARGE_PIXELS = 32_000_000
-PLUGINS = {
-    "JPEG": "JpegImagePlugin",
-    "PNG": "PngImagePlugin",
-    "GIF": "GifImagePlugin",
-    "WEBP": "WebPImagePlugin",
-    "TIFF": "TiffImagePlugin",
-    "BMP": "BmpImagePlugin",
-    "AVIF": "AvifImagePlugin",
+# A decoder that takes longer for one image counts as hanging: far more than the largest image needs.
+DECODE_SECONDS = 300
+HEADS: dict[str, Callable[[BinaryIO], Head]] = {
+    "JPEG": jpeg_head,
+    "PNG": png_head,
+    "GIF": gif_head,
+    "WEBP": webp_head,
+    "TIFF": tiff_head,
+    "BMP": bitmap_head,
+    "AVIF": avif_head,
 }
-# Errors of Pillow's parsers on hostile bytes, found by flipping bytes of every format; nothing broader is caught.
-PARSER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
 _large_image = threading.Lock()
 _quiet = threading.Lock()
 _quiet_users: list[object] = []
@@ -122,7 +111,7 @@ def image_size(
 ) -> tuple[int, int]:
     """Return (height, width) in pixels of the upright image, as read_image does, from the header.
 
-    Pixels are decoded only for a PNG whose orientation comes after them. Damage after the header is not detected.
+    No decoder and no part of Pillow sees the file. Damage after the header is not detected.
     Raises ImageError if read_image would refuse the header.
     """
     name = _display_name(source, name)
@@ -135,17 +124,10 @@ def image_size(
         with unreadable(name):
             image_format = _detect_format(file.read(4096), name)
             _refuse_kind(file, image_format, name)
-            file.seek(0)
-        with quiet_pillow(), _parsing(all_bytes, image_format, name):
-            head = io.BytesIO(png_head(file)) if image_format == "PNG" else file
-            image = _open_image(head, image_format, name)
-            width, height = image.size
-            check_size(width, height, name, max_pixels)
-            if image_format == "PNG" and has_late_png_text(file):
-                image = _open_image(io.BytesIO(readable_png(all_bytes())[0]), image_format, name)
-                image.load()
-            orientation = 1 if image_format == "TIFF" else _orientation(image, [])  # Pillow rotates a TIFF's size
-    return (width, height) if orientation >= 5 else (height, width)
+        with _parsing(all_bytes, image_format, name):
+            head = HEADS[image_format](file)
+    check_size(head.width, head.height, name, max_pixels)
+    return head.upright_hw
 
 
 def _display_name(source: str | os.PathLike[str] | bytes, name: str | None) -> str:
@@ -205,60 +187,36 @@ def _decode(
     max_pixels: int,
     cover: tuple[int, int] | None,
 ) -> Picture:
-    flags: list[str] = []
-    whole = data
-    if image_format == "PNG":
-        data, flags = readable_png(whole)
     _refuse_kind(io.BytesIO(data), image_format, name)
-    with _parsing(lambda: whole, image_format, name):
-        image = _open_image(io.BytesIO(data), image_format, name)
-    width, height = image.size
-    check_size(width, height, name, max_pixels)
-    if ends_early(image_format, whole):
+    with _parsing(lambda: data, image_format, name):
+        head = HEADS[image_format](io.BytesIO(data))
+    check_size(head.width, head.height, name, max_pixels)
+    if ends_early(image_format, data):
         raise ImageError("truncated", f"{name} ends before its {image_format} data does")
-    if image_format == "PNG" and (chunk := damaged_png_chunk(whole)):
+    if image_format == "PNG" and (chunk := damaged_png_chunk(data)):
         raise ImageError("decode_error", f"{name} has a damaged {chunk} chunk")
-    with _large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
-        with _parsing(lambda: whole, image_format, name):
-            if getattr(image, "is_animated", False):
+
+    def pixels() -> Picture:
+        flags = ["broken_exif"] * head.broken_exif
+        with _parsing(lambda: data, image_format, name):
+            image = open_image(data, head, image_format, name, flags)
+            check_size(*image.size, name, max_pixels)
+            if head.several_frames or getattr(image, "is_animated", False):
                 if animated == "skip":
                     raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
                 flags.append("first_frame")
-            image, orientation = _load(image, image_format, data, cover, flags)
-            flags += ignored_colour(image, image_format, data)
-        rgb, opacity = to_srgb(image, image_format, alpha, flags, name)
-        rgb, opacity = _upright(rgb, orientation), None if opacity is None else _upright(opacity, orientation)
-    original_hw = (width, height) if orientation >= 5 else (height, width)
-    return Picture(rgb, original_hw, tuple(flags), opacity)
+            loaded, orientation = load_image(image, head, image_format, data, cover)
+            flags.extend(ignored_colour(loaded, head, image_format, data))
+        rgb, opacity = to_srgb(loaded, image_format, alpha, flags, name)
+        rgb, opacity = upright(rgb, orientation), None if opacity is None else upright(opacity, orientation)
+        original_hw = head.upright_hw if image_format == "JPEG" else (rgb.height, rgb.width)
+        return Picture(rgb, original_hw, tuple(flags), opacity)
 
-
-def _load(
-    image: Image.Image, image_format: str, data: bytes, cover: tuple[int, int] | None, flags: list[str]
-) -> tuple[Image.Image, int]:
-    """Return the loaded image and the orientation that it has still to be brought to; ``cover``: see _load_jpeg."""
-    if image_format == "JPEG":
-        if broken_jpeg_profile(data):
-            image.info["icc_profile"] = None
-        orientation = _orientation(image, flags)
-        _load_jpeg(image, None if is_lossless_jpeg(data) else cover, orientation)
-        return image, orientation
-    if image_format == "TIFF" and (planes := read_planes(data)) is not None:
-        # Pillow rotates a TIFF in load(), which is not called on this one.
-        planes.info = image.info
-        return _upright(planes, _orientation(image, flags)), 1
-    image.load()
-    if image_format == "PNG":
-        mend_transparency(image, data[24])
-    # After load(): Pillow has rotated a TIFF and reports 1, and a PNG may have it after its pixels.
-    return image, _orientation(image, flags)
-
-
-def _load_jpeg(image: Image.Image, cover: tuple[int, int] | None, orientation: int) -> None:
-    """Load an opened JPEG, not rotated, at the smallest scale whose upright image covers (height, width)."""
-    if cover is not None:
-        height, width = cover[::-1] if orientation >= 5 else cover
-        image.draft(None, (width, height))
-    image.load()
+    with _large_image if head.width * head.height > LARGE_PIXELS else contextlib.nullcontext():
+        try:
+            return call_within(DECODE_SECONDS, pixels)
+        except TimeoutError as error:
+            raise ImageError("timed_out", f"{name} was not decoded in {DECODE_SECONDS} s") from error
 
 
 @contextlib.contextmanager
@@ -287,44 +245,3 @@ def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError("too_small", f"{name} is {width}x{height}, a side under {SMALLEST_SIDE} pixels")
     if max(width, height) > LARGEST_ASPECT * min(width, height):
         raise ImageError("too_thin", f"{name} is {width}x{height}, thinner than 1:{LARGEST_ASPECT}")
-
-
-def _open_image(file: BinaryIO, image_format: str, name: str) -> Image.Image:
-    """Open ``file`` by Pillow's plugin of this format, so that no other plugin and no global limit applies."""
-    from PIL import Image
-
-    import_module(f"PIL.{PLUGINS[image_format]}")
-    if image_format not in Image.OPEN:
-        raise ImageError("unsupported", f"{name} is {image_format}, which this Pillow was built without")
-    return Image.OPEN[image_format][0](file, "")
-
-
-def _orientation(image: Image.Image, flags: list[str]) -> int:
-    """Return the EXIF orientation, 1 to 8."""
-    from PIL import Image
-
-    try:
-        # The base class's method: PngImageFile.getexif decodes all pixels to find text after them.
-        orientation = Image.Image.getexif(image).get(0x0112, 1)
-    except PARSER_ERRORS:
-        flags.append("broken_exif")
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    from PIL.Image import Transpose
-
-    if orientation == 1:
-        return image
-    return image.transpose(
-        {
-            2: Transpose.FLIP_LEFT_RIGHT,
-            3: Transpose.ROTATE_180,
-            4: Transpose.FLIP_TOP_BOTTOM,
-            5: Transpose.TRANSPOSE,
-            6: Transpose.ROTATE_270,
-            7: Transpose.TRANSVERSE,
-            8: Transpose.ROTATE_90,
-        }[orientation]
-    )

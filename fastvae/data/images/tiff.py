@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from fastvae.data.images.head import ORIENTATION, Head
+
 if TYPE_CHECKING:
     from PIL import Image
 
 NEW_SUBFILE_TYPE, SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
-STRIP_OFFSETS, SAMPLES, STRIP_SIZES, PLANAR, PREDICTOR = 273, 277, 279, 284, 317
+STRIP_OFFSETS, SAMPLES, STRIP_SIZES, PLANAR, PREDICTOR, XMP = 273, 277, 279, 284, 317, 700
 TILE_OFFSETS, TILE_SIZES, SUB_IFDS, EXTRA_SAMPLES, SAMPLE_FORMAT, DNG_VERSION = 324, 325, 330, 338, 339, 50706
 STORED_AT = {STRIP_OFFSETS: STRIP_SIZES, TILE_OFFSETS: TILE_SIZES}  # offsets of strips or tiles: their lengths
 # Tags that each plane has in common with the image: fill order, rows per strip, tile width and length, sample format.
@@ -29,7 +31,7 @@ TAGS = (
     *STORED_AT.values(),
     *(NEW_SUBFILE_TYPE, SUBFILE_TYPE, BITS, PHOTOMETRIC, SAMPLES, PLANAR, SUB_IFDS, EXTRA_SAMPLES, DNG_VERSION),
 )
-INTEGERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}
+INTEGERS = {1: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q"}
 # Photometric interpretations of a sensor's samples: a colour filter array, and linear raw.
 RAW_PHOTOMETRICS = (32803, 34892)
 RAW_MARKS = {
@@ -106,6 +108,14 @@ def read_directory(file: BinaryIO, at: int | None = None, tags: Container[int] =
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
+
+
+def tiff_head(file: BinaryIO) -> Head:
+    """Return the header of a TIFF; raises struct.error, ValueError or KeyError for one that is cut or damaged."""
+    found = read_directory(file, tags=(WIDTH, LENGTH, ORIENTATION, XMP))
+    head = Head(found.values[WIDTH][0], found.values[LENGTH][0])
+    head.orient(found.values.get(ORIENTATION, ()), bytes(found.values.get(XMP, ())))
+    return head
 
 
 def tiff_ends_early(data: bytes) -> bool:

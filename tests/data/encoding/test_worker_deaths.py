@@ -87,6 +87,18 @@ def test_with_on_error_fail_the_image_that_ended_the_child_is_named(tmp_path, af
     assert not list((tmp_path / "out" / "leases").glob("*.lease"))
 
 
+def test_row_35_an_image_that_stops_its_child_for_ever_costs_its_row_alone(tmp_path, after_deaths, monkeypatch):
+    monkeypatch.setattr("fastvae.data.encoding.image_reader.DECODE_SECONDS", 4)
+    write_pictures(tmp_path / "in", 3)
+    (tmp_path / "in" / "001.png").rename(tmp_path / "in" / "001 endless.png")
+    report = encode(tmp_path / "in", tmp_path / "out", max_failures=1, **OPTIONS)
+    assert json.loads(report.to_json())["reasons"] == {"timed_out": 1}
+    assert report.failures == [
+        "timed_out: 001 endless.png was not decoded: the child process had no answer in 8 s",
+    ]
+    assert sorted(committed(tmp_path / "out")) == [("000.png", 0), ("002.png", 0)]
+
+
 def test_an_image_whose_child_was_ended_once_by_something_else_is_encoded(tmp_path, after_deaths, monkeypatch):
     """The system ends a process for want of memory, and may choose any."""
     write_pictures(tmp_path / "in", 2)

@@ -4,8 +4,8 @@ import struct
 
 import numpy as np
 import pytest
-from data.failures.corpus import EVERY_KIND, REFUSED, encoded
-from PIL import Image, ImageFile
+from data.failures.corpus import EVERY_KIND, REFUSED, SMALL, encoded
+from PIL import Image
 from support.small_store import picture
 
 from fastvae.data.images.errors import ImageError
@@ -47,22 +47,61 @@ def test_bytes_and_a_path_give_the_same_image(tmp_path):
         assert np.array_equal(np.asarray(read_image(tmp_path / "x").image), pixels(data)), kind
 
 
-def test_image_size_decodes_only_a_png_with_metadata_after_its_pixels(monkeypatch):
-    plain = oriented("PNG", 6, 40, 24)
-    place = plain.index(b"eXIf") - 4
-    length = 12 + struct.unpack_from(">I", plain, place)[0]
-    end = plain.index(b"IEND") - 4
-    late = plain[:place] + plain[place + length : end] + plain[place : place + length] + plain[end:]
-    assert image_size(late) == read_image(late).original_hw == (40, 24)
-    decoded = []
-    real = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(self.format), real(self))[1])
-    assert image_size(plain) == (40, 24)
-    for data in EVERY_KIND.values():
-        image_size(data)
-    assert not decoded
-    image_size(late)
-    assert decoded == ["PNG"]
+def late_exif(orientation: int) -> bytes:
+    """A PNG with its orientation after its pixels."""
+    data = oriented("PNG", orientation, 40, 24)
+    place = data.index(b"eXIf") - 4
+    length = 12 + struct.unpack_from(">I", data, place)[0]
+    end = data.index(b"IEND") - 4
+    return data[:place] + data[place + length : end] + data[place : place + length] + data[end:]
+
+
+def larger_first_frame() -> bytes:
+    """A GIF whose first frame is larger than its screen."""
+    data = bytearray(encoded(SMALL, "GIF", comment=b"x" * 300))
+    struct.pack_into("<HH", data, 6, 9, 8)
+    return bytes(data)
+
+
+def tiff_with_xmp(orientation: int) -> bytes:
+    """A TIFF whose orientation is in XMP alone, by which Pillow rotates it without saying so in its size."""
+    xmp = b'<rdf:Description tiff:Orientation="%d"/>' % orientation
+    return encoded(picture(3, 40, 24), "TIFF", tiffinfo={700: xmp})
+
+
+FRAMES = {"save_all": True, "append_images": [picture(4, 40, 24)]}
+HEADS = (
+    EVERY_KIND
+    | {
+        "late exif": late_exif(6),
+        "gif of a small screen": larger_first_frame(),
+        "tiff turned by xmp": tiff_with_xmp(6),
+        "animated avif": encoded(picture(3, 40, 24), "AVIF", **FRAMES),
+        "animated webp": encoded(picture(3, 40, 24), "WEBP", **FRAMES),
+        "animated png": encoded(picture(3, 40, 24), "PNG", **FRAMES),
+        "core bitmap": b"BM" + struct.pack("<IHHIIHHHH", 26 + 8 * 24, 0, 0, 26, 12, 8, 8, 1, 24) + bytes(8 * 24),
+        "bitmap from the top": b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 54 + 8 * 24, 0, 0, 54, 40, 8, -8, 1, 24, 0, 0, 0, 0, 0, 0)
+        + bytes(8 * 24),
+    }
+    | {
+        f"{kind} {number}": oriented(kind, number, 40, 24)
+        for kind in ("JPEG", "AVIF", "WEBP")
+        for number in (1, 4, 5, 7)
+    }
+)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_row_36_image_size_opens_no_decoder(kind, monkeypatch):
+    expected = read_image(HEADS[kind])
+    assert expected.original_hw == (expected.image.height, expected.image.width)
+
+    def opens(*arguments):
+        raise AssertionError("a decoder has opened the file")
+
+    monkeypatch.setattr("fastvae.data.images.decoder._open", opens)
+    assert image_size(HEADS[kind]) == expected.original_hw
 
 
 def test_image_size_refuses_a_header_as_read_image_does(tmp_path):

@@ -65,7 +65,7 @@ def test_other_kinds_of_jpeg_are_refused_by_name_before_a_decoder_opens_them(kin
     def opens(*arguments):
         raise AssertionError("a decoder has opened the file")
 
-    monkeypatch.setattr("fastvae.data.images.read._open_image", opens)
+    monkeypatch.setattr("fastvae.data.images.decoder._open", opens)
     for data in REFUSED[kind]:
         (tmp_path / "a.jpg").write_bytes(data)
         for source in (data, tmp_path / "a.jpg"):
