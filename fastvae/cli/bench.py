@@ -15,6 +15,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @options.vae
 @options.model_location
+@options.preset
 @click.option(
     "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Side in pixels, may be repeated. Default: 256."
 )

@@ -16,6 +16,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @options.vae
 @options.model_location
+@options.preset
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
 @options.device
 @click.option(

@@ -11,8 +11,14 @@ from fastvae.system.terminal import strip_control_characters
 
 @click.command()
 @click.argument("folder", type=click.Path(), default=".")
-@click.option("--vae", default="tiny", show_default=True, help='A directory, a preset, a Hub id, or "tiny".')
+@click.option(
+    "--vae",
+    default="tiny",
+    show_default=True,
+    help='The model to check: a directory, a Hub id, a single file, the name of a preset, or "tiny".',
+)
 @options.model_location
+@options.preset
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON document.")
 @options.quiet
 @click.pass_context
@@ -23,6 +29,7 @@ def doctor(
     vae: str,
     subfolder: str | None,
     revision: str | None,
+    preset: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -43,7 +50,7 @@ def doctor(
     if not quiet:
         print_stderr(f"doctor  {vae}  for latents in {folder} (free {format_bytes(free_bytes(folder))})\n")
     findings = []
-    for finding in examine(vae, folder, subfolder=subfolder, revision=revision):
+    for finding in examine(vae, folder, subfolder=subfolder, revision=revision, preset=preset):
         findings.append(finding)
         if not as_json:
             echo(strip_control_characters(f"{finding.state:5}{finding.name:9} {finding.sentence}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from fastvae_kernels.shared.runtime import Cost
 from torch import Tensor
 
 from fastvae.fast import cost_trace, fallback_reasons
-from fastvae.fast.accelerate import path_of, unwrapped, vae_of, why_not_reached
+from fastvae.fast.accelerate import accelerated, path_of, unwrapped, vae_of, why_not_reached
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
+from fastvae.latents.autoencoder import ACCELERATED
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class BlockRow:
 
     name: str
     path: str
-    """"fused", "differentiable" (fused ops with gradients), or "module" (unfused)."""
+    """"fused", "differentiable" (fused ops with gradients), "cpu" (torch's operators, by CpuPass), or "module"."""
     reason: Reason | None
     cost: Cost
     """Cost of its calls; zero for a block that runs as a module, which is not traced."""
@@ -35,6 +36,8 @@ class Explanation:
 
     rows: list[BlockRow]
     launches: dict[str, dict[str, int]] = field(default_factory=dict)
+    accelerated: bool = True
+    """False if the model is not, and the rows say what ``accelerate`` would do."""
 
     @property
     def reasons(self) -> dict[str, Reason]:
@@ -43,7 +46,7 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
-        lines = []
+        lines = [] if self.accelerated else ["not accelerated; fastvae.accelerate would run it by these paths:"]
         for row in self.rows:
             cost = f"{row.cost.launches:4d} launches {row.cost.bytes / 1e6:9.1f} MB" if row.cost.launches else ""
             why = f"{row.reason.name}: {row.reason.value}" if row.reason else ""
@@ -52,14 +55,18 @@ class Explanation:
 
 
 def explain(vae_or_pipe: Any, shape: tuple[int, int, int, int] | None = None) -> Explanation:
-    """Return the path of each block of an accelerated VAE for images of ``shape``, without running it.
+    """Return the path of each block of a VAE for images of ``shape``, without running it.
 
+    Of a model that is not accelerated, return the paths that ``accelerate`` would give it, and leave it as it is.
     shape: (B, C, H, W) of the images, in pixels, by default one of 256 x 256. The decoder is traced for the latents of
     such images. As in a call, grad mode and the parameters decide if a gradient is needed.
-    Raises ValueError if the model is not accelerated or the shape is not of this form, and TypeError if there is no
-    VAE.
+    Raises ValueError if the shape is not of this form, and TypeError if there is no VAE, or one that ``accelerate``
+    refuses.
     """
     vae = vae_of(vae_or_pipe)
+    if ACCELERATED not in vars(vae):
+        with accelerated(vae):
+            return replace(explain(vae, shape), accelerated=False)
     path = path_of(vae)
     rows: list[BlockRow] = []
     launches: dict[str, dict[str, int]] = {}
@@ -80,9 +87,9 @@ def _explain_part(vae: Any, name: str, part: Layer, path: Any, shape: Any) -> tu
     x = _input(part, shape, weight)
     reason = path.why_not(part, x)
     if reason is not None:
-        return [BlockRow(name, "module", reason, cost_trace.NOTHING)], Counter()
+        return [BlockRow(name, path.way(part, x, reason), reason, cost_trace.NOTHING)], Counter()
     run = path.pass_for(part, x)
-    kind = "fused" if isinstance(run, InferencePass) else "differentiable"
+    kind = path.way(part, x, reason)
     if isinstance(run, InferencePass):
         for module in part.modules():  # decide on real weights: fake ones have no values
             if hasattr(module, "to_out") and fallback_reasons.why_not_attention(module, weight) is None:

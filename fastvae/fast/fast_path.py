@@ -46,7 +46,13 @@ class FastPath:
     """State of one ``accelerate`` call, shared by a VAE, its encoder and its decoder."""
 
     def __init__(
-        self, precision: str = "fast", *, deterministic: bool, graphs: bool, freeze: bool, compile: bool = False
+        self,
+        precision: str = "fast",
+        *,
+        deterministic: bool = False,
+        graphs: bool = False,
+        freeze: bool = False,
+        compile: bool = False,
     ):
         self.precision = precision
         self.deterministic = deterministic
@@ -100,6 +106,14 @@ class FastPath:
             survey = self.surveys[part_name(part)] = Survey(part)
         return survey
 
+    def way(self, part: Layer, x: Tensor, reason: Reason | None) -> str:
+        """Return the path of a call with this reason: "fused", "differentiable", "cpu" (CpuPass) or "module"."""
+        if reason is Reason.CPU and x.device.type == "cpu" and not fallback_reasons.needs_gradient(part, x):
+            return "cpu"
+        if reason is not None:
+            return "module"
+        return "differentiable" if fallback_reasons.needs_gradient(part, x) else "fused"
+
     def pass_for(self, part: Layer, x: Tensor, quant_conv: Layer | None = None) -> network_walk.Pass:
         """Return the pass for this call: TrainingPass if a gradient is needed, else InferencePass."""
         if fallback_reasons.needs_gradient(part, x):
@@ -143,7 +157,7 @@ class FastPath:
             # On a CPU channels_last and reused memory win, and no fused kernel does. A trace needs torch's own ops.
             if not compiled_passes.is_plain_call():
                 y = type(part).forward(part, channels_last(x) if torch.compiler.is_compiling() else x)
-            elif fallback_reasons.needs_gradient(part, x):
+            elif self.way(part, x, reason) == "module":
                 with ContiguousGroupNorm():
                     y = type(part).forward(part, channels_last(x))
             else:

@@ -63,6 +63,7 @@ def benchmark(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     sizes: Sequence[int] = (256,),
     batches: Sequence[int] = (1,),
     tasks: Sequence[str] = TASKS,
@@ -80,7 +81,7 @@ def benchmark(
     """
     place = resolve_device(device)
     dtype = dtype or default_dtype(place)
-    model, weights = open_fp32(vae, subfolder, revision)
+    model, weights = open_fp32(vae, subfolder, revision, preset)
     cases = list(itertools.product(tasks, sizes, batches))
     for _, size, batch in cases:
         _check(model, size, batch, DTYPES[dtype], place)

@@ -48,7 +48,7 @@ class Stage:
 
     name: str
     path: str
-    """Path of the fast side: "fused", "in place", "eager", or the reason why the part falls back."""
+    """Path of the fast side: "fused", "cpu", "eager" outside of encoder and decoder, or why a part runs as a module."""
     fast_eager: Distance
     fast_float64: Distance
     eager_float64: Distance
@@ -128,7 +128,7 @@ def compare(vae_or_pipe: Any, images: Any) -> Comparison:
     """
     vae = _complete_vae(vae_or_pipe)
     weight = next(vae.parameters())
-    path = vars(vae).get(ACCELERATED) or FastPath(deterministic=False, graphs=False, freeze=False)
+    path = vars(vae).get(ACCELERATED) or FastPath()
     wide = copy.deepcopy(vae, {id(path): None})
     # torch's cast: diffusers' warns about modules to keep in fp32 even if a model has none.
     place = weight.device if weight.device.type == "cuda" else torch.device("cpu")
@@ -162,17 +162,19 @@ def compare_files(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> tuple[str, Comparison]:
     """Compare a model on image files, as ``fastvae compare`` does; return the model's name and the comparison.
 
     Waves, a flat, a noisy and a large picture are compared too: a photograph does not show every error.
-    vae: a directory, a preset (random weights), a Hub id, or "tiny". dtype and device: by default the best of this
+    vae: a directory, a single file (``preset`` if its tensors do not decide the scaling), the name of a preset (random
+    weights), a Hub id, or "tiny". dtype and device: by default the best of this
     machine. Raises the errors of ``compare`` and from_pretrained, and ValueError for a device that does not exist.
     """
     place = resolve_device(device)
-    model, weights = open_fp32(vae, subfolder, revision)
+    model, weights = open_fp32(vae, subfolder, revision, preset)
     model = model.to(device=place, dtype=DTYPES[dtype or default_dtype(place)])
     found = compare(model, list(images))
     generated = {}

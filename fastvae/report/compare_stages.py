@@ -58,11 +58,10 @@ def run_stages(vae: Any, x: Tensor, path: FastPath | None) -> Iterator[tuple[str
 
 
 def stage_path(path: FastPath, part: Layer, x: Tensor) -> str:
-    """Return the path of a part for this input: "fused", "in place", or the reason why it falls back."""
+    """Return the path of a part for this input without a gradient, as explain: the reason instead of "module"."""
     reason = _reason(path, part, x)
-    if reason is None:
-        return "fused"
-    return "in place" if reason is Reason.CPU and x.device.type == "cpu" else f"{reason.name}: {reason.value}"
+    way = path.way(part, x, reason)
+    return f"{reason.name}: {reason.value}" if reason is not None and way == "module" else way
 
 
 def _reason(path: FastPath, part: Layer, x: Tensor) -> Reason | None:
@@ -92,7 +91,7 @@ def _through_part(
 
 def _pass(path: FastPath | None, part: Layer, x: Tensor) -> Any:
     kind = "eager" if path is None else stage_path(path, part, x)
-    if path is None or kind not in ("fused", "in place"):
+    if path is None or kind not in ("fused", "cpu"):
         return Eager()
     return path.pass_for(part, x) if kind == "fused" else CpuPass(path.packed, path.forms_on(x.device))
 

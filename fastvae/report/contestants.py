@@ -35,19 +35,22 @@ class Contestant:
         return torch.compile(run, dynamic=False) if self.compiled else run
 
 
-def open_fp32(source: str, subfolder: str | None, revision: str | None) -> tuple[Any, str]:
+def open_fp32(
+    source: str, subfolder: str | None, revision: str | None, preset: str | None = None
+) -> tuple[Any, str]:
     """Return the model at ``source`` in fp32 on the CPU, and the origin of its weights.
 
-    source: a directory, a preset (random weights, the same every time), a Hub id, or "tiny". Raises the errors of
-    from_pretrained.
+    source: a directory, a single file (``preset`` if its tensors do not decide the scaling), the name of a preset
+    (random weights, the same every time), a Hub id, or "tiny". Raises the errors of from_pretrained and
+    from_single_file.
     """
-    if source in PRESETS and not os.path.isdir(source):
+    if source in PRESETS and not os.path.isdir(source) and preset is None:
         from fastvae import models
 
         kind = getattr(models, PRESETS[source].class_name)
         model, weights = kind.from_preset(source, seed=0), "random: a preset has no weights"
     else:
-        model, weights = open_model(source, subfolder, revision), "read from the model's file"
+        model, weights = open_model(source, subfolder, revision, preset=preset), "read from the model's file"
     return model.eval().requires_grad_(False), weights
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,16 @@ DISTRIBUTION = "fastvae-latents"
 
 
 def examine(
-    vae: str = "tiny", folder: str = ".", *, subfolder: str | None = None, revision: str | None = None
+    vae: str = "tiny",
+    folder: str = ".",
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    preset: str | None = None,
 ) -> Iterator[Finding]:
-    """Check the installation, the GPU, the kernels, the numbers, the image decoder and the disk, one after another.
+    """Check the installation, the GPU, the kernels, the model, the image decoder and the disk, one after another.
 
+    vae: the model, whose structure, numbers and paths are checked, with subfolder, revision and preset as in compare.
     folder: the planned folder of latents; it need not exist. A failed check is a finding and raises nothing.
     """
     yield check_versions(versions())
@@ -39,15 +45,14 @@ def examine(
 
     yield check_gpu(torch)
     device = resolve_device(None)
-    checks: list[Callable[[], Finding]] = [
-        lambda: torch_checks.check_kernels(device),
-        lambda: torch_checks.check_numbers(device),
-        lambda: torch_checks.check_paths(vae, subfolder, revision, device),
-        torch_checks.check_images,
-        lambda: check_disk(Path(folder)),
-    ]
-    for check in checks:
-        yield check()
+    yield torch_checks.check_kernels(device)
+    found, model = torch_checks.check_model(vae, subfolder, revision, preset)
+    yield found
+    if model is not None:
+        yield torch_checks.check_numbers(vae, model, device)
+        yield torch_checks.check_paths(vae, model, device)
+    yield torch_checks.check_images()
+    yield check_disk(Path(folder))
 
 
 def check_versions(found: dict[str, str]) -> Finding:
@@ -70,6 +75,14 @@ def check_distribution() -> Finding:
     """Check that the imported fastvae is the installed one: another distribution on PyPI has the same import name."""
     place = os.path.dirname(os.path.abspath(fastvae.__file__))
     facts = {"distribution": DISTRIBUTION, "place": place}
+    try:
+        facts["other"] = f"fastvae {importlib.metadata.version('fastvae')}"
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    else:
+        remedy = f"pip uninstall fastvae, and install {DISTRIBUTION} again"
+        sentence = f"{facts['other']} of other authors is installed under the same import name, {place}: {remedy}"
+        return Finding("install", BAD, sentence, facts)
     try:
         facts["version"] = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

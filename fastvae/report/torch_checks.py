@@ -13,8 +13,9 @@ from fastvae_kernels.shared.runtime import HAS_TRITON, INTERPRETED, triton
 
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import accelerate
+from fastvae.latents.scaling import downsample_factor, pixel_multiple, scaling_of
 from fastvae.report.benchmark import explained
-from fastvae.report.contestants import encoding, first_line, images, open_fp32
+from fastvae.report.contestants import decoding, encoding, first_line, images, open_fp32
 from fastvae.report.correctness import truth_of
 from fastvae.report.findings import BAD, NOTE, OK, Finding
 from fastvae.report.timing import synchronised
@@ -36,13 +37,11 @@ def check_kernels(device: torch.device) -> Finding:
         return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence)
     facts = {"triton": triton.__version__, "interpreted": INTERPRETED}
     if INTERPRETED:
-        sentence = "TRITON_INTERPRET=1 makes every kernel thousands of times slower: unset it (it is for debugging)"
-        return Finding("kernels", BAD, sentence, facts)
+        sentence = "TRITON_INTERPRET=1 is for debugging kernels: unset it. A CPU ignores it; a GPU becomes thousands of "
+        sentence += "times slower"
+        return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence, facts)
     if device.type != "cuda":
-        sentence = (
-            f"Triton {triton.__version__} is installed, but its kernels need a GPU: encode and decode run in torch, in "
-            "channels_last"
-        )
+        sentence = f"Triton {triton.__version__} is installed, but its kernels need a GPU: a CPU takes the path cpu"
         return Finding("kernels", NOTE, sentence, facts)
     return check_launch(device, facts)
 
@@ -75,35 +74,59 @@ def check_launch(device: torch.device, facts: dict[str, Any]) -> Finding:
     )
 
 
-def check_numbers(device: torch.device) -> Finding:
-    """Check the accelerated encoder of the tiny model against float64, in the device's default dtype."""
-    dtype = default_dtype(device)
+def check_model(vae: str, subfolder: str | None, revision: str | None, preset: str | None) -> tuple[Finding, Any]:
+    """Load the model at ``vae``; return the finding, and the model in fp32 on the CPU, or None."""
     try:
-        plain = open_fp32("tiny", None, None)[0].to(device=device, dtype=DTYPES[dtype])
-        x = images(plain, 32 if INTERPRETED else 128, 1)
+        model, weights = open_fp32(vae, subfolder, revision, preset)
+    except (ValueError, OSError, TypeError) as error:
+        return Finding("model", BAD, f"the model {vae} cannot be used: {first_line(error)}", {"vae": vae}), None
+    facts = {
+        "vae": vae,
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "latent_channels": model.config.latent_channels,
+        "downsample_factor": downsample_factor(model),
+        "scaling": scaling_of(model),
+        "weights": weights,
+    }
+    sentence = (
+        f"{vae}: {facts['class']}, {facts['parameters'] / 1e6:.2g} M parameters, {facts['latent_channels']} latent "
+        f"channels, {facts['downsample_factor']} pixels a latent, weights {weights}"
+    )
+    return Finding("model", OK, sentence, facts), model
+
+
+def check_numbers(vae: str, model: Any, device: torch.device) -> Finding:
+    """Check an encode and a decode of the accelerated model against float64, in the device's default dtype."""
+    dtype = default_dtype(device)
+    facts: dict[str, Any] = {"dtype": dtype}
+    within = []
+    try:
+        plain = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype])
+        fast = accelerate(copy.deepcopy(plain))
+        x = images(plain, 128 if device.type == "cuda" else 8 * pixel_multiple(plain), 1)
         with torch.no_grad():
-            truth = truth_of(plain, "encode", x)
-            begin = time.perf_counter()
-            y = encoding(accelerate(plain))(x)
-            took = time.perf_counter() - begin
+            for task, call in (("encode", encoding(fast)), ("decode", decoding(fast))):
+                truth = truth_of(plain, task, x)
+                begin = time.perf_counter()
+                y = call(x)
+                took = time.perf_counter() - begin
+                error, allowed, wrong = truth.judge(y)
+                facts[task] = {"error": error, "allowed_error": allowed, "seconds": took}
+                if wrong:
+                    sentence = f"{vae}: an image was {task}d {wrong}: use another version of torch or Triton"
+                    return Finding("numbers", BAD, sentence, facts)
+                within.append(f"{task}s an image within {error:.2g} of float64 (allowed: {allowed:.2g})")
+                x = truth.values.chunk(2, dim=1)[0].contiguous().to(x)
     except LAUNCH_ERRORS as error:
-        return Finding("numbers", BAD, f"the tiny model could not encode an image: {first_line(error)}")
-    error, allowed, wrong = truth.judge(y)
-    facts = {"dtype": dtype, "error": error, "allowed_error": allowed, "seconds": took}
-    if wrong:
-        return Finding("numbers", BAD, f"an image was encoded {wrong}: use another version of torch or Triton", facts)
-    sentence = f"the tiny model encodes an image in {dtype} within {error:.2g} of float64 (allowed: {allowed:.2g})"
-    return Finding("numbers", OK, sentence, facts)
+        return Finding("numbers", BAD, f"{vae} could not encode and decode an image: {first_line(error)}", facts)
+    return Finding("numbers", OK, f"{vae} in {dtype} {' and '.join(within)}", facts)
 
 
-def check_paths(vae: str, subfolder: str | None, revision: str | None, device: torch.device) -> Finding:
+def check_paths(vae: str, model: Any, device: torch.device) -> Finding:
     """Check which blocks of a model are fused on ``device``, and why others fall back."""
     dtype = default_dtype(device)
-    try:
-        model, _ = open_fp32(vae, subfolder, revision)
-        model = accelerate(copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]))
-    except (ValueError, OSError, TypeError) as error:
-        return Finding("paths", BAD, f"the model {vae} cannot be used: {first_line(error)}", {"vae": vae})
+    model = accelerate(copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]))
     with torch.no_grad():
         rows = explained(model, (1, model.config.in_channels, 256, 256))
     return judge_paths(f"{vae} on {device} in {dtype}", rows)
@@ -116,6 +139,8 @@ def judge_paths(label: str, rows: list[dict[str, Any]]) -> Finding:
     if not reasons:
         return Finding("paths", OK, f"{label}: all {len(rows)} blocks are fused", facts)
     listed = "; ".join(reason.partition(": ")[2] for reason in reasons)
+    if all(row["path"] == "cpu" for row in rows):
+        return Finding("paths", NOTE, f"{label}: every block takes the path cpu ({listed})", facts)
     left = [row["name"] for row in rows if row["reason"]]
     if len(left) == len(rows):
         return Finding("paths", NOTE, f"{label}: no block is fused ({listed})", facts)

@@ -10,7 +10,7 @@ from fastvae.cli.main import cli
 from fastvae.report import doctor
 from fastvae.report.findings import Finding
 
-NAMES = ["versions", "install", "gpu", "kernels", "numbers", "paths", "images", "disk"]
+NAMES = ["versions", "install", "gpu", "kernels", "model", "numbers", "paths", "images", "disk"]
 
 
 def test_the_whole_examination(forks, tmp_path):
@@ -24,7 +24,10 @@ def test_the_whole_examination(forks, tmp_path):
     assert done.returncode == (0 if told["ok"] else 1)
     by_name = {finding["name"]: finding for finding in told["findings"]}
     assert by_name["versions"]["state"] == by_name["numbers"]["state"] == by_name["images"]["state"] == "ok"
-    assert by_name["numbers"]["facts"]["error"] <= by_name["numbers"]["facts"]["allowed_error"]
+    for task in ("encode", "decode"):
+        found = by_name["numbers"]["facts"][task]
+        assert found["error"] <= found["allowed_error"]
+    assert by_name["model"]["facts"]["vae"] == "tiny"
     assert by_name["disk"]["facts"]["folder"] == str(tmp_path)
     assert by_name["paths"]["facts"]["blocks"]
     assert not list(tmp_path.iterdir())
@@ -66,6 +69,6 @@ def test_the_options_reach_the_examination(monkeypatch):
         return iter(())
 
     monkeypatch.setattr(doctor, "examine", examine)
-    options = ["--vae", "some/model", "--subfolder", "vae", "--revision", "main"]
+    options = ["--vae", "some/model", "--subfolder", "vae", "--revision", "main", "--preset", "sdxl"]
     assert CliRunner().invoke(cli, ["doctor", "latents", *options]).exit_code == 0
-    assert given == [(("some/model", "latents"), {"subfolder": "vae", "revision": "main"})]
+    assert given == [(("some/model", "latents"), {"subfolder": "vae", "revision": "main", "preset": "sdxl"})]

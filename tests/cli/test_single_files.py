@@ -1,4 +1,4 @@
-"""Single files as models on the command line: encode, info, decode and repair, with --preset."""
+"""Single files as models on the command line, with --preset."""
 
 import json
 
@@ -53,6 +53,29 @@ def test_info_of_a_single_file(file, tmp_path):
     assert "no such file" in run("info", tmp_path / "other.safetensors", code=1).stderr
     save_file({"x": next(small_vae().parameters()).detach()}, tmp_path / "other.safetensors")
     assert "holds no VAE" in run("info", tmp_path / "other.safetensors", code=2).stderr
+
+
+def test_a_single_file_in_bench_compare_and_doctor(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvae.report.compare.check_pictures", lambda multiple: {})
+    monkeypatch.setattr("fastvae.report.contestants.diffusers_twin", lambda plain: (None, "left out"))  # a slow import
+    write_pictures(tmp_path / "in", 1)
+    fast = ("--dtype", "fp32", "--device", "cpu", "--json")
+    commands = {
+        "bench": ("bench", "--vae", file, "--size", 16, "--seconds", 0, "--task", "encode", *fast),
+        "compare": ("compare", tmp_path / "in" / "000.png", "--vae", file, *fast),
+        "doctor": ("doctor", tmp_path, "--vae", file, "--json"),
+    }
+    told = {name: json.loads(run(*command, "--preset", "small").stdout) for name, command in commands.items()}
+    assert told["bench"]["model"]["source"] == str(file)
+    assert told["compare"]["vae"] == f"{file} (weights: read from the model's file)"
+    assert told["compare"]["is_right"]
+    facts = {finding["name"]: finding["facts"] for finding in told["doctor"]["findings"]}
+    assert facts["model"]["scaling"]["scaling_factor"] == SCALING
+    for name, command in commands.items():
+        done = run(*command, code={"bench": 2, "compare": 2, "doctor": 1}[name])
+        assert "fits no preset" in done.output
+        done = run(*command, "--preset", "smal", code={"bench": 2, "compare": 2, "doctor": 1}[name])
+        assert "did you mean 'small'?" in done.output
 
 
 def test_a_preset_of_a_model_with_a_config_is_refused(tmp_path):

@@ -85,9 +85,48 @@ def test_other_models_are_refused():
     for function in (fastvae.restore, fastvae.refresh, fastvae.fast_report, fastvae.explain):
         with pytest.raises(TypeError, match="Linear"):
             function(nn.Linear(2, 2))
-    for function in (fastvae.refresh, fastvae.fast_report, fastvae.explain):
+    for function in (fastvae.refresh, fastvae.fast_report):
         with pytest.raises(ValueError, match="not accelerated"):
             function(tiny())
+
+
+@pytest.mark.parametrize("hand", ["fastvae", "diffusers"])
+def test_explain_of_a_plain_model_says_what_accelerate_would_do(hand):
+    vae = tiny(hand)
+    hook = vae.decoder.mid_block.register_forward_hook(lambda *given: None)
+    before = {name: dict(vars(module)) for name, module in vae.named_modules()}
+    plain = fastvae.explain(vae, SHAPE)
+    assert {name: dict(vars(module)) for name, module in vae.named_modules()} == before
+    told = fastvae.explain(fastvae.accelerate(vae), SHAPE)
+    assert (plain.rows, plain.launches) == (told.rows, told.launches)
+    assert plain.reasons == {"decoder.mid_block": Reason.HOOKS}
+    assert (plain.accelerated, told.accelerated) == (False, True)
+    first, *rest = str(plain).splitlines()
+    assert first == "not accelerated; fastvae.accelerate would run it by these paths:"
+    assert rest == str(told).splitlines()
+    hook.remove()
+
+
+@pytest.mark.usefixtures("users_cpu")
+def test_the_paths_of_a_cpu():
+    vae = tiny()
+    assert {row.path for row in fastvae.explain(vae).rows} == {"cpu"}
+    fastvae.accelerate(vae)
+    assert {row.path for row in fastvae.explain(vae).rows} == {"cpu"}
+    vae.requires_grad_(True)
+    assert {row.path for row in fastvae.explain(vae).rows} == {"module"}
+    fastvae.accelerate(vae, "exact")
+    with torch.no_grad():
+        told = fastvae.explain(vae)
+    assert {row.path for row in told.rows} == {"module"}
+    assert set(told.reasons.values()) == {Reason.EXACT}
+
+
+def test_a_model_that_accelerate_refuses_is_refused_by_explain():
+    narrow = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)}
+    tinier = diffusers.AutoencoderTiny(**narrow, num_encoder_blocks=(1,), num_decoder_blocks=(1,))
+    with pytest.raises(TypeError, match="neither encoder nor decoder of this AutoencoderTiny is built like"):
+        fastvae.explain(tinier)
 
 
 def test_a_pipeline_is_taken_by_its_vae():

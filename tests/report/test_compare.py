@@ -63,7 +63,7 @@ def test_every_stage_has_its_errors(hand):
     assert [stage.name for stage in found.stages] == NAMES
     assert found.is_right
     assert (found.images, found.dtype, found.device) == (2, "bfloat16", "cpu")
-    assert {stage.path for stage in found.stages if "coder" in stage.name} == {"in place"}
+    assert {stage.path for stage in found.stages if "coder" in stage.name} == {"cpu"}
     for stage in found.stages:
         for pair in (stage.fast_float64, stage.eager_float64):
             assert 0 < pair.mean <= pair.rms <= pair.largest < 1
@@ -187,7 +187,7 @@ def test_text_and_data():
     assert lines[0] == "1 image, float32 on cpu; the largest, mean and cosine error of each pair"
     assert len(lines) == len(found.stages) + 3
     assert lines[2].startswith("encoder.conv_in ")
-    assert lines[2].endswith("in place")
+    assert lines[2].endswith("cpu")
     assert lines[-1].startswith("round trip, PSNR: fast ")
     facts = found.facts()
     assert facts["stages"][0]["fast_eager"]["largest"] == found.stages[0].fast_eager.largest

@@ -124,7 +124,7 @@ def test_kernels_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch_checks, "INTERPRETED", False)
     finding = torch_checks.check_kernels(CPU)
     assert finding.state == "note"
-    assert "its kernels need a GPU: encode and decode run in torch, in channels_last" in finding.sentence
+    assert "its kernels need a GPU: a CPU takes the path cpu" in finding.sentence
     monkeypatch.setattr(torch_checks, "HAS_TRITON", False)
     assert torch_checks.check_kernels(CPU).state == "note"
     missing = torch_checks.check_kernels(torch.device("cuda"))
@@ -132,11 +132,12 @@ def test_kernels_where_there_is_no_gpu(monkeypatch):
     assert "pip install triton" in missing.sentence
 
 
-def test_the_interpreter_is_bad(monkeypatch):
+def test_the_interpreter_is_bad_on_a_gpu_and_ignored_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch_checks, "INTERPRETED", True)
-    finding = torch_checks.check_kernels(CPU)
-    assert finding.state == "bad"
-    assert "TRITON_INTERPRET=1 makes every kernel thousands of times slower: unset it" in finding.sentence
+    for device, state in (("cpu", "note"), ("cuda", "bad")):
+        finding = torch_checks.check_kernels(torch.device(device))
+        assert finding.state == state
+        assert "TRITON_INTERPRET=1 is for debugging kernels: unset it" in finding.sentence
 
 
 @pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="no kernel runs on the CPU")
@@ -156,33 +157,54 @@ def test_a_kernel_is_run_and_compared(monkeypatch):
     assert finding.sentence.startswith("a kernel could not be compiled or launched: Command '['gcc']'")
 
 
-@pytest.fixture
-def small(monkeypatch, as_a_users_cpu):
-    monkeypatch.setattr(torch_checks, "open_fp32", lambda *source: (small_vae(), ""))
+def numbers(model):
+    return torch_checks.check_numbers("small", model, CPU)
 
 
-@pytest.mark.usefixtures("small")
-def test_numbers(monkeypatch):
-    finding = torch_checks.check_numbers(CPU)
+@pytest.mark.usefixtures("as_a_users_cpu")
+def test_numbers_are_those_of_the_model_that_is_given(monkeypatch):
+    finding = numbers(small_vae())
     assert finding.state == "ok"
-    assert 0 < finding.facts["error"] <= finding.facts["allowed_error"]
-    monkeypatch.setattr(torch_checks, "truth_of", lambda *arguments: Truth([0], torch.full((8, 16, 16), 9.0), 1.0, 1.0))
-    finding = torch_checks.check_numbers(CPU)
+    assert finding.sentence.startswith("small in ")
+    for task in ("encode", "decode"):
+        assert 0 < finding.facts[task]["error"] <= finding.facts[task]["allowed_error"]
+    broken = small_vae()
+    broken.decoder.conv_out.weight.data[:] = torch.nan
+    finding = numbers(broken)
     assert finding.state == "bad"
+    assert "small: an image was decoded wrong" in finding.sentence
+    monkeypatch.setattr(torch_checks, "truth_of", lambda *arguments: Truth([0], torch.full((8, 8, 8), 9.0), 1.0, 1.0))
+    finding = numbers(small_vae())
+    assert finding.state == "bad"
+    assert finding.sentence.startswith("small: an image was encoded wrong")
     assert finding.sentence.endswith("use another version of torch or Triton")
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("as_a_users_cpu")
 def test_an_error_of_the_model_is_a_finding(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler.\nmore")
 
     monkeypatch.setattr(torch_checks, "truth_of", fail)
-    finding = torch_checks.check_numbers(CPU)
+    finding = numbers(small_vae())
     assert (finding.state, finding.sentence) == (
         "bad",
-        "the tiny model could not encode an image: Failed to find C compiler.",
+        "small could not encode and decode an image: Failed to find C compiler.",
     )
+
+
+@pytest.mark.usefixtures("as_a_users_cpu")
+def test_the_examination_is_of_the_model_that_is_given(small_model, monkeypatch):
+    """A model on disk: its load, its structure, its numbers and its paths; what cannot be loaded has one finding."""
+    monkeypatch.setattr(torch_checks, "check_images", lambda: check_disk(Path()))
+    found = {finding.name: finding for finding in examine(small_model)}
+    assert found["model"].facts["parameters"] == sum(parameter.numel() for parameter in small_vae().parameters())
+    assert found["model"].sentence.startswith(f"{small_model}: AutoencoderKL, ")
+    assert found["numbers"].sentence.startswith(f"{small_model} in ")
+    assert found["paths"].sentence.startswith(f"{small_model} on cpu in ")
+    names = [finding.name for finding in examine(str(Path(small_model) / "not"))]
+    assert names[3:5] == ["kernels", "model"]
+    assert "numbers" not in names
 
 
 def block(name, reason=None):
@@ -193,7 +215,8 @@ def block(name, reason=None):
     ("rows", "state", "words"),
     [
         ([block("a"), block("b")], "ok", "it: all 2 blocks are fused"),
-        ([block("a", "CPU: no kernel")], "note", "it: no block is fused (no kernel)"),
+        ([block("a", "H: hook")], "note", "it: no block is fused (hook)"),
+        ([{**block("a", "CPU: no kernel"), "path": "cpu"}], "note", "it: every block takes the path cpu (no kernel)"),
         ([block("a"), block("b", "H: hook")], "note", "it: 1 of 2 blocks are fused; not fused: b (hook)"),
         (
             [block("a"), *(block(name, f"X{i % 2}: why {i % 2}") for i, name in enumerate("bcdef"))],
@@ -208,8 +231,8 @@ def test_paths(rows, state, words):
 
 
 def test_a_model_that_is_not_there_is_bad(tmp_path):
-    finding = torch_checks.check_paths(str(tmp_path), None, None, CPU)
-    assert finding.state == "bad"
+    finding, model = torch_checks.check_model(str(tmp_path), None, None, None)
+    assert (finding.state, model) == ("bad", None)
     assert finding.sentence.startswith(f"the model {tmp_path} cannot be used: ")
 
 
@@ -232,7 +255,12 @@ def test_a_torch_that_cannot_be_loaded_ends_the_examination(monkeypatch):
 
 
 def test_the_distribution_is_named_with_its_place(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"fastvae-latents": "0.1.0"}[name])
+    def version(name):
+        if name != "fastvae-latents":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     finding = check_distribution()
     assert finding.state == "ok"
     assert finding.sentence == f"fastvae-latents 0.1.0, imported from {Path(fastvae.__file__).parent}"
@@ -245,3 +273,11 @@ def test_another_distribution_under_the_same_import_name_is_a_note(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     finding = check_distribution()
     assert (finding.state, "fastvae-latents is not installed" in finding.sentence) == ("note", True)
+
+
+def test_a_distribution_of_other_authors_under_the_same_name_is_bad(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"fastvae": "9.9", "fastvae-latents": "0.1.0"}.__getitem__)
+    finding = check_distribution()
+    assert (finding.state, finding.facts["other"]) == ("bad", "fastvae 9.9")
+    assert "fastvae 9.9 of other authors is installed under the same import name" in finding.sentence
+    assert "pip uninstall fastvae, and install fastvae-latents again" in finding.sentence
