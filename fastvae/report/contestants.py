@@ -35,9 +35,7 @@ class Contestant:
         return torch.compile(run, dynamic=False) if self.compiled else run
 
 
-def open_fp32(
-    source: str, subfolder: str | None, revision: str | None, preset: str | None = None
-) -> tuple[Any, str]:
+def open_fp32(source: str, subfolder: str | None, revision: str | None, preset: str | None = None) -> tuple[Any, str]:
     """Return the model at ``source`` in fp32 on the CPU, and the origin of its weights.
 
     source: a directory, a single file (``preset`` if its tensors do not decide the scaling), the name of a preset

@@ -37,8 +37,8 @@ def check_kernels(device: torch.device) -> Finding:
         return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence)
     facts = {"triton": triton.__version__, "interpreted": INTERPRETED}
     if INTERPRETED:
-        sentence = "TRITON_INTERPRET=1 is for debugging kernels: unset it. A CPU ignores it; a GPU becomes thousands of "
-        sentence += "times slower"
+        sentence = "TRITON_INTERPRET=1 is for debugging kernels: unset it. A CPU ignores it; a GPU becomes thousands "
+        sentence += "of times slower"
         return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence, facts)
     if device.type != "cuda":
         sentence = f"Triton {triton.__version__} is installed, but its kernels need a GPU: a CPU takes the path cpu"
