@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, residual, upsample
+from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, residual, upsample, winograd
 from fastvae_kernels.shared.runtime import Cost, size_in_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,6 +38,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
         x, weight, bias, measured=partials is not None
     ),
     "fastvae::upsample_conv": upsample.cost,
+    "fastvae::winograd_conv": winograd.cost,
     "fastvae::spatial_attention": lambda query, key, value, scale: attention.cost(query),
     "fastvae::spatial_attention_shared": lambda query, x, scale: attention.cost(query, shared=True),
 }
