@@ -104,7 +104,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # torch first, at its exact version: without one, pip may choose a build with gigabytes of CUDA libraries.
-$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.run: pyproject.toml constraints.txt setup.py $(wildcard kernels/fastvae_kernels/cpu/*.[ch]) | $(VENV)/bin/python
 	$(call install,torch (some minutes)) "$$(grep '^torch==' constraints.txt)"
 	$(call install,fastvae and the packages of the demo) --constraint constraints.txt --editable ".[demo]"
 	@touch $@

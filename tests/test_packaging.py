@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUFFIXES = {".py", ".json", ".jinja", ".md", ".safetensors"}
+SUFFIXES = {".py", ".json", ".jinja", ".md", ".safetensors", ".c", ".h"}
 
 
 def test_the_package_has_every_file_of_the_repository(monkeypatch):
@@ -73,7 +73,7 @@ def test_an_editable_install_is_found_in_the_folder_above_the_checkout(tmp_path)
 @pytest.mark.parametrize(("target", "steps"), [("demo", 4), ("test", 5)])
 def test_make_prints_one_line_a_step(tmp_path, target, steps):
     """pip works for minutes without a word. Its place is taken by a script that prints its name."""
-    for file in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for file in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / file, tmp_path)
     python = tmp_path / "python"
     python.write_text(
@@ -94,6 +94,7 @@ def test_the_wheel_works_in_a_fresh_environment(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fastvae", "fastvae_kernels", next(t for t in tops if t.endswith(".dist-info"))}
     assert "fastvae/assets/tiny/diffusion_pytorch_model.safetensors" in names
+    assert any(name.startswith("fastvae_kernels/cpu/built/kernels") for name in names) == bool(shutil.which("gcc"))
     assert {"fastvae/assets/buckets/sdxl.json", "fastvae/report/comparison.html.jinja"} <= set(names)
 
     venv.create(tmp_path / "fresh", with_pip=True)

@@ -9,6 +9,7 @@ upsample         nearest 2x and a 3x3 convolution as one
 winograd         winograd_conv: the apply half of a GroupNorm and a 3x3 convolution, by Winograd's transforms
 posterior        sample_posterior: moments to latents
 divergence       kl_divergence of a row's posterior
+cpu              kernels for a CPU in C
 parts            parts of these ops; no ops themselves
 shared           device code and launch helpers that every op may use
 """

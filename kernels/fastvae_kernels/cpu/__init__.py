@@ -1,0 +1,7 @@
+"""Kernels for a CPU in C, built with the package where a C compiler is, called through ctypes; torch's own otherwise.
+
+sources     names, flags and hash of the C files, for setup.py and for library
+library     the library: loaded once, or the reason why there is none
+group_norm  GroupNorm with SiLU
+winograd    3x3 convolutions by Winograd's algorithm in fp32
+"""

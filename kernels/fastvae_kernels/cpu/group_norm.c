@@ -1,0 +1,167 @@
+/* GroupNorm with or without SiLU for images in NHWC: act((x - mean_g) / deviation_g * weight_c + bias_c).
+
+x is read twice and y written once. Sums are fp64, of x minus the first value of its group in the image: one pass over
+x gives mean and variance to 1e-8, whatever the mean. Chunks have a fixed size and are added in their order, so threads
+do not change a bit. */
+
+#include <math.h>
+#include <omp.h>
+
+#include "vectors.h"
+
+/* Values of one chunk: 128 KB in fp32, a quarter of an L2 cache. */
+#define CHUNK 32768
+/* Pixels whose values are added in registers, before the sums in memory. */
+#define PIXELS 4
+
+struct norm {
+    const void *x;
+    void *y;
+    int64_t dtype, batch, pixels, channels, groups, silu;
+    const float *weight, *bias;
+    double eps;
+    /* [batch, chunks, 2, channels], [batch, channels], [batch, channels], [batch, channels] */
+    double *sums;
+    float *centre, *scale, *shift;
+};
+
+static int64_t pixels_of(const struct norm *a) { return a->channels < CHUNK ? CHUNK / a->channels : 1; }
+
+int64_t fastvae_norm_chunks(int64_t pixels, int64_t channels) {
+    const struct norm a = {.channels = channels};
+    return (pixels + pixels_of(&a) - 1) / pixels_of(&a);
+}
+
+INLINE float value_of(int dtype, const void *from, int64_t index) {
+    float value;
+    uint16_t bits_;
+    uint32_t whole;
+    if (dtype == FLOAT32)
+        return ((const float *)from)[index];
+    memcpy(&bits_, (const uint16_t *)from + index, 2);
+    if (dtype == FLOAT16) {
+        bits lanes = {bits_};
+        return from_half(lanes)[0];
+    }
+    whole = (uint32_t)bits_ << 16;
+    memcpy(&value, &whole, 4);
+    return value;
+}
+
+/* Add the values, minus ``centre`` of their channel, and the squares of one chunk to sums [2, channels]. */
+INLINE void sums_of(int dtype, const struct norm *a, int64_t image, int64_t first, int64_t count, double *sums) {
+    const int64_t channels = a->channels;
+    const float *centre = a->centre + image * channels;
+    memset(sums, 0, 2 * channels * sizeof(double));
+    for (int64_t pixel = 0; pixel < count; pixel += PIXELS) {
+        const int64_t together = count - pixel < PIXELS ? count - pixel : PIXELS;
+        const int64_t place = (image * a->pixels + first + pixel) * channels;
+        for (int64_t channel = 0; channel < channels; channel += LANES) {
+            const vec middle = load(centre + channel);
+            dvec sum[2], square[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                sum[h] = load_double(sums + channel + h * HALF);
+                square[h] = load_double(sums + channels + channel + h * HALF);
+            }
+            for (int64_t p = 0; p < together; p++) {
+                union {
+                    vec whole;
+                    hvec halves[2];
+                } x = {load_as(dtype, a->x, place + p * channels + channel)}, c = {middle};
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; h++) {
+                    const dvec d = wide(x.halves[h]) - wide(c.halves[h]);
+                    sum[h] += d;
+                    square[h] += d * d;
+                }
+            }
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                store_double(sums + channel + h * HALF, sum[h]);
+                store_double(sums + channels + channel + h * HALF, square[h]);
+            }
+        }
+    }
+}
+
+INLINE void normalize(int dtype, const struct norm *a, int64_t image, int64_t first, int64_t count) {
+    const int64_t channels = a->channels, place = (image * a->pixels + first) * channels;
+    const float *centre = a->centre + image * channels, *scale = a->scale + image * channels;
+    const float *shift = a->shift + image * channels;
+    for (int64_t pixel = 0; pixel < count; pixel++)
+        for (int64_t channel = 0; channel < channels; channel += LANES) {
+            const int64_t at = place + pixel * channels + channel;
+            const vec d = load_as(dtype, a->x, at) - load(centre + channel);
+            const vec z = d * load(scale + channel) + load(shift + channel);
+            store_as(dtype, a->y, at, a->silu ? silu(z) : z);
+        }
+}
+
+/* Write centre, scale and shift of one image: (x - centre) * scale + shift. */
+static void affine_of(const struct norm *a, int64_t image, int64_t chunks) {
+    const int64_t channels = a->channels, width = channels / a->groups;
+    float *centre = a->centre + image * channels, *scale = a->scale + image * channels;
+    float *shift = a->shift + image * channels;
+    for (int64_t group = 0; group < a->groups; group++) {
+        const double count = (double)a->pixels * (double)width, middle = centre[group * width];
+        double sum = 0, square = 0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const double *part = a->sums + (image * chunks + chunk) * 2 * channels + group * width;
+            for (int64_t channel = 0; channel < width; channel++) {
+                sum += part[channel];
+                square += part[channels + channel];
+            }
+        }
+        const double variance = (square - sum * sum / count) / count, mean = middle + sum / count;
+        const double inverse = 1 / sqrt((variance > 0 || variance != variance ? variance : 0) + a->eps);
+        for (int64_t channel = group * width; channel < (group + 1) * width; channel++) {
+            /* The mean rounded to fp32 is subtracted from x; the shift takes the rest of the mean. */
+            centre[channel] = (float)mean;
+            scale[channel] = (float)(a->weight[channel] * inverse);
+            shift[channel] = (float)(a->bias[channel] - (mean - centre[channel]) * (a->weight[channel] * inverse));
+        }
+    }
+}
+
+INLINE void run(int dtype, const struct norm *a, int64_t chunks, int64_t threads) {
+    const int64_t each = pixels_of(a), width = a->channels / a->groups;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t item = 0; item < a->batch * a->channels; item++) {
+            const int64_t image = item / a->channels, group = item % a->channels / width;
+            a->centre[item] = value_of(dtype, a->x, image * a->pixels * a->channels + group * width);
+        }
+#pragma omp for
+        for (int64_t item = 0; item < a->batch * chunks; item++) {
+            const int64_t first = item % chunks * each, count = a->pixels - first < each ? a->pixels - first : each;
+            sums_of(dtype, a, item / chunks, first, count, a->sums + item * 2 * a->channels);
+        }
+#pragma omp for
+        for (int64_t image = 0; image < a->batch; image++)
+            affine_of(a, image, chunks);
+        /* Last pixels first: the cache still holds the end of x. */
+        if (a->y) {
+#pragma omp for
+            for (int64_t item = a->batch * chunks - 1; item >= 0; item--) {
+                const int64_t first = item % chunks * each, count = a->pixels - first < each ? a->pixels - first : each;
+                normalize(dtype, a, item / chunks, first, count);
+            }
+        }
+    }
+}
+
+/* Write the affine of every image, and y unless it is null. ``channels`` is a multiple of LANES. */
+void fastvae_norm(const struct norm *a, int64_t threads) {
+    const int64_t chunks = fastvae_norm_chunks(a->pixels, a->channels);
+    if (a->dtype == FLOAT32)
+        run(FLOAT32, a, chunks, threads);
+    else if (a->dtype == BFLOAT16)
+        run(BFLOAT16, a, chunks, threads);
+    else
+        run(FLOAT16, a, chunks, threads);
+}
+
+/* Return the hash of the C files that this library was built from. */
+const char *fastvae_sources(void) { return FASTVAE_SOURCES; }

@@ -1,0 +1,55 @@
+"""The library of C kernels: loaded once, or the reason why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae_kernels.cpu import sources
+
+INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NOT_BUILT = "the C kernels are not built: install fastvae again where a C compiler with OpenMP is"
+OTHER_SOURCES = "the C kernels were built from other sources: install fastvae again"
+NO_AVX2 = "this CPU has no AVX2, which the C kernels need"
+
+
+class Library:
+    """The loaded library; ``why_not`` is the reason why it is missing, or None."""
+
+    def __init__(self) -> None:
+        self.functions: Any = None
+        self.why_not: str | None = None
+        built = sorted((sources.FOLDER / "built").glob("kernels*.so"))
+        if platform.machine() in sources.X86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+            self.why_not = NO_AVX2
+        elif not built:
+            self.why_not = NOT_BUILT
+        else:
+            functions = ctypes.CDLL(str(built[0]))
+            functions.fastvae_sources.restype = ctypes.c_char_p
+            if functions.fastvae_sources().decode() == sources.source_hash():
+                self.functions = functions
+            else:
+                self.why_not = OTHER_SOURCES
+
+
+@functools.cache
+def library() -> Library:
+    """Return the library, loaded at the first call."""
+    return Library()
+
+
+def why_not() -> str | None:
+    """Return why the C kernels do not run on this machine, or None."""
+    return library().why_not
+
+
+def address(values: Tensor | None) -> int | None:
+    """Return the address of a tensor's first value, or None."""
+    return None if values is None else values.data_ptr()

@@ -1,0 +1,276 @@
+/* 3x3 convolutions by Winograd's F(2x2) and F(4x4) in fp32, stride 1 and padding 1, images in NHWC.
+
+A chunk of tiles goes through three steps while it is in the cache: windows to V [window^2, tiles, C], the products
+M = V U of each plane, and M to pixels with bias and residual. The products of one tile do not depend on the others, so
+neither chunks, threads nor the batch change a bit. Matrices: shared/winograd_matrices.py; their
+pairs of rows (1, 2) and (3, 4) differ in signs alone, which halves the arithmetic. */
+
+#include <omp.h>
+
+#include "vectors.h"
+
+/* 6 x 16 sums fill 12 of 16 registers. */
+#define ROWS 6
+#define COLUMNS (2 * LANES)
+#define DEPTH 256
+#define LARGEST_WINDOW 6
+/* Planes of V and M start in different sets of the caches: a power of two would put all of them in one. */
+#define PAD 16
+
+struct convolution {
+    const float *x, *weight, *bias, *residual;
+    float *y;
+    int64_t batch, height, width, in, out;
+    int64_t tile, upsample;
+    const float *input, *output;
+};
+
+struct chunk {
+    int64_t image, first, tiles, rows;
+    float *v, *m, *zeros;
+    int64_t v_plane, m_plane;
+};
+
+static int64_t cut(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Return B^T d for one row or column d of a window; ``step`` is the distance between its values. */
+INLINE void window_of(int tile, const float *matrix, const vec *d, int step, vec *t, int t_step) {
+    const int n = tile + 2;
+    const float *last = matrix + (n - 1) * n;
+    vec first_sum = matrix[0] * d[0], last_sum = last[1] * d[step];
+#pragma GCC unroll 8
+    for (int k = 2; k < n; k += 2) {
+        first_sum += matrix[k] * d[k * step];
+        last_sum += last[k + 1] * d[(k + 1) * step];
+    }
+    t[0] = first_sum;
+    t[(n - 1) * t_step] = last_sum;
+#pragma GCC unroll 8
+    for (int i = 1; i < n - 1; i += 2) {
+        const float *row = matrix + i * n;
+        vec even = row[2] * d[2 * step], odd = row[1] * d[step];
+        if (tile == 4) {
+            even += row[4] * d[4 * step];
+            odd += row[3] * d[3 * step];
+        }
+        t[i * t_step] = even + odd;
+        t[(i + 1) * t_step] = even - odd;
+    }
+}
+
+/* Return A^T m for one row or column m of products. */
+INLINE void results_of(int tile, const float *matrix, const vec *m, int step, vec *t, int t_step) {
+    const int n = tile + 2;
+    vec even[2], odd[2];
+#pragma GCC unroll 8
+    for (int i = 1; i < n - 1; i += 2) {
+        even[i / 2] = m[i * step] + m[(i + 1) * step];
+        odd[i / 2] = m[i * step] - m[(i + 1) * step];
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < tile; k++) {
+        const float *row = matrix + k * n;
+        const vec *pair = k % 2 ? odd : even;
+        vec sum = row[1] * pair[0];
+        if (tile == 4)
+            sum += row[3] * pair[1];
+        if (k == 0)
+            sum += m[0];
+        if (k == tile - 1)
+            sum += m[(n - 1) * step];
+        t[k * t_step] = sum;
+    }
+}
+
+INLINE void read_windows(int tile, const struct convolution *c, struct chunk *k) {
+    const int n = tile + 2;
+    const int64_t across = cut(c->width, tile), width = c->width >> c->upsample, height = c->height >> c->upsample;
+    const float *image = c->x + k->image * height * width * c->in;
+    for (int64_t t = 0; t < k->tiles; t++) {
+        const int64_t top = (k->first + t) / across * tile - 1, left = (k->first + t) % across * tile - 1;
+        const float *pixel[LARGEST_WINDOW * LARGEST_WINDOW];
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < n; j++) {
+                const int64_t row = top + i, column = left + j;
+                const int inside = row >= 0 && row < c->height && column >= 0 && column < c->width;
+                pixel[i * n + j] =
+                    inside ? image + ((row >> c->upsample) * width + (column >> c->upsample)) * c->in : k->zeros;
+            }
+        for (int64_t channel = 0; channel < c->in; channel += LANES) {
+            vec d[LARGEST_WINDOW], half[LARGEST_WINDOW * LARGEST_WINDOW];
+#pragma GCC unroll 8
+            for (int j = 0; j < n; j++) {
+#pragma GCC unroll 8
+                for (int i = 0; i < n; i++)
+                    d[i] = load(pixel[i * n + j] + channel);
+                window_of(tile, c->input, d, 1, half + j, n);
+            }
+            float *v = k->v + t * c->in + channel;
+#pragma GCC unroll 8
+            for (int i = 0; i < n; i++) {
+                window_of(tile, c->input, half + i * n, 1, d, 1);
+#pragma GCC unroll 8
+                for (int j = 0; j < n; j++)
+                    store(v + (i * n + j) * k->v_plane, d[j]);
+            }
+        }
+    }
+}
+
+/* m [ROWS, COLUMNS] = v [ROWS, depth] u [depth, COLUMNS], added to m if ``add``; rows of v past ``rows`` are row 0.
+``lines`` cache lines from ``next`` on are fetched meanwhile. */
+INLINE void product(
+    const float *v, int64_t v_step, int64_t rows, const float *u, int64_t depth, float *m, int64_t m_step, int add,
+    const float *next, int64_t lines) {
+    vec sum[ROWS][2];
+    const float *row[ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = v + (r < rows ? r : 0) * v_step;
+        sum[r][0] = sum[r][1] = (vec){0};
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        if (k < lines)
+            __builtin_prefetch(next + k * COLUMNS);
+        const vec left = load(u + k * COLUMNS), right = load(u + k * COLUMNS + LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            const vec value = all(row[r][k]);
+            sum[r][0] += value * left;
+            sum[r][1] += value * right;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+        float *to = m + r * m_step;
+        if (add) {
+            sum[r][0] += load(to);
+            sum[r][1] += load(to + LANES);
+        }
+        store(to, sum[r][0]);
+        store(to + LANES, sum[r][1]);
+    }
+}
+
+/* M [window^2, tiles, out]. The next panel of U is fetched while V is multiplied by this one. */
+static void multiply(const struct convolution *c, struct chunk *k) {
+    const int64_t planes = (c->tile + 2) * (c->tile + 2), rounds = cut(k->tiles, ROWS);
+    for (int64_t plane = 0; plane < planes; plane++)
+        for (int64_t from = 0; from < c->in; from += DEPTH) {
+            const int64_t depth = c->in - from < DEPTH ? c->in - from : DEPTH, lines = cut(depth, rounds);
+            for (int64_t column = 0; column < c->out; column += COLUMNS) {
+                const float *u = c->weight + (plane * c->out + column) * c->in + from * COLUMNS;
+                const float *next = column + COLUMNS < c->out ? u + c->in * COLUMNS : u;
+                for (int64_t round = 0; round < rounds; round++)
+                    product(k->v + plane * k->v_plane + round * ROWS * c->in + from, c->in, k->tiles - round * ROWS, u,
+                            depth, k->m + plane * k->m_plane + round * ROWS * c->out + column, c->out, from > 0,
+                            next + round * lines * COLUMNS, lines);
+            }
+        }
+}
+
+INLINE void write_pixels(int tile, const struct convolution *c, struct chunk *k) {
+    const int n = tile + 2;
+    const int64_t across = cut(c->width, tile);
+    for (int64_t t = 0; t < k->tiles; t++) {
+        const int64_t top = (k->first + t) / across * tile, left = (k->first + t) % across * tile;
+        const int64_t rows = c->height - top < tile ? c->height - top : tile;
+        const int64_t pixels = c->width - left < tile ? c->width - left : tile;
+        const int64_t place = ((k->image * c->height + top) * c->width + left) * c->out;
+        for (int64_t column = 0; column < c->out; column += LANES) {
+            vec d[LARGEST_WINDOW], half[LARGEST_WINDOW * LARGEST_WINDOW];
+            const float *m = k->m + t * c->out + column;
+#pragma GCC unroll 8
+            for (int j = 0; j < n; j++) {
+#pragma GCC unroll 8
+                for (int i = 0; i < n; i++)
+                    d[i] = load(m + (i * n + j) * k->m_plane);
+                results_of(tile, c->output, d, 1, half + j, n);
+            }
+            const vec bias = c->bias ? load(c->bias + column) : (vec){0};
+#pragma GCC unroll 8
+            for (int i = 0; i < tile; i++) {
+                if (i >= rows)
+                    break;
+                results_of(tile, c->output, half + i * n, 1, d, 1);
+                const int64_t at = place + i * c->width * c->out + column;
+#pragma GCC unroll 8
+                for (int j = 0; j < tile; j++) {
+                    if (j >= pixels)
+                        break;
+                    vec y = d[j] + bias;
+                    if (c->residual)
+                        y += load(c->residual + at + j * c->out);
+                    store(c->y + at + j * c->out, y);
+                }
+            }
+        }
+    }
+}
+
+INLINE void convolve(int tile, const struct convolution *c, struct chunk *k) {
+    read_windows(tile, c, k);
+    multiply(c, k);
+    write_pixels(tile, c, k);
+}
+
+static int64_t planes_of(int64_t tile) { return (tile + 2) * (tile + 2); }
+
+/* Return the floats of workspace that one thread needs for chunks of ``tiles``. */
+int64_t fastvae_winograd_workspace(int64_t tile, int64_t in, int64_t out, int64_t tiles) {
+    return in + planes_of(tile) * (tiles * in + PAD + cut(tiles, ROWS) * ROWS * out + PAD);
+}
+
+/* Write y. ``in`` is a multiple of LANES, ``out`` of COLUMNS; the workspace is that of ``threads`` threads. */
+void fastvae_winograd(const struct convolution *c, int64_t most_tiles, float *workspace, int64_t threads) {
+    const int64_t tiles = cut(c->height, c->tile) * cut(c->width, c->tile), chunks = cut(tiles, most_tiles);
+    const int64_t size = fastvae_winograd_workspace(c->tile, c->in, c->out, most_tiles);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t item = 0; item < c->batch * chunks; item++) {
+        float *own = workspace + omp_get_thread_num() * size;
+        struct chunk k = {.image = item / chunks, .first = item % chunks * most_tiles, .zeros = own};
+        k.tiles = tiles - k.first < most_tiles ? tiles - k.first : most_tiles;
+        memset(own, 0, c->in * sizeof(float));
+        k.v_plane = most_tiles * c->in + PAD;
+        k.m_plane = cut(most_tiles, ROWS) * ROWS * c->out + PAD;
+        k.v = own + c->in;
+        k.m = k.v + planes_of(c->tile) * k.v_plane;
+        if (c->tile == 4)
+            convolve(4, c, &k);
+        else
+            convolve(2, c, &k);
+    }
+}
+
+/* Write U [window^2, out / COLUMNS, in, COLUMNS] = G g G^T of a weight [out, in, 3, 3] with these strides: computed in
+fp64 and rounded once. ``matrix`` is G [window, 3]. */
+void fastvae_winograd_weight(
+    const float *weight, const int64_t *strides, int64_t in, int64_t out, int64_t window, const double *matrix,
+    float *to, int64_t threads) {
+    const int64_t panels = out / COLUMNS;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t item = 0; item < panels * in; item++) {
+        const int64_t panel = item / in, channel = item % in;
+        double g[3][3][COLUMNS], half[LARGEST_WINDOW][3][COLUMNS], u[COLUMNS];
+        for (int64_t o = 0; o < COLUMNS; o++) {
+            const float *from = weight + (panel * COLUMNS + o) * strides[0] + channel * strides[1];
+            for (int64_t i = 0; i < 3; i++)
+                for (int64_t j = 0; j < 3; j++)
+                    g[i][j][o] = from[i * strides[2] + j * strides[3]];
+        }
+        for (int64_t i = 0; i < window; i++)
+            for (int64_t j = 0; j < 3; j++)
+                for (int64_t o = 0; o < COLUMNS; o++)
+                    half[i][j][o] =
+                        matrix[i * 3] * g[0][j][o] + matrix[i * 3 + 1] * g[1][j][o] + matrix[i * 3 + 2] * g[2][j][o];
+        for (int64_t i = 0; i < window; i++)
+            for (int64_t j = 0; j < window; j++) {
+                const double *row = matrix + j * 3;
+                float *into = to + (((i * window + j) * panels + panel) * in + channel) * COLUMNS;
+                for (int64_t o = 0; o < COLUMNS; o++)
+                    u[o] = row[0] * half[i][0][o] + row[1] * half[i][1][o] + row[2] * half[i][2][o];
+                for (int64_t o = 0; o < COLUMNS; o++)
+                    into[o] = (float)u[o];
+            }
+    }
+}
