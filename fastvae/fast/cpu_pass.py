@@ -1,9 +1,10 @@
-"""Blocks without a gradient on a CPU, where no fused kernel runs: torch's own operators, in channels_last.
+"""Blocks without a gradient on a CPU: C kernels where they are built, else torch's own operators; in channels_last.
 
-Memory is reused: the second norm of a residual block overwrites its input, the second convolution adds into the
-residual, and nearest 2x with its convolution is one. At 256² on two cores (AVX512, AMX) page faults of fresh memory
-were a fifth of a bf16 encode. Frozen weights are kept in oneDNN's blocked layout. torch's GroupNorm is not used: in
-channels_last its error in fp32 grows with the image and with mean over deviation (docs/numerics.md).
+Norms and the convolutions whose form is Winograd's are C (fastvae_kernels.cpu), other convolutions oneDNN's. Memory is
+reused: the second norm of a residual block overwrites its input, the second convolution adds into the residual, and
+nearest 2x with its convolution is one. At 256² on two cores (AVX512, AMX) page faults of fresh memory were a fifth of a
+bf16 encode. torch's GroupNorm is not used: in channels_last its error in fp32 grows with the image and with mean over
+deviation (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastvae_kernels.cpu import group_norm, winograd
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastvae.fast import layer_checks
-from fastvae.fast.forms.form import DIRECT_ONLY, Forms
+from fastvae.fast.forms.form import DIRECT_ONLY, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, takes_onednn
@@ -57,6 +59,10 @@ class CpuPass(Pass):
         return Activation(self._convolve(sampler.conv, _padded(activation.x)))
 
     def upsample(self, sampler: Layer, activation: Activation) -> Activation:
+        form = self._form(sampler.conv, activation.x, "upsample")
+        if form is not Form.DIRECT:
+            packed = self.packed.winograd_on_cpu(sampler.conv, form)
+            return Activation(winograd.convolve(activation.x, packed, sampler.conv.bias, form, upsample=True))
         return Activation(F.conv_transpose2d(activation.x, self.packed.upsample(sampler.conv), sampler.conv.bias, 2, 1))
 
     def as_module(self, module: Layer, activation: Activation) -> Activation:
@@ -71,17 +77,30 @@ class CpuPass(Pass):
                 return part.conv_out(part.conv_act(part.conv_norm_out(activation.x)))
         return self._convolve(part.conv_out, group_norm_silu(part.conv_norm_out, activation.x, in_place=True))
 
+    def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
+        """Return the form of a 3x3 convolution of x; the direct one where the C kernels cannot compute another."""
+        if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or x.shape[0] == 0 or not winograd.takes(conv.weight):
+            return Form.DIRECT
+        pixels = x.shape[2] * x.shape[3] * (4 if kind == "upsample" else 1)
+        return self.forms.of(conv.weight, pixels, kind)
+
     def _convolve(self, conv: Layer, x: Tensor) -> Tensor:
-        weight = self.packed.onednn_weight(conv)
+        form = self._form(conv, x)
+        if form is not Form.DIRECT:
+            return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form)
+        weight = self.packed.onednn_weight(conv, x.shape)
         if not weight.is_mkldnn:
             return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
         return ONEDNN._convolution_pointwise(x, weight, _bias(conv), *_geometry(conv), "none", [], None)
 
     def _add_convolved(self, conv: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Return y + conv(x), in the memory of one of them."""
+        form = self._form(conv, x)
+        if form is not Form.DIRECT:
+            return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form, into=y)
         if not takes_onednn(conv.weight):
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding).add_(y)
-        given = x, self.packed.onednn_weight(conv), _bias(conv), *_geometry(conv)
+        given = x, self.packed.onednn_weight(conv, x.shape), _bias(conv), *_geometry(conv)
         return ONEDNN._convolution_pointwise_.binary(y, *given, "add", None, None, [], None)
 
 
@@ -95,11 +114,20 @@ class ContiguousGroupNorm(TorchFunctionMode):
 
 
 def group_norm_silu(norm: Layer, x: Tensor, *, in_place: bool = False) -> Tensor:
-    """Return silu(norm(x)) for x [N, C, H, W] in channels_last and a GroupNorm: in the memory of x if ``in_place``.
+    """Return silu(norm(x)) for x [N, C, H, W] in channels_last and a GroupNorm: in the memory of x if ``in_place``."""
+    if group_norm.takes(x):
+        x = channels_last(x)
+        y = x if in_place else torch.empty_like(x)
+        return group_norm.group_norm_silu(x, y, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return _group_norm_silu_in_torch(norm, x, in_place)
 
-    Works strip by strip, in fp32 (fp64 for fp64). The mean is subtracted from x before the product with weight /
-    deviation, so a mean of many deviations costs no digits. A small x is copied to NCHW for torch's GroupNorm instead:
-    at [1, 32, 64, 64] the strips take 0.5 ms, the copies 0.3 ms.
+
+def _group_norm_silu_in_torch(norm: Layer, x: Tensor, in_place: bool) -> Tensor:
+    """Return the same by torch's operators: strip by strip, in fp32 (fp64 for fp64).
+
+    The mean is subtracted from x before the product with weight / deviation, so a mean of many deviations costs no
+    digits. A small x is copied to NCHW for torch's GroupNorm instead: at [1, 32, 64, 64] the strips take 0.5 ms, the
+    copies 0.3 ms.
     """
     if x.numel() <= SMALL:
         y = F.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from fastvae_kernels.cpu.library import why_not
 from torch import Tensor
 
 from fastvae.fast import fallback_reasons, network_walk
@@ -132,11 +133,15 @@ class FastPath:
     def forms_on(self, device: torch.device) -> Forms:
         """Return the forms of convolutions on a device: its tables' for frozen weights, else the direct one.
 
-        A transformed weight takes longer to make than it saves in one call.
+        A transformed weight takes longer to make than it saves in one call; not so on a CPU (``cpu_pass``).
         """
         if self.forms is not None:
             return self.forms
         return forms_of(device) if self.packed.frozen else DIRECT_ONLY
+
+    def cpu_pass(self, device: torch.device) -> CpuPass:
+        """Return the pass of a CPU, with the forms of its tables for free and frozen weights alike."""
+        return CpuPass(self.packed, forms_of(device) if self.forms is None else self.forms)
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
         """Return the part's output for x, on the fast path if possible, and count its rows without waiting."""
@@ -161,7 +166,7 @@ class FastPath:
                 with ContiguousGroupNorm():
                     y = type(part).forward(part, channels_last(x))
             else:
-                run = CpuPass(self.packed, self.forms_on(x.device))
+                run = self.cpu_pass(x.device)
                 run.sure = survey is not None and survey.fused
                 rows = x.split(1) if self.deterministic else (x,)
                 done = [network_walk.run_part(part, row, run) for row in rows]
@@ -260,7 +265,7 @@ class FastPath:
         return held.updated()
 
     def report(self) -> dict[str, int | str]:
-        """Return the counts, the bytes of packed copies, and log2 of the fp16 factors."""
+        """Return the counts, the bytes of packed copies, the state of the C kernels, and log2 of the fp16 factors."""
         factors = {
             f"{part}_{name}_log2": int(math.log2(factor))
             for part, pair in self.factors.items()
@@ -272,6 +277,7 @@ class FastPath:
             "non_finite_rows": self.counters.non_finite_rows(),
             "packed_bytes": self.packed.bytes(),
             "fp32_copy_bytes": sum(held.bytes() for held in list(self.fp32_copies.values())),
+            "cpu_kernels": why_not() or "built",
             **factors,
             **({} if self.graphs is None else self.graphs.report()),
         }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fastvae_kernels.attention import reference
+from fastvae_kernels.cpu import winograd
 from fastvae_kernels.shared.winograd_matrices import FORMS
 from fastvae_kernels.upsample import fold_upsample_weights
 from fastvae_kernels.winograd import transform_weights
@@ -67,15 +68,27 @@ class PackedWeights:
             return conv.weight
         return self._get(conv, "weight", lambda: channels_last(conv.weight))
 
-    def onednn_weight(self, conv: Layer) -> Tensor:
-        """Return the weight in oneDNN's blocked layout, for a CPU; the weight itself unless it is frozen."""
+    def onednn_weight(self, conv: Layer, shape: torch.Size) -> Tensor:
+        """Return the weight in oneDNN's blocked layout for inputs of ``shape``; the weight itself unless it is frozen.
+
+        oneDNN chooses the layout by the batch (512 channels at 32², batch 4: half the speed in the layout of batch 1),
+        so the copy of another batch is replaced.
+        """
         if not self.frozen or not takes_onednn(conv.weight):
             return conv.weight
+        name = f"blocked for a batch of {shape[0]}"
 
         def reordered() -> Tensor:
-            return torch.ops.mkldnn._reorder_convolution_weight(conv.weight, conv.padding, conv.stride)
+            for key in [key for key in list(self.kept) if key[0] is conv and key[1].startswith("blocked")]:
+                self.kept.pop(key, None)
+            geometry = conv.padding, conv.stride, conv.dilation, conv.groups, list(shape)
+            return torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *geometry)
 
-        return self._get(conv, "blocked", reordered)
+        return self._get(conv, name, reordered)
+
+    def winograd_on_cpu(self, conv: Layer, form: str) -> Tensor:
+        """Return the weight transformed for a Winograd form, fp32 [planes, O / 16, C, 16]: 1.8 or 4 times its bytes."""
+        return self._get(conv, f"{form} on a CPU", lambda: winograd.pack(conv.weight, form))
 
     def upsample(self, conv: Layer) -> Tensor:
         """Return the 4x4 weights of nearest 2x and this convolution as one (fastvae_kernels.upsample)."""

@@ -93,7 +93,7 @@ def _pass(path: FastPath | None, part: Layer, x: Tensor) -> Any:
     kind = "eager" if path is None else stage_path(path, part, x)
     if path is None or kind not in ("fused", "cpu"):
         return Eager()
-    return path.pass_for(part, x) if kind == "fused" else CpuPass(path.packed, path.forms_on(x.device))
+    return path.pass_for(part, x) if kind == "fused" else path.cpu_pass(x.device)
 
 
 def _values(run: Any, activation: Activation) -> Tensor:

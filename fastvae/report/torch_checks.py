@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+from fastvae_kernels.cpu.library import why_not
 from fastvae_kernels.shared.runtime import HAS_TRITON, INTERPRETED, triton
 
 from fastvae.data.images.read import read_image
@@ -41,8 +42,10 @@ def check_kernels(device: torch.device) -> Finding:
         sentence += "of times slower"
         return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence, facts)
     if device.type != "cuda":
-        sentence = f"Triton {triton.__version__} is installed, but its kernels need a GPU: a CPU takes the path cpu"
-        return Finding("kernels", NOTE, sentence, facts)
+        lacking = why_not()
+        sentence = f"Triton {triton.__version__} is installed, but its kernels need a GPU: a CPU takes the path cpu, "
+        sentence += f"without C kernels: {lacking}" if lacking else "with C kernels"
+        return Finding("kernels", NOTE, sentence, facts | {"cpu_kernels": lacking or "built"})
     return check_launch(device, facts)
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast.small_models import small_model
+from fastvae_kernels.cpu.library import why_not
 from support.accuracy import assert_as_accurate
 from support.small_store import small_vae
 from torch import nn
 
 import fastvae
+from fastvae.fast import cpu_pass
 from fastvae.fast.cpu_pass import ContiguousGroupNorm, group_norm_silu
 
 slow = pytest.mark.slow
@@ -43,6 +45,8 @@ def check(norm, x):
     assert torch.equal(given, before)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_as_accurate(ours, eager, truth)
+    if given.numel() < 2**20:  # the path without the C kernel, at sizes that cost little
+        assert_as_accurate(cpu_pass._group_norm_silu_in_torch(norm, given, False), eager, truth)
     assert torch.equal(group_norm_silu(norm, given, in_place=True), ours)
 
 
@@ -123,6 +127,26 @@ def test_float64_values_that_are_not_finite_and_empty_batches():
     ours = group_norm_silu(norm, x.contiguous(memory_format=torch.channels_last))
     assert torch.equal(ours.isfinite(), plain(norm, x).isfinite())
     assert group_norm_silu(norm, given[:0]).shape == (0, 32, 96, 64)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_of_any_value_is_torchs(dtype):
+    """The values pass the norm through its bias: x is 0 and the weight 0."""
+    values = torch.cat([torch.linspace(-110, 110, 9976), torch.tensor([-1e-30, 0.0, -0.0, 1e-30, 3e38, -3e38])])
+    values = torch.cat([values, torch.tensor([torch.inf, -torch.inf])]).to(dtype)
+    norm = nn.GroupNorm(1, len(values)).requires_grad_(False).to(dtype)
+    norm.weight.zero_()
+    norm.bias.copy_(values)
+    ours = group_norm_silu(norm, torch.zeros(1, len(values), 2, 2, dtype=dtype))[0, :, 1, 1]
+    eager, truth = F.silu(values), F.silu(values.double())
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    finite = eager.isfinite()
+    assert_as_accurate(ours[finite], eager[finite], truth[finite])
+    # Relative too, to two roundings, where e^-x does not overflow and the result is a normal number.
+    kept = finite & (values > -88) & (truth.abs() > torch.finfo(dtype).tiny * 8)
+    assert ((ours.double() - truth).abs() / truth.abs())[kept].max() <= 2 * torch.finfo(dtype).eps
 
 
 def test_torchs_norm_in_channels_last_fails_this_test():

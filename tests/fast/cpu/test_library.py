@@ -1,0 +1,39 @@
+"""The library of C kernels: the reasons why there is none, and the path without it."""
+
+import pytest
+import torch
+from fast.small_models import pixels, small_model
+from fastvae_kernels.cpu import library, sources
+
+import fastvae
+
+
+@pytest.fixture
+def _none_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    found = library.Library()
+    monkeypatch.setattr("fastvae_kernels.cpu.group_norm.library", lambda: found)
+    monkeypatch.setattr("fastvae_kernels.cpu.winograd.library", lambda: found)
+    monkeypatch.setattr("fastvae.fast.fast_path.why_not", lambda: found.why_not)
+
+
+@pytest.mark.usefixtures("users_cpu", "_none_built")
+def test_without_the_library_torchs_operators_run_and_the_report_says_so():
+    vae = fastvae.accelerate(small_model("SD"), freeze=True)
+    plain = fastvae.restore(small_model("SD")).encode(pixels(vae)).latent_dist.parameters
+    assert torch.allclose(vae.encode(pixels(vae)).latent_dist.parameters, plain, atol=1e-4)
+    assert fastvae.fast_report(vae)["cpu_kernels"] == library.NOT_BUILT
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    if library.why_not() is not None:
+        pytest.skip(str(library.why_not()))
+    monkeypatch.setattr(sources, "source_hash", lambda: "another")
+    refused = library.Library()
+    assert (refused.functions, refused.why_not) == (None, library.OTHER_SOURCES)
+
+
+def test_an_x86_cpu_without_avx2_has_its_reason(monkeypatch):
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert library.Library().why_not == library.NO_AVX2

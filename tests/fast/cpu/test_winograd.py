@@ -1,0 +1,174 @@
+"""Winograd's convolutions in C against float64 and against the same algorithm in torch; bits, layouts, whole models."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fast.small_models import small_model
+from fastvae_kernels.cpu import winograd
+from fastvae_kernels.cpu.library import why_not
+from fastvae_kernels.shared.winograd_matrices import FORMS
+from support.accuracy import assert_as_accurate
+
+import fastvae
+from fastvae.fast.forms.form import Form, Forms
+from fastvae.fast.forms.tables import forms_of
+from fastvae.latents.autoencoder import ACCELERATED
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+WINOGRAD = list(FORMS)
+
+
+def in_torch(x, weight, bias, form):
+    """The same algorithm by torch's operators, in the dtype of x."""
+    matrices = FORMS[form]
+    inward, filters, outward = (torch.tensor(matrix, dtype=x.dtype) for matrix in matrices[:3])
+    m, n = matrices.tile, matrices.window
+    height, width = x.shape[2:]
+    x = F.pad(x, (1, 1 - width % -m, 1, 1 - height % -m))
+    windows = inward @ x.unfold(2, n, m).unfold(3, n, m) @ inward.T  # [N, C, h, w, n, n]
+    packed = (filters.double() @ weight.double() @ filters.double().T).to(x.dtype)
+    products = torch.einsum("nchwij,ocij->nohwij", windows, packed)
+    y = (outward @ products @ outward.T).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return y[:, :, :height, :width] + bias[:, None, None]
+
+
+def given(batch, inward, outward, height, width):
+    generator = torch.Generator().manual_seed(4)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((batch, inward, height, width), (outward, inward, 3, 3), (outward,))
+    )
+    return F.silu(x).contiguous(memory_format=torch.channels_last), weight / (3 * inward**0.5), bias
+
+
+SHAPES = [
+    (1, 16, 32, 1, 1),  # one window, mostly outside the image
+    (2, 24, 16, 5, 7),  # two images, sizes that no tile divides
+    (1, 8, 48, 33, 6),  # several chunks, the last one short
+    (1, 264, 16, 9, 12),  # channels past one depth of the products
+]
+
+
+@pytest.mark.parametrize("form", WINOGRAD)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape_is_as_accurate_as_the_algorithm_in_torch(shape, form):
+    x, weight, bias = given(*shape)
+    for upsample in (False, True):
+        pixels = F.interpolate(x, scale_factor=2.0) if upsample else x
+        truth = F.conv2d(pixels.double(), weight.double(), bias.double(), padding=1)
+        y = winograd.convolve(x, winograd.pack(weight, form), bias, form, upsample=upsample)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_as_accurate(y, in_torch(pixels, weight, bias, form), truth)
+        assert torch.allclose(in_torch(pixels.double(), weight.double(), bias.double(), form), truth)
+
+
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_the_result_is_added_in_place_and_without_a_bias(form):
+    x, weight, bias = given(2, 16, 32, 9, 10)
+    packed = winograd.pack(weight, form)
+    alone = winograd.convolve(x, packed, None, form)
+    residual = torch.randn_like(alone)
+    into = residual.clone()
+    assert winograd.convolve(x, packed, bias, form, into=into) is into
+    assert torch.equal(into, (alone + bias[:, None, None]) + residual)
+
+
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_no_bit_depends_on_the_batch_the_threads_or_the_chunks(form, monkeypatch):
+    x, weight, bias = given(3, 16, 32, 30, 22)
+    packed = winograd.pack(weight, form)
+    y = winograd.convolve(x, packed, bias, form)
+    assert torch.equal(y, torch.cat([winograd.convolve(row, packed, bias, form) for row in x.split(1)]))
+    monkeypatch.setattr(winograd, "_tiles_at_once", lambda channels: 6)
+    assert torch.equal(y, winograd.convolve(x, packed, bias, form))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(y, winograd.convolve(x, packed, bias, form))
+    assert torch.equal(packed, winograd.pack(weight, form))
+
+
+def test_a_weight_in_any_strides_is_read_as_it_is():
+    _, weight, _ = given(1, 16, 32, 1, 1)
+    expected = winograd.pack(weight, "winograd4")
+    for strided in (weight.contiguous(memory_format=torch.channels_last), torch.stack([weight, -weight], -1)[..., 0]):
+        assert not strided.is_contiguous()
+        assert torch.equal(winograd.pack(strided, "winograd4"), expected)
+
+
+def test_channels_that_do_not_fill_vectors_are_not_taken():
+    assert winograd.takes(torch.empty(16, 8, 3, 3))
+    assert not winograd.takes(torch.empty(16, 12, 3, 3))
+    assert not winograd.takes(torch.empty(8, 16, 3, 3))
+    assert not winograd.takes(torch.empty(16, 8, 3, 3, dtype=torch.bfloat16))
+
+
+def with_form(vae, form, *, freeze=True):
+    fastvae.accelerate(vae, freeze=freeze)
+    vars(vae)[ACCELERATED].forms = Forms(otherwise=form)
+    return vae
+
+
+def check(vae, side, parts=("encoder", "decoder")):
+    """The whole network in each form, against eager torch and float64."""
+    wide = copy.deepcopy(vae).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
+    small = side // vae.downsample_factor
+    z = torch.randn(1, vae.config.latent_channels, small, small, generator=generator)
+    calls = {
+        "encoder": lambda vae, dtype: vae.encode(x.to(dtype)).latent_dist.parameters,
+        "decoder": lambda vae, dtype: vae.decode(z.to(dtype)).sample,
+    }
+    with torch.no_grad():
+        for part in parts:
+            truth, eager = calls[part](wide, torch.float64), calls[part](vae, torch.float32)
+            for form in WINOGRAD:
+                ours = calls[part](with_form(copy.deepcopy(vae), Form(form)), torch.float32)
+                assert not torch.equal(ours, eager)
+                assert_as_accurate(ours, eager, truth)
+
+
+@pytest.mark.usefixtures("users_cpu")
+@pytest.mark.parametrize("side", [64, pytest.param(256, marks=pytest.mark.slow)])
+def test_a_narrow_model_is_within_the_tolerance(side):
+    """64 channels: of fewer, F(4x4) errs up to 1.6 times as much as is allowed, so the tables begin at 128."""
+    options = {"block_out_channels": (64, 64), "norm_num_groups": 8, "layers_per_block": 1}
+    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    check(fastvae.AutoencoderKL(**options, **types).eval().requires_grad_(False), side)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("users_cpu")
+@pytest.mark.parametrize("side", [64, 256])
+def test_a_model_of_sd_size_is_within_the_tolerance(side):
+    vae = fastvae.AutoencoderKL.from_preset("sd15", seed=0).eval().requires_grad_(False)
+    check(vae, side, ("encoder", "decoder") if side == 64 else ("encoder",))
+
+
+@pytest.mark.usefixtures("users_cpu")
+@pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
+def test_a_change_of_weights_is_seen(freeze):
+    """Free weights at the next call, frozen ones after refresh."""
+    vae = small_model("SD")
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    fast = with_form(copy.deepcopy(vae), Form.WINOGRAD4, freeze=freeze)
+    first = fast.encode(x).latent_dist.parameters
+    for model in (fast, vae):
+        model.encoder.mid_block.resnets[0].conv1.weight.data.mul_(1.5)
+    assert torch.equal(fast.encode(x).latent_dist.parameters, first) == freeze
+    changed = with_form(vae, Form.WINOGRAD4, freeze=freeze).encode(x).latent_dist.parameters
+    assert torch.equal(fastvae.refresh(fast).encode(x).latent_dist.parameters, changed)
+    assert not torch.equal(first, changed)
+
+
+def test_avx2_has_a_table_for_the_layers_of_stable_diffusion():
+    """Its form is Winograd's in fp32 alone, from images of 16 x 16 on."""
+    from fastvae.fast.forms.tables import SHIPPED, read
+
+    forms = Forms(read(SHIPPED / "cpu-x86-64-avx2.json"))
+    weight = torch.empty(1).expand(512, 512, 3, 3)
+    assert forms.of(weight, 256) is Form.WINOGRAD4
+    assert forms.of(weight, 255) is Form.DIRECT
+    assert forms.of(weight.bfloat16(), 4096) is Form.DIRECT
+    assert isinstance(forms_of(torch.device("cpu")), Forms)
