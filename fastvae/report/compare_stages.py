@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastvae.fast import fallback_reasons, layer_checks, network_walk
 from fastvae.fast.accelerate import unwrapped
-from fastvae.fast.cpu_pass import CpuPass
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
 from fastvae.fast.layer_checks import Layer

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from support.small_store import picture, small_vae
 
 from fastvae.cli.main import cli
-from fastvae.report import compare_stages as stages
+from fastvae.fast import cpu_pass
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_one_json_document_and_a_page_that_fetches_nothing(folder, tmp_path):
 
 
 def test_a_fast_path_that_is_wrong_ends_in_code_1(folder, tmp_path, monkeypatch):
-    own = stages.CpuPass.end
-    monkeypatch.setattr(stages.CpuPass, "end", lambda self, part, flow: own(self, part, flow) * 1.01)
+    own = cpu_pass.CpuPass.end
+    monkeypatch.setattr(cpu_pass.CpuPass, "end", lambda self, part, flow: own(self, part, flow) * 1.01)
     result = run(folder, "--html", tmp_path / "page.html", "--dtype", "fp32", code=1)
     assert "TOO FAR" in result.stdout
     assert "<strong>The error of some stages is more than twice" in (tmp_path / "page.html").read_text()

@@ -12,6 +12,7 @@ from support.small_store import picture, small_vae
 
 import fastvae
 from fastvae.data.images.errors import ImageError
+from fastvae.fast import cpu_pass
 from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
@@ -117,13 +118,13 @@ def test_the_settings_of_an_accelerated_model_are_compared():
 
 def test_a_wrong_fast_path_is_seen_from_its_stage_on(monkeypatch):
     vae = small_model("SD")
-    own = compare_stages.CpuPass.resnet
+    own = cpu_pass.CpuPass.resnet
 
     def off(self, block, flow, pad):
         flow = own(self, block, flow, pad)
         return flow._replace(x=flow.x * 1.01) if block is vae.encoder.mid_block.resnets[0] else flow
 
-    monkeypatch.setattr(compare_stages.CpuPass, "resnet", off)
+    monkeypatch.setattr(cpu_pass.CpuPass, "resnet", off)
     found = fastvae.compare(vae, pixels(vae, 1))
     right = [stage.name for stage in found.stages if stage.is_right]
     assert right[:3] == NAMES[:3]
