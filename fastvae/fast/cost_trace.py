@@ -34,8 +34,8 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "fastvae::residual_add": lambda h, residual_, bias=None, residual_bias=None, pad=0, factor=1.0: residual.cost(
         h, residual_, bias, residual_bias, pad
     ),
-    "fastvae::group_norm_forward": lambda x, weight, bias, groups, eps, silu, partials=None: group_norm_silu.cost(
-        x, weight, bias, measured=partials is not None
+    "fastvae::group_norm_forward": lambda x, weight, bias, groups, eps, silu, partials=None, conv_bias=None: (
+        group_norm_silu.cost(x, weight, bias, measured=partials is not None)
     ),
     "fastvae::upsample_conv": upsample.cost,
     "fastvae::winograd_conv": winograd.cost,

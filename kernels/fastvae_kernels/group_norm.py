@@ -3,6 +3,8 @@
 group_norm_statistics reads x once, unless the producer of x wrote the partials; group_norm_affine turns partials into
 fp32 (scale, shift) [N, C], a few kilobytes; scale_shift and scale_shift_silu read x once and write y once.
 The affine takes the bias of the convolution that made x: statistics and x are those without it, and it costs no pass.
+These have no gradient: scale and shift serve the inference pass, which needs neither mean nor deviation. The training
+pass takes group_norm_silu.py, whose gradient reads mean and 1 / deviation.
 Source: torch.nn.GroupNorm; statistics.py has the layout of the partials.
 """
 

@@ -79,10 +79,11 @@ def _conv_in_kernel(
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, count, CHUNK)
     first = statistics.first_value(image, count, chunk * CHUNK, CHANNELS)
+    first_line, first_column = chunk * CHUNK // width, (chunk * CHUNK % width).to(tl.int32)
     anchor, total, squares = statistics.nothing_yet(ROWS, COLUMNS)
     for start in range(0, rows, ROWS):
         inside = start + row < rows
-        line, column = statistics.line_and_column(chunk * CHUNK, start + row, width)
+        line, column = statistics.line_and_column(first_line, first_column, start + row, width)
         place = line * row_stride + column.to(tl.int64) * column_stride  # [ROWS, 1]
         line, column = line.to(tl.int32) + line_offset, column + column_offset  # [ROWS, DEPTH]
         there = inside & (index < 9 * COLOURS) & (line >= 0) & (line < height) & (column >= 0) & (column < width)

@@ -86,6 +86,7 @@ def _residual_kernel(
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, pixels, CHUNK)
     first = statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS)
+    first_line, first_column = chunk * CHUNK // width, (chunk * CHUNK % width).to(tl.int32)
     anchor, total, squares = statistics.nothing_yet(ROWS, COLUMNS)
     for start in range(0, rows, ROWS):
         inside = start + row < rows
@@ -94,7 +95,7 @@ def _residual_kernel(
         h = tl.load(h_ptr + place, valid, 0.0).to(tl.float32)
         residual = tl.load(residual_ptr + place, valid, 0.0).to(tl.float32)
         y = (h + residual + added).to(y_ptr.dtype.element_ty)
-        line, column = statistics.line_and_column(chunk * CHUNK, start + row, width)
+        line, column = statistics.line_and_column(first_line, first_column, start + row, width)
         target = y_ptr + line * row_stride + column * column_stride + channel
         tl.store(target, y, valid)
         if PAD:

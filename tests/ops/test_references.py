@@ -38,11 +38,11 @@ def calls(shape, dtype, wide):
         "silu": (group_norm.scale_shift_silu_reference, group_norm.scale_shift_silu, (x, scale, shift, 0.5)),
         "composite": (
             lambda *values: (
-                group_norm_silu.reference(*values),
-                *group_norm_silu.moments_reference(values[0], 4, 1e-6),
+                group_norm_silu.reference(*values[:6], values[7]),
+                *group_norm_silu.moments_reference(values[0], 4, 1e-6, values[7]),
             ),
             group_norm_silu.group_norm_forward,
-            (x, weight, bias, 4, 1e-6, True),
+            (x, weight, bias, 4, 1e-6, True, None, weight),
         ),
         "gradient": (
             group_norm_silu.backward_reference,
