@@ -110,11 +110,8 @@ def _affine_kernel(
     image, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     index = tl.arange(0, COLUMNS)
     channel, inside = group * PER_GROUP + index, index < PER_GROUP
-    added = tl.zeros([COLUMNS], tl.float32)
-    if conv_bias_ptr is not None:
-        added += tl.load(conv_bias_ptr + channel, inside, 0.0).to(tl.float32) * factor
-    mean, inverse = statistics.group_moments(
-        partials_ptr, added, image, group, chunks, eps, CHANNELS, PER_GROUP, COLUMNS, STEP
+    mean, inverse, added = statistics.group_moments(
+        partials_ptr, conv_bias_ptr, factor, image, group, chunks, eps, CHANNELS, PER_GROUP, COLUMNS, STEP
     )
     scale = tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32) * inverse
     shift = tl.fma(added - mean, scale, tl.load(bias_ptr + channel, inside, 0.0).to(tl.float32))

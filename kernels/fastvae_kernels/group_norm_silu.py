@@ -96,13 +96,8 @@ def _moments_kernel(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     image, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
-    PER_GROUP: tl.constexpr = CHANNELS // GROUPS
-    index = tl.arange(0, COLUMNS)
-    added = tl.zeros([COLUMNS], tl.float32)
-    if conv_bias_ptr is not None:
-        added += tl.load(conv_bias_ptr + group * PER_GROUP + index, index < PER_GROUP, 0.0).to(tl.float32)
-    mean, inverse = statistics.group_moments(
-        partials_ptr, added, image, group, chunks, eps, CHANNELS, PER_GROUP, COLUMNS, STEP
+    mean, inverse, _ = statistics.group_moments(
+        partials_ptr, conv_bias_ptr, 1.0, image, group, chunks, eps, CHANNELS, CHANNELS // GROUPS, COLUMNS, STEP
     )
     tl.store(mean_ptr + tl.program_id(0), mean)
     tl.store(inverse_ptr + tl.program_id(0), inverse)

@@ -177,7 +177,7 @@ def gradients(
     shape = {"CHANNELS": channels, "GROUPS": mean.shape[1]}
     totals, average, along = mean.new_empty(batch, 3, channels), torch.empty_like(mean), torch.empty_like(mean)
     if batch:
-        sums = _sums(dy, x, saved, silu)
+        sums = _sums(dy, x, saved, mean.shape[1], silu)
         columns, step = statistics.group_block(channels // mean.shape[1])
         _averages_kernel[(mean.numel(),)](
             sums, weight, inverse, totals, average, along, height * width, sums.shape[1],
@@ -195,14 +195,14 @@ def gradients(
     return dx, dweight, dbias, dconv_bias
 
 
-def _sums(dy: Tensor, x: Tensor, saved: tuple[Tensor | None, ...], silu: bool) -> Tensor:
+def _sums(dy: Tensor, x: Tensor, saved: tuple[Tensor | None, ...], groups: int, silu: bool) -> Tensor:
     """Return the sums of dz, dz n and n [N, chunks, 3, C], in at most MERGED chunks."""
     batch, channels, height, width = x.shape
     tile = tiles.choose("group_norm_sums", dtype=x.dtype, channels=channels, target=tiles.target_of(x.device))
     columns, chunk = statistics.block_columns(tile.columns, channels), statistics.chunk_pixels(channels)
     sums = statistics.new_partials(x)
     _gradient_sums_kernel[(batch * sums.shape[1] * triton.cdiv(channels, columns),)](
-        dy, x, *saved, sums, height * width, sums.shape[1], CHANNELS=channels, GROUPS=saved[-1].shape[1], SILU=silu,
+        dy, x, *saved, sums, height * width, sums.shape[1], CHANNELS=channels, GROUPS=groups, SILU=silu,
         CHUNK=chunk, ROWS=min(tile.rows, chunk), COLUMNS=columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
