@@ -22,7 +22,7 @@ BASE ?= HEAD
 # Prints one line, then installs without a word: $(call install,what it is) ARGUMENTS OF PIP.
 install = @echo "Installing $(1)"; $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-integrations fuzz check bench report bench-compare audit mutate clean
+.PHONY: demo test test-all test-oldest-triton test-oldest-diffusers test-diffusers test-integrations fuzz check bench bench-cpu report bench-compare audit mutate clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
@@ -73,11 +73,16 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_plain_english.py
 
-# Times ops, encoder, decoder and a folder of photographs beside other implementations, profiles both networks, then
-# writes the tables; at most ten minutes.
+# Times ops, encoder, decoder and a folder of photographs beside other implementations, and profiles both networks; at
+# most ten minutes. Only `make report` writes the tables.
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest bench/timing -q -rfE -p no:logging --results $(RESULTS)
-	$(BIN)/python -m bench.pages.tables
+	$(BIN)/python -m pytest bench/timing -v -rfEs -p no:logging --results $(RESULTS)
+
+# Times encoder and decoder in fp32 beside every other implementation for CPUs; half an hour on two cores.
+bench-cpu: $(VENV)/.bench
+	name=$$($(BIN)/python -c "import torch; from fastvae.fast.forms import device_name as d; print(d.name_of(torch.device('cpu')))") && \
+		$(BIN)/python -m pytest bench/timing/test_networks.py --rivals -v -rfEs -p no:logging \
+			--results bench/results/$$name/results.json
 
 # Tables and pictures of README and docs, from bench/results and from the imports of the code.
 report: $(VENV)/.dev

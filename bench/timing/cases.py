@@ -122,16 +122,20 @@ def _on_a_gpu(part: str) -> list[Network]:
     return [*named[:1], half, *named[1:], Network(part, "sd15", 512, 8, compiled=True)]
 
 
+_ALL = {"compiled": True, "exported": True}
+# "rivals" is the table of make bench-cpu: every contestant on a CPU in fp32.
 ENCODERS = {
     "cuda": _on_a_gpu("encoder"),
     "cpu": [
         Network("encoder", "sd15", 256, dtype=dtype, compiled=True, exported=True) for dtype in ("float32", "bfloat16")
     ],
+    "rivals": [Network("encoder", "sd15", side, dtype="float32", **_ALL) for side in (256, 512)],
     "dry": [Network("encoder", TINY, 4, dtype="bfloat16")],
 }
 DECODERS = {
     "cuda": _on_a_gpu("decoder"),
     "cpu": [Network("decoder", "sd15", 256, dtype="float32", exported=True)],
+    "rivals": [Network("decoder", "sd15", side, dtype="float32", **_ALL) for side in (256, 512)],
     "dry": [Network("decoder", TINY, 4, dtype="float32")],
 }
 # Networks that are profiled, kernel by kernel.

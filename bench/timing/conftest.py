@@ -29,14 +29,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_addoption(parser):
     parser.addoption("--results", default="", help="write the results to this JSON")
     parser.addoption("--dry", action="store_true", help="run a few tiny cases without measuring their speed")
+    parser.addoption("--rivals", action="store_true", help="run the networks of make bench-cpu, on a CPU")
     parser.addoption("--without", action="append", default=[], help="leave this contestant out (may be repeated)")
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        kind = "dry" if metafunc.config.getoption("dry") else "cuda" if torch.cuda.is_available() else "cpu"
-        table = metafunc.module.TABLE[kind]
+        kind = next((name for name in ("dry", "rivals") if metafunc.config.getoption(name)), None)
+        kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+        table = [pytest.param(case, marks=_lacking(kind, case.dtype)) for case in metafunc.module.TABLE[kind]]
         metafunc.parametrize("case", table, ids=lambda case: case.name.replace(" ", "-"))
+
+
+def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
+    """Return the mark that skips a case whose dtype this CPU has no instructions for: torch emulates it, in minutes."""
+    if kind == "cpu" and dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return [pytest.mark.skip(reason="this CPU has no bf16 instructions")]
+    return []
 
 
 def pytest_configure(config):
@@ -76,6 +85,7 @@ def _write(config, passed):
     path = config.getoption("results")
     if path:
         content = _surroundings() | {"dry": config.getoption("dry"), "passed": passed} | config.results
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
         os.replace(f"{path}.tmp", path)
 
@@ -174,6 +184,7 @@ def roof(device, dry, stopwatch, results):
     dtypes = ["bfloat16", "float16", "float32"]
     if device.type == "cpu" and not dry:
         dtypes.remove("float16")  # no case uses it on a CPU
+        dtypes = [name for name in dtypes if not _lacking("cpu", name)]
     made |= {name: lambda name=name: product(getattr(torch, name)) for name in dtypes}
     for name, make in made.items():
         measured = make()

@@ -6,8 +6,8 @@
 BASE is checked out into a temporary folder. Each tree has a process that prepares a case (ops are checked first) and
 then waits; the two are called in turns, the base first in every other round, so that one works while the other sleeps.
 A case is slower if the median of the rounds' ratios is above the threshold and their 95 % interval is above 1. On a
-GPU: every op at its first shape, and the encoder; on a CPU: the fp32 encoder and two ops. test_networks.py checks the
-encoder's accuracy. Exit 1: slower, or this tree cannot run a case; exit 2: no case ran in both trees.
+GPU: every op at its first shape, and the encoder; on a CPU: two ops, and encoder and decoder in fp32 at 256² and 512².
+test_networks.py checks their accuracy. Exit 1: slower, or this tree cannot run a case; exit 2: no case ran in both.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def table(dry: bool) -> dict[str, Any]:
     else:
         names = ("group_norm_silu", "residual_add")
         ops = {case.op: case for case in reversed(cases.CPU) if case.op in names}
-        chosen = [*ops.values(), cases.Network("encoder", "sd15", 256, dtype="float32")]
+        networks = [(part, side) for side in (256, 512) for part in ("encoder", "decoder")]
+        chosen = [*ops.values(), *(cases.Network(part, "sd15", side, dtype="float32") for part, side in networks)]
     return {case.name: case for case in chosen}
 
 
@@ -86,7 +87,7 @@ class Bench:
 
     def _op(self, case: Any) -> Any:
         import torch
-        from fastvae_kernels.group_norm import KERNEL_DEVICES
+        from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 
         from bench.timing import gate
         from bench.timing.operations import OPERATIONS
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             for tree in (base, head):
                 stack.callback(tree.close)
             for name in names:
-                rounds = chosen.rounds if not name.startswith("encoder") else max(7, chosen.rounds // 3)
+                rounds = chosen.rounds if not name.startswith(("encoder", "decoder")) else max(7, chosen.rounds // 3)
                 verdicts.append(compared(name, base, head, rounds))
                 print(verdicts[-1].line(chosen.threshold), flush=True)
     except subprocess.CalledProcessError as error:
