@@ -42,7 +42,8 @@ def reference(
     _check(x, scale, shift, weights, gain, bias, residual, residual_bias, pad)
     v = winograd_input.reference(x, scale, shift, len(weights), weights.dtype)
     m = torch.bmm(v.to(gain.dtype), weights.to(gain.dtype)).to(weights.dtype)
-    shape = x.shape[0], weights.shape[2], *x.shape[2:]
+    batch, _, height, width = x.shape
+    shape = batch, weights.shape[2], height, width
     return winograd_output.reference(m, gain, bias, residual, residual_bias, shape, x.dtype, pad, factor)
 
 
@@ -191,7 +192,8 @@ def launch(
     if not strips:
         return y, partials
     (products, channels, outputs), (_, tiling) = weights.shape, _tiling(x, weights)
-    x, residual = (v if v is None else v.contiguous(memory_format=torch.channels_last) for v in (x, residual))
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     scale, shift, weights, gain = (value.contiguous() for value in (scale, shift, weights, gain))
     bias, residual_bias = (None if vector is None else vector.contiguous() for vector in (bias, residual_bias))
     for first, groups in strips:

@@ -23,7 +23,7 @@ def _activated(x_ptr, place, inside, scale, shift):
 
 
 @triton.jit(do_not_specialize=["height", "width", "across", "down", "groups", "first", "count"])
-def _input_kernel(
+def _winograd_input_kernel(
     x_ptr, scale_ptr, shift_ptr, v_ptr, height, width, across, down, groups, first, count,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def transform(v: Tensor, x: Tensor, scale: Tensor, shift: Tensor, first: int) ->
     op = f"winograd{form.tile}_input"
     tile = tiles.choose(op, dtype=x.dtype, channels=channels, target=tiles.target_of(x.device))
     columns, rows = statistics.block_columns(tile.columns, channels), min(tile.rows, tiling.size)
-    _input_kernel[(count // rows * triton.cdiv(channels, columns),)](
+    _winograd_input_kernel[(count // rows * triton.cdiv(channels, columns),)](
         x, scale, shift, v, height, width, tiling.across, tiling.down, tiling.groups, first, count,
         CHANNELS=channels, TILE=form.tile, GROUP=tiling.size, ROWS=rows, COLUMNS=columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -23,7 +23,7 @@ def _vector(ptr, channel, CHANNELS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["height", "width", "across", "down", "groups", "first", "count", "factor"])
-def _output_kernel(
+def _winograd_output_kernel(
     m_ptr, gain_ptr, bias_ptr, residual_ptr, residual_bias_ptr, y_ptr, partials_ptr, height, width,
     across, down, groups, first, count, factor,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
@@ -112,7 +112,7 @@ def transform_back(
     op = f"winograd{form.tile}_output"
     tile = tiles.choose(op, dtype=y.dtype, channels=channels, target=tiles.target_of(y.device))
     columns, rows = statistics.block_columns(tile.columns, channels), min(tile.rows, tiling.size)
-    _output_kernel[(count // tiling.size * triton.cdiv(channels, columns),)](
+    _winograd_output_kernel[(count // tiling.size * triton.cdiv(channels, columns),)](
         m, gain, bias, residual, residual_bias, y, partials, height, width,
         tiling.across, tiling.down, tiling.groups, first, count, factor,
         CHANNELS=channels, TILE=form.tile, PAD=pad, GROUP=tiling.size, ROWS=rows, COLUMNS=columns,

@@ -65,6 +65,15 @@ def test_a_part_run_again_replaces_its_own_data_alone(folder):
     assert whole["commit"] == "second"
 
 
+def test_compiled_networks_are_those_of_their_own_part(folder):
+    """They stay when the encoder is measured again, and the encoder stays when they are."""
+    slow = network("encoder", 0.03) | {"compiled": True}
+    write(folder, "compile", facts("second", networks={"e compiled": slow}))
+    assert run(folder, "compile=passed")["networks"].keys() == {"e", "d", "e compiled"}
+    write(folder, "encoder", facts("third", networks={"e3": network("encoder", 0.01)}))
+    assert run(folder, "encoder=passed")["networks"].keys() == {"e3", "d", "e compiled"}
+
+
 def test_a_part_that_failed_or_wrote_nothing_is_kept_as_such(folder):
     write(folder, "ops", facts("second", passed=False, failed=["test_op[one]"], cases={"another": OP}))
     (folder / "tests.log").write_text("...\nFAILED tests/ops/test_tiles.py::test_it - AssertionError\nERROR a.py\n")
