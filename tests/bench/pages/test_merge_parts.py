@@ -1,6 +1,7 @@
 """merge_parts.py keeps the data, the commit and the status of every part of a device's results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,9 @@ def test_parts_without_results_have_the_machines_facts(tmp_path):
 
 def test_every_part_of_the_script_has_its_place(folder):
     script = (ROOT / "bench" / "device.sh").read_text()
-    named = next(line for line in script.splitlines() if "|| parts=(" in line)
-    parts = named.partition("parts=(")[2].partition(")")[0].split()
-    assert set(parts) - {"tests"} == merge_parts.DATA.keys()
+    shares = next(line for line in script.splitlines() if line.startswith("declare -A share="))
+    parts = re.findall(r"\[(\w+)\]=", shares)
+    assert set(parts) - {"tests", "tune"} == merge_parts.DATA.keys()
 
 
 def test_the_page_gets_a_section_for_the_device(folder, tmp_path):
