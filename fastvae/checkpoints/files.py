@@ -241,7 +241,9 @@ def _download(repository: Repository, name: str) -> Path | None:
         # Offline it means that the file is not in the cache, online that the Hub did not answer.
         if repository.is_offline:
             return None
-        raise ConnectionError(f"{source}/{name}: the Hub did not answer and the file is not cached") from error
+        raise ConnectionError(
+            f"{source}/{name}: {source} is no folder, the Hub did not answer, and the file is not cached"
+        ) from error
     except errors.EntryNotFoundError:
         return None
     except errors.GatedRepoError as error:

@@ -47,11 +47,14 @@ def locate(source: str | Path, **options: Any) -> Repository:
     (the Hub's ids of VAEs have one, and a mistyped name would be tried for half a minute), and if this installation has
     no tiny model.
     """
+    if not str(source):
+        raise FileNotFoundError(f'the model must be a folder, a Hub id, a single file or "{TINY}", got an empty name')
     if str(source) != TINY:
         repository = Repository(str(source), **options)
         if repository.directory is None and not set("/\\") & set(str(source)):
+            preset = "; a preset has no weights" if source in PRESETS else ""
             raise FileNotFoundError(
-                f'{source} is no folder, and not the id of a Hub repository, such as OWNER/NAME, or "{TINY}"'
+                f'{source} is no folder, and not the id of a Hub repository, such as OWNER/NAME, or "{TINY}"{preset}'
             )
         return repository
     folder = Path(str(importlib.resources.files("fastvae"))) / "assets" / TINY

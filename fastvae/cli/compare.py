@@ -50,9 +50,12 @@ def compare(
     from fastvae.report.compare import compare_files
     from fastvae.system.terminal import print_stderr
 
-    if not quiet:
-        print_stderr(f"compare {len(images)} images  {full_name(given['vae'])}  against eager and float64\n")
-    source, found = compare_files(images, **given)
+    def say(line: str) -> None:
+        if not quiet:
+            print_stderr(f"{line}\n")
+
+    say(f"compare {len(images)} images  {full_name(given['vae'])}  against eager and float64")
+    source, found = compare_files(images, say=say, **given)
     if as_json:
         echo_json({"vae": source, **found.facts()})
     else:

@@ -136,6 +136,8 @@ def encode(context: click.Context, paths: tuple[str, ...], as_json: bool, quiet:
         got = f"only {paths[0]!r}" if paths else "neither"
         raise click.UsageError(f"SRC, the images, and OUT, the folder of the store, must be named, got {got}")
     *src, out = paths
+    if not out:  # of a shell's variable that is not set; as a path it would be this folder
+        raise click.UsageError("OUT must be the folder of the store, got an empty name")
     click.Path(file_okay=False).convert(out, None, context)
     from fastvae.data.encoding.encode import encode as run
     from fastvae.data.encoding.report import Interrupted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,15 @@ def compare_files(
     preset: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[str, Comparison]:
     """Compare a model on image files, as ``fastvae compare`` does; return the model's name and the comparison.
 
     Waves, a flat, a noisy and a large picture are compared too: a photograph does not show every error.
     vae: a directory, a single file (``preset`` if its tensors do not decide the scaling), the name of a preset (random
-    weights), a Hub id, or "tiny". dtype and device: by default the best of this
-    machine. Raises the errors of ``compare`` and from_pretrained, and ValueError for a device that does not exist.
+    weights), a Hub id, or "tiny". dtype and device: by default the best of this machine. say: called with a line before
+    each of the generated pictures, which can take a minute.
+    Raises the errors of ``compare`` and from_pretrained, and ValueError for a device that does not exist.
     """
     place = resolve_device(device)
     model, weights = open_fp32(vae, subfolder, revision, preset)
@@ -179,6 +181,7 @@ def compare_files(
     found = compare(model, list(images))
     generated = {}
     for name, picture in check_pictures(pixel_multiple(model)).items():
+        say(f"compare a {name} picture of {picture.shape[-1]}x{picture.shape[-2]}")
         stages = compare(model, picture[:, : getattr(model.config, "in_channels", 3)]).stages
         # By rms alone: of a flat picture a stage has a few values, and the largest error is one rounding.
         generated[name] = [stage.name for stage in stages if not stage.is_right_by_rms]

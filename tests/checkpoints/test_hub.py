@@ -279,7 +279,7 @@ def test_a_hub_that_does_not_answer_is_a_connection_error(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_answer)
-    with pytest.raises(ConnectionError, match="the Hub did not answer and the file is not cached"):
+    with pytest.raises(ConnectionError, match="is no folder, the Hub did not answer, and the file is not cached"):
         AutoencoderKL.from_pretrained("owner/vae")
 
 
@@ -293,3 +293,7 @@ def test_a_mistyped_name_is_refused_without_a_request(monkeypatch):
         FileNotFoundError, match="tinny is no folder, and not the id of a Hub repository, such as OWNER/NAME"
     ):
         locate("tinny")
+    with pytest.raises(FileNotFoundError, match=r"sdxl is no folder, .*; a preset has no weights"):
+        locate("sdxl")
+    with pytest.raises(FileNotFoundError, match=r"the model must be a folder, .*, got an empty name"):
+        locate("")

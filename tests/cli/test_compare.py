@@ -32,7 +32,10 @@ def run(folder, *more, images=("0.png", "1.png"), code=0):
 
 
 def test_the_table(folder):
-    lines = run(folder, "--dtype", "bf16").stdout.splitlines()
+    result = run(folder, "--dtype", "bf16")
+    said = re.findall(r"^compare a (\w+) picture of \d+x\d+$", result.stderr, flags=re.MULTILINE)
+    assert said == ["waves", "flat", "noisy", "large"]
+    lines = result.stdout.splitlines()
     assert lines[0].endswith(": 2 images, bfloat16 on cpu; the largest, mean and cosine error of each pair")
     assert lines[2].startswith("encoder.conv_in ")
     assert re.fullmatch(r"round trip, PSNR: fast \S+ dB, eager \S+ dB, float64 \S+ dB", lines[-1])

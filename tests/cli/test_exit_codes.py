@@ -110,6 +110,7 @@ def test_an_output_that_is_a_link_to_nothing_is_a_sentence(pictures, model, tmp_
         (["encode", "{in}", "{out}", "--max-failures", "some"], "max_failures must be"),
         (["encode", "{in}", "{out}", "--batch", "0"], "batch must be 'auto' or at least 1"),
         (["decode", "{empty}", "{out}", "--rows", "x"], "rows must look like 0:16"),
+        (["encode", "{in}", ""], "OUT must be the folder of the store, got an empty name"),
         (["encode"], "SRC, the images, and OUT, the folder of the store, must be named, got neither"),
         (["encode", "{in}"], "SRC, the images, and OUT, the folder of the store, must be named, got only '{in}'"),
         (["encode", "{in}", "{out}", "--vae"], "Option '--vae' requires an argument"),

@@ -17,6 +17,7 @@ from fastvae.data.sources.source import Source
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
 from fastvae.data.sources.tar import FIRST_DOT, TarSource
 from fastvae.system.arguments import check_choices
+from fastvae.system.terminal import first_few
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".jsonl.gz", ".jsonl.zst")
@@ -48,8 +49,10 @@ def open_source(
         raise ValueError(f"src must be a path, a pattern or a list of them, got {src!r}")
     kinds = {_kind(text) for text in texts}
     if len(kinds) > 1 or (kinds == {"images"} and len(texts) > 1):
+        hint = "" if len(kinds) > 1 or os.path.isdir(texts[0]) else "; quote a pattern, or the shell expands it"
         raise ValueError(
-            f"src must be one folder or pattern, or .tar, .parquet or .jsonl files of one kind, got {given}"
+            "src must be one folder or pattern, or .tar, .parquet or .jsonl files of one kind, "
+            f"got {first_few(texts)}{hint}"
         )
     (kind,) = kinds
     if kind == "images":
@@ -58,7 +61,7 @@ def open_source(
         is_folder = not is_pattern(texts[0]) or os.path.isdir(texts[0])
         return (FolderSource if is_folder else PatternSource)(texts[0], captions == "beside")
     storage, places = locate_files(texts)
-    name = ", ".join(texts)
+    name = first_few(texts)
     if kind == "tar":
         return TarSource(storage, places, name, tar_rule, image_column)
     if kind == "parquet":
@@ -81,7 +84,7 @@ def locate_files(texts: Sequence[str]) -> tuple[Storage, list[str]]:
     """
     schemes = {scheme_of(text) for text in texts}
     if len(schemes) > 1:
-        raise ValueError(f"src must name files of one file system, got {list(texts)}")
+        raise ValueError(f"src must name files of one file system, got {first_few(list(texts))}")
     if schemes != {None}:
         return _locate_remote_files(texts)
     paths, folders = [], []
