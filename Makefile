@@ -106,7 +106,8 @@ clean:
 
 $(VENV)/bin/python:
 	@echo "Making the virtual environment $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; sys.exit('fastvae needs Python 3.11 or newer, as in make demo PYTHON=python3.11' if sys.version_info < (3, 11) else 0)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first, at its exact version: without one, pip may choose a build with gigabytes of CUDA libraries.
 $(VENV)/.run: pyproject.toml constraints.txt setup.py $(wildcard kernels/fastvae_kernels/cpu/*.[ch]) | $(VENV)/bin/python

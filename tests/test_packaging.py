@@ -69,21 +69,39 @@ def test_an_editable_install_is_found_in_the_folder_above_the_checkout(tmp_path)
     assert printed.split() == ["fastvae", "kernels/fastvae_kernels"]
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize(("target", "steps"), [("demo", 4), ("test", 5)])
-def test_make_prints_one_line_a_step(tmp_path, target, steps):
-    """pip works for minutes without a word. Its place is taken by a script that prints its name."""
+@pytest.fixture
+def checkout(tmp_path):
+    """Folder with the Makefile, where a script that prints "step" takes the place of Python and pip."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
     for file in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / file, tmp_path)
-    python = tmp_path / "python"
-    python.write_text(
-        f"#!/bin/sh\nmkdir -p .venv/bin\ncp {python} .venv/bin/python\ncp {python} .venv/bin/fastvae\necho step\n"
-    )
-    python.chmod(0o755)
-    lines = run("make", target, f"PYTHON={python}", cwd=tmp_path).splitlines()
+    stub = tmp_path / "python"
+    files = f"mkdir -p .venv/bin\ncp {stub} .venv/bin/python\ncp {stub} .venv/bin/fastvae\n"
+    stub.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit $OLD; fi\n{files}echo step\nexit $BROKEN\n')
+    stub.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("target", "steps"), [("demo", 4), ("test", 5)])
+def test_make_prints_one_line_a_step(checkout, target, steps):
+    """pip works for minutes without a word."""
+    command = ("make", target, "PYTHON=./python")
+    lines = run(*command, cwd=checkout).splitlines()
     assert [line == "step" for line in lines] == [False, True] * steps, lines
     assert lines[2] == "Installing torch (some minutes)"
-    assert len(run("make", target, f"PYTHON={python}", cwd=tmp_path).splitlines()) == 2  # everything is installed
+    assert len(run(*command, cwd=checkout).splitlines()) == 2  # everything is installed
+
+
+@pytest.mark.parametrize("fault", ["OLD", "BROKEN"])
+def test_make_stops_before_it_installs_into_a_python_that_cannot_hold_fastvae(checkout, monkeypatch, fault):
+    monkeypatch.setenv(fault, "1")
+    done = subprocess.run(
+        ["make", "demo", "PYTHON=./python"], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Installing" not in done.stdout
+    assert not (checkout / ".venv").exists()
 
 
 @pytest.mark.slow
