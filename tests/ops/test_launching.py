@@ -21,7 +21,7 @@ KERNELS = Path(posterior.__file__).parent
 def test_every_launcher_and_reference_is_guarded():
     """Triton launches on the current device and torch sets none for an op: each must set its own.
 
-    ``op`` and ``kernel`` guard their functions; torch's custom_op does not, and takes four times as long a call.
+    ``op`` and ``kernel`` guard their functions; torch's custom_op does not, and takes longer a call.
     """
     unguarded = []
     for path in sorted(KERNELS.rglob("*.py")):
