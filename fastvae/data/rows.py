@@ -42,7 +42,7 @@ class SourceFile:
     ``key``: the path relative to a folder, with forward slashes and extension; a tar member's name without its last
     extension; the key column of a Parquet file or a manifest. ``size`` in bytes and ``mtime_ns`` change when the image
     changes: a tar member has its archive's mtime, a row of a Parquet file the file's size and mtime; 0 if unknown.
-    ``place``: position of the bytes inside the source, "" if it follows from the key. ``columns``: captions and other
+    ``place``: position of the bytes inside the source, "" if it is the key. ``columns``: captions and other
     columns, as JSON values. ``sha256``: of the bytes, "" if not computed. ``origin``: None in plans of version 0.1.0.
     """
 
@@ -70,7 +70,8 @@ class SourceFile:
         ours, theirs = self.origin, planned.origin
         if ours and theirs and ours.content and theirs.content and ours.path != theirs.path:
             return ours.content == theirs.content and _position(self.place) == _position(planned.place)
-        return self.mtime_ns == planned.mtime_ns and _is_end_of(self.place, planned.place)
+        places = self.place or self.key, planned.place or planned.key
+        return self.mtime_ns == planned.mtime_ns and _is_end_of(*places)
 
 
 def _position(place: str) -> str:

@@ -152,7 +152,7 @@ def encode(
     tar_rule = tar_rule_of(Path(out))
     columns = {"image_column": image_column, "key_column": key_column}
     source = open_source(src, **columns, schemes=schemes, tar_rule=tar_rule, captions=captions)
-    if os.path.exists(out) and os.path.exists(source.name) and os.path.samefile(source.name, out):
+    if any(os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out) for path in _paths(src)):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     target = resolve_device(options.device)
     listing = source.listing(exclude=out)
@@ -191,6 +191,10 @@ def encode(
         return _dry_run(job, existing, report)
     run_job(job, report, lambda leases: _plan(job, leases, report))
     return report
+
+
+def _paths(src: SourceName | Sequence[SourceName]) -> list[SourceName]:
+    return [src] if isinstance(src, str | os.PathLike) else list(src)
 
 
 def _existing_store(job: EncodeJob) -> Store | None:

@@ -8,6 +8,7 @@ remote      images under a URL
 tar         images in WebDataset tars
 parquet     images in a column of Parquet files
 jsonl       images named by JSONL manifests
+several     images of several folders, patterns and URLs
 captions    captions beside the images of a folder
 companions  masks and control images, found by name
 changes     a source against a plan: keys of other origins, edited and deleted images

@@ -1,4 +1,4 @@
-"""Captions beside images: a.txt and a.caption of a.jpg, and the lines of metadata.jsonl and metadata.csv.
+"""Captions beside images: a.txt and a.caption of a.jpg, and the rows of metadata.jsonl, .csv and .parquet.
 
 These are the layouts of sd-scripts and ai-toolkit, and of the imagefolder of Hugging Face's datasets.
 """
@@ -15,13 +15,14 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from fastvae.data.rows import SourceFile
+from fastvae.data.sources.parquet import json_rows
 from fastvae.data.sources.source import Listing
 from fastvae.system.strict_json import json_bytes, json_value
 from fastvae.system.threads import ordered_map
 
 CAPTIONS = ("beside", "none")
 SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 NAME_COLUMN = "file_name"
 MAX_CAPTION_BYTES = 2**20
 READ_THREADS = 16  # a caption is one small read, on a network one request
@@ -107,7 +108,7 @@ def _entries(
     entries: dict[str, dict[str, Any]] = {}
     try:
         with open_file(path) as file:
-            for entry in _csv_lines(file) if path.endswith(".csv") else map(_json_line, file):
+            for entry in _rows(path, file):
                 name = entry.get(NAME_COLUMN) if isinstance(entry, dict) else None
                 if isinstance(entry, dict) and isinstance(name, str) and name:
                     key = posixpath.normpath(posixpath.join(posixpath.dirname(path), name.replace("\\", "/")))
@@ -116,7 +117,16 @@ def _entries(
                     problems[f"of {path} have no {NAME_COLUMN} or are no JSON, and are left out"] += 1
     except (OSError, csv.Error):
         problems[f"of {path} cannot be read"] += 1
+    except ValueError as error:  # of Parquet: no pyarrow, or a damaged file
+        problems[f"of {path} cannot be read: {error}"] += 1
     return entries
+
+
+def _rows(path: str, file: BinaryIO) -> Iterable[Any]:
+    """Return the rows of a metadata file, as dicts if they are any."""
+    if path.endswith(".csv"):
+        return _csv_lines(file)
+    return json_rows(file, path) if path.endswith(".parquet") else map(_json_line, file)
 
 
 def _json_line(line: bytes) -> Any:

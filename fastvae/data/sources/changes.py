@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
 from fastvae.data.rows import Origin, SourceFile
-from fastvae.data.sources.source import Listing
+from fastvae.data.sources.source import Listing, renamed
 
 SUFFIXED = re.compile(r"(.*)~\d+", re.DOTALL | re.ASCII)
 
@@ -64,18 +64,18 @@ def check_origins(
     if others:
         file, ours, theirs = others[0]
         elsewhere = " elsewhere" if ours.name == theirs.name else ""
-        apart = "encode both in one call, which keeps their keys apart as KEY~2," if file.place else "rename one,"
         raise ValueError(
             f"{file.key!r} is in {store} from {theirs.name}, and {ours.name}{elsewhere} has another "
-            f"image of that key ({len(others)} such keys): {apart} or name another OUT"
+            f"image of that key ({len(others)} such keys): encode both in one call, which keeps their keys apart as "
+            "KEY~2, or name another OUT"
         )
 
 
 def keep_planned_keys(listing: Listing, planned: Mapping[str, SourceFile]) -> None:
-    """Give the images of ``listing`` the keys that they have in a plan, whatever the order of archives in the call.
+    """Give the images of ``listing`` the keys that they have in a plan, whatever the order of sources in the call.
 
-    Of images with one key, from archives that come in one call, those that were planned keep their keys, and new ones
-    get ``~2`` and so on. Only images with a place are renamed: a file of a folder is found by its key.
+    Of images with one key, from archives or folders that come in one call, those that were planned keep their keys, and
+    new ones get ``~2`` and so on.
     """
     groups: dict[str, list[SourceFile]] = {}
     for file in listing.files:
@@ -91,16 +91,16 @@ def keep_planned_keys(listing: Listing, planned: Mapping[str, SourceFile]) -> No
             kept.setdefault(base, []).append(key)
     used = {file.key for file in listing.files} - {file.key for files in groups.values() for file in files}
     origins = {file.origin for file in listing.files}
-    renamed: dict[str, SourceFile] = {}
+    given: dict[str, SourceFile] = {}
     listing.base_keys = {key: base for key, base in listing.base_keys.items() if base not in groups}
     for base, files in groups.items():
         free = [key for key in kept.get(base, []) if key not in used]
         for old, new in zip(files, _keys(base, files, free, planned, origins, used), strict=True):
             used.add(new)
-            renamed[old.key] = replace(old, key=new)
+            given[old.key] = renamed(old, new) if new != old.key else old
             if new != base:
                 listing.base_keys[new] = base
-    listing.files = [renamed.get(file.key, file) for file in listing.files]
+    listing.files = [given.get(file.key, file) for file in listing.files]
     listing.duplicates = len(listing.base_keys)
     listing.sort()
 
@@ -117,12 +117,13 @@ def _keys(
     keys: dict[int, str] = {}
 
     def same(file: SourceFile, before: SourceFile) -> bool:
-        return replace(file, key=before.key).is_same_as(before)
+        return renamed(file, before.key).is_same_as(before)
 
     def edited(file: SourceFile, before: SourceFile) -> bool:
         return bool(file.origin and before.origin and file.origin.is_same_as(before.origin))
 
-    for matches in (same, edited):
+    # An image of the same origin first: files of two folders may have one size and time, and other pixels.
+    for matches in (lambda file, before: same(file, before) and edited(file, before), same, edited):
         for number, file in enumerate(files):
             left = (key for key in free if key not in keys.values() and number not in keys)
             if (key := next((key for key in left if matches(file, planned[key])), None)) is not None:
@@ -145,7 +146,7 @@ def _keys(
 
 def _may_be_renamed(base: str, files: list[SourceFile], planned: Mapping[str, SourceFile]) -> bool:
     before = planned.get(base)
-    if not all(file.place and file.origin for file in files) or (before is not None and before.origin is None):
+    if not all(file.origin for file in files) or (before is not None and before.origin is None):
         return False
     return len(files) > 1 or (before is not None and not files[0].is_same_as(before))
 

@@ -33,7 +33,7 @@ class FolderSource:
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:
         """See Source."""
-        return Path(self.name) / file.key
+        return Path(self.name) / (file.place or file.key)
 
 
 def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | None = None) -> Listing:
@@ -163,7 +163,7 @@ class PatternSource:
 
     def read(self, file: SourceFile, max_pixels: int = DEFAULT_MAX_PIXELS) -> Path:
         """See Source."""
-        return Path(self.root) / file.key
+        return Path(self.root) / (file.place or file.key)
 
     def _matches(self, pattern: str, exclude: Any, listing: Listing) -> list[SourceFile]:
         if "**" not in pattern:

@@ -1,4 +1,4 @@
-"""Images named by JSONL manifests: one line each, with a key, a path or a URL, and any other columns."""
+"""Images named by JSONL manifests: one line each, with a path or a URL, and any other columns, such as a key."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from fastvae.data.sources.storage import (
 )
 from fastvae.system.strict_json import json_value
 
-PATHS = ("path", "uri")
+DEFAULT_KEY = "key"
+PATHS = ("path", "uri", "file_name")
 
 
 class ManifestSource:
     """Images named by manifests. A relative path starts at the manifest's folder.
 
-    A line's path is its ``image_column``, "path" or "uri", the first of these that it has. A URL is accepted if
-    ``schemes`` contains its scheme.
+    A line's path is its ``image_column`` or one of PATHS, the first of these that it has. ``key_column`` None: "key",
+    and in a line without it the key is the path. A URL is accepted if ``schemes`` contains its scheme.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ManifestSource:
         files: Sequence[str],
         name: str,
         image_column: str,
-        key_column: str,
+        key_column: str | None,
         schemes: Collection[str] = (),
     ):
         self.name = name
@@ -80,17 +81,18 @@ class ManifestSource:
             raise ValueError(f"{where} is no JSON: {error}") from error
         if not isinstance(entry, dict):
             raise ValueError(f'{where} must be an object such as {{"key": ..., "path": ...}}, got {line[:80]!r}')
-        key = key_of(entry.get(self._key), where, self._key)
         column = next((column for column in self._paths if isinstance(entry.get(column), str)), None)
         if column is None or not entry[column] or "\0" in entry[column]:
             raise ValueError(f"{where}: {' or '.join(self._paths)} must name an image's file")
+        named = self._key or (DEFAULT_KEY if entry.get(DEFAULT_KEY) is not None else column)
+        key = key_of(entry.get(named), where, named)
         path = _beside(manifest, entry[column])
         storage, place = self._where(path, where)
         try:
             status = storage.status(place)
         except OSError:  # listed, and fails as unreadable when it is read
             status = (0, 0)
-        columns = {name: value for name, value in entry.items() if name not in (self._key, column)}
+        columns = {name: value for name, value in entry.items() if name not in (named, column)}
         return SourceFile(key, *status, path, columns, origin=origin)
 
     def _where(self, path: str, where: str) -> tuple[Storage, str]:

@@ -13,6 +13,7 @@ from fastvae.data.sources.jsonl import ManifestSource
 from fastvae.data.sources.parquet import ParquetSource
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
 from fastvae.data.sources.remote import RemoteSource
+from fastvae.data.sources.several import SeveralSources
 from fastvae.data.sources.source import Source
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
 from fastvae.data.sources.tar import FIRST_DOT, TarSource
@@ -34,12 +35,13 @@ def open_source(
 ) -> Source:
     """Return the source that ``src`` names.
 
-    ``src`` is a folder; a pattern of image files such as ``photos/**/*.{jpg,png}``; tar files in WebDataset's layout,
-    Parquet files or JSONL manifests (one, a list, or a pattern such as ``shards/{000..127}.tar``); or any of these
-    under a URL whose file system fsspec knows. ``image_column`` and ``key_column`` name the columns of Parquet files
-    and manifests, by default "image" and "key"; ``image_column`` is also the extension of the image in tar samples that
-    have several. ``schemes`` are the schemes of URLs that a manifest may name, by default none. ``tar_rule``: see
-    TarSource. ``captions``: "beside" adds those beside the images of a folder or pattern to their columns, "none" not.
+    ``src`` is a folder or a pattern of image files such as ``photos/**/*.{jpg,png}``, or a list of them; tar files in
+    WebDataset's layout, Parquet files or JSONL manifests (one, a list, or a pattern such as ``shards/{000..127}.tar``);
+    or any of these under a URL whose file system fsspec knows. ``image_column`` and ``key_column`` name the columns of
+    Parquet files and manifests, by default "image" and "key"; ``image_column`` is also the extension of the image in
+    tar samples that have several. ``schemes`` are the schemes of URLs that a manifest may name, by default none.
+    ``tar_rule``: see TarSource. ``captions``: "beside" adds those beside the images of a folder or pattern to their
+    columns, "none" not.
     Raises ValueError for anything else, and if a package that the source needs is not installed.
     """
     check_choices(captions=(captions, CAPTIONS))
@@ -48,25 +50,35 @@ def open_source(
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"src must be a path, a pattern or a list of them, got {src!r}")
     kinds = {_kind(text) for text in texts}
-    if len(kinds) > 1 or (kinds == {"images"} and len(texts) > 1):
-        hint = "" if len(kinds) > 1 or os.path.isdir(texts[0]) else "; quote a pattern, or the shell expands it"
+    if len(kinds) > 1:
         raise ValueError(
-            "src must be one folder or pattern, or .tar, .parquet or .jsonl files of one kind, "
-            f"got {first_few(texts)}{hint}"
+            "src must be folders and patterns, or .tar, .parquet or .jsonl files of one kind, "
+            f"got {first_few(texts)}"
         )
     (kind,) = kinds
     if kind == "images":
-        if scheme_of(texts[0]):
-            return RemoteSource(texts[0], captions == "beside")
-        is_folder = not is_pattern(texts[0]) or os.path.isdir(texts[0])
-        return (FolderSource if is_folder else PatternSource)(texts[0], captions == "beside")
+        sources = [_image_files(text, captions == "beside") for text in texts]
+        return sources[0] if len(sources) == 1 else SeveralSources(sources)
     storage, places = locate_files(texts)
     name = first_few(texts)
     if kind == "tar":
         return TarSource(storage, places, name, tar_rule, image_column)
     if kind == "parquet":
         return ParquetSource(storage, places, name, image_column or "image", key_column)
-    return ManifestSource(storage, places, name, image_column or "image", key_column or "key", schemes)
+    return ManifestSource(storage, places, name, image_column or "image", key_column, schemes)
+
+
+def _image_files(text: str, captions: bool) -> Source:
+    """Return the source of one folder, pattern or URL; raises ValueError for a file, which a shell made of a pattern."""
+    if scheme_of(text):
+        return RemoteSource(text, captions)
+    if os.path.isfile(text):
+        raise ValueError(
+            f"src must be folders and patterns, {text!r} is a file: quote a pattern, as in 'photos/*.jpg', so that the "
+            "shell does not expand it"
+        )
+    is_folder = not is_pattern(text) or os.path.isdir(text)
+    return (FolderSource if is_folder else PatternSource)(text, captions)
 
 
 def _kind(text: str) -> str:

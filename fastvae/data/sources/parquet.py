@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastvae.data.images.errors import MACHINE, ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
@@ -40,10 +40,7 @@ class ParquetSource:
     """
 
     def __init__(self, storage: Storage, files: Sequence[str], name: str, image_column: str, key_column: str | None):
-        try:
-            import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise ValueError("Parquet needs pyarrow: pip install pyarrow") from error
+        _check_pyarrow()
         self.name = name
         self._storage, self._files = storage, list(files)
         self._image, self._key = image_column, key_column
@@ -194,6 +191,22 @@ class _LargeGroup:
         self._batches, self._end, self._cache = self._open(), 0, dict[int, Any]()
 
 
+def json_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the columns of every row of a Parquet file that JSON can hold; raises ValueError for what is no Parquet."""
+    _check_pyarrow()
+    with _parquet_errors(name):
+        table = import_module("pyarrow.parquet").ParquetFile(file)
+        for values in _rows_of(table, [field.name for field in table.schema_arrow if _is_json(field.type)]):
+            yield {column: _without_non_finite(value) for column, value in values.items()}
+
+
+def _check_pyarrow() -> None:
+    try:
+        import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError("Parquet needs pyarrow: pip install pyarrow") from error
+
+
 def _rows_of(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Yield ``columns`` of every row of a file."""
     for group in range(table.num_row_groups):
@@ -224,12 +237,18 @@ def _column_bytes(table: Any, group: int, column: str) -> int:
 @contextmanager
 def _reading(storage: Storage, place: str) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Yield (the open Parquet file, its status); raises ValueError, naming the file, if it is no valid Parquet."""
-    arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    try:
+    with _parquet_errors(place):
         status = storage.status(place)
         with storage.open(place) as file:
-            yield parquet.ParquetFile(file), status
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            yield import_module("pyarrow.parquet").ParquetFile(file), status
+
+
+@contextmanager
+def _parquet_errors(place: str) -> Iterator[None]:
+    """Turn the errors of Arrow and of the file system into ValueError, unless the machine is the cause."""
+    try:
+        yield
+    except (import_module("pyarrow").ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno in MACHINE:
             raise
         reason = " ".join(str(error).split())[:300]

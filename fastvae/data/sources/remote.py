@@ -61,4 +61,4 @@ class RemoteSource:
         """See Source."""
         check_bytes(file.size, max_pixels, file.key)
         with unreadable(file.key):
-            return read_all(self._storage, file.key)
+            return read_all(self._storage, file.place or file.key)

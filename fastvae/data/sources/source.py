@@ -82,7 +82,7 @@ class Listing:
             seen[file.key] = number
             used.add(key)
             self.base_keys[key] = file.key
-            self.files[index] = replace(file, key=key)
+            self.files[index] = renamed(file, key)
         self.sort()
 
     def sort(self) -> None:
@@ -94,6 +94,11 @@ class Listing:
         self.ignored += 1
         if len(self.unreadable) < MAX_LISTED:
             self.unreadable.append(os.path.relpath(place, top).replace(os.sep, "/"))
+
+
+def renamed(file: SourceFile, key: str) -> SourceFile:
+    """Return ``file`` under another key, with the place that its key was."""
+    return replace(file, key=key, place=file.place or file.key)
 
 
 class Source(Protocol):

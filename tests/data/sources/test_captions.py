@@ -1,6 +1,8 @@
 """Captions beside images: text files, metadata of an imagefolder, and what cannot be used."""
 
+import io
 import json
+import sys
 
 import pytest
 from data.sources.numbered_images import png
@@ -57,7 +59,14 @@ def test_text_files_beside_images_are_columns(tmp_path):
         open_source(tmp_path, captions="all")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def parquet(rows) -> bytes:
+    arrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    tables.write_table(arrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_metadata_of_an_imagefolder_is_columns(tmp_path, kind):
     write(tmp_path, a_png=0, a_txt="beside", sub__b_png=1, deep__er__c_png=2, d_png=3)
     top = [{"file_name": "a.png", "text": "one, two"}, {"file_name": "sub/b.png", "text": "two"}]
@@ -65,6 +74,8 @@ def test_metadata_of_an_imagefolder_is_columns(tmp_path, kind):
     for folder, lines in ((tmp_path, top), (tmp_path / "deep", deep)):
         if kind == "jsonl":
             (folder / "metadata.jsonl").write_text(jsonl(*lines))
+        elif kind == "parquet":
+            (folder / "metadata.parquet").write_bytes(parquet(lines))
         else:
             rows = [f'{line["file_name"]},"{line["text"]}"' for line in lines]
             (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
@@ -90,6 +101,28 @@ def test_captions_that_cannot_be_used_are_counted(tmp_path):
         "1 captions are of files that are not among the images",
         "1 captions cannot be read",
         "4 captions of metadata.jsonl have no file_name or are no JSON, and are left out",
+    ]
+
+
+def test_metadata_of_parquet_has_the_columns_that_json_can_hold(tmp_path):
+    write(tmp_path, a_png=0, b_png=1)
+    rows = [{"file_name": "a.png", "n": float("nan"), "raw": b"x", "tags": ["one"]}, {"file_name": None, "n": 2.0}]
+    (tmp_path / "metadata.parquet").write_bytes(parquet(rows))
+    found, listing = columns_of(tmp_path)
+    assert found == {"a.png": {"n": None, "tags": ["one"]}, "b.png": {}}
+    assert listing.notes == ["1 captions of metadata.parquet have no file_name or are no JSON, and are left out"]
+
+
+def test_metadata_that_is_no_parquet_or_cannot_be_read_without_pyarrow_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    write(tmp_path, a_png=0, metadata_parquet=b"PAR1 no more")
+    found, listing = columns_of(tmp_path)
+    assert found == {"a.png": {}}
+    (note,) = listing.notes
+    assert note.startswith("1 captions of metadata.parquet cannot be read: metadata.parquet is not readable as Parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert columns_of(tmp_path)[1].notes == [
+        "1 captions of metadata.parquet cannot be read: Parquet needs pyarrow: pip install pyarrow"
     ]
 
 

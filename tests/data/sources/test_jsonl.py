@@ -68,10 +68,11 @@ def test_relative_paths_start_at_each_manifests_folder(tmp_path):
             "m.jsonl line 2: https:// is not allowed unless schemes contains 'https'",
         ),
         ('{"key": "a", "uri": "s3://x/y.png"}', "s3:// is not allowed unless"),
-        ('{"key": "a"}', "image or path or uri must name an image's file"),
+        ('{"key": "a"}', "image or path or uri or file_name must name an image's file"),
         ('{"key": "a", "path": ""}', "must name an image's file"),
         ('{"key": "a", "path": "nul\\u0000.png"}', "must name an image's file"),
-        ('{"path": "a.png"}', "m.jsonl line 2: key must be text or an integer, got None"),
+        ('{"key": 1.5, "path": "a.png"}', "m.jsonl line 2: key must be text or an integer, got 1.5"),
+        ('{"key": "", "path": "a.png"}', "m.jsonl line 2: key must be text or an integer, got ''"),
         ('{"key": "\\ud800", "path": "a.png"}', "half a surrogate pair"),
         ('{"key": "a", "path": "a.png", "score": NaN}', "line 2 is no JSON: NaN is no JSON"),
         ('["a", "b"]', "line 2 must be an object"),
@@ -83,6 +84,24 @@ def test_an_invalid_line_is_refused_by_its_number(tmp_path, line, message):
     (tmp_path / "m.jsonl").write_text('{"key": "ok", "path": "ok.png"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path / "m.jsonl").listing()
+
+
+def test_a_line_without_a_key_has_its_path_as_the_key(tmp_path):
+    entries = [{"path": "sub/a.png", "text": "one"}, {"file_name": "b.png"}, {"key": None, "uri": "/c/d.png"}]
+    entries += [{"key": "k", "path": "b.png"}, {"photo": "e.png"}, {"path": "b.png"}]
+    source = open_source(manifest(tmp_path / "m.jsonl", entries), image_column="photo")
+    files = source.listing().files
+    assert [(file.key, file.place) for file in files] == [
+        ("/c/d.png", "/c/d.png"),
+        ("b.png", "b.png"),
+        ("b.png~2", "b.png"),
+        ("e.png", "e.png"),
+        ("k", "b.png"),
+        ("sub/a.png", "sub/a.png"),
+    ]
+    assert files[-1].columns == {"text": "one"}
+    with pytest.raises(ValueError, match=r"m\.jsonl line 1: name must be text or an integer, got None"):
+        open_source(tmp_path / "m.jsonl", image_column="photo", key_column="name").listing()
 
 
 def test_an_empty_or_missing_manifest_is_refused(tmp_path):
