@@ -69,8 +69,6 @@ def mend_transparency(image: Image.Image, bits: int) -> None:
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     from PIL import Image
 
-    if image.mode == "F":
-        raise ImageError("unsupported", f"{name} has floating-point samples, whose white level is unknown")
     if image.mode not in (*SIXTEEN_BIT, "I"):
         return image
     samples = np.asarray(image).astype(np.int64)

@@ -48,7 +48,9 @@ def open_image(data: bytes, head: Head, image_format: str, name: str, flags: lis
     """Return the image opened by Pillow, which gets the part of ``data`` for decoders, with the header's profile."""
     try:
         image = _open(io.BytesIO(head.decoded_part(data)), image_format, name)
-    except PARSER_ERRORS:
+    except PARSER_ERRORS as error:
+        if image_format == "TIFF":  # it is whole, and so is its directory
+            raise ImageError("unsupported", f"{name} is a TIFF that Pillow does not read: {error}") from error
         if image_format != "AVIF" or (rest := without_exif_item(data)) == data:
             raise
         image = _open(io.BytesIO(rest), image_format, name)
@@ -59,7 +61,7 @@ def open_image(data: bytes, head: Head, image_format: str, name: str, flags: lis
 
 
 def load_image(
-    image: Image.Image, head: Head, image_format: str, data: bytes, cover: tuple[int, int] | None
+    image: Image.Image, head: Head, image_format: str, data: bytes, name: str, cover: tuple[int, int] | None
 ) -> tuple[Image.Image, int]:
     """Return the loaded image and the orientation that it has still to be brought to; ``cover``: see _load_jpeg."""
     if image_format == "JPEG":
@@ -68,7 +70,12 @@ def load_image(
         planes.info = image.info
         return planes, head.orientation
     else:
-        image.load()
+        try:
+            image.load()
+        except ValueError as error:
+            if "unknown raw mode" not in str(error):
+                raise
+            raise ImageError("unsupported", f"{name} is a {image_format} that Pillow does not read: {error}") from error
     if image_format == "PNG":
         mend_transparency(image, data[24])
     return image, 1 if image_format == "TIFF" else head.orientation  # Pillow rotates a TIFF when it is loaded

@@ -205,7 +205,7 @@ def _decode(
                 if animated == "skip":
                     raise ImageError("animated", f"{name} has several frames, and such files are to be skipped")
                 flags.append("first_frame")
-            loaded, orientation = load_image(image, head, image_format, data, cover)
+            loaded, orientation = load_image(image, head, image_format, data, name, cover)
             flags.extend(ignored_colour(loaded, head, image_format, data))
         rgb, opacity = to_srgb(loaded, image_format, alpha, flags, name)
         rgb, opacity = upright(rgb, orientation), None if opacity is None else upright(opacity, orientation)

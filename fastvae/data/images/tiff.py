@@ -32,6 +32,8 @@ TAGS = (
     *(NEW_SUBFILE_TYPE, SUBFILE_TYPE, BITS, PHOTOMETRIC, SAMPLES, PLANAR, SUB_IFDS, EXTRA_SAMPLES, DNG_VERSION),
 )
 INTEGERS = {1: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q"}
+# Pillow's: none, CCITT's, LZW, JPEG's two, Deflate's two, PackBits, ThunderScan, LogLuv, LZMA, Zstandard, WebP.
+COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32809, 32946, 34676, 34677, 34925, 50000, 50001)
 # Photometric interpretations of a sensor's samples: a colour filter array, and linear raw.
 RAW_PHOTOMETRICS = (32803, 34892)
 RAW_MARKS = {
@@ -46,6 +48,7 @@ PLANAR_MODES = {
     (2, 16, (0,)): "RGB",
     (2, 16, (1,)): "RGBa",
     (2, 16, (2,)): "RGBA",
+    (2, 8, (1,)): "RGBa",
     (5, 16, ()): "CMYK",
     (1, 8, (1,)): "La",
     (1, 8, (2,)): "LA",
@@ -133,19 +136,23 @@ def tiff_ends_early(data: bytes) -> bool:
 
 
 def undecodable_tiff(file: BinaryIO) -> str | None:
-    """Return what a TIFF is if Pillow gives other pixels than its photograph's, from its directories alone; else None.
+    """Return what a TIFF is if Pillow does not give its photograph's pixels, from its directories alone; else None.
 
-    The first image of a camera's raw file is a thumbnail. Pillow takes signed samples below 32 bits for unsigned ones.
+    The first image of a camera's raw file is a thumbnail. Pillow takes signed samples for unsigned ones.
     """
-    found = _raw_photograph(file)
+    if found := _raw_photograph(file):
+        return found
     try:
         first = read_directory(file)
     except (struct.error, OverflowError, ValueError):  # Pillow reports it
-        return found
-    bits = max(first.values.get(BITS, (1,)))
-    if found is None and 2 in first.values.get(SAMPLE_FORMAT, ()) and bits < 32:
-        return f"a TIFF of signed {bits}-bit samples, whose white level is unknown"
-    return found
+        return None
+    formats, bits = first.values.get(SAMPLE_FORMAT, ()), max(first.values.get(BITS, (1,)))
+    if 3 in formats or bits > 32 or (2 in formats and bits < 32):
+        kind = "floating-point" if 3 in formats else f"{bits}-bit"
+        return f"a TIFF of {kind if 2 not in formats else f'signed {kind}'} samples, whose white level is unknown"
+    if (compression := first.first(COMPRESSION, 1)) not in COMPRESSIONS:
+        return f"a TIFF of compression {compression}"
+    return "a big-endian BigTIFF" if _read(file, 0, 4) == b"MM\0+" else None
 
 
 def _raw_photograph(file: BinaryIO) -> str | None:
@@ -177,8 +184,9 @@ def _raw_photograph(file: BinaryIO) -> str | None:
 def read_planes(data: bytes) -> Image.Image | None:
     """Return the image of a TIFF with a plane for each sample, not rotated; None if Pillow reads its layout correctly.
 
-    Pillow takes uncompressed 16-bit planes for 8-bit ones, and loses the opacity of grey planes. 16-bit colours keep
-    their high byte, as Pillow's do. Raises struct.error or what Pillow raises for damaged planes.
+    Pillow takes uncompressed 16-bit planes for 8-bit ones, loses the opacity of grey planes, and does not read colours
+    multiplied by their opacity. 16-bit colours keep their high byte, as Pillow's do. Raises struct.error or what Pillow
+    raises for damaged planes.
     """
     from PIL import Image
 

@@ -69,7 +69,7 @@ def open_source(
 
 
 def _image_files(text: str, captions: bool) -> Source:
-    """Return the source of one folder, pattern or URL; raises ValueError for a file, which a shell made of a pattern."""
+    """Return the source of one folder, pattern or URL; raises ValueError for a file: a shell expands patterns."""
     if scheme_of(text):
         return RemoteSource(text, captions)
     if os.path.isfile(text):

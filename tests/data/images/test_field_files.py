@@ -48,6 +48,14 @@ def test_planes_of_grey_and_opacity_keep_both(compression, extra):
     assert (np.asarray(read_image(planes, alpha="mask").opacity) == opacity).all()
 
 
+def test_planes_of_colours_multiplied_by_their_opacity_give_those_of_the_interleaved_file():
+    """Pillow refuses the file as it is loaded."""
+    samples = np.dstack([np.asarray(SMALL) // 2, np.full((16, 24), 130, np.uint8)])
+    options = {"photometric": "rgb", "extrasamples": ["assocalpha"]}
+    planes = tiff(np.moveaxis(samples, -1, 0), planarconfig="separate", **options)
+    assert (pixels(planes) == pixels(tiff(samples, **options))).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_planes_are_rotated_as_the_interleaved_file_is(orientation):
     options = {"extratags": [(274, 3, 1, orientation, True)]}
@@ -108,14 +116,47 @@ def test_a_tiff_with_a_smaller_copy_after_its_photograph_is_read():
     assert (pixels(file.getvalue()) == np.asarray(SMALL)).all()
 
 
+GREY = np.asarray(SMALL.convert("L"))
+UNKNOWN_WHITE = {
+    "signed 8-bit": GREY.astype(np.int8),
+    "signed 16-bit": GREY.astype(np.int16),
+    "64-bit": GREY.astype(np.uint64),
+    "floating-point": GREY.astype(np.float32),
+}
+
+
 @pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("samples", [np.int8, np.int16])
-def test_signed_samples_are_unsupported_by_name(samples, order):
-    """Pillow takes -40 for 216, and 16 bits come out half as bright."""
-    data = tiff(np.asarray(SMALL.convert("L")).astype(samples), "minisblack", byteorder=order)
+@pytest.mark.parametrize("kind", UNKNOWN_WHITE)
+def test_samples_of_an_unknown_white_level_are_unsupported_by_name(kind, order):
+    """Pillow takes -40 for 216, and 16 signed bits come out half as bright."""
+    data = tiff(UNKNOWN_WHITE[kind], "minisblack", byteorder=order)
     for read in (read_image, image_size):
-        with pytest.raises(ImageError, match=r"unsupported: .* signed .*-bit samples"):
+        with pytest.raises(ImageError, match=rf"unsupported: .* a TIFF of {kind} samples, whose white level"):
             read(data)
+
+
+def recompressed(number: int) -> bytes:
+    data = bytearray(tiff(GREY, "minisblack"))
+    struct.pack_into("<H", data, data.index(struct.pack("<HHI", 259, 3, 1)) + 8, number)
+    return bytes(data)
+
+
+OTHER_TIFFS = {
+    "a TIFF of compression 34712": recompressed(34712),
+    "a big-endian BigTIFF": tiff(GREY, "minisblack", bigtiff=True, byteorder=">"),
+    "a TIFF that Pillow does not read: unknown raw mode": tiff(
+        DEEP[:2].astype(np.uint8), "miniswhite", planarconfig="separate", extrasamples=["unspecified"], byteorder=">"
+    ),
+    "a TIFF that Pillow does not read: unknown pixel mode": tiff(
+        DEEP[:2].transpose(1, 2, 0), "minisblack", planarconfig="contig", extrasamples=["unassalpha"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TIFFS)
+def test_other_layouts_of_tiff_are_unsupported_by_name(kind):
+    with pytest.raises(ImageError, match=f"unsupported: these bytes is {kind}"):
+        read_image(OTHER_TIFFS[kind])
 
 
 def test_12_bits_have_the_brightness_of_8():

@@ -25,7 +25,7 @@ KNOWN = {
     "AVIF of more than 8 bits, subsampled": 5.0,
 }
 # Refusals that are no errors of the file: Pillow lacks the layout. None is silent.
-REFUSED_KINDS = {"TIFF": "decode_error", "refused": "unsupported"}
+REFUSED_KINDS = {"TIFF": "unsupported", "refused": "unsupported"}
 
 
 def known(case: dict) -> str | None:
@@ -36,7 +36,7 @@ def known(case: dict) -> str | None:
 
 
 def results(first: int, count: int) -> list[dict]:
-    places = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    places = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
     child = subprocess.run(
         [sys.executable, str(SCRIPT), str(first), str(count)],
@@ -86,9 +86,9 @@ def test_the_comparison_notices_a_wrong_level_a_wrong_size_and_a_death():
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}, {str(ROOT / "tests")!r}]
 import numpy as np
-from support import foreign_images
+from support import foreign_images, foreign_tiffs
 def case(change):
-    made = foreign_images.packed_tiff(__import__("random").Random(0))
+    made = foreign_tiffs.packed_tiff(__import__("random").Random(0))
     change(made)
     return made
 def brighter(made): made.expected = (made.expected // 2)

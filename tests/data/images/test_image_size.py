@@ -106,7 +106,7 @@ def test_row_36_image_size_opens_no_decoder(kind, monkeypatch):
 
 def test_image_size_refuses_a_header_as_read_image_does(tmp_path):
     for data, reason in REFUSED.values():
-        if reason == "decode_error" or data in (REFUSED["floats"][0], REFUSED["32-bit integers"][0]):
+        if reason == "decode_error" or data == REFUSED["32-bit integers"][0]:
             continue  # not in the header
         (tmp_path / "x").write_bytes(data)
         for source in (data, tmp_path / "x"):
