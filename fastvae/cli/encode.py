@@ -113,7 +113,7 @@ from fastvae.system.terminal import strip_control_characters
     type=click.Choice(["beside", "none"]),
     default="beside",
     show_default=True,
-    help="Record captions beside the images of a folder (.txt, .caption, metadata.jsonl or .csv), or leave them.",
+    help="Record captions beside the images of a folder (.txt, .caption, metadata.jsonl and so on), or leave them.",
 )
 @click.option("--prune", is_flag=True, help="Serve no row any more whose image the source no longer has.")
 @click.option("--dry-run", is_flag=True, help="Plan and report, but write nothing.")
@@ -125,7 +125,7 @@ from fastvae.system.terminal import strip_control_characters
 def encode(context: click.Context, paths: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Encode the images of SRC into the latent store OUT, or resume it.
 
-    SRC: a folder, a pattern, or .tar (WebDataset), .parquet or .jsonl files, local or under a URL that fsspec knows.
+    SRC: folders and patterns, or .tar (WebDataset), .parquet or .jsonl files, local or under a URL that fsspec knows.
     Any number of these commands may share one OUT. The same command resumes a run that stopped.
 
     \b

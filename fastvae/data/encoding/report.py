@@ -35,15 +35,16 @@ class EncodeReport:
 
     ``ok``: rows encoded, ``failed``: quarantined, ``resumed``: committed before, ``elsewhere``: committed by other
     processes meanwhile, ``kept``: copied by a repair from damaged shards, since their images no longer encode.
-    ``interrupted``: the run ended by a signal; ``lost``: rows that it had begun and could not keep.
-    ``taken_over``: units that other processes took over. Of a dry run, ``planned``: rows by bucket, ``planned_bytes``:
-    their size, ``unreadable_headers``: rows that will fail. ``batches``: batch size by bucket; ``halved``: times that
-    one did not fit in memory. ``seconds`` is wall time; ``decode_seconds`` and ``encode_seconds`` are summed over
-    threads. ``ignored_files``: files that are no image; ``unreadable_places``: folders and links among them that could
-    not be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit. ``excluded``: images
-    that --exclude names; ``passed_over``: images in folders that systems make, by the folder's name; ``masks``: images
-    that look like masks or control images, by a pattern that matches them. ``flags``: images by what was noticed about
-    them, such as "upscaled". ``failures``: the first ten images that failed, with reason and detail.
+    ``interrupted``: the run ended by a signal; ``lost``: rows that it had begun and could not keep. ``taken_over``:
+    units that other processes took over. Of a dry run, ``planned``: rows by bucket, ``planned_bytes``: their size,
+    ``unreadable_headers``: rows that will fail. ``batches``: batch size by bucket; ``halved``: times that one did
+    not fit in memory. ``seconds`` is wall time; ``decode_seconds`` and ``encode_seconds`` are summed over threads.
+    ``ignored_files``: files that are no image; ``unreadable_places``: folders and links among them that could not
+    be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit. ``excluded``: images
+    that --exclude names; ``passed_over``: images in hidden folders and those that systems make, by the folder's
+    name; ``masks``: images that look like masks or control images, by a pattern that matches them. ``flags``:
+    images by what was noticed about them, such as "upscaled". ``failures``: the first ten images that failed, with
+    reason and detail.
     """
 
     store: str
@@ -161,7 +162,10 @@ class EncodeReport:
         if self.excluded:
             lines.append(f"exclude {self.excluded} images left out")
         if self.passed_over:
-            lines.append(f"passed  images in folders that systems make are left out: {_counts(self.passed_over)}")
+            lines.append(
+                "passed  images in hidden folders and those that systems make are left out: "
+                + _counts(self.passed_over)
+            )
         for pattern, count in self.masks.items():
             lines.append(
                 f"masks   {count} images look like masks or control images beside their pictures, and become rows: "

@@ -25,7 +25,16 @@ REFUSED_SIGNATURES = (
     (b"<svg", "SVG"),
     (b"<?xml", "XML"),
     (b"PK\x03\x04", "a zip archive"),
+    (b"FUJIFILMCCD-RAW", "a camera's raw file (Fujifilm's RAF)"),
+    (b"IIRO", "a camera's raw file (Olympus's ORF)"),
+    (b"IIRS", "a camera's raw file (Olympus's ORF)"),
+    (b"MMOR", "a camera's raw file (Olympus's ORF)"),
+    (b"IIU\0", "a camera's raw file (Panasonic's RW2)"),
+    (b"II\x1a\0\0\0HEAPCCDR", "a camera's raw file (Canon's CRW)"),
+    (b"\0MRM", "a camera's raw file (Minolta's MRW)"),
+    (b"FOVb", "a camera's raw file (Sigma's X3F)"),
 )
+MEDIA_BRANDS = {b"crx ": "a camera's raw file (Canon's CR3)", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 BITMAP_HEADER_SIZES = {12, 40, 52, 56, 64, 108, 124}
 # First bytes of application segments, and maximum lengths of tables and frame headers.
 JPEG_SEGMENT_STARTS = {
@@ -63,7 +72,7 @@ def describe_refused(head: bytes) -> str:
         if head.startswith(start):
             return name
     if head[4:8] == b"ftyp":
-        return f"an ISO media file of brand {head[8:12].decode('latin-1')!r}"
+        return MEDIA_BRANDS.get(head[8:12], f"an ISO media file of brand {head[8:12].decode('latin-1')!r}")
     return "no image format known here"
 
 

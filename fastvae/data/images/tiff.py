@@ -36,6 +36,7 @@ INTEGERS = {1: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q"}
 COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32809, 32946, 34676, 34677, 34925, 50000, 50001)
 # Photometric interpretations of a sensor's samples: a colour filter array, and linear raw.
 RAW_PHOTOMETRICS = (32803, 34892)
+MAX_READ = 16  # sub-images
 RAW_MARKS = {
     b"CR\x02": "Canon's CR2",
     b"\xba\xb0\xac\xbb": "Canon's TIF",
@@ -170,7 +171,8 @@ def _raw_photograph(file: BinaryIO) -> str | None:
             return "a camera's raw file (DNG)"
         if first.first(PHOTOMETRIC) in RAW_PHOTOMETRICS:
             return "a camera's raw file"
-        if first.is_reduced and first.values.get(SUB_IFDS):
+        sub_images = first.values.get(SUB_IFDS, ())
+        if sub_images and (first.is_reduced or any(_is_photograph(file, at, first) for at in sub_images[:MAX_READ])):
             return "a camera's raw file, or another TIFF whose first image is a smaller copy"
         if first.is_reduced and first.next:
             second = read_directory(file, first.next)
@@ -179,6 +181,12 @@ def _raw_photograph(file: BinaryIO) -> str | None:
     except (struct.error, OverflowError, ValueError):  # a damaged directory: Pillow reports it
         return None
     return None
+
+
+def _is_photograph(file: BinaryIO, at: int, first: Directory) -> bool:
+    """Return True if the sub-image at offset ``at`` has a sensor's samples, or more pixels than the first image."""
+    found = read_directory(file, at)
+    return found.first(PHOTOMETRIC) in RAW_PHOTOMETRICS or (not found.is_reduced and found.pixels > first.pixels)
 
 
 def read_planes(data: bytes) -> Image.Image | None:

@@ -39,10 +39,10 @@ class FolderSource:
 def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | None = None) -> Listing:
     """Return every image under ``root``, sorted by key; ``exclude`` is a folder (the output) that is not entered.
 
-    A file is an image by its suffix or, if the suffix is unknown, by its first bytes. Folders that systems make for
-    thumbnails and deleted files are passed over, and their images counted. Hidden files and folders are ignored, and so
-    is what this process has no permission to read. A linked folder is entered once, after all real folders, so loops of
-    links end.
+    A file is an image by its suffix or, if the suffix is unknown, by its first bytes. Hidden folders and folders that
+    systems make for thumbnails and deleted files are passed over, and their images counted. Hidden files are ignored,
+    and so is what this process has no permission to read. A linked folder is entered once, after all real folders, so
+    loops of links end.
     Raises ValueError if ``root`` is not a folder or holds no image.
     """
     top, origin = Path(root), origin_at(os.path.realpath(root))
@@ -85,9 +85,10 @@ def _walk(folder: str, top: str, origin: Origin, seen: set[tuple[int, int]], lis
         seen.add(identity)
         for entry in entries:
             try:
-                if system_folder([entry.name]) and entry.is_dir(follow_symlinks=False):
+                hidden = entry.name.startswith(".")
+                if (hidden or system_folder([entry.name])) and entry.is_dir(follow_symlinks=False):
                     listing.pass_over(entry.name, _count_images(entry.path))
-                elif entry.name.startswith("."):
+                elif hidden:
                     listing.ignored += entry.is_file()
                 elif entry.is_dir(follow_symlinks=False):
                     stack.append(entry.path)

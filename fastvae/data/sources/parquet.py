@@ -277,16 +277,21 @@ def _is(kind: Any, *names: str) -> bool:
     return any(getattr(types, f"is_{name}", _never)(kind) for name in names)  # pyarrow 16 has not all of them
 
 
+def _values(kind: Any) -> Any:
+    """Return the type of the values of a dictionary-encoded column."""
+    return kind.value_type if _is(kind, "dictionary") else kind
+
+
 def _never(kind: Any) -> bool:
     return False
 
 
 def _is_bytes(kind: Any) -> bool:
-    return _is(kind, "binary", "large_binary", "binary_view", "null")  # null: no row has bytes, each has a path
+    return _is(_values(kind), "binary", "large_binary", "binary_view", "null")  # null: each row has a path
 
 
 def _is_text(kind: Any) -> bool:
-    return kind is not None and _is(kind, "string", "large_string", "string_view")
+    return kind is not None and _is(_values(kind), "string", "large_string", "string_view")
 
 
 def _is_json(kind: Any) -> bool:

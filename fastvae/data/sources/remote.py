@@ -39,9 +39,11 @@ class RemoteSource:
             key = posixpath.relpath(path.strip("/"), top.strip("/"))
             if facts.get("type") == "directory":
                 continue
-            if (made := system_folder(key.split("/")[:-1])) and is_image_name(key):
+            *folders, name = key.split("/")
+            hidden = next((folder for folder in folders if folder.startswith(".")), None)
+            if (made := system_folder(folders) or hidden) and is_image_name(key):
                 listing.pass_over(made, 1)
-            elif is_image_name(key) and not any(part.startswith(".") for part in key.split("/")):
+            elif is_image_name(key) and not name.startswith("."):
                 listing.files.append(SourceFile(key, *self._storage.note(key, facts), origin=origin))
             else:
                 listing.ignored += 1

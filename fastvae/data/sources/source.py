@@ -18,12 +18,17 @@ from fastvae.data.sources.patterns import expand_braces, translate
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
 # Listed although they cannot be read, so that each is reported as unsupported.
-REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd"}
+RAW_SUFFIXES = {
+    *(".dng", ".gpr", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".srf", ".raf", ".orf", ".rw2", ".rwl"),
+    *(".pef", ".srw", ".3fr", ".fff", ".iiq", ".mos", ".mef", ".mrw", ".x3f", ".erf", ".dcr", ".kdc"),
+}
+REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd", *RAW_SUFFIXES}
 MAX_LISTED = 100
-# Folders of thumbnails, snapshots and deleted files: Synology, QNAP, freedesktop.org, macOS, Windows, Lightroom.
+# Thumbnails, snapshots and deleted files of Synology, QNAP, NetApp, freedesktop.org, macOS, Windows and Lightroom.
 SYSTEM_FOLDERS = re.compile(
-    r"@eaDir|#recycle|#snapshot|@tmp|\.@__thumb|@Recycle|@Recently-Snapshot|\.thumbnails|\.Trash(es|-\d+)?|lost\+found"
-    r"|__MACOSX|\$RECYCLE\.BIN|RECYCLER|System Volume Information|.*\.lrdata",
+    r"@eaDir|#recycle|#snapshot|@tmp|@Syno\w+|\.@__thumb|@Recycle|@Recently-Snapshot|@sharebin|~snapshot|\.snapshots?"
+    r"|\.thumbnails|\.Trash(es|-\d+)?|lost\+found|__MACOSX|\.AppleD\w+|Network Trash Folder|Temporary Items"
+    r"|\.TemporaryItems|\$RECYCLE\.BIN|RECYCLER|System Volume Information|FOUND\.\d{3}|.*\.lrdata",
     re.IGNORECASE,
 )
 EDGE = 2**16  # bytes at the start and at the end of an archive that its content digest covers
@@ -37,7 +42,7 @@ class Listing:
     the like. ``duplicates`` is the number of images whose key an earlier one has; ``base_keys`` has the key of each
     such image before ``~2`` was appended. ``notes`` are sentences about members
     and columns that were left out. ``excluded`` are the keys that leave_out took away; ``passed_over`` is the number of
-    images in folders of SYSTEM_FOLDERS, by the folder's name.
+    images in hidden folders and those of SYSTEM_FOLDERS, by the folder's name.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -64,7 +69,7 @@ class Listing:
             raise ValueError(f"exclude must leave an image: {list(patterns)} matches all {len(self.excluded)}")
 
     def pass_over(self, folder: str, images: int) -> None:
-        """Count ``images`` in a folder that a system makes."""
+        """Count ``images`` in a folder that a system makes, or in a hidden one."""
         if images:
             self.passed_over[folder] = self.passed_over.get(folder, 0) + images
 

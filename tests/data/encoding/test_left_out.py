@@ -118,10 +118,12 @@ COMPANIONS = {
     "dotted": (["0000.png", "0000.mask.png"], {"*.mask*": 1}),
     "another type of file": (["a/0.jpg", "a/0_depth.png", "a/0-CONTROL.png"], {"*_depth*": 1, "*-CONTROL*": 1}),
     "keys of a tar": (["0", "0.mask"], {"*.mask*": 1}),
+    "prefix": (["mask_0.png", "0.png", "a/label-1.png", "a/1.jpg"], {"mask_*": 1, "label-*": 1}),
     "folder below": (["0.jpg", "1.jpg", "masks/0.png", "masks/1.png"], {"masks/**": 2}),
     "folder beside": (["set/images/0.jpg", "set/conditioning_images/0.png"], {"set/conditioning_images/**": 1}),
     "folder before in the alphabet": (["canny/0.png", "photos/0.jpg"], {"canny/**": 1}),
     "no counterpart": (["gas-mask.png", "masks/venice.png", "normal.png", "0.png", "1.mask.png"], {}),
+    "no counterpart of a prefix": (["edge_of_town.png", "0.png"], {}),
     "only masks": (["masks/0.png", "masks/1.png"], {}),
 }
 
@@ -169,7 +171,8 @@ def test_an_image_that_was_planned_before_is_excluded_and_comes_back(tmp_path, m
 
 
 SYSTEM_FOLDERS = ["@eaDir/a.jpg", "#recycle", "#snapshot", ".@__thumb", "@Recycle", ".thumbnails/normal", "__MACOSX"]
-SYSTEM_FOLDERS += ["$RECYCLE.BIN", ".Trash-1000/files", "x/@eadir", "Catalog Previews.lrdata"]
+SYSTEM_FOLDERS += ["$RECYCLE.BIN", ".Trash-1000/files", "x/@eadir", "Catalog Previews.lrdata", ".AppleDouble"]
+SYSTEM_FOLDERS += ["lost+found", "FOUND.000", "~snapshot/daily", ".snapshot", "@SynoEAStream", "Network Trash Folder"]
 
 
 @pytest.mark.parametrize("folder", SYSTEM_FOLDERS)
@@ -198,7 +201,14 @@ def test_folders_of_systems_under_a_url_are_passed_over_and_counted():
         files.pipe(f"/left out/{place}", b"x")
     listing = open_source("memory://left out").listing()
     assert [file.key for file in listing.files] == ["a.png"]
-    assert (listing.passed_over, listing.ignored) == ({"@eaDir": 1, ".@__thumb": 1}, 1)
+    assert (listing.passed_over, listing.ignored) == ({"@eaDir": 1, ".@__thumb": 1, ".hidden": 1}, 0)
+
+
+def test_images_in_hidden_folders_are_counted_and_hidden_files_ignored(tmp_path):
+    write(tmp_path, "a.png", ".cache/b.png", ".cache/deep/c.png", "x/.d.png")
+    listing = open_source(tmp_path).listing()
+    assert [file.key for file in listing.files] == ["a.png"]
+    assert (listing.passed_over, listing.ignored) == ({".cache": 2}, 1)
 
 
 def test_a_pattern_of_one_level_passes_folders_of_systems_over(tmp_path):
@@ -207,7 +217,7 @@ def test_a_pattern_of_one_level_passes_folders_of_systems_over(tmp_path):
     assert ([file.key for file in listing.files], listing.passed_over) == (["album/b.png"], {"@eaDir": 1})
     report = encode(f"{tmp_path}/in/*/*.png", tmp_path / "out", vae=small_vae(), **OPTIONS)
     assert json.loads(report.to_json())["passed_over"] == {"@eaDir": 1}
-    assert "passed  images in folders that systems make are left out: @eaDir 1" in report.lines()
+    assert "passed  images in hidden folders and those that systems make are left out: @eaDir 1" in report.lines()
 
 
 def test_buckets_of_models_with_16_channels_are_multiples_of_16_and_an_earlier_store_keeps_its_own(tmp_path):

@@ -13,6 +13,7 @@ from support.image_parts import LONG, RAW_EXIF, SRGB, flags, pixels, tiff, with_
 
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import image_size, read_image
+from fastvae.data.sources.open import open_source
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (4, 16, 24)).astype(np.uint16)
 
@@ -72,6 +73,15 @@ def test_cut_planes_are_refused():
             read_image(data[:cut])
 
 
+def sensor_below() -> bytes:
+    """A TIFF whose first image is not marked as a smaller copy, and whose sub-image has the sensor's samples."""
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(np.asarray(SMALL), photometric="rgb", subifds=1)
+        writer.write(DEEP[0], photometric=32803)
+    return file.getvalue()
+
+
 def reduced_first(*tags, sub_images: bool) -> bytes:
     """A TIFF whose first image is a thumbnail, its photograph in a sub-image or in the second directory."""
     file = io.BytesIO()
@@ -93,6 +103,14 @@ RAW = {
     "cr2": CR2,
     "nef, arw": reduced_first(sub_images=True),
     "thumbnail before the photograph": reduced_first(sub_images=False),
+    "srw": sensor_below(),
+    "cr3": b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(64),
+    "raf": b"FUJIFILMCCD-RAW 0201FF129502" + bytes(64),
+    "orf": b"IIRO\x08\0\0\0" + bytes(64),
+    "rw2": b"IIU\0\x18\0\0\0" + bytes(64),
+    "mrw": b"\0MRM" + bytes(64),
+    "x3f": b"FOVb" + bytes(64),
+    "crw": b"II\x1a\0\0\0HEAPCCDR" + bytes(64),
     "linear raw": tiff(np.asarray(SMALL).astype(np.uint16), 34892),
     "sensor samples": tiff(DEEP[0], 32803),
     "phase one": b"II*\0\x10\0\0\0IIII" + bytes(4) + encoded(SMALL, "TIFF")[8:],
@@ -102,6 +120,9 @@ RAW = {
 @pytest.mark.parametrize("kind", RAW)
 def test_a_cameras_raw_file_is_unsupported_by_name_not_its_thumbnail_encoded(kind, tmp_path):
     (tmp_path / "IMG_1.tif").write_bytes(RAW[kind])
+    (tmp_path / "IMG_1.CR3").write_bytes(RAW[kind])
+    # By its suffix too, so that none is passed over without a word.
+    assert [file.key for file in open_source(tmp_path).listing().files] == ["IMG_1.CR3", "IMG_1.tif"]
     for read in (read_image, image_size):
         for source in (RAW[kind], tmp_path / "IMG_1.tif"):
             with pytest.raises(ImageError, match=r"unsupported: .*(raw file|smaller copy)"):

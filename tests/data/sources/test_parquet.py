@@ -153,6 +153,23 @@ def test_view_types_are_read_like_their_plain_ones(tmp_path, view):
         ]
 
 
+@pytest.mark.parametrize("kind", ["large", "dictionary"])
+def test_large_and_dictionary_encoded_values_are_read_like_plain_ones(tmp_path, kind):
+    images, names = [png(seed) for seed in range(3)], ["a", "b", "b"]
+    if kind == "large":
+        data, keys = arrow.array(images, arrow.large_binary()), arrow.array(names, arrow.large_string())
+    else:
+        data, keys = arrow.array(images, arrow.binary()).dictionary_encode(), arrow.array(names).dictionary_encode()
+    pairs = arrow.StructArray.from_arrays([data, keys], ["bytes", "path"])
+    columns = {"image": data, "pair": pairs, "caption": keys}
+    path = table(tmp_path / "a.parquet", {"key": keys, **columns}, row_group_size=2)
+    table(tmp_path / "b.parquet", {"image": pairs, "caption": keys}, row_group_size=2)
+    for source in (open_source(path), open_source(path, image_column="pair"), open_source(tmp_path / "b.parquet")):
+        files = source.listing().files
+        assert seeds_of(source, files) == {"a": 0, "b": 1, "b~2": 2}
+        assert [file.columns["caption"] for file in files] == names
+
+
 def test_a_file_without_a_key_column_takes_the_path_else_file_and_row(tmp_path):
     """As the Hub's own Parquet files are: an image column of bytes and path, and a label."""
     (tmp_path / "more").mkdir()
