@@ -40,13 +40,17 @@ class CpuPass(Pass):
     def __init__(self, packed: PackedWeights, forms: Forms = DIRECT_ONLY):
         self.packed = packed
         self.forms = forms
+        # Memory of what is inside a residual block: of its normalised input and of its first convolution.
+        self.inside: dict[str, Tensor] = {}
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
         return Activation(self._convolve(part.conv_in, channels_last(x)))
 
     def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation:
-        h = self._convolve(block.conv1, group_norm_silu(block.norm1, activation.x))
-        h = group_norm_silu(block.norm2, h, in_place=True)
+        x = activation.x
+        h = group_norm_silu(block.norm1, x, into=self._memory("normalized", x, x.shape[1]))
+        h = self._convolve(block.conv1, h, "convolved")
+        h = group_norm_silu(block.norm2, h, into=h)
         shortcut = block.conv_shortcut
         residual = activation.x if shortcut is None else self._convolve(shortcut, activation.x)
         return Activation(self._add_convolved(block.conv2, h, residual))
@@ -61,8 +65,9 @@ class CpuPass(Pass):
     def upsample(self, sampler: Layer, activation: Activation) -> Activation:
         form = self._form(sampler.conv, activation.x, "upsample")
         if form is not Form.DIRECT:
-            packed = self.packed.winograd_on_cpu(sampler.conv, form)
-            return Activation(winograd.convolve(activation.x, packed, sampler.conv.bias, form, upsample=True))
+            batch, _, height, width = activation.x.shape
+            y = _empty(batch, sampler.conv.out_channels, 2 * height, 2 * width)
+            return Activation(self._winograd(sampler.conv, activation.x, form, y))
         return Activation(F.conv_transpose2d(activation.x, self.packed.upsample(sampler.conv), sampler.conv.bias, 2, 1))
 
     def as_module(self, module: Layer, activation: Activation) -> Activation:
@@ -75,7 +80,15 @@ class CpuPass(Pass):
         if activation.x.requires_grad:
             with ContiguousGroupNorm():
                 return part.conv_out(part.conv_act(part.conv_norm_out(activation.x)))
-        return self._convolve(part.conv_out, group_norm_silu(part.conv_norm_out, activation.x, in_place=True))
+        return self._convolve(part.conv_out, group_norm_silu(part.conv_norm_out, activation.x, into=activation.x))
+
+    def _memory(self, name: str, x: Tensor, channels: int) -> Tensor:
+        """Return memory [N, channels, H, W] in channels_last for what the next block overwrites."""
+        batch, _, height, width = x.shape
+        size = batch * height * width * channels
+        if name not in self.inside or self.inside[name].numel() < size:
+            self.inside[name] = x.new_empty(size)
+        return self.inside[name][:size].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
         """Return the form of a 3x3 convolution of x; the direct one where the C kernels cannot compute another."""
@@ -84,20 +97,28 @@ class CpuPass(Pass):
         pixels = x.shape[2] * x.shape[3] * (4 if kind == "upsample" else 1)
         return self.forms.of(conv.weight, pixels, kind)
 
-    def _convolve(self, conv: Layer, x: Tensor) -> Tensor:
+    def _winograd(self, conv: Layer, x: Tensor, form: Form, y: Tensor, residual: Tensor | None = None) -> Tensor:
+        return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form, y, residual)
+
+    def _convolve(self, conv: Layer, x: Tensor, name: str = "") -> Tensor:
+        """Return conv(x), in the memory of this name where the form can write there."""
         form = self._form(conv, x)
         if form is not Form.DIRECT:
-            return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form)
+            size = x.shape[0], conv.out_channels, *x.shape[2:]
+            y = self._memory(name, x, conv.out_channels) if name else _empty(*size)
+            return self._winograd(conv, x, form, y)
         weight = self.packed.onednn_weight(conv, x.shape)
         if not weight.is_mkldnn:
-            return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
-        return ONEDNN._convolution_pointwise(x, weight, _bias(conv), *_geometry(conv), "none", [], None)
+            y = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
+        else:
+            y = ONEDNN._convolution_pointwise(x, weight, _bias(conv), *_geometry(conv), "none", [], None)
+        return channels_last(y)  # images of one colour have both layouts, and torch takes the other one
 
     def _add_convolved(self, conv: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Return y + conv(x), in the memory of one of them."""
         form = self._form(conv, x)
         if form is not Form.DIRECT:
-            return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form, into=y)
+            return self._winograd(conv, x, form, y, residual=y)
         if not takes_onednn(conv.weight):
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding).add_(y)
         given = x, self.packed.onednn_weight(conv, x.shape), _bias(conv), *_geometry(conv)
@@ -113,16 +134,14 @@ class ContiguousGroupNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def group_norm_silu(norm: Layer, x: Tensor, *, in_place: bool = False) -> Tensor:
-    """Return silu(norm(x)) for x [N, C, H, W] in channels_last and a GroupNorm: in the memory of x if ``in_place``."""
+def group_norm_silu(norm: Layer, x: Tensor, into: Tensor) -> Tensor:
+    """Return silu(norm(x)) for x [N, C, H, W] in channels_last and a GroupNorm, in the memory of ``into``, or of x."""
     if group_norm.takes(x):
-        x = channels_last(x)
-        y = x if in_place else torch.empty_like(x)
-        return group_norm.group_norm_silu(x, y, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    return _group_norm_silu_in_torch(norm, x, in_place)
+        return group_norm.group_norm_silu(x, into, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return _group_norm_silu_in_torch(norm, x, into)
 
 
-def _group_norm_silu_in_torch(norm: Layer, x: Tensor, in_place: bool) -> Tensor:
+def _group_norm_silu_in_torch(norm: Layer, x: Tensor, y: Tensor) -> Tensor:
     """Return the same by torch's operators: strip by strip, in fp32 (fp64 for fp64).
 
     The mean is subtracted from x before the product with weight / deviation, so a mean of many deviations costs no
@@ -132,8 +151,6 @@ def _group_norm_silu_in_torch(norm: Layer, x: Tensor, in_place: bool) -> Tensor:
     if x.numel() <= SMALL:
         y = F.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.silu(channels_last(y), inplace=True)
-    x = channels_last(x)
-    y = x if in_place else torch.empty_like(x)
     pixels_per_row = _pixels_per_row(x)
     rows, out = (_as_rows(values, pixels_per_row) for values in (x, y))
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -226,6 +243,10 @@ def _padded(x: Tensor) -> Tensor:
     y[:, :, height] = 0
     y[:, :, :, width] = 0
     return y
+
+
+def _empty(batch: int, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty(batch, channels, height, width, memory_format=torch.channels_last)
 
 
 def _bias(conv: Layer) -> Tensor | None:

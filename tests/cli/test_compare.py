@@ -63,7 +63,7 @@ def test_a_fast_path_that_is_wrong_ends_in_code_1(folder, tmp_path, monkeypatch)
 def test_an_error_that_the_images_do_not_show_ends_in_code_1(folder, monkeypatch):
     """torch's GroupNorm in channels_last, which loses digits on flat and on large pictures."""
 
-    def norm(layer, x, *, in_place=False):
+    def norm(layer, x, into):
         return F.silu(F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps))
 
     right = json.loads(run(folder, "--json", "--dtype", "fp32").stdout)

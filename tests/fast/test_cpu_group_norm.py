@@ -41,13 +41,13 @@ def check(norm, x):
     eager, truth = plain(norm, x), plain(copy.deepcopy(norm).double(), x.double())
     given = x.contiguous(memory_format=torch.channels_last).clone(memory_format=torch.preserve_format)
     before = given.clone()
-    ours = group_norm_silu(norm, given)
+    ours = group_norm_silu(norm, given, into=torch.empty_like(given))
     assert torch.equal(given, before)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_as_accurate(ours, eager, truth)
     if given.numel() < 2**20:  # the path without the C kernel, at sizes that cost little
-        assert_as_accurate(cpu_pass._group_norm_silu_in_torch(norm, given, False), eager, truth)
-    assert torch.equal(group_norm_silu(norm, given, in_place=True), ours)
+        assert_as_accurate(cpu_pass._group_norm_silu_in_torch(norm, given, torch.empty_like(given)), eager, truth)
+    assert torch.equal(group_norm_silu(norm, given, into=given), ours)
 
 
 def noise(*shape, mean=0.0):
@@ -122,11 +122,12 @@ def test_float64_values_that_are_not_finite_and_empty_batches():
     norm = norm_of(32, 8).double()
     x = noise(1, 32, 96, 64, mean=5.0).double()
     given = x.contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(group_norm_silu(norm, given), plain(norm, x), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(group_norm_silu(norm, given, torch.empty_like(given)), plain(norm, x), rtol=1e-12, atol=1e-12)
     x[0, 5, 7, 7] = torch.inf
-    ours = group_norm_silu(norm, x.contiguous(memory_format=torch.channels_last))
+    given = x.contiguous(memory_format=torch.channels_last)
+    ours = group_norm_silu(norm, given, torch.empty_like(given))
     assert torch.equal(ours.isfinite(), plain(norm, x).isfinite())
-    assert group_norm_silu(norm, given[:0]).shape == (0, 32, 96, 64)
+    assert group_norm_silu(norm, given[:0], given[:0]).shape == (0, 32, 96, 64)
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -138,7 +139,8 @@ def test_silu_of_any_value_is_torchs(dtype):
     norm = nn.GroupNorm(1, len(values)).requires_grad_(False).to(dtype)
     norm.weight.zero_()
     norm.bias.copy_(values)
-    ours = group_norm_silu(norm, torch.zeros(1, len(values), 2, 2, dtype=dtype))[0, :, 1, 1]
+    x = torch.zeros(1, len(values), 2, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    ours = group_norm_silu(norm, x, into=x)[0, :, 1, 1]
     eager, truth = F.silu(values), F.silu(values.double())
     assert torch.equal(ours.isnan(), eager.isnan())
     assert torch.equal(ours.isinf(), eager.isinf())

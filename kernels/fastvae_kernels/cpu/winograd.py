@@ -46,19 +46,14 @@ def pack(weight: Tensor, form: str) -> Tensor:
 
 
 def convolve(
-    x: Tensor, packed: Tensor, bias: Tensor | None, form: str, *, upsample: bool = False, into: Tensor | None = None
+    x: Tensor, packed: Tensor, bias: Tensor | None, form: str, y: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """Return the convolution of x [N, C, H, W], or of x enlarged to twice its size, in channels_last.
+    """Write the convolution of x [N, C, H, W] into y [N, O, H, W], or that of x enlarged to [N, O, 2H, 2W]; return y.
 
-    packed: ``pack`` of the weight. bias: [O]. into: [N, O, H, W], to which the result is added in place.
+    packed: ``pack`` of the weight. bias: [O]. residual: added to the result, may be y. All in channels_last.
     """
     functions, matrices, threads = library().functions, FORMS[form], torch.get_num_threads()
-    batch, inward, height, width = x.shape
-    outward = packed.shape[1] * COLUMNS
-    height, width = height << upsample, width << upsample
-    y = into
-    if y is None:
-        y = torch.empty(batch, outward, height, width, memory_format=torch.channels_last)
+    inward, (batch, outward, height, width) = x.shape[1], y.shape
     tiles = -(-height // matrices.tile) * -(-width // matrices.tile)
     most = min(_tiles_at_once(inward), -(-batch * tiles // (threads * ROWS)) * ROWS)
     size = functions.fastvae_winograd_workspace
@@ -67,8 +62,8 @@ def convolve(
     window_matrix, result_matrix = _as_floats(matrices.input), _as_floats(matrices.output)
     bias = None if bias is None else bias.contiguous()
     given = Convolution(
-        address(x), address(packed), address(bias), address(into), address(y), batch, height, width, inward, outward,
-        matrices.tile, int(upsample), ctypes.addressof(window_matrix), ctypes.addressof(result_matrix),
+        *(address(values) for values in (x, packed, bias, residual, y)), batch, height, width, inward, outward,
+        matrices.tile, int(height > x.shape[2]), ctypes.addressof(window_matrix), ctypes.addressof(result_matrix),
     )  # fmt: skip
     functions.fastvae_winograd(ctypes.byref(given), INT(most), POINTER(address(workspace)), INT(threads))
     return y

@@ -32,8 +32,8 @@ def test_row_21_a_wrong_kernel_is_noticed_and_torchs_own_layers_run(tmp_path, dt
     """A convolution of the CPU, one of whose channels is too large: a kernel that is wrong on this device."""
     real = CpuPass._convolve
 
-    def convolve(self, conv, x):
-        y = real(self, conv, x)
+    def convolve(self, conv, x, *name):
+        y = real(self, conv, x, *name)
         y[:, 1] *= SEEN[dtype]
         return y
 
@@ -95,7 +95,7 @@ def norm_of_the_first_strip(layer, x):
 def test_row_21_a_wrong_norm_that_one_picture_alone_shows_is_noticed(wrong, dtype, seen, monkeypatch):
     """Pictures are judged in the order waves, flat, noisy, large: those before ``seen`` pass."""
 
-    def norm(layer, x, *, in_place=False):
+    def norm(layer, x, into):
         return F.silu(wrong(layer, x)).contiguous(memory_format=torch.channels_last)
 
     monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", norm)

@@ -34,6 +34,12 @@ def in_torch(x, weight, bias, form):
     return y[:, :, :height, :width] + bias[:, None, None]
 
 
+def convolved(x, packed, bias, form, upsample=False):
+    height, width = (side << upsample for side in x.shape[2:])
+    y = torch.empty(x.shape[0], packed.shape[1] * packed.shape[3], height, width, memory_format=torch.channels_last)
+    return winograd.convolve(x, packed, bias, form, y)
+
+
 def given(batch, inward, outward, height, width):
     generator = torch.Generator().manual_seed(4)
     x, weight, bias = (
@@ -58,8 +64,7 @@ def test_any_shape_is_as_accurate_as_the_algorithm_in_torch(shape, form):
     for upsample in (False, True):
         pixels = F.interpolate(x, scale_factor=2.0) if upsample else x
         truth = F.conv2d(pixels.double(), weight.double(), bias.double(), padding=1)
-        y = winograd.convolve(x, winograd.pack(weight, form), bias, form, upsample=upsample)
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        y = convolved(x, winograd.pack(weight, form), bias, form, upsample)
         assert_as_accurate(y, in_torch(pixels, weight, bias, form), truth)
         assert torch.allclose(in_torch(pixels.double(), weight.double(), bias.double(), form), truth)
 
@@ -68,23 +73,23 @@ def test_any_shape_is_as_accurate_as_the_algorithm_in_torch(shape, form):
 def test_the_result_is_added_in_place_and_without_a_bias(form):
     x, weight, bias = given(2, 16, 32, 9, 10)
     packed = winograd.pack(weight, form)
-    alone = winograd.convolve(x, packed, None, form)
+    alone = convolved(x, packed, None, form)
     residual = torch.randn_like(alone)
-    into = residual.clone()
-    assert winograd.convolve(x, packed, bias, form, into=into) is into
-    assert torch.equal(into, (alone + bias[:, None, None]) + residual)
+    y = residual.clone()
+    assert winograd.convolve(x, packed, bias, form, y, residual=y) is y
+    assert torch.equal(y, (alone + bias[:, None, None]) + residual)
 
 
 @pytest.mark.parametrize("form", WINOGRAD)
 def test_no_bit_depends_on_the_batch_the_threads_or_the_chunks(form, monkeypatch):
     x, weight, bias = given(3, 16, 32, 30, 22)
     packed = winograd.pack(weight, form)
-    y = winograd.convolve(x, packed, bias, form)
-    assert torch.equal(y, torch.cat([winograd.convolve(row, packed, bias, form) for row in x.split(1)]))
+    y = convolved(x, packed, bias, form)
+    assert torch.equal(y, torch.cat([convolved(row, packed, bias, form) for row in x.split(1)]))
     monkeypatch.setattr(winograd, "_tiles_at_once", lambda channels: 6)
-    assert torch.equal(y, winograd.convolve(x, packed, bias, form))
+    assert torch.equal(y, convolved(x, packed, bias, form))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(y, winograd.convolve(x, packed, bias, form))
+    assert torch.equal(y, convolved(x, packed, bias, form))
     assert torch.equal(packed, winograd.pack(weight, form))
 
 
