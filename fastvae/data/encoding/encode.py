@@ -115,7 +115,8 @@ def encode(
     OUT/failures.jsonl with a reason; the others are unaffected. Raises ValueError for an argument or an empty source,
     StoreError when ``out`` is damaged or holds other things, StoreLocked when another run plans it for too long,
     IdentityMismatch when it was made otherwise, ImageError with on_error="fail", OSError, ENOSPC when the disk is full,
-    and Interrupted, a KeyboardInterrupt with a report, for Ctrl-C while rows are encoded: finished rows are committed.
+    and Interrupted, a KeyboardInterrupt with a report, for Ctrl-C while rows are planned or encoded: finished rows are
+    committed.
     After any error, committed shards stay valid, and the same call resumes.
     """
     latents = LatentOptions(

@@ -19,7 +19,7 @@ from fastvae.data.encoding.image_reader import Chunk, ImageReader, decode_chunk
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.pipeline import Encoding
 from fastvae.data.encoding.planning import count_by_bucket, needed_bytes
-from fastvae.data.encoding.report import EncodeReport
+from fastvae.data.encoding.report import EncodeReport, Interrupted
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.data.encoding.settings import Settings, identity_of, layout_of
 from fastvae.data.encoding.worker import Worker, encode_units
@@ -101,8 +101,24 @@ def run_job(
 ) -> None:
     """Encode the units that ``plan`` returns, and fill ``report``. ``plan`` is called while the output is locked.
 
-    redo: numbers of units that a repair encodes again although they have a record.
+    redo: numbers of units that a repair encodes again although they have a record. Raises Interrupted for Ctrl-C.
     """
+    done: set[int] = set()
+    try:
+        _encode_planned(job, report, plan, redo, done)
+    except KeyboardInterrupt:
+        report.interrupted = True
+        raise Interrupted(report, done) from None
+
+
+def _encode_planned(
+    job: EncodeJob,
+    report: EncodeReport,
+    plan: Callable[[Leases], tuple[Store, list[Unit]]],
+    redo: Collection[int] | None,
+    done: set[int],
+) -> None:
+    """Do what run_job does; ``done`` gets the numbers of the units that are committed."""
     settings, options = job.settings, job.options
     with contextlib.ExitStack() as held:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +130,7 @@ def run_job(
         encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, options.deterministic)
         batches = BatchSizes(options.batch, encoder)
         encoding = Encoding(encoder, settings.row_format, batches)
-        worker = Worker(store, leases, settings, options, job.reader, encoding, report, redo, plan_files)
+        worker = Worker(store, leases, settings, options, job.reader, encoding, report, redo, plan_files, done=done)
         if todo and (wrong := check_fast_path(encoder)):
             print_stderr(f"fastvae: {wrong}\n")
             report.notes.append(wrong)

@@ -17,7 +17,7 @@ from fastvae.data.encoding.image_reader import Chunk, ImageReader
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.pipeline import Encoding, chunks_apart, chunks_of, encoded_chunks
 from fastvae.data.encoding.planning import rotated_for_rank
-from fastvae.data.encoding.report import EncodeReport, Interrupted
+from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.salvage import sound_rows
 from fastvae.data.encoding.settings import Settings
 from fastvae.data.images.errors import ImageError
@@ -77,9 +77,6 @@ def encode_units(worker: Worker, todo: list[Unit]) -> None:
     try:
         with tqdm(total=count, unit="image", disable=hidden, file=shown, dynamic_ncols=True) as bar:
             _encode_all(worker, todo, bar)
-    except KeyboardInterrupt:
-        worker.report.interrupted = True
-        raise Interrupted(worker.report, worker.done) from None
     finally:
         worker.report.seconds = time.perf_counter() - started
         worker.report.batches, worker.report.halved = worker.encoding.batches.as_dict(), worker.encoding.batches.halved

@@ -132,6 +132,20 @@ def test_a_caption_that_changed_and_an_image_that_was_planned_again_survive_a_cu
     assert store.split(rest, {row.name for row in rest.rows}) is None
 
 
+@pytest.mark.parametrize("step", ["plan_rows", "check_fast_path", "_complete"])
+def test_an_interruption_before_and_after_the_rows_has_a_report_too(tmp_path, monkeypatch, whole, step):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    module = "encode" if step == "plan_rows" else "run"
+    monkeypatch.setattr(f"fastvae.data.encoding.{module}.{step}", interrupted)
+    kept = PICTURES * (step == "_complete")
+    with pytest.raises(Interrupted, match=f"^{kept} rows kept, 0 lost$") as stopped:
+        encode(whole[0], tmp_path / "out", vae=small_vae(), **OPTIONS)
+    assert stopped.value.report.interrupted
+    assert stopped.value.done == {0} if kept else not stopped.value.done
+
+
 def test_json_of_an_interrupted_repair_counts_what_was_committed(made, tmp_path, monkeypatch):
     picture(77).save(tmp_path / "in" / "bad.png")
     for unit in (0, 1):
