@@ -20,7 +20,9 @@ def test_failures_above_the_limit_are_exit_code_3(pictures, model, tmp_path):
     result = encode(pictures, tmp_path / "out", model, "--max-failures", 0, code=3)
     assert "4 ok" in result.stdout
     assert "failed  empty 1" in result.stdout
-    encode(pictures, tmp_path / "out", model, "--max-failures", "20%", code=0)
+    assert "failed  more than --max-failures allows: exit code 3\n" in result.stdout
+    allowed = encode(pictures, tmp_path / "out", model, "--max-failures", "20%", code=0)
+    assert "more than" not in allowed.stdout
     result = encode(pictures, tmp_path / "strict", model, "--on-error", "fail", code=3)
     assert result.stderr.splitlines()[-1] == "fastvae: empty: bad.png holds no bytes"
 

@@ -131,6 +131,8 @@ class EncodeReport:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
             lines.append(f"failed  {counts}: see {self.store}/failures.jsonl; again with --retry-failed")
             lines += [f"        {line}" for line in self.failures]
+        if self.exceeded:
+            lines.append("failed  more than --max-failures allows: exit code 3")
         if self.elsewhere or self.taken_over:
             lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
         if self.kept:
