@@ -72,7 +72,8 @@ def export(
     stored. family: for kohya's caches alone ("sd", "sdxl", "sd3", "flux"), whose latents are raw except for flux; by
     default the family with the store's channels and scaling. shard_mb: size of a tar or Parquet file. progress: a plan
     line on stderr. beside_images: for kohya's caches, ``dst`` is the existing folder of the images, and each file is
-    renamed to its place beside its image, where sd-scripts reads it; an older cache of that name is replaced.
+    renamed to its place beside its image, where sd-scripts reads it; an older cache of that name is replaced. A folder
+    that has none of the images is refused.
     Images that would share a file of kohya's caches, such as x.jpg and x.png of one size, get none; they are named in
     the result and in export.json, and the other rows are written.
     Raises FileExistsError if ``dst`` exists, ValueError for another argument, for a family that the store's
@@ -96,6 +97,8 @@ def export(
     if stored == "sample" or (stored == "mean" and posterior == "dist"):
         posterior = stored  # the store has one draw, or one mean, and nothing else
     rows = LatentDataset(store, scaled=scaled, posterior=posterior, seed=seed)  # type: ignore[arg-type]
+    if beside_images and not any((out / key).exists() for key in rows.keys()):  # noqa: SIM118 (a method)
+        raise ValueError(f"dst must be the folder of the images with beside_images, {out} has none of the {len(rows)}")
     about = _about(opened, rows, to, posterior, seed, family)
     if note:
         about["note"] = note

@@ -313,6 +313,10 @@ def test_kohyas_caches_go_beside_their_images_and_a_clash_is_named(tmp_path):
     assert (done.rows, done.files, [sorted(keys) for keys in done.clashes]) == (2, 2, [["a/x.jpg", "a/x.png"]])
     export(store, images, to="npz-kohya", family="sdxl", beside_images=True, progress=False)  # replaces them
     assert sorted(tmp_path.iterdir()) == [images, tmp_path / "store"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"dst must be the folder of the images with beside_images, .*other has none"):
+        export(store, tmp_path / "other", to="npz-kohya", beside_images=True, progress=False)
+    assert not list((tmp_path / "other").iterdir())
     for to, place in (("wds", images), ("npz-kohya", tmp_path / "nothing")):
         with pytest.raises(ValueError, match="beside_images must be used with npz-kohya and the folder of the images"):
             export(store, place, to=to, beside_images=True)
