@@ -8,7 +8,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.fast import layer_checks
@@ -38,6 +40,31 @@ class Compiled:
             if key not in self.held:
                 self.held[key] = torch.compile(_with_own_code(function, part, more))
             return self.held[key](x)
+
+
+class CentredGroupNorm(TorchFunctionMode):
+    """Context for a trace on a CPU: torch's GroupNorm is computed with a mean that is corrected once.
+
+    The compiler's own has one mean in fp32: at a mean of 30 deviations it errs ten times as much, and the encoder of a
+    narrow model 1.6 times what is allowed for a white picture of 512².
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_centred_group_norm if func is F.group_norm else func)(*args, **(kwargs or {}))
+
+
+def _centred_group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    d = x.to(wide).unflatten(1, (groups, -1))  # [N, groups, C / groups, ...]: attention gives [N, C, S]
+    own, per_channel = tuple(range(2, d.ndim)), (-1, *[1] * (x.ndim - 2))
+    d = d - d.mean(own, keepdim=True)
+    d = d - d.mean(own, keepdim=True)
+    y = (d * (d.square().mean(own, keepdim=True) + eps).rsqrt()).flatten(1, 2)
+    y = y if weight is None else y * weight.to(wide).view(per_channel)
+    y = y if bias is None else y + bias.to(wide).view(per_channel)
+    return y.to(x.dtype)
 
 
 def is_plain_call() -> bool:
