@@ -23,7 +23,7 @@ from fastvae.fast.forms.tables import forms_of
 from fastvae.fast.fp32_copy import Fp32Copy
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
-from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last
+from fastvae.fast.packed_weights import PackedWeights, channels_last, images_of, is_channels_last
 from fastvae.fast.survey import Survey
 from fastvae.fast.training_pass import TrainingPass
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
@@ -171,7 +171,7 @@ class FastPath:
             else:
                 run = self.cpu_pass(x.device)
                 run.sure = survey is not None and survey.fused
-                rows = x.split(1) if self.deterministic else (x,)
+                rows = images_of(x) if self.deterministic else (x,)
                 done = [network_walk.run_part(part, row, run) for row in rows]
                 y = torch.cat(done) if len(done) > 1 else done[0]
             return y if is_channels_last(x) else y.contiguous()
@@ -245,9 +245,9 @@ class FastPath:
         quant_conv and post_quant_conv, which the model runs, depend on the batch as well (in fp32 on a CPU from 24
         images of 64x64 on).
         """
-        if not self.deterministic or x.shape[0] < 2:
+        if not self.deterministic or not x.shape[0]:
             return call(x)
-        return torch.cat([call(row) for row in x.split(1)])
+        return torch.cat([call(row) for row in images_of(x)])
 
     def _redo_overflow(self, y: Tensor, vae: Any, unused: str, again: Callable[[Any, slice], Tensor]) -> Tensor:
         """Return y [B, ...] with the rows that are not finite replaced by ``again(fp32 copy of vae, row)``."""

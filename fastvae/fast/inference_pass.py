@@ -28,7 +28,7 @@ from fastvae.fast import fallback_reasons, layer_checks
 from fastvae.fast.forms.form import DIRECT_ONLY, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
-from fastvae.fast.packed_weights import PackedWeights, channels_last, is_channels_last, weights_of
+from fastvae.fast.packed_weights import PackedWeights, channels_last, images_of, is_channels_last, weights_of
 from fastvae.latents.pixels import normalized
 
 
@@ -164,7 +164,7 @@ class InferencePass(Pass):
             return winograd_conv(x, *affine, *weights, bias, residual, residual_bias, pad, factor)
         # Image by image: the algorithm of the product, and with it the summation order, depends on the batch.
         residuals = residual.split(1) if residual is not None else [None] * max(1, x.shape[0])
-        given = zip(x.split(1), *(value.split(1) for value in affine), residuals, strict=True)
+        given = zip(images_of(x), *(value.split(1) for value in affine), residuals, strict=True)
         done = [
             winograd_conv(part, scale, shift, *weights, bias, row, residual_bias, pad, factor)
             for part, scale, shift, row in given
@@ -221,7 +221,7 @@ class InferencePass(Pass):
         """Return x weight + bias * stream_factor, for x [N, S, C] and weight [C, D]."""
         if bias is not None:
             bias = (bias if self.stream_factor == 1.0 else bias * self.stream_factor).to(x.dtype)
-        rows = [part.reshape(-1, x.shape[2]) for part in (x.split(1) if self.deterministic else (x,))]
+        rows = [part.reshape(-1, x.shape[2]) for part in (images_of(x) if self.deterministic else (x,))]
         done = [row @ weight if bias is None else torch.addmm(bias, row, weight) for row in rows]
         return (torch.cat(done) if len(done) > 1 else done[0]).view(*x.shape[:2], weight.shape[1])
 
@@ -239,4 +239,4 @@ class InferencePass(Pass):
         cudnn: Any = torch.backends.cudnn
         flags = cudnn.benchmark, True, cudnn.enabled, cudnn.conv.fp32_precision == "tf32"
         sizes = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
-        return torch.cat([torch.ops.aten._convolution(part, weight, None, *sizes, *flags) for part in x.split(1)])
+        return torch.cat([torch.ops.aten._convolution(part, weight, None, *sizes, *flags) for part in images_of(x)])

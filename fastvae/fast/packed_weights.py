@@ -20,6 +20,8 @@ from fastvae.fast import fallback_reasons
 from fastvae.fast.forms.form import Form
 from fastvae.fast.layer_checks import Layer, assume_constant_result, is_fake
 
+ALIGNMENT = 64  # bytes: torch's on a CPU
+
 
 class PackedWeights:
     """Weights in the form that the fast path reads: computed at each call, or once if ``frozen``."""
@@ -241,3 +243,12 @@ def channels_last(values: Tensor) -> Tensor:
 def is_channels_last(x: Tensor) -> bool:
     """Return True if x [N, C, H, W] is channels_last and not contiguous too, as sizes of 1 can be."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def images_of(x: Tensor) -> list[Tensor]:
+    """Return the images of x [B, ...], each [1, ...] and in memory that begins as torch's own does.
+
+    MKL's last bits depend on where a product's operands begin, to 16 bytes: those of a view would depend on the batch.
+    """
+    rows = x.split(1)
+    return [row if row.storage_offset() * row.element_size() % ALIGNMENT == 0 else row.clone() for row in rows]

@@ -75,6 +75,21 @@ def test_decoding_the_mode_differs_by_layout_alone():
 
 
 @torch.no_grad()
+def test_one_latent_pixel_differs_by_the_place_of_the_weights_alone():
+    """As diffusers' loaded weights lie: the bits of a product of one row depend on it, and it differs from its copy."""
+    ours, theirs = twins()
+    for weight in theirs.parameters():
+        place = torch.empty(weight.numel() + 1)[1:].view_as(weight)
+        weight.data = place.copy_(weight.data)
+    x = images(1, 3, 2, 2)
+    truth = copy.deepcopy(theirs).double()(x.double()).sample
+    assert torch.equal(ours(x).sample, copy.deepcopy(theirs)(x).sample)
+    assert_as_accurate(ours(x).sample, theirs(x).sample, truth)
+    larger = images(1, 3, 4, 2)
+    assert torch.equal(ours(larger).sample, theirs(larger).sample)
+
+
+@torch.no_grad()
 def test_flux2():
     config = {"latent_channels": 8, "sample_size": 32, "batch_norm_eps": 1e-4}
     ours, theirs = twins(fastvae.AutoencoderKLFlux2, diffusers.AutoencoderKLFlux2, **config)

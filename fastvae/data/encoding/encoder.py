@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastvae.fast.accelerate import accelerate, refresh
 from fastvae.fast.cpu_pass import ContiguousGroupNorm
+from fastvae.fast.packed_weights import images_of
 from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.convert import encode_moments
 from fastvae.latents.pixels import normalized
@@ -77,7 +78,7 @@ class MomentEncoder:
     def _run(self, model: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
         # The order of a sum can depend on the batch: in oneDNN's 1x1 convolutions from 24 images of 64x64 on, for one.
-        result = torch.cat([_moments(model, row) for row in x.split(1)]) if self.deterministic else _moments(model, x)
+        result = torch.cat([_moments(model, row) for row in images_of(x)]) if self.deterministic else _moments(model, x)
         if result.ndim != 4 or result.shape[1] != self.channels:
             raise ValueError(
                 f"vae must give mean and log-variance [B, {self.channels}, h, w], got {type(model).__name__}, which "
