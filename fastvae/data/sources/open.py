@@ -52,8 +52,7 @@ def open_source(
     kinds = {_kind(text) for text in texts}
     if len(kinds) > 1:
         raise ValueError(
-            "src must be folders and patterns, or .tar, .parquet or .jsonl files of one kind, "
-            f"got {first_few(texts)}"
+            f"src must be folders and patterns, or .tar, .parquet or .jsonl files of one kind, got {first_few(texts)}"
         )
     (kind,) = kinds
     if kind == "images":
