@@ -4,6 +4,7 @@ import importlib
 import os
 import pkgutil
 import signal
+import tempfile
 
 # A shell starts background processes with SIGINT ignored, and children inherit that: the tests could not interrupt
 # theirs.
@@ -23,6 +24,11 @@ if not torch.cuda.is_available():
 # No test uses the network; the tests of Hub addresses use a server on the loopback.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# No test reads or writes the user's tables of forms. Workers inherit the folder, which the first process deletes.
+if "FASTVAE_CACHE" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory()
+    os.environ["FASTVAE_CACHE"] = _CACHE.name
 
 import pytest
 from support.cpu_limit import pytest_runtest_call  # noqa: F401  (a hook: pytest finds it here)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/performance.md")
 SECTION = re.compile(r"(<!-- results: (?P<file>\S+) (?P<table>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RESULTS, IMAGES = "bench/results/*/results.json", "docs/images"
-NOT_YET = "Not measured yet."
+NOT_YET, NO_WALL = "Not measured yet.", "not measured"
 
 
 def _milliseconds(value: float) -> str:
@@ -43,31 +43,44 @@ def _why_not(row: Mapping[str, Any]) -> str:
     return f"left out: {row['left_out']}" if "left_out" in row else f"failed: {row['failed']}"
 
 
+def _wall(row: Mapping[str, Any]) -> str:
+    """Return the wall time of synchronised calls, which results from before it was measured lack."""
+    return _milliseconds(row["wall_seconds"]) if "wall_seconds" in row else NO_WALL
+
+
 def network_tables(result: Mapping[str, Any], part: str) -> list[str]:
-    """Return a table for each case of an encoder or decoder: median, interval, ratio, error, share of floor."""
+    """Return a table for each case of an encoder or decoder: median, interval, ratio, error, share of floor.
+
+    Of a GPU the median is device time, and a column has the wall time of synchronised calls.
+    """
     lines: list[str] = []
+    on_gpu = result["device"] != "cpu"
+    times = ["device time, median, ms", "95 % interval", "wall time, ms"] if on_gpu else ["median, ms", "95 % interval"]
+    head = ["", *times, "times diffusers", "error", "share of the floor", "peak memory"]
     for entry in result.get("networks", {}).values():
         if entry["part"] != part:
             continue
         floor = f"{entry['rounds']} rounds; floor {_milliseconds(entry['floor_seconds'])} ms"
         beside = ", with torch.compile" if entry["compiled"] else ""
-        lines += [
-            f"**{pictures.title(entry)}{beside}** ({floor})",
-            "",
-            "| | median, ms | 95 % interval | times diffusers | error | share of the floor | peak memory |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        lines += [f"**{pictures.title(entry)}{beside}** ({floor})", "", *_head(head)]
         for name, row in entry["contestants"].items():
             if "median_seconds" not in row:
-                lines.append(f"| {name} | {_why_not(row)} | | | | | |")
+                lines.append(_row([name, _why_not(row), *[""] * (len(head) - 2)]))
                 continue
+            times = [_milliseconds(row["median_seconds"]), _interval(row), *([_wall(row)] if on_gpu else [])]
             memory = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
-            lines.append(
-                f"| {name} | {_milliseconds(row['median_seconds'])} | {_interval(row)} | {_times(row)} "
-                f"| {_share(row['error'])} | {100 * row['share_of_floor']:.0f} % | {memory} |"
-            )
+            floor = f"{100 * row['share_of_floor']:.0f} %"
+            lines.append(_row([name, *times, _times(row), _share(row["error"]), floor, memory]))
         lines.append("")
     return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return re.sub(" +", " ", f"| {' | '.join(cells)} |")
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), "|---" * len(cells) + "|"]
 
 
 def _share(error: float) -> str:
@@ -79,13 +92,14 @@ def ops_table(result: Mapping[str, Any]) -> list[str]:
     """Return a row for each op: median of ours, share of the roof, and ratios to eager by layout."""
     if not result.get("cases"):
         return []
-    lines = ["| op | ours | median, ms | share of the roof | times eager |", "|---|---|---|---|---|"]
+    on_gpu = result["device"] != "cpu"
+    times = ["device time, median, ms", "Python's time, ms"] if on_gpu else ["median, ms"]
+    lines = _head(["op", "ours", *times, "share of the roof", "times eager"])
     for name, row in result["cases"].items():
         beside = ", ".join(f"{ratio:.2f} {layout}" for layout, ratio in row["times_eager"].items())
-        lines.append(
-            f"| {name} | {row['ours']} | {_milliseconds(row['median_seconds']['ours'])} "
-            f"| {100 * row['share_of_roof']:.0f} % | {beside} |"
-        )
+        taken = [row["median_seconds"]["ours"], *([row["host_seconds"]] if on_gpu else [])]
+        share = f"{100 * row['share_of_roof']:.0f} %"
+        lines.append(_row([name, row["ours"], *map(_milliseconds, taken), share, beside]))
     return [*lines, ""]
 
 
@@ -136,13 +150,15 @@ def networks_table(result: Mapping[str, Any]) -> list[str]:
         rows = [entry["contestants"].get(name, {}) for name in SHOWN_IN_SHORT]
         if entry["dtype"] != "bfloat16" or any("median_seconds" not in row for row in rows):
             continue
-        ours = " | ".join(f"{_milliseconds(row['median_seconds'])} | {_times(row)}" for row in rows[1:])
+        ours = [text for row in rows[1:] for text in (_milliseconds(row["median_seconds"]), _times(row))]
+        walls = list(map(_wall, rows))
+        wall = NO_WALL if NO_WALL in walls else " / ".join(walls)
         work = f"{WORK[entry['part']]} {entry['batch']} x {entry['side']}²"
-        lines.append(f"| {work} | {_milliseconds(rows[0]['median_seconds'])} | {ours} |")
+        lines.append(_row([work, _milliseconds(rows[0]["median_seconds"]), *ours, wall]))
     if not lines:
         return []
-    ours = " | ".join(f"{name}, ms | times diffusers" for name in SHOWN_IN_SHORT[1:])
-    return [f"| images, in bf16 | {SHOWN_IN_SHORT[0]}, ms | {ours} |", "|---" * 6 + "|", *lines, ""]
+    ours = [text for name in SHOWN_IN_SHORT[1:] for text in (f"{name}, ms", "times diffusers")]
+    return [*_head(["images, in bf16", f"{SHOWN_IN_SHORT[0]}, ms", *ours, "wall time of the three, ms"]), *lines, ""]
 
 
 def networks_origin(result: Mapping[str, Any]) -> str:

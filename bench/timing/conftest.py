@@ -99,6 +99,8 @@ def row_text(row: dict[str, Any], dry: bool) -> str:
     parts = [f"{1e3 * row['median_seconds']:9.2f} ms"]
     if row["interval"]:
         parts.append("[{:.2f}, {:.2f}]".format(*(1e3 * end for end in row["interval"])))
+    if "wall_seconds" in row:
+        parts.append(f"wall {1e3 * row['wall_seconds']:.2f} ms")
     if row["times_diffusers"]:
         parts.append(f"x{row['times_diffusers']:.2f} diffusers")
     if row.get("share_of_floor"):

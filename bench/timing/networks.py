@@ -111,6 +111,8 @@ def measure(
         else:
             line.admit(name, factory)
     seconds = timed(line.calls, stopwatch, benchmark) if line.calls else {}
+    # On a CPU the samples are wall times themselves.
+    wall = wall_of(line.calls, stopwatch) if line.calls and device.type == "cuda" else {}
     # A CPU's caches hold an image's activations: only arithmetic sets the floor.
     bandwidth = roof["bytes"] if device.type == "cuda" else float("inf")
     floor = roofline.floor(costs, bandwidth, roof[case.dtype])
@@ -125,6 +127,8 @@ def measure(
             "share_of_floor": floor / middle,
             "seconds": samples,
         }
+        if name in wall:
+            line.rows[name]["wall_seconds"] = median(wall[name])
     return {
         "part": case.part, "preset": case.preset, "side": case.side, "batch": case.batch, "dtype": case.dtype,
         "compiled": case.compiled, "gate": str(line.wide).removeprefix("torch."),
@@ -150,6 +154,12 @@ def timed(calls: Mapping[str, Sequence[Callable[[], Any]]], stopwatch: Stopwatch
 
     benchmark.pedantic(one_round, rounds=rounds)
     return seconds
+
+
+def wall_of(calls: Mapping[str, Sequence[Callable[[], Any]]], stopwatch: Stopwatch) -> dict[str, list[float]]:
+    """Return wall seconds of synchronised calls of each contestant, in turns; after ``timed``, which warms up."""
+    rounds = [stopwatch.one_wall_round() for _ in range(max(stopwatch.rounds, FEWEST_ROUNDS))]
+    return {name: [taken[name] for taken in rounds] for name in calls}
 
 
 def seconds_of_checks(rounds: int) -> dict[str, float]:

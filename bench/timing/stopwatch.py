@@ -1,4 +1,8 @@
-"""Seconds of one call: CUDA events and a full queue on a GPU, wall time on a CPU; contestants take turns."""
+"""Seconds of one call: device time on a GPU (CUDA events, a full queue), wall time on a CPU; contestants take turns.
+
+Device time is what a call costs in a loop that keeps the GPU busy. A loop that waits for each result pays the wall time
+of a synchronised call, with the launches: that is measured beside it.
+"""
 
 from __future__ import annotations
 
@@ -88,6 +92,21 @@ class Stopwatch:
         # The first becomes the last, so that no contestant always follows the same one.
         self._contestants[names[0]] = self._contestants.pop(names[0])
         return taken
+
+    def one_wall_round(self) -> dict[str, float]:
+        """Return wall seconds of one call of each contestant, from an idle device to a finished one, in this order."""
+        taken = {}
+        for name, (turns, _) in self._contestants.items():
+            self._wait()
+            begin = self.now()
+            next(turns)()
+            self._wait()
+            taken[name] = self.now() - begin
+        return taken
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def interleaved(self, contestants: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, list[float]]:
         """Warm up, and return the samples of all rounds."""

@@ -35,8 +35,8 @@ def doctor(
 ) -> None:
     """Check this machine, and the disk of FOLDER.
 
-    A line each on versions, GPU, kernels, numerics, fast paths, image codecs and the disk says ok, a note, or bad. Exit
-    code 1 if one is bad.
+    A line each on versions, GPU, kernels, numerics, fast paths, forms of convolutions, image codecs and the disk says
+    ok, a note, or bad. Exit code 1 if one is bad.
 
     \b
     Example:

@@ -16,6 +16,7 @@ from fastvae.cli.encode import encode
 from fastvae.cli.export import export
 from fastvae.cli.info import info
 from fastvae.cli.repair import repair
+from fastvae.cli.tune import tune
 from fastvae.cli.verify import verify
 
 EXIT_CODES = (
@@ -66,7 +67,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, encode, decode, info, verify, repair, export, bench, compare, doctor):
+for command in (demo, encode, decode, info, verify, repair, export, bench, tune, compare, doctor):
     cli.add_command(command)
 
 

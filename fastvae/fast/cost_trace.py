@@ -100,13 +100,14 @@ def count(part: Layer, x: Tensor, run: network_walk.Pass) -> tuple[CostCounter, 
         noted[module] = reason
         counter.inside = module
 
-    run.note, run.as_module = note, _output_of_same_shape  # type: ignore[method-assign]
+    run.note, run.as_module = note, output_of_same_shape  # type: ignore[method-assign]
     with counter:
         network_walk.run_part(part, x, run)
     return counter, noted
 
 
-def _output_of_same_shape(module: Layer, activation: Activation) -> Activation:
+def output_of_same_shape(module: Layer, activation: Activation) -> Activation:
+    """Return an unwritten activation of the shape that a block would give."""
     batch, channels, height, width = activation.x.shape
     # Only the shape of its output is needed; it follows from the norms and samplers.
     norms = [layer.num_channels for name, layer in module.named_modules() if name.split(".")[-1] == "norm2"]

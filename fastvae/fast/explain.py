@@ -7,12 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from fastvae_kernels.cpu import library, winograd
 from fastvae_kernels.shared.runtime import Cost
 from torch import Tensor
 
 from fastvae.fast import cost_trace, fallback_reasons
 from fastvae.fast.accelerate import accelerated, path_of, unwrapped, vae_of, why_not_reached
 from fastvae.fast.fallback_reasons import Reason
+from fastvae.fast.fast_path import FastPath
+from fastvae.fast.forms import tables
+from fastvae.fast.forms.form import Form
+from fastvae.fast.forms.shapes import Placed, placed
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
 from fastvae.latents.autoencoder import ACCELERATED
@@ -30,14 +35,26 @@ class BlockRow:
     """Cost of its calls; zero for a block that runs as a module, which is not traced."""
 
 
+@dataclass(frozen=True)
+class FormRow:
+    """A 3x3 convolution of stride 1: its name in the model, the form that it takes, and why."""
+
+    name: str
+    form: Form
+    why: str
+
+
 @dataclass
 class Explanation:
-    """Rows of encoder and decoder in the order of the data, and the kernel launches of each part, by op."""
+    """Rows of encoder and decoder in the order of the data, the kernel launches of each part, by op, and the form of
+    each convolution.
+    """
 
     rows: list[BlockRow]
     launches: dict[str, dict[str, int]] = field(default_factory=dict)
     accelerated: bool = True
     """False if the model is not, and the rows say what ``accelerate`` would do."""
+    forms: list[FormRow] = field(default_factory=list)
 
     @property
     def reasons(self) -> dict[str, Reason]:
@@ -51,6 +68,11 @@ class Explanation:
             cost = f"{row.cost.launches:4d} launches {row.cost.bytes / 1e6:9.1f} MB" if row.cost.launches else ""
             why = f"{row.reason.name}: {row.reason.value}" if row.reason else ""
             lines.append(f"{row.name:{width}}  {row.path:14}  {cost:28}  {why}".rstrip())
+        width = max((len(row.name) for row in self.forms), default=0)
+        if len({(row.form, row.why) for row in self.forms}) == 1:  # most often the direct form, for one reason
+            lines.append(f"all {len(self.forms)} convolutions: {self.forms[0].form}: {self.forms[0].why}")
+        else:
+            lines += [f"{row.name:{width}}  {row.form:14}  {row.why}" for row in self.forms]
         return "\n".join(lines)
 
 
@@ -70,13 +92,38 @@ def explain(vae_or_pipe: Any, shape: tuple[int, int, int, int] | None = None) ->
     path = path_of(vae)
     rows: list[BlockRow] = []
     launches: dict[str, dict[str, int]] = {}
+    forms: list[FormRow] = []
     for name in ("encoder", "decoder"):
         part = unwrapped(getattr(vae, name, None))
         if part is not None:
             part_rows, part_launches = _explain_part(vae, name, part, path, shape)
             rows += part_rows
             launches[name] = dict(part_launches)
-    return Explanation(rows, launches)
+            forms += _forms(vae, part, path, shape)
+    return Explanation(rows, launches, forms=forms)
+
+
+def _forms(vae: Layer, part: Layer, path: FastPath, shape: Any) -> list[FormRow]:
+    """Return the form of each convolution of a part that has forms: of calls without a gradient, fused or on a CPU."""
+    if why_not_reached(part, path) is not None:
+        return []
+    x = _input(part, shape, next(part.parameters()))
+    if path.why_not(part, x) not in (None, Reason.CPU) or fallback_reasons.needs_gradient(part, x):
+        return []
+    names = {module: name for name, module in vae.named_modules()}
+    return [FormRow(names[layer.conv], *_form(path, layer, x.device)) for layer in placed(part, x)]
+
+
+def _form(path: FastPath, layer: Placed, device: torch.device) -> tuple[Form, str]:
+    """Return the form that a convolution takes in a call without a gradient, and why."""
+    if path.forms is None and not path.takes_forms(device):
+        return Form.DIRECT, "weights that may change take no other form: freeze=True"
+    forms = path.forms_on(device)
+    form = forms.choose(layer.key, layer.pixels)
+    on_cpu = device.type not in fallback_reasons.KERNEL_DEVICES
+    if form is not Form.DIRECT and on_cpu and not winograd.takes(layer.conv.weight):
+        return Form.DIRECT, library.why_not() or "no C kernel takes its channels and dtype"
+    return form, forms.why(layer.key, layer.pixels) or tables.why_none(device)
 
 
 def _explain_part(vae: Any, name: str, part: Layer, path: Any, shape: Any) -> tuple[list[BlockRow], Counter[str]]:

@@ -119,6 +119,9 @@ class FastPath:
         """Return the pass for this call: TrainingPass if a gradient is needed, else InferencePass."""
         if fallback_reasons.needs_gradient(part, x):
             return TrainingPass()
+        return self._inference_pass(part, x, quant_conv)
+
+    def _inference_pass(self, part: Layer, x: Tensor, quant_conv: Layer | None) -> InferencePass:
         half = part.conv_in.weight.dtype == torch.float16
         factors = self.factors[part_name(part)] if half else UNSCALED
         return InferencePass(
@@ -130,18 +133,25 @@ class FastPath:
             forms=self.forms_on(x.device),
         )
 
-    def forms_on(self, device: torch.device) -> Forms:
-        """Return the forms of convolutions on a device: its tables' for frozen weights, else the direct one.
-
-        A transformed weight takes longer to make than it saves in one call; not so on a CPU (``cpu_pass``).
-        """
-        if self.forms is not None:
-            return self.forms
-        return forms_of(device) if self.packed.frozen else DIRECT_ONLY
+    def pass_without_gradient(self, part: Layer, x: Tensor) -> InferencePass | CpuPass:
+        """Return the pass of a call that needs no gradient: on the fused kernels, or without them as on a CPU."""
+        if x.device.type in fallback_reasons.KERNEL_DEVICES:
+            return self._inference_pass(part, x, None)
+        return self.cpu_pass(x.device)
 
     def cpu_pass(self, device: torch.device) -> CpuPass:
-        """Return the pass of a CPU, with the forms of its tables for free and frozen weights alike."""
-        return CpuPass(self.packed, forms_of(device) if self.forms is None else self.forms)
+        """Return the pass of a device without fused kernels."""
+        return CpuPass(self.packed, self.forms_on(device))
+
+    def forms_on(self, device: torch.device) -> Forms:
+        """Return the forms of convolutions on a device: its tables', or the direct one."""
+        if self.forms is not None:
+            return self.forms
+        return forms_of(device) if self.takes_forms(device) else DIRECT_ONLY
+
+    def takes_forms(self, device: torch.device) -> bool:
+        """Return False for weights that may change, on a GPU: one call saves less than a transformed weight costs."""
+        return self.packed.frozen or device.type not in fallback_reasons.KERNEL_DEVICES
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
         """Return the part's output for x, on the fast path if possible, and count its rows without waiting."""

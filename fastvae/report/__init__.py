@@ -10,6 +10,7 @@ compare         `fastvae compare`: error of each stage
 findings        one finding of the doctor: a severity and a sentence
 torch_checks    checks of the doctor that need torch
 doctor          `fastvae doctor`
+tuning          `fastvae tune`: the fastest accurate form of each convolution
 number_format   figures for people
 bar_chart       bars as SVG
 page            a result as one HTML file

@@ -51,6 +51,7 @@ def examine(
     if model is not None:
         yield torch_checks.check_numbers(vae, model, device)
         yield torch_checks.check_paths(vae, model, device)
+    yield torch_checks.check_forms(device)
     yield torch_checks.check_images()
     yield check_disk(Path(folder))
 

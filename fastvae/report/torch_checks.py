@@ -14,6 +14,9 @@ from fastvae_kernels.shared.runtime import HAS_TRITON, INTERPRETED, triton
 
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import accelerate
+from fastvae.fast.forms import tables
+from fastvae.fast.forms.device_name import name_of
+from fastvae.fast.forms.form import Form
 from fastvae.latents.scaling import downsample_factor, pixel_multiple, scaling_of
 from fastvae.report.benchmark import explained
 from fastvae.report.contestants import decoding, encoding, first_line, images, open_fp32
@@ -150,6 +153,22 @@ def judge_paths(label: str, rows: list[dict[str, Any]]) -> Finding:
     named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
     fused = f"{len(rows) - len(left)} of {len(rows)} blocks are fused"
     return Finding("paths", NOTE, f"{label}: {fused}; not fused: {named} ({listed})", facts)
+
+
+def check_forms(device: torch.device) -> Finding:
+    """Check that there is a table of the forms of convolutions for ``device``."""
+    name = name_of(device)
+    try:
+        entries = tables.forms_of(device).entries
+    except ValueError as error:
+        return Finding("forms", BAD, str(error), {"device": name})
+    facts = {"device": name, "entries": len(entries), "own": tables.users_table(name).exists()}
+    if not tables.has_table(device):
+        sentence = f"no table says which form of a convolution is fastest on {name}: fastvae tune --vae ... measures it"
+        return Finding("forms", NOTE, sentence, facts)
+    faster = sum(entry.form is not Form.DIRECT for entry in entries)
+    sentence = f"the table of {name} has a faster form for {faster} of {len(entries)} convolutions (fastvae tune)"
+    return Finding("forms", OK, sentence, facts)
 
 
 def check_images(seconds: float = 0.5) -> Finding:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return $XDG_CACHE_HOME/fastvae, or the platform's usual place; it need not exist."""
+    """Return $FASTVAE_CACHE, else $XDG_CACHE_HOME/fastvae, else the platform's usual place; it need not exist."""
+    if own := os.environ.get("FASTVAE_CACHE"):
+        return Path(own)
     if asked := os.environ.get("XDG_CACHE_HOME"):
         return Path(asked) / "fastvae"
     if sys.platform == "win32":

@@ -10,7 +10,7 @@ from fastvae.cli.main import cli
 from fastvae.report import doctor
 from fastvae.report.findings import Finding
 
-NAMES = ["versions", "install", "gpu", "kernels", "model", "numbers", "paths", "images", "disk"]
+NAMES = ["versions", "install", "gpu", "kernels", "model", "numbers", "paths", "forms", "images", "disk"]
 
 
 def test_the_whole_examination(forks, tmp_path):

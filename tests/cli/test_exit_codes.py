@@ -116,6 +116,7 @@ def test_an_output_that_is_a_link_to_nothing_is_a_sentence(pictures, model, tmp_
         (["encode"], "SRC, the images, and OUT, the folder of the store, must be named, got neither"),
         (["encode", "{in}"], "SRC, the images, and OUT, the folder of the store, must be named, got only '{in}'"),
         (["encode", "{in}", "{out}", "--vae"], "Option '--vae' requires an argument"),
+        (["tune"], '--vae must name the model: a directory, a Hub id, a single file, or "tiny"'),
         (["bench"], '--vae must name the model: a directory, a Hub id, a single file, or "tiny"'),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

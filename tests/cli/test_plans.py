@@ -21,11 +21,14 @@ PLANS = {
     "compare": r"compare 1 images  {model}  against eager and float64",
     "doctor": rf"doctor  {{model}}  for latents in {{new}} \(free {SIZE}\)",
     "bench": r"bench   .*",
+    "tune": r"tune    {model}  cpu-.*  fp32  32 pixels",
 }
 
 
 @pytest.mark.parametrize("verb", PLANS)
-def test_a_verb_prints_its_plan_first_and_not_with_quiet(tmp_path, model, verb):
+def test_a_verb_prints_its_plan_first_and_not_with_quiet(tmp_path, model, verb, monkeypatch):
+    monkeypatch.setattr("fastvae.report.tuning.network.SIZES", (16,))
+    monkeypatch.setattr("fastvae.report.tuning.measure.interleaved", lambda calls, *_: dict.fromkeys(calls, [1.0] * 6))
     write_pictures(tmp_path / "in", 3)
     picture(1, 32, 32).save(tmp_path / "one.png")
     store, new = write_store(tmp_path / "store", {(32, 32): list("abcde")}), tmp_path / "new"
@@ -39,6 +42,7 @@ def test_a_verb_prints_its_plan_first_and_not_with_quiet(tmp_path, model, verb):
         "compare": [tmp_path / "one.png", "--vae", model, "--dtype", "fp32", "--device", "cpu"],
         "doctor": [new, "--vae", model],
         "bench": ["--vae", model, "--size", 32, "--seconds", 0, "--task", "encode", "--device", "cpu"],
+        "tune": ["--vae", model, "--size", 32, "--dtype", "fp32", "--device", "cpu"],
     }[verb]
     places = {"model": re.escape(model), "store": re.escape(str(store)), "new": re.escape(str(new))}
     said = CliRunner().invoke(cli, [verb, *map(str, rest)])
@@ -51,7 +55,7 @@ def test_a_verb_prints_its_plan_first_and_not_with_quiet(tmp_path, model, verb):
     assert "another model than the one" in quiet.stderr if verb == "decode" else quiet.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["encode", "bench", "compare"])
+@pytest.mark.parametrize("verb", ["encode", "bench", "tune", "compare"])
 def test_the_tiny_model_is_said_to_be_for_trying_things_out(tmp_path, monkeypatch, verb):
     def stop(*arguments, **options):
         raise ValueError("the plan was printed")
@@ -59,10 +63,12 @@ def test_the_tiny_model_is_said_to_be_for_trying_things_out(tmp_path, monkeypatc
     monkeypatch.setattr("fastvae.data.encoding.run.encode_units", stop)
     monkeypatch.setattr("fastvae.report.benchmark.contestants_for", stop)
     monkeypatch.setattr("fastvae.report.compare.compare_files", stop)
+    monkeypatch.setattr("fastvae.report.tuning.tune.subjects", stop)
     write_pictures(tmp_path / "in", 1)
     rest = {
         "encode": [tmp_path / "in", tmp_path / "out", "--buckets", SIDE],
         "bench": ["--size", SIDE],
+        "tune": ["--size", SIDE],
         "compare": [tmp_path / "in" / "000.png"],
     }[verb]
     fixed = ["--vae", "tiny", "--dtype", "fp32", "--device", "cpu"]

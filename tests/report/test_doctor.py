@@ -17,6 +17,8 @@ from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.small_store import small_vae
 
 import fastvae
+from fastvae.fast.forms import tables
+from fastvae.fast.forms.form import Entry, Form
 from fastvae.report import doctor, torch_checks
 from fastvae.report.correctness import Truth
 from fastvae.report.doctor import check_disk, check_distribution, check_gpu, check_versions, examine
@@ -237,6 +239,26 @@ def test_a_model_that_is_not_there_is_bad(tmp_path):
     finding, model = torch_checks.check_model(str(tmp_path), None, None, None)
     assert (finding.state, model) == ("bad", None)
     assert finding.sentence.startswith(f"the model {tmp_path} cannot be used: ")
+
+
+def test_a_device_without_a_table_of_forms_is_told_to_tune(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tables, "_forms_of", tables._forms_of.__wrapped__)  # not kept from test to test
+    name = tables.name_of(CPU)
+    finding = torch_checks.check_forms(CPU)
+    assert finding.state == "note"
+    assert f"is fastest on {name}: fastvae tune --vae" in finding.sentence
+    entries = [Entry("conv", 8, 8, "float32", pixels, form) for pixels, form in enumerate(Form)]
+    monkeypatch.setattr(tables, "clear", lambda: None)
+    path = tables.write(name, entries, {})
+    finding = torch_checks.check_forms(CPU)
+    assert (finding.state, finding.facts["entries"], finding.facts["own"]) == ("ok", 3, True)
+    assert "a faster form for 2 of 3 convolutions" in finding.sentence
+    path.write_text("{")
+    finding = torch_checks.check_forms(CPU)
+    assert finding.state == "bad"
+    assert f"{path} is not a table of forms" in finding.sentence
 
 
 def test_images_are_read_by_the_clock(monkeypatch):

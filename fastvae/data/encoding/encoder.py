@@ -141,6 +141,12 @@ class Finished:
         return self._result
 
 
+def forms_digest(model: Any, device: torch.device) -> str:
+    """Return the hash of the table by which a placed model chooses the forms of its convolutions; "" without one."""
+    path = vars(model).get(ACCELERATED)
+    return "" if path is None or path.precision == "exact" else path.forms_on(device).digest
+
+
 def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     # The memo leaves the decoder out of the copy: half of the weights, none of them needed.
     decoder = getattr(vae, "decoder", None)

@@ -44,7 +44,8 @@ class EncodeReport:
     that --exclude names; ``passed_over``: images in hidden folders and those that systems make, by the folder's
     name; ``masks``: images that look like masks or control images, by a pattern that matches them. ``flags``:
     images by what was noticed about them, such as "upscaled". ``failures``: the first ten images that failed, with
-    reason and detail.
+    reason and detail. ``forms``: hash of the table by which convolutions ran in other forms than the
+    direct one (fastvae tune); "" if there is none.
     """
 
     store: str
@@ -88,6 +89,7 @@ class EncodeReport:
     reasons: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     flags: dict[str, int] = field(default_factory=dict)
+    forms: str = ""
     exceeded: bool = False
     bottleneck: str = "nothing to do"
     suggestion: str = ""
@@ -137,6 +139,8 @@ class EncodeReport:
             lines.append(f"shared  {self.elsewhere} rows by other processes, {self.taken_over} units lost to them")
         if self.kept:
             lines.append(f"kept    {self.kept} sound rows of damaged shards, whose images gave no latent any more")
+        if self.forms:
+            lines.append(f"forms   of convolutions by the table {self.forms}")
         if self.halved:
             sizes = ", ".join(f"{bucket} {batch}" for bucket, batch in sorted(self.batches.items()))
             lines.append(f"memory  ran out {self.halved} times; batches now: {sizes}")

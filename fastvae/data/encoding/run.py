@@ -14,7 +14,7 @@ import numpy as np
 
 from fastvae.checkpoints.loading import full_name
 from fastvae.data.encoding.batch_size import BatchSizes, choose_workers
-from fastvae.data.encoding.encoder import MomentEncoder
+from fastvae.data.encoding.encoder import MomentEncoder, forms_digest
 from fastvae.data.encoding.image_reader import Chunk, ImageReader, decode_chunk
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.pipeline import Encoding
@@ -134,6 +134,7 @@ def _encode_planned(
         if todo and (wrong := check_fast_path(encoder)):
             print_stderr(f"fastvae: {wrong}\n")
             report.notes.append(wrong)
+        report.forms = forms_digest(encoder.model, settings.device)
         choose_workers(report, batches, encoder, count_by_bucket(todo), options.workers)
         report.dtype_error = _dtype_error(worker, todo)
         if options.progress:

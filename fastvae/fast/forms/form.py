@@ -64,23 +64,29 @@ class Forms:
         """Take the entries of a table. ``otherwise`` is the form of layers without an entry; tests force one by it."""
         self.entries = sorted(entries, key=lambda entry: (entry.layer, entry.pixels))
         self.otherwise = otherwise
-        by_layer: Mapping[Layer, list[tuple[int, Form]]] = defaultdict(list)
+        by_layer: Mapping[Layer, list[Entry]] = defaultdict(list)
         for entry in self.entries:
-            by_layer[entry.layer].append((entry.pixels, entry.form))
+            by_layer[entry.layer].append(entry)
         self.by_layer = dict(by_layer)
 
     def of(self, weight: torch.Tensor, pixels: int, kind: str = "conv") -> Form:
         """Return the form of a convolution with ``weight`` [D, C, 3, 3] and output images of H * W = ``pixels``."""
-        layer = Layer(kind, weight.shape[1], weight.shape[0], str(weight.dtype).removeprefix("torch."))
+        layer = Layer(kind, weight.shape[1], weight.shape[0], dtype_name(weight.dtype))
         return self.choose(layer, pixels)
 
     def choose(self, layer: Layer, pixels: int) -> Form:
         """Return the form of the entry with the most pixels that are at most ``pixels``."""
-        found = self.otherwise
-        for least, form in self.by_layer.get(layer, ()):
-            if least <= pixels:
-                found = form
-        return found
+        entry = self._entry(layer, pixels)
+        return self.otherwise if entry is None else entry.form
+
+    def why(self, layer: Layer, pixels: int) -> str:
+        """Return the reason of ``choose``; "" if no entry of the tables decides."""
+        entry = self._entry(layer, pixels)
+        return "" if entry is None else f"measured from {entry.pixels} pixels on"
+
+    def _entry(self, layer: Layer, pixels: int) -> Entry | None:
+        held = [entry for entry in self.by_layer.get(layer, ()) if entry.pixels <= pixels]
+        return held[-1] if held else None
 
     @property
     def digest(self) -> str:
@@ -92,3 +98,8 @@ class Forms:
 
 
 DIRECT_ONLY = Forms()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in the tables, as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from fastvae.fast.forms.device_name import name_of
 from fastvae.fast.forms.form import Entry, Form, Forms
 from fastvae.fast.layer_checks import assume_constant_result
+from fastvae.system.atomic_files import write_atomically
 from fastvae.system.cache_folder import cache_folder
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -41,10 +43,32 @@ def users_table(name: str) -> Path:
     return cache_folder() / "forms" / f"{name}.json"
 
 
+def write(name: str, entries: Iterable[Entry], made_with: Mapping[str, Any]) -> Path:
+    """Write entries into the user's table of the device of this name, and return its path.
+
+    Those of the same layer and size are replaced, others stay. The file appears complete or not at all.
+    """
+    path = users_table(name)
+    found = {(entry.layer, entry.pixels): entry for entry in [*read(path), *entries]}
+    lines = ",\n".join(json.dumps(dataclasses.asdict(found[place])) for place in sorted(found))
+    head = json.dumps({"device": name, "made_with": dict(made_with)}).removesuffix("}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, [f'{head}, "entries": [\n{lines}\n]}}\n'.encode()])
+    clear()
+    return path
+
+
 def has_table(device: torch.device) -> bool:
     """Return True if a table for this device is shipped, or in the user's cache folder."""
     name = name_of(device)
     return any(path.exists() for path in (SHIPPED / f"{name}.json", users_table(name)))
+
+
+def why_none(device: torch.device) -> str:
+    """Return why a layer has no entry on a device."""
+    if has_table(device):
+        return f"the table of {name_of(device)} has no entry for it at this size: fastvae tune"
+    return f"there is no table for {name_of(device)}: fastvae tune"
 
 
 def read(path: Path) -> list[Entry]:

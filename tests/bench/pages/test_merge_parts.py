@@ -20,7 +20,13 @@ def facts(commit, **data):
     return machine | {"dry": False, "passed": True, "failed": [], "roof": {"bytes": commit}} | empty | data
 
 
-OP = {"times_eager": {"NHWC": 2.0}, "ours": "kernel", "median_seconds": {"ours": 1e-3}, "share_of_roof": 0.5}
+OP = {
+    "times_eager": {"NHWC": 2.0},
+    "ours": "kernel",
+    "median_seconds": {"ours": 1e-3},
+    "share_of_roof": 0.5,
+    "host_seconds": 0,
+}
 
 
 def network(part, median):

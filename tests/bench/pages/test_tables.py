@@ -54,6 +54,32 @@ def test_the_encoders_table(tmp_path):
     assert tables.with_results(text, tmp_path) == text
 
 
+def test_a_gpus_tables_have_device_time_and_wall_time(tmp_path):
+    """Results from before the wall time was measured say so."""
+    gpu = json.loads(json.dumps(RESULT)) | {"device": "a GPU", "driver": "1"}
+    rows = gpu["networks"]["one"]["contestants"]
+    rows["fastvae"]["wall_seconds"] = 0.6
+    text = written(tmp_path, gpu)
+    head = "| | device time, median, ms | 95 % interval | wall time, ms | times diffusers | error |"
+    assert head in text
+    assert "| fastvae | 550 | too few rounds | 600 | 2.00 |" in text
+    assert "| diffusers | 1100 | 1000 to 1200 | not measured | 1.00 |" in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {9}
+    gpu["networks"]["one"]["dtype"] = "bfloat16"
+    rows["fastvae, frozen"] = rows["fastvae"] | {"wall_seconds": 0.5}
+    assert "| encode 1 x 256² | 1100 | 550 | 2.00 | 550 | 2.00 | not measured |" in written(tmp_path, gpu, "networks")
+    rows["diffusers"]["wall_seconds"] = 1.2
+    assert "| 550 | 2.00 | 1200 / 600 / 500 |" in written(tmp_path, gpu, "networks")
+    case = {
+        "ours": "kernel", "median_seconds": {"ours": 1e-3}, "times_eager": {"NHWC": 2.0}, "share_of_roof": 0.5,
+        "host_seconds": 1e-4,
+    }  # fmt: skip
+    text = written(tmp_path, gpu | {"cases": {"op": case}}, "ops")
+    assert "| op | ours | device time, median, ms | Python's time, ms | share of the roof | times eager |" in text
+    assert "| op | kernel | 1.000 | 0.100 | 50 % | 2.00 NHWC |" in text
+
+
 def test_the_short_table_has_the_cases_in_bf16_that_all_three_ran(tmp_path):
     wide = RESULT["networks"]["one"]
     ours = wide["contestants"]["fastvae"]
@@ -64,7 +90,7 @@ def test_the_short_table_has_the_cases_in_bf16_that_all_three_ran(tmp_path):
         "left out": wide | {"dtype": "bfloat16", "contestants": rows | {"fastvae": {"left_out": "no time"}}},
     }
     text = written(tmp_path, RESULT | {"networks": cases}, "networks")
-    assert "| decode 1 x 256² | 1100 | 550 | 2.00 | 500 | 2.20 |" in text
+    assert "| decode 1 x 256² | 1100 | 550 | 2.00 | 500 | 2.20 | not measured |" in text
     assert "| encode" not in text
     assert text.count("commit 0123456789ab") == 2
     assert text.count("2 threads of a CPU") == 1

@@ -10,6 +10,9 @@ from support.small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.report import EncodeReport
+from fastvae.fast.accelerate import accelerate
+from fastvae.fast.forms import tables
+from fastvae.fast.forms.form import Entry, Form, Forms
 from fastvae.system.strict_json import strict_json
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
@@ -38,6 +41,17 @@ def test_a_run_continues_without_stderr(source, tmp_path, monkeypatch, stderr):
     closed.close()
     monkeypatch.setattr(sys, "stderr", {None: None, "full": Full(), "closed": closed}[stderr])
     assert encode(source, tmp_path / "out", vae=small_vae(), **OPTIONS | {"progress": True}).ok == 2
+
+
+def test_the_report_names_the_table_of_forms(source, tmp_path, monkeypatch):
+    assert encode(source, tmp_path / "without", vae=small_vae(), **OPTIONS).forms == ""
+    forms = Forms([Entry("conv", 512, 512, "float32", 1024, Form.DIRECT)])
+    monkeypatch.setattr(tables, "_forms_of", lambda name: forms)
+    report = encode(source, tmp_path / "with", vae=small_vae(), **OPTIONS)
+    assert report.forms == json.loads(report.to_json())["forms"] == forms.digest
+    assert f"forms   of convolutions by the table {forms.digest}" in report.lines()
+    exact = accelerate(small_vae(), precision="exact")
+    assert encode(source, tmp_path / "exact", vae=exact, **OPTIONS).forms == ""
 
 
 def test_json_has_null_for_nan_and_infinity():

@@ -19,6 +19,7 @@ def entry(form: Form, pixels: int = 1024, outputs: int = 512, kind: str = "conv"
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTVAE_CACHE")
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     tables.clear()
     yield tmp_path
@@ -108,10 +109,14 @@ def test_a_cpu_has_the_name_of_its_class(monkeypatch, capability, amx, name):
     assert device_name.name_of(CPU) == f"cpu-x86-64-{name}"
 
 
-def test_only_frozen_weights_take_the_tables_forms(tiny_path):
+def test_on_a_gpu_only_frozen_weights_take_the_tables_forms(tiny_path, monkeypatch):
+    """There a transformed weight takes longer to make than it saves in one call; on a CPU's path it does not."""
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ("cpu",))
     write(tables.users_table(device_name.name_of(CPU)), entry(Form.WINOGRAD4))
     assert tiny_path(freeze=True).forms_on(CPU).digest
     assert tiny_path(freeze=False).forms_on(CPU) is DIRECT_ONLY
+    monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
+    assert tiny_path(freeze=False).forms_on(CPU).digest
 
 
 @pytest.fixture
