@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from fast.small_models import FEWEST, latents, pixels, small_model, smallest_model
-from fastvae_kernels import winograd
+from fastvae_kernels import attention, group_norm, residual, winograd
+from fastvae_kernels import pixels as pixels_op
 from support.accuracy import assert_as_accurate
 from support.short_run import short_run
 
@@ -26,10 +27,24 @@ CASES = [(structure, *pair) for structure in STRUCTURES for pair in WITHIN]
 KEPT = [("SD", *WITHIN[0]), ("FLUX: no quant_conv", *WITHIN[2])]
 
 
+REFERENCES = {
+    "pixels_conv_in": pixels_op.reference,
+    "group_norm_statistics": group_norm.statistics_reference,
+    "group_norm_affine": group_norm.affine_reference,
+    "scale_shift": group_norm.scale_shift_reference,
+    "scale_shift_silu": group_norm.scale_shift_silu_reference,
+    "residual_add": residual.reference,
+    "spatial_attention": attention.reference,
+    "spatial_attention_shared": lambda query, x, scale: attention.reference(query, x, x, scale),
+    "winograd_conv": winograd.reference,
+}
+
+
 @pytest.fixture
 def by_reference(monkeypatch):
-    """Compute winograd_conv by its reference: a hundred times as fast as the interpreter; tests/ops compares both."""
-    monkeypatch.setattr(inference_pass, "winograd_conv", winograd.reference)
+    """Compute every op by its reference: a hundred times as fast as the interpreter; tests/ops compares both."""
+    for name, reference in REFERENCES.items():
+        monkeypatch.setattr(inference_pass, name, reference)
 
 
 def with_form(vae, form, **options):
@@ -80,7 +95,7 @@ def test_real_widths_are_as_accurate_as_eager(model, form, dtype, by_reference, 
 
 
 def test_kernels_and_reference_agree_in_a_network(monkeypatch):
-    vae = with_form(smallest_model(**FEWEST), Form.WINOGRAD4)
+    vae = with_form(smallest_model(**FEWEST), Form.WINOGRAD2)
     x = pixels(vae, 1, 2, 5)
     ours = moments_of(vae, x)
     monkeypatch.setattr(inference_pass, "winograd_conv", winograd.reference)

@@ -6,6 +6,7 @@ from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, winog
 from fastvae_kernels.shared import statistics
 from fastvae_kernels.shared.runtime import INTERPRETED, size_in_bytes
 from fastvae_kernels.shared.winograd_matrices import FORMS
+from support.short_run import short_run
 from support.traffic import counted
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's own loads and stores")
@@ -84,7 +85,7 @@ def test_pixels_are_read_again_only_as_the_formula_says():
     assert must.bytes <= sum(launches) <= must.bytes * 1.05 + again
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", short_run(FORMS, ["winograd4"]))
 def test_winograd_moves_its_cost_to_the_byte(form):
     """Two strips of a row of tiles each. Besides the cost, each program reads the vectors and the pixels around its
     tiles: here a line of the other strip, and with two programs a strip a column of the other program."""
