@@ -24,8 +24,7 @@ from fastvae_kernels.parts.moments import (
 )
 from fastvae_kernels.parts.posterior_gradient import gradient
 from fastvae_kernels.shared import philox
-from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
-from fastvae_kernels.shared.runtime import Cost, backend, size_in_bytes, tl, triton
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, backend, on_its_device, size_in_bytes, tl, triton
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
 
@@ -141,7 +140,8 @@ def _latents_like(moments: Tensor) -> Tensor:
     return torch.empty(shape, dtype=moments.dtype, device=moments.device, memory_format=format_of(moments))
 
 
-@op
+@torch.library.custom_op("fastvae::sample_posterior", mutates_args=())
+@on_its_device
 def sample_posterior(
     moments: Tensor,
     seeds: Tensor | None,
@@ -162,7 +162,8 @@ def sample_posterior(
     return reference(moments, seeds, offsets, threads, shift, scale)
 
 
-@kernel(sample_posterior)
+@sample_posterior.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch(
     moments: Tensor,
     seeds: Tensor | None,
@@ -182,13 +183,14 @@ def launch(
     return latents
 
 
-@fake(sample_posterior)
+@sample_posterior.register_fake
 def _(moments, seeds, offsets=None, threads=0, shift=0.0, scale=1.0):
     _check(moments, seeds, offsets, threads)
     return _latents_like(moments)
 
 
-@op
+@torch.library.custom_op("fastvae::sample_posterior_backward", mutates_args=())
+@on_its_device
 def sample_posterior_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
@@ -196,7 +198,8 @@ def sample_posterior_backward(
     return reference_backward(grad, moments, seeds, offsets, threads, scale)
 
 
-@kernel(sample_posterior_backward)
+@sample_posterior_backward.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def launch_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
@@ -206,7 +209,7 @@ def launch_backward(
     return gradient(grad, moments, seeds, offsets, threads, scale)
 
 
-@fake(sample_posterior_backward)
+@sample_posterior_backward.register_fake
 def _(grad, moments, seeds, offsets, threads, scale):
     return torch.empty_like(moments, memory_format=format_of(moments))
 
@@ -221,7 +224,7 @@ def _backward(ctx, grad):
     return grad, None, None, None, None, None
 
 
-differentiate(sample_posterior, _backward, _keep)
+sample_posterior.register_autograd(_backward, setup_context=_keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:

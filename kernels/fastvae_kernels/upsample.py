@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels.shared import statistics
-from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
-from fastvae_kernels.shared.runtime import Cost, on_its_device, size_in_bytes
+from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +67,8 @@ def _unfold_last(dfolded: Tensor) -> Tensor:
     return torch.stack((second + third, first + second, zeroth + first), dim=-1)
 
 
-@op
+@torch.library.custom_op("fastvae::upsample_conv", mutates_args=())
+@on_its_device
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return conv3x3(nearest2x(x)) + bias, [N, D, 2H, 2W] in channels_last; differentiable in all three.
 
@@ -77,7 +77,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return reference(x, weight, bias)
 
 
-@kernel(upsample_conv)
+@upsample_conv.register_kernel(KERNEL_DEVICES)
+@on_its_device
 def _fold_and_launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     return launch(x, fold_upsample_weights(weight), bias)
@@ -95,7 +96,7 @@ def launch(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if y.stride() == wanted else statistics.same_layout(y)
 
 
-@fake(upsample_conv)
+@upsample_conv.register_fake
 def _(x, weight, bias=None):
     _check(x, weight, bias)
     batch, _, height, width = x.shape
@@ -111,7 +112,8 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     dx = dweight = dbias = None
-    if ctx.needs_input_grad[2]:
+    # needs_input_grad does not count a bias that was left out.
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), dbias
@@ -125,4 +127,4 @@ def _backward(ctx, dy):
     return dx, dweight, dbias
 
 
-differentiate(upsample_conv, _backward, _keep)
+upsample_conv.register_autograd(_backward, setup_context=_keep)
