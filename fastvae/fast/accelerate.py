@@ -123,7 +123,9 @@ def restore(vae_or_pipe: Model) -> Model:
 def _detach(*modules: nn.Module) -> None:
     for module in modules:
         own = vars(module)
-        own.pop(ACCELERATED, None)
+        path = own.pop(ACCELERATED, None)
+        if path is not None:
+            path.surveys.clear()  # they hold the modules, which hold the path
         copying.detach(module)
         for holder, name in _forward_places(module):
             if _is_bound(forward, holder.get(name)):

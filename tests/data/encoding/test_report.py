@@ -44,6 +44,7 @@ def test_a_run_continues_without_stderr(source, tmp_path, monkeypatch, stderr):
 
 
 def test_the_report_names_the_table_of_forms(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_forms_of", lambda name: Forms())
     assert encode(source, tmp_path / "without", vae=small_vae(), **OPTIONS).forms == ""
     forms = Forms([Entry("conv", 512, 512, "float32", 1024, Form.DIRECT)])
     monkeypatch.setattr(tables, "_forms_of", lambda name: forms)
