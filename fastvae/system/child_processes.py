@@ -27,7 +27,7 @@ COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastvae.system.child_processes import serve; serve()"
 )
 # Seconds that a child has to end after its pipe was closed, before it is killed.
-GRACE = 0.2
+GRACE = 20.0
 # Seconds in which a child must have answered a call, unless its caller says otherwise.
 ANSWER_SECONDS = 600
 
