@@ -29,7 +29,7 @@ from fastvae.system.terminal import strip_control_characters
     show_default=True,
     help="Task to measure.",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
+@options.dtype
 @options.device
 @click.option("--compile", "compiled", is_flag=True, help="Also measure torch.compile; compiling takes a minute.")
 @click.option(

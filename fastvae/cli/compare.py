@@ -17,7 +17,7 @@ from fastvae.system.terminal import strip_control_characters
 @options.vae
 @options.model_location
 @options.preset
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
+@options.dtype
 @options.device
 @click.option(
     "--html",

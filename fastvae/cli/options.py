@@ -37,6 +37,7 @@ model_location = combined(
     click.option("--subfolder", help="Folder of the VAE inside that directory or repository."),
     click.option("--revision", help="A branch, tag or commit of the Hub repository."),
 )
+dtype = click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
 preset = click.option("--preset", help="The known model of a single file, if its tensors do not decide the scaling.")
 device = click.option("--device", help="A torch device: cpu, cuda, cuda:1. Default: the first GPU, else the CPU.")
 run = combined(

@@ -21,7 +21,7 @@ from fastvae.system.terminal import strip_control_characters
     multiple=True,
     help="Side in pixels, may be repeated. Default: 256 and 512.",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: what suits the device.")
+@options.dtype
 @options.device
 @click.option(
     "--seconds",

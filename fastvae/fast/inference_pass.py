@@ -23,7 +23,6 @@ from fastvae_kernels.residual import residual_add
 from torch import Tensor
 
 from fastvae.fast import fallback_reasons, layer_checks
-from fastvae.fast.forms.form import DIRECT_ONLY, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, images_of, is_channels_last, weights_of
@@ -43,10 +42,8 @@ class InferencePass(Pass):
         stream_factor: float = 1.0,
         inner_factor: float = 1.0,
         quant_conv: Layer | None = None,
-        forms: Forms = DIRECT_ONLY,
     ):
         self.packed = packed
-        self.forms = forms
         self.deterministic = deterministic
         self.stream_factor = stream_factor
         self.inner_factor = inner_factor

@@ -26,8 +26,10 @@ Result = TypeVar("Result")
 COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastvae.system.child_processes import serve; serve()"
 )
-# Seconds that a child has to end after its pipe was closed, before it is killed.
-GRACE = 20.0
+# Seconds that a child has to end after its requests were closed, before it is killed.
+GRACE = 0.2
+# Seconds until a child that closed its answers has an exit code: on a loaded machine more than GRACE.
+EXIT_SECONDS = 20
 # Seconds in which a child must have answered a call, unless its caller says otherwise.
 ANSWER_SECONDS = 600
 
@@ -76,7 +78,7 @@ class ChildProcess:
         except (EOFError, BrokenPipeError):
             # A child that ends has closed its answers already. Closing its requests as well would end it with code 0.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(EXIT_SECONDS)
             raise ChildEnded(self.close()) from None
         except BaseException:
             process.kill()  # its answer is still to come, and would be taken for that of the next call

@@ -13,7 +13,14 @@ from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import Origin, SourceFile
 from fastvae.data.sources.captions import add_captions
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, translate
-from fastvae.data.sources.source import Listing, is_image_name, origin_at, starts_like_an_image, system_folder
+from fastvae.data.sources.source import (
+    Listing,
+    is_image_name,
+    origin_at,
+    passed_over_folder,
+    starts_like_an_image,
+    system_folder,
+)
 from fastvae.data.sources.storage import LocalStorage
 from fastvae.system.terminal import first_few
 
@@ -85,10 +92,9 @@ def _walk(folder: str, top: str, origin: Origin, seen: set[tuple[int, int]], lis
         seen.add(identity)
         for entry in entries:
             try:
-                hidden = entry.name.startswith(".")
-                if (hidden or system_folder([entry.name])) and entry.is_dir(follow_symlinks=False):
+                if passed_over_folder([entry.name]) and entry.is_dir(follow_symlinks=False):
                     listing.pass_over(entry.name, _count_images(entry.path))
-                elif hidden:
+                elif entry.name.startswith("."):
                     listing.ignored += entry.is_file()
                 elif entry.is_dir(follow_symlinks=False):
                     stack.append(entry.path)

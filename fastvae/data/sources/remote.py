@@ -10,7 +10,7 @@ from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.captions import add_captions
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
-from fastvae.data.sources.source import Listing, is_image_name, origin_at, system_folder
+from fastvae.data.sources.source import Listing, is_image_name, origin_at, passed_over_folder
 from fastvae.data.sources.storage import open_remote, read_all
 
 
@@ -40,9 +40,8 @@ class RemoteSource:
             if facts.get("type") == "directory":
                 continue
             *folders, name = key.split("/")
-            hidden = next((folder for folder in folders if folder.startswith(".")), None)
-            if (made := system_folder(folders) or hidden) and is_image_name(key):
-                listing.pass_over(made, 1)
+            if (folder := passed_over_folder(folders)) and is_image_name(key):
+                listing.pass_over(folder, 1)
             elif is_image_name(key) and not name.startswith("."):
                 listing.files.append(SourceFile(key, *self._storage.note(key, facts), origin=origin))
             else:

@@ -135,6 +135,12 @@ def system_folder(parts: Iterable[str]) -> str | None:
     return next((part for part in parts if SYSTEM_FOLDERS.fullmatch(part)), None)
 
 
+def passed_over_folder(parts: Iterable[str]) -> str | None:
+    """Return the first of the folder names ``parts`` that a system makes, else the first hidden one, else None."""
+    parts = list(parts)
+    return system_folder(parts) or next((part for part in parts if part.startswith(".")), None)
+
+
 def origin_at(path: str, content: str = "") -> Origin:
     """Return the origin with an absolute path or URL and a content digest."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()

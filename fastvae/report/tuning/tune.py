@@ -42,7 +42,7 @@ class Choice:
     form: Form
     refused: list[str] = field(default_factory=list)
 
-    def demote(self, why: str) -> None:
+    def demote(self) -> None:
         """Take the next form that is faster than the direct one."""
         self.refused.append(self.form.value)
         left = {form: taken for form, taken in self.samples.items() if form not in self.refused}
@@ -84,8 +84,8 @@ def tune(
     errors of loading a model.
     """
     place = resolve_device(device)
-    if place.type != "cpu":
-        raise ValueError(f"device must be cpu, got {place}: on a GPU every convolution has the direct form")
+    if not tables.has_forms(place):
+        raise ValueError(f"device must be cpu, got {place}: {tables.NO_FORMS}")
     dtype = dtype or default_dtype(place)
     model, _ = open_fp32(vae, subfolder, revision)
     sizes = tuple(sizes) or SIZES
@@ -170,7 +170,7 @@ def _settle(
             raise ValueError(f"vae is wrong on this device without any other form: {verdicts[-1]}; run fastvae doctor")
         worst = max(chosen, key=lambda choice: choice.ratios[choice.form.value])
         say(f"refuse  {worst.form} for {worst.subject.name}: {verdicts[-1]}")
-        worst.demote(str(verdicts[-1]))
+        worst.demote()
 
 
 def _errors(check: network.Check, fast: Any, forms: Forms) -> list[float]:
