@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs all tests and benchmarks that need a GPU. The machine needs only torch, triton, pytest and pytest-benchmark.
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
-#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader or tune (may be repeated);
-#                                   tune runs only when it is named
+#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader, winograd, compile or tune (may
+#                                   be repeated); the last three run only when they are named, winograd also with --dry
 #   bench/device.sh --seconds N     all parts within N seconds instead of 575
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter without a GPU
 #   bench/device.sh --help          prints these lines
@@ -23,8 +23,8 @@ while (($#)); do
         --dry) dry=(--dry) ;;
         --only)
             case ${2:-} in
-                tests | ops | philox | encoder | decoder | profile | loader | tune) parts+=("$2") && shift ;;
-                *) echo "--only takes tests, ops, philox, encoder, decoder, profile, loader or tune, got '${2:-}'" >&2 && exit 2 ;;
+                tests | ops | philox | encoder | decoder | profile | loader | winograd | compile | tune) parts+=("$2") && shift ;;
+                *) echo "--only takes tests, ops, philox, encoder, decoder, profile, loader, winograd, compile or tune, got '${2:-}'" >&2 && exit 2 ;;
             esac ;;
         --seconds)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number, got '${2:-}'" >&2 && exit 2; }
@@ -33,7 +33,11 @@ while (($#)); do
     esac
     shift
 done
-((${#parts[@]})) || parts=(tests ops philox encoder decoder profile loader)
+if ((${#parts[@]} == 0)); then
+    parts=(tests ops philox encoder decoder profile loader)
+    # These want the time of a whole run; compile takes minutes even on tiny cases.
+    ((${#dry[@]})) && parts+=(winograd)
+fi
 if ((${#dry[@]})); then
     device=dry
     [[ ${TRITON_INTERPRET:-} == 1 ]] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -59,7 +63,7 @@ elif ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_sp
     without=(--without diffusers)
 fi
 
-declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [loader]=2 [tune]=30)
+declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [loader]=2 [winograd]=8 [compile]=8 [tune]=30)
 failed=() lines=() statuses=() ahead=0
 for name in "${parts[@]}"; do ((ahead += share[$name])); done
 part() { # name, command
@@ -91,8 +95,10 @@ for name in "${parts[@]}"; do
         tests) part tests "${pytest[@]}" "${tested[@]}" -q -rfEs ;;
         ops) measure ops test_ops -k "not generator" ;;
         philox) measure philox test_ops -k generator ;;
-        encoder | decoder) measure "$name" test_networks -k "$name" "${without[@]}" ;;
+        encoder | decoder) measure "$name" test_networks -k "$name and not compiled" "${without[@]}" ;;
+        compile) measure compile test_networks -k compiled "${without[@]}" ;;
         profile | loader) measure "$name" "test_$name" ;;
+        winograd) part winograd "${pytest[@]}" bench/timing/forms "${dry[@]}" --results "$out/winograd.json" -q -rfE ;;
         tune) part tune "$PYTHON" -m bench.kernels.tune --copy "$out" ;;
     esac
 done

@@ -97,10 +97,9 @@ def portable(source: str, depth: int = 0) -> str:
     """
     dots = "." * (depth + 1)
     source = re.sub(r"^from fastvae_kernels\b\.?", f"from {dots}", source, flags=re.MULTILINE)
-    source, ops = re.subn(r'\.custom_op\("fastvae::(\w+)"', r'.custom_op(add_op_namespace_prefix("\1")', source)
-    if ops:
-        glue = f"from {dots}_ops import add_op_namespace_prefix\nfrom ."
-        source = re.sub(r"^from \.", glue, source, count=1, flags=re.MULTILINE)
+    source, libraries = re.subn(r'\bLibrary\("fastvae"', "Library(NAMESPACE", source)
+    if libraries:
+        source = re.sub(r"^from \.", f"from {dots}_ops import NAMESPACE\nfrom .", source, count=1, flags=re.MULTILINE)
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import():
@@ -108,7 +107,7 @@ def portable(source: str, depth: int = 0) -> str:
             case ast.ImportFrom():
                 names = [node.module or ""]
             case ast.Constant(value=str(text)):
-                names = re.findall("fastvae(?=::)", text)
+                names = re.findall("^fastvae$|fastvae(?=::)", text)
             case _:
                 continue
         if any(name.split(".")[0] in ("fastvae", "fastvae_kernels") for name in names):

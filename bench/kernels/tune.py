@@ -62,7 +62,8 @@ def searches() -> list[Search]:
     """Return a search for each table entry that the encoder or decoder uses; levels by their channels."""
     found = []
     pointwise = {"statistics": "group_norm_statistics", "scale_shift": "scale_shift_silu",
-                 "residual_add": "residual_add", "group_norm_gradient": "group_norm_silu_backward"}  # fmt: skip
+                 "residual_add": "residual_add", "group_norm_gradient": "group_norm_silu_backward",
+                 "group_norm_sums": "group_norm_silu_backward"}  # fmt: skip
     for dtype in ("bfloat16", "float32"):
         for op, run in pointwise.items():
             for channels, side in ((128, 1024), (256, 512), (512, 256)):

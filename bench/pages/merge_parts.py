@@ -18,8 +18,8 @@ from typing import Any
 
 # Part -> key of its data in a results file. The kernel tests and the search for tiles have no data.
 DATA = {"ops": "cases", "philox": "generator", "encoder": "networks", "decoder": "networks", "profile": "profiles",
-        "loader": "loader"}  # fmt: skip
-EMPTY = ("cases", "networks", "pipeline", "generator", "profiles", "loader")
+        "loader": "loader", "winograd": "winograd", "compile": "networks"}  # fmt: skip
+EMPTY = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd")
 OF_A_PART = (*EMPTY, "passed", "failed", "roof")
 
 
@@ -38,7 +38,7 @@ def merged(
     for name, result in found.items():
         key = DATA.get(name)
         if key == "networks":
-            data[key] = {case: entry for case, entry in data[key].items() if entry["part"] != name}
+            data[key] = {case: entry for case, entry in data[key].items() if _measured_by(entry) != name}
         elif key:
             data[key] = {}
         if key:
@@ -48,6 +48,11 @@ def merged(
         parts[name] = kept | {"status": status, "passed": status == "passed", "failed": failed}
     common = {word: value for word, value in facts.items() if word not in OF_A_PART}
     return common | {"passed": all(part["passed"] for part in parts.values()), "parts": parts} | data
+
+
+def _measured_by(entry: Mapping[str, Any]) -> str:
+    """Return the part of bench/device.sh that measures a network: torch.compile has one of its own."""
+    return "compile" if entry.get("compiled") else entry["part"]
 
 
 def failures(log: Path) -> list[str]:

@@ -49,7 +49,7 @@ def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
 
 
 def pytest_configure(config):
-    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "roof")
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd", "roof")
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The settings of the tests, before the kernels are imported: the interpreter if there is no GPU, and its
@@ -108,6 +108,20 @@ def row_text(row: dict[str, Any], dry: bool) -> str:
     return ", ".join(parts)
 
 
+def winograd_text(row: dict[str, Any], dry: bool) -> str:
+    """Return a layer, or a network, in its forms as text."""
+    if dry:
+        return "right"
+    if "contestants" in row:
+        timed = {name: line for name, line in row["contestants"].items() if "median_seconds" in line}
+        return ", ".join(f"{name} {1e3 * line['median_seconds']:.2f} ms" for name, line in timed.items())
+    parts = [f"direct {1e6 * row['median_seconds']['direct']:.0f} µs"]
+    parts += [f"{name} x{times:.2f}" for name, times in row["times_direct"].items() if name != "direct"]
+    parts += [f"{name} {rate:.0f} TFLOP/s" for name, rate in row["tflops"].items()]
+    parts += [f"{name} {100 * share:.0f} % of a copy" for name, share in row["share_of_copy_rate"].items()]
+    return ", ".join(parts)
+
+
 def pytest_terminal_summary(terminalreporter):
     results = terminalreporter.config.results
     dry = terminalreporter.config.getoption("dry")
@@ -137,6 +151,8 @@ def pytest_terminal_summary(terminalreporter):
         rates = ", ".join(f"{who} {rate:.1f} images/s" for who, rate in row["images_per_second"].items())
         text = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
         terminalreporter.write_line(f"{name:44} {text}")
+    for name, row in results["winograd"].items():
+        terminalreporter.write_line(f"{name:44} {winograd_text(row, dry)}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 

@@ -118,6 +118,26 @@ def _upsampled(case: Case, device: torch.device) -> tuple:
     return _random(case, device), weight, _random(case, device, (channels,)), folded
 
 
+def _winograd() -> Any:
+    from fastvae_kernels import winograd  # not above: older commits, which regressions.py measures too, lack it
+
+    return winograd
+
+
+def _convolved(case: Case, device: torch.device) -> tuple:
+    channels = case.shape[1]
+    weight = _random(case, device, (channels, channels, 3, 3)) / (9 * channels) ** 0.5
+    # The form that is as accurate as the direct one in this dtype.
+    form = _winograd().F4 if case.dtype == "bfloat16" else _winograd().F2
+    added = _random(case, device, (channels,)), _random(case, device)
+    return *_scaled(case, device), weight, *added, *_winograd().transform_weights(weight, form)
+
+
+def _eager_convolved(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, other: Tensor, *_) -> Call:
+    scale, shift = (value.to(x.dtype)[:, :, None, None] for value in (scale, shift))
+    return lambda: F.conv2d(F.silu(x * scale + shift), weight, bias, padding=1) + other
+
+
 def _moments(case: Case, device: torch.device) -> tuple:
     return _random(case, device), torch.arange(case.shape[0], device=device)
 
@@ -194,8 +214,8 @@ OPERATIONS = {
     ),
     "group_norm_silu_backward": Operation(
         _norm_gradient,
-        ours=lambda *given: lambda: group_norm_silu.launch_backward(*given, silu=True),
-        reference=lambda *given: lambda: group_norm_silu.backward_reference(*given, silu=True),
+        ours=lambda *given: lambda: group_norm_silu.launch_backward(*given, silu=True)[:3],
+        reference=lambda *given: lambda: group_norm_silu.backward_reference(*given, silu=True)[:3],
         eager=_eager_norm_gradient,
         cost=lambda dy, x, w, b, *_: group_norm_silu.backward_cost(x, w, b),
     ),
@@ -270,6 +290,18 @@ OPERATIONS = {
         reference=lambda x, w, b, folded: lambda: upsample.reference(x, w, b),
         eager=lambda x, w, b, folded: lambda: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
         cost=lambda x, w, b, folded: upsample.cost(x, w, b),
+        bound="flops",
+    ),
+    "winograd_conv": Operation(
+        _convolved,
+        ours=lambda x, scale, shift, w, b, other, u, gain: (
+            lambda: _winograd().launch(x, scale, shift, u, gain, b, other)[0]
+        ),
+        reference=lambda x, scale, shift, w, b, other, u, gain: (
+            lambda: _winograd().reference(x, scale, shift, u, gain, b, other)[0]
+        ),
+        eager=_eager_convolved,
+        cost=lambda x, scale, shift, w, b, other, u, gain: _winograd().cost(x, scale, shift, u, gain, b, other),
         bound="flops",
     ),
     "sample_posterior": Operation(

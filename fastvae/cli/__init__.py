@@ -13,6 +13,6 @@ decode   rows to images
 export   rows to other trainers' layouts
 compare  error of each stage of a model
 bench    speed beside other implementations
-tune     the fastest form of each convolution on this CPU
+tune     the fastest form of each convolution on this device
 doctor   what is in order on this machine
 """

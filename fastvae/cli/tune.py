@@ -19,7 +19,7 @@ from fastvae.system.terminal import strip_control_characters
     "sizes",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Side in pixels, may be repeated. Default: 256 and 512.",
+    help="Side in pixels, may be repeated. Default: 256 and 512; on a GPU also 1024.",
 )
 @options.dtype
 @options.device
@@ -35,7 +35,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @errors_as_sentences
 def tune(as_json: bool, quiet: bool, **given: Any) -> None:
-    """Find the fastest form of each convolution on this CPU.
+    """Find the fastest form of each convolution on this device.
 
     Measures every 3x3 convolution as the library's and as Winograd's, and keeps the faster form where encode and decode
     with these weights, at 256 and 1024 pixels, stay within the allowed error. accelerate and the command line then use

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, residual, upsample
+from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, residual, upsample, winograd
 from fastvae_kernels.shared.runtime import Cost, size_in_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,10 +34,11 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "fastvae::residual_add": lambda h, residual_, bias=None, residual_bias=None, pad=0, factor=1.0: residual.cost(
         h, residual_, bias, residual_bias, pad
     ),
-    "fastvae::group_norm_forward": lambda x, weight, bias, groups, eps, silu, partials=None: group_norm_silu.cost(
-        x, weight, bias, measured=partials is not None
+    "fastvae::group_norm_forward": lambda x, weight, bias, groups, eps, silu, partials=None, conv_bias=None: (
+        group_norm_silu.cost(x, weight, bias, measured=partials is not None)
     ),
     "fastvae::upsample_conv": upsample.cost,
+    "fastvae::winograd_conv": winograd.cost,
     "fastvae::spatial_attention": lambda query, key, value, scale: attention.cost(query),
     "fastvae::spatial_attention_shared": lambda query, x, scale: attention.cost(query, shared=True),
 }

@@ -116,8 +116,6 @@ def _forms(vae: Layer, part: Layer, path: FastPath, shape: Any) -> list[FormRow]
 
 def _form(path: FastPath, layer: Placed, device: torch.device) -> tuple[Form, str]:
     """Return the form that a convolution takes in a call without a gradient, and why."""
-    if not tables.has_forms(device):
-        return Form.DIRECT, tables.NO_FORMS
     if path.forms is None and not path.takes_forms(device):
         return Form.DIRECT, "weights that may change take no other form: freeze=True"
     forms = path.forms_on(device)

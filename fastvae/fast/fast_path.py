@@ -119,6 +119,9 @@ class FastPath:
         """Return the pass for this call: TrainingPass if a gradient is needed, else InferencePass."""
         if fallback_reasons.needs_gradient(part, x):
             return TrainingPass()
+        return self._inference_pass(part, x, quant_conv)
+
+    def _inference_pass(self, part: Layer, x: Tensor, quant_conv: Layer | None) -> InferencePass:
         half = part.conv_in.weight.dtype == torch.float16
         factors = self.factors[part_name(part)] if half else UNSCALED
         return InferencePass(
@@ -127,7 +130,14 @@ class FastPath:
             stream_factor=factors.stream,
             inner_factor=factors.inner,
             quant_conv=quant_conv,
+            forms=self.forms_on(x.device),
         )
+
+    def pass_without_gradient(self, part: Layer, x: Tensor) -> InferencePass | CpuPass:
+        """Return the pass of a call that needs no gradient: on the fused kernels, or without them as on a CPU."""
+        if x.device.type in fallback_reasons.KERNEL_DEVICES:
+            return self._inference_pass(part, x, None)
+        return self.cpu_pass(x.device)
 
     def cpu_pass(self, device: torch.device) -> CpuPass:
         """Return the pass of a device without fused kernels."""

@@ -1,9 +1,10 @@
 """Blocks without a gradient: convolutions without bias in channels_last, everything between them on fused kernels.
 
 A convolution's bias is folded into the norm or residual pass after it. Bias, residual and the next norm's statistics
-are one pass. The residual pass before a downsample writes its padding. With frozen weights attention reads one tensor
-as keys and values, if that is at least as accurate. Nearest 2x and its convolution are one. All of this is exact in
-real arithmetic.
+are one pass. The residual pass before a downsample writes its padding. Where the tables of forms say so, convolutions
+of residual blocks take Winograd's form, whose transforms are these passes too. With frozen weights attention reads one
+tensor as keys and values, if that is at least as accurate. Nearest 2x and its convolution are one. All of this is exact
+in real arithmetic.
 
 In fp16 the residual stream is multiplied by a power of two, ``stream_factor``, and activations between conv1 and norm2
 by ``inner_factor``: GroupNorm does not depend on the scale of its input, and values up to 65,504 / stream_factor fit
@@ -20,9 +21,11 @@ from fastvae_kernels.attention import spatial_attention, spatial_attention_share
 from fastvae_kernels.group_norm import group_norm_affine, group_norm_statistics, scale_shift, scale_shift_silu
 from fastvae_kernels.pixels import pixels_conv_in
 from fastvae_kernels.residual import residual_add
+from fastvae_kernels.winograd import winograd_conv
 from torch import Tensor
 
 from fastvae.fast import fallback_reasons, layer_checks
+from fastvae.fast.forms.form import DIRECT_ONLY, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, images_of, is_channels_last, weights_of
@@ -42,12 +45,14 @@ class InferencePass(Pass):
         stream_factor: float = 1.0,
         inner_factor: float = 1.0,
         quant_conv: Layer | None = None,
+        forms: Forms = DIRECT_ONLY,
     ):
         self.packed = packed
         self.deterministic = deterministic
         self.stream_factor = stream_factor
         self.inner_factor = inner_factor
         self.quant_conv = quant_conv
+        self.forms = forms
         self.channels_last = False
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
@@ -62,17 +67,19 @@ class InferencePass(Pass):
         return Activation(self._convolve(conv, x), bias=conv.bias)
 
     def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation:
-        h = self._normalized(activation, block.norm1, True, self.stream_factor, self.inner_factor)
-        h = self._convolve(block.conv1, h)
-        h = self._normalized(
-            Activation(h, bias=block.conv1.bias), block.norm2, True, self.inner_factor, self.stream_factor
-        )
-        h = self._convolve(block.conv2, h)
-        residual, residual_bias = activation.x, activation.bias
-        if block.conv_shortcut is not None:
-            residual_bias = self.packed.shortcut_bias(block.conv_shortcut, activation.bias)
-            residual = self._convolve(block.conv_shortcut, activation.x)
-        y, partials = residual_add(h, residual, block.conv2.bias, residual_bias, int(pad), self.stream_factor)
+        inner = self._first(block, activation)
+        factors, form = (self.inner_factor, self.stream_factor), self._form(block.conv2, inner.x)
+        bias, pad_by = block.conv2.bias, int(pad)
+        if form is Form.DIRECT:
+            h = self._convolve(block.conv2, self._normalized(inner, block.norm2, True, *factors))
+            # After conv2, so that fewer tensors live at once.
+            residual, residual_bias = self._shortcut(block, activation)
+            y, partials = residual_add(h, residual, bias, residual_bias, pad_by, factors[1])
+        else:
+            affine = self._affine(inner, block.norm2, factors[0])
+            residual, residual_bias = self._shortcut(block, activation)
+            added = bias, residual, residual_bias, pad_by
+            y, partials = self._winograd(block.conv2, form, inner.x, affine, factors[1], *added)
         return Activation(y, partials, padded=pad)
 
     def attention(self, layer: Layer, activation: Activation, pad: bool) -> Activation:
@@ -116,16 +123,67 @@ class InferencePass(Pass):
         form = torch.channels_last if self.channels_last else torch.contiguous_format
         return torch.add(y, bias, out=torch.empty_like(y, memory_format=form))
 
+    def _first(self, block: Layer, activation: Activation) -> Activation:
+        """Return what conv1 of a residual block makes of its normalised input, without conv1's bias."""
+        factors, form = (self.stream_factor, self.inner_factor), self._form(block.conv1, activation.x)
+        if form is Form.DIRECT:
+            h = self._normalized(activation, block.norm1, True, *factors)
+            return Activation(self._convolve(block.conv1, h), bias=block.conv1.bias)
+        affine = self._affine(activation, block.norm1, factors[0])
+        h, partials = self._winograd(block.conv1, form, activation.x, affine, factors[1])
+        return Activation(h, partials, bias=block.conv1.bias)
+
+    def _shortcut(self, block: Layer, activation: Activation) -> tuple[Tensor, Tensor | None]:
+        """Return what a residual block adds to conv2's result, and its bias."""
+        if block.conv_shortcut is None:
+            return activation.x, activation.bias
+        bias = self.packed.shortcut_bias(block.conv_shortcut, activation.bias)
+        return self._convolve(block.conv_shortcut, activation.x), bias
+
+    def _form(self, conv: Layer, x: Tensor) -> Form:
+        """Return the form of a 3x3 convolution of x."""
+        if torch.compiler.is_compiling():  # a compiled pass keeps no packed weights: it would transform at each call
+            return Form.DIRECT
+        return self.forms.of(conv.weight, x.shape[2] * x.shape[3])
+
+    def _winograd(
+        self,
+        conv: Layer,
+        form: Form,
+        x: Tensor,
+        affine: tuple[Tensor, Tensor],
+        factor: float,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        residual_bias: Tensor | None = None,
+        pad: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        weights = self.packed.winograd(conv, form)
+        if not self.deterministic:
+            return winograd_conv(x, *affine, *weights, bias, residual, residual_bias, pad, factor)
+        # Image by image: the algorithm of the product, and with it the summation order, depends on the batch.
+        residuals = residual.split(1) if residual is not None else [None] * max(1, x.shape[0])
+        given = zip(images_of(x), *(value.split(1) for value in affine), residuals, strict=True)
+        done = [
+            winograd_conv(part, scale, shift, *weights, bias, row, residual_bias, pad, factor)
+            for part, scale, shift, row in given
+        ]
+        y, partials = zip(*done, strict=True)
+        return torch.cat(y), torch.cat(partials)
+
+    def _affine(self, activation: Activation, norm: Layer, factor_in: float) -> tuple[Tensor, Tensor]:
+        """Return scale and shift of GroupNorm(activation / factor_in)."""
+        partials = group_norm_statistics(activation.x) if activation.partials is None else activation.partials
+        return group_norm_affine(
+            partials, norm.weight, norm.bias, norm.num_groups, norm.eps, activation.bias, factor_in
+        )
+
     def _normalized(
         self, activation: Activation, norm: Layer, silu: bool, factor_in: float, factor_out: float
     ) -> Tensor:
         """Return act(GroupNorm(activation / factor_in)) * factor_out, with SiLU or nothing as act."""
-        partials = group_norm_statistics(activation.x) if activation.partials is None else activation.partials
-        affine = group_norm_affine(
-            partials, norm.weight, norm.bias, norm.num_groups, norm.eps, activation.bias, factor_in
-        )
         apply = scale_shift_silu if silu else scale_shift
-        return apply(activation.x, *affine, factor_out)
+        return apply(activation.x, *self._affine(activation, norm, factor_in), factor_out)
 
     def _with_bias(self, activation: Activation) -> Tensor:
         """Return the activation with its pending bias added."""

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from fastvae_kernels.attention import reference
 from fastvae_kernels.cpu import winograd
+from fastvae_kernels.shared.winograd_matrices import FORMS
 from fastvae_kernels.upsample import fold_upsample_weights
+from fastvae_kernels.winograd import transform_weights
 from torch import Tensor, nn
 
 from fastvae.fast import fallback_reasons
+from fastvae.fast.forms.form import Form
 from fastvae.fast.layer_checks import Layer, assume_constant_result, is_fake
 
 ALIGNMENT = 64  # bytes: torch's on a CPU
@@ -96,6 +99,10 @@ class PackedWeights:
             return channels_last(fold_upsample_weights(conv.weight))
 
         return self._get(conv, "folded", fold)
+
+    def winograd(self, conv: Layer, form: Form) -> tuple[Tensor, Tensor]:
+        """Return the transformed weights of a 3x3 convolution and their gain (fastvae_kernels.winograd)."""
+        return self._get(conv, form, lambda: transform_weights(conv.weight, FORMS[form]))
 
     def shortcut_bias(self, conv: Layer, bias: Tensor | None) -> Tensor | None:
         """Return W bias + b, fp32 [D]: the bias of a 1x1 convolution whose input lacks ``bias`` [C]."""

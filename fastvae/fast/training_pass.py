@@ -1,7 +1,7 @@
 """Blocks with a gradient: differentiable fused ops, whose gradients equal eager's within the derived tolerance.
 
-Biases stay with their convolutions, whose bias gradient is cheap in cuDNN. No weight is folded into another, so each
-parameter receives its own gradient. Gradient checkpointing follows the part's own switch.
+The biases of a residual block's convolutions are added in the norm or residual pass after them. No weight is folded
+into another, so each parameter receives its own gradient. Gradient checkpointing follows the part's own switch.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class TrainingPass(Pass):
         return Activation(*part._gradient_checkpointing_func(again, *activation[:2]))
 
     def resnet(self, block: Layer, activation: Activation, pad: bool) -> Activation:
-        h = block.conv1(self._activated(block.norm1, activation.x, activation.partials))
-        h = F.conv2d(self._activated(block.norm2, h), block.conv2.weight, padding=1)
+        h = self._activated(block.norm1, activation.x, activation.partials)
+        h = F.conv2d(h, block.conv1.weight, padding=1)
+        h = self._activated(block.norm2, h, conv_bias=block.conv1.bias)
+        h = F.conv2d(h, block.conv2.weight, padding=1)
         residual, residual_bias = activation.x, None
         if block.conv_shortcut is not None:
             residual, residual_bias = F.conv2d(activation.x, block.conv_shortcut.weight), block.conv_shortcut.bias
@@ -69,5 +71,7 @@ class TrainingPass(Pass):
     def end(self, part: Layer, activation: Activation) -> Tensor:
         return part.conv_out(self._activated(part.conv_norm_out, activation.x, activation.partials))
 
-    def _activated(self, norm: Layer, x: Tensor, partials: Tensor | None = None) -> Tensor:
-        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, partials)
+    def _activated(
+        self, norm: Layer, x: Tensor, partials: Tensor | None = None, conv_bias: Tensor | None = None
+    ) -> Tensor:
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, partials, conv_bias)

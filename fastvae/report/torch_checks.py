@@ -163,8 +163,6 @@ def check_forms(device: torch.device) -> Finding:
     except ValueError as error:
         return Finding("forms", BAD, str(error), {"device": name})
     facts = {"device": name, "entries": len(entries), "own": tables.users_table(name).exists()}
-    if not tables.has_forms(device):
-        return Finding("forms", OK, tables.NO_FORMS, facts)
     if not tables.has_table(device):
         sentence = f"no table says which form of a convolution is fastest on {name}: fastvae tune --vae ... measures it"
         return Finding("forms", NOTE, sentence, facts)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastvae_kernels.parts import attention_gradient, attention_products
 from fastvae_kernels.parts.attention_tiles import DTYPES, check
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes
 
 # Queries that the reference takes at a time, so that its memory is linear in S as well.
 REFERENCE_ROWS = 1024
@@ -35,9 +36,10 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[
 
 
 def reference_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
-    """Return [dq, dk, dv] in plain torch, in any dtype; half precision is widened to fp32."""
+    """Return spatial_attention_backward in plain torch, in any dtype; half precision is widened to fp32."""
+    dtype, shared, value = query.dtype, value is None, key if value is None else value
     grad, query, key, value, out = (values.to(lse.dtype) for values in (grad, query, key, value, out))
     delta = (grad * out).sum(dim=2, keepdim=True)
     # Not in the strides of key and value, which may be permuted: the fake promises contiguous gradients.
@@ -50,7 +52,9 @@ def reference_backward(
         grad_value += weight.mT @ grad[:, rows]
         grad_key += slope.mT @ query[:, rows]
         grad_query.append(slope @ key)
-    return [torch.cat([*grad_query, query[:, :0]], dim=1), grad_key, grad_value]
+    grads = [torch.cat([*grad_query, query[:, :0]], dim=1)]
+    grads += [grad_key + grad_value] if shared else [grad_key, grad_value]
+    return [values.to(dtype) for values in grads]
 
 
 def cost(query: Tensor, shared: bool = False) -> Cost:
@@ -90,8 +94,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor | None, scale: float) -> t
     return attention_products.attend(query, key, value, scale)
 
 
-@torch.library.custom_op("fastvae::spatial_attention", mutates_args=())
-@on_its_device
+@op
 def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return softmax(scale * query key^T) value [N, S, d] and its natural log-sum-exp, fp32 [N, S], no gradient.
 
@@ -102,67 +105,60 @@ def spatial_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return reference(query, key, value, scale)
 
 
-@spatial_attention.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(spatial_attention)
 def launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Run spatial_attention without the dispatcher."""
     check(query, key=key, value=value)
     return _attend(query, key, value, scale)
 
 
-@spatial_attention.register_fake
+@fake(spatial_attention)
 def _(query, key, value, scale):
     check(query, key=key, value=value)
     return torch.empty_like(query, memory_format=torch.contiguous_format), _lse_like(query)
 
 
-@torch.library.custom_op("fastvae::spatial_attention_shared", mutates_args=())
-@on_its_device
+@op
 def spatial_attention_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return spatial_attention(query, x, x, scale); its gradient has one tensor for keys and values. Same errors."""
     check(query, x=x)
     return reference(query, x, x, scale)
 
 
-@spatial_attention_shared.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(spatial_attention_shared)
 def launch_shared(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Run spatial_attention_shared without the dispatcher."""
     check(query, x=x)
     return _attend(query, x, None, scale)
 
 
-@spatial_attention_shared.register_fake
+@fake(spatial_attention_shared)
 def _(query, x, scale):
     check(query, x=x)
     return torch.empty_like(query, memory_format=torch.contiguous_format), _lse_like(query)
 
 
-@torch.library.custom_op("fastvae::spatial_attention_backward", mutates_args=())
-@on_its_device
+@op
 def spatial_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
     """Return [dq, dk, dv] from the gradient of the output; [dq, dx] where value is None and key is both."""
-    grads = reference_backward(grad, query, key, key if value is None else value, out, lse, scale)
-    grads = grads if value is not None else [grads[0], grads[1] + grads[2]]
-    return [values.to(query.dtype) for values in grads]
+    return reference_backward(grad, query, key, value, out, lse, scale)
 
 
-@spatial_attention_backward.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(spatial_attention_backward)
 def launch_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> list[Tensor]:
     """Run spatial_attention_backward without the dispatcher."""
     if query.dtype == torch.float64:
-        return spatial_attention_backward._init_fn(grad, query, key, value, out, lse, scale)
+        return reference_backward(grad, query, key, value, out, lse, scale)
     grad, query, key, out, lse = (values.contiguous() for values in (grad, query, key, out, lse))
     value = None if value is None else value.contiguous()
     return attention_gradient.gradients(grad, query, key, value, out, lse, scale)
 
 
-@spatial_attention_backward.register_fake
+@fake(spatial_attention_backward)
 def _(grad, query, key, value, out, lse, scale):
     return [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(2 if value is None else 3)]
 
@@ -178,8 +174,8 @@ def _backward(ctx, grad, _):
     return *spatial_attention_backward(grad, query, key, value[0] if value else None, out, lse, ctx.scale), None
 
 
-spatial_attention.register_autograd(_backward, setup_context=_keep)
-spatial_attention_shared.register_autograd(_backward, setup_context=_keep)
+differentiate(spatial_attention, _backward, _keep)
+differentiate(spatial_attention_shared, _backward, _keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:

@@ -25,7 +25,8 @@ from fastvae_kernels.parts.moments import (
     is_channels_last,
     locate_moments,
 )
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes, tl, triton
 
 CHUNK = 8192
 
@@ -135,8 +136,7 @@ def _layout(moments: Tensor) -> dict[str, int]:
     }
 
 
-@torch.library.custom_op("fastvae::kl_divergence", mutates_args=())
-@on_its_device
+@op
 def kl_divergence(moments: Tensor) -> Tensor:
     """Return the divergence of each row of moments [N, 2L, h, w] in nats, fp32 [N] (float64 for float64).
 
@@ -146,8 +146,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return reference(moments)
 
 
-@kl_divergence.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(kl_divergence)
 def launch(moments: Tensor) -> Tensor:
     """Run kl_divergence without the dispatcher."""
     _check(moments)
@@ -164,21 +163,19 @@ def launch(moments: Tensor) -> Tensor:
     return divergence
 
 
-@kl_divergence.register_fake
+@fake(kl_divergence)
 def _(moments):
     _check(moments)
     return moments.new_empty(moments.shape[0], dtype=torch.promote_types(moments.dtype, torch.float32))
 
 
-@torch.library.custom_op("fastvae::kl_divergence_backward", mutates_args=())
-@on_its_device
+@op
 def kl_divergence_backward(grad: Tensor, moments: Tensor) -> Tensor:
     """Return the moments' gradient from that of the divergences [N]; zero where the log-variance was clamped."""
     return reference_backward(grad, moments)
 
 
-@kl_divergence_backward.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(kl_divergence_backward)
 def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
     """Run kl_divergence_backward without the dispatcher."""
     if moments.dtype == torch.float64:
@@ -191,7 +188,7 @@ def launch_backward(grad: Tensor, moments: Tensor) -> Tensor:
     return grad_moments
 
 
-@kl_divergence_backward.register_fake
+@fake(kl_divergence_backward)
 def _(grad, moments):
     return torch.empty_like(moments, memory_format=format_of(moments))
 
@@ -201,10 +198,10 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return kl_divergence_backward(grad, *ctx.saved_tensors)
+    return (kl_divergence_backward(grad, *ctx.saved_tensors),)
 
 
-kl_divergence.register_autograd(_backward, setup_context=_keep)
+differentiate(kl_divergence, _backward, _keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:

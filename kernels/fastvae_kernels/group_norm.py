@@ -3,6 +3,8 @@
 group_norm_statistics reads x once, unless the producer of x wrote the partials; group_norm_affine turns partials into
 fp32 (scale, shift) [N, C], a few kilobytes; scale_shift and scale_shift_silu read x once and write y once.
 The affine takes the bias of the convolution that made x: statistics and x are those without it, and it costs no pass.
+These have no gradient: scale and shift serve the inference pass, which needs neither mean nor deviation. The training
+pass takes group_norm_silu.py, whose gradient reads mean and 1 / deviation.
 Source: torch.nn.GroupNorm; statistics.py has the layout of the partials.
 """
 
@@ -15,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels.shared import statistics, tiles
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes, tl, triton
 
 
 def statistics_reference(x: Tensor) -> Tensor:
@@ -107,11 +110,8 @@ def _affine_kernel(
     image, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     index = tl.arange(0, COLUMNS)
     channel, inside = group * PER_GROUP + index, index < PER_GROUP
-    added = tl.zeros([COLUMNS], tl.float32)
-    if conv_bias_ptr is not None:
-        added += tl.load(conv_bias_ptr + channel, inside, 0.0).to(tl.float32) * factor
-    mean, inverse = statistics.group_moments(
-        partials_ptr, added, image, group, chunks, eps, CHANNELS, PER_GROUP, COLUMNS, STEP
+    mean, inverse, added = statistics.group_moments(
+        partials_ptr, conv_bias_ptr, factor, image, group, chunks, eps, CHANNELS, PER_GROUP, COLUMNS, STEP
     )
     scale = tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32) * inverse
     shift = tl.fma(added - mean, scale, tl.load(bias_ptr + channel, inside, 0.0).to(tl.float32))
@@ -142,29 +142,26 @@ def _scale_shift_kernel(
     tl.store(y_ptr + first + row * CHANNELS + channel, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@torch.library.custom_op("fastvae::group_norm_statistics", mutates_args=())
-@on_its_device
+@op
 def group_norm_statistics(x: Tensor) -> Tensor:
     """Return partial statistics of x [N, C, H, W], fp32 [N, chunks, 3, C] (statistics.py), or raise ValueError."""
     return statistics_reference(x)
 
 
-@group_norm_statistics.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(group_norm_statistics)
 def launch_statistics(x: Tensor) -> Tensor:
     statistics.check_image("x", x)
     statistics.check_kernel_dtype("x", x)
     return statistics.measure(x.contiguous(memory_format=torch.channels_last))
 
 
-@group_norm_statistics.register_fake
+@fake(group_norm_statistics)
 def _(x: Tensor) -> Tensor:
     statistics.check_image("x", x)
     return statistics.new_partials(x)
 
 
-@torch.library.custom_op("fastvae::group_norm_affine", mutates_args=())
-@on_its_device
+@op
 def group_norm_affine(
     partials: Tensor,
     weight: Tensor,
@@ -182,8 +179,7 @@ def group_norm_affine(
     return affine_reference(partials, weight, bias, groups, eps, conv_bias, factor)
 
 
-@group_norm_affine.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(group_norm_affine)
 def launch_affine(
     partials: Tensor,
     weight: Tensor,
@@ -207,7 +203,7 @@ def launch_affine(
     return scale, shift
 
 
-@group_norm_affine.register_fake
+@fake(group_norm_affine)
 def _(partials, weight, bias, groups, eps, conv_bias=None, factor=1.0):
     _check_affine(partials, weight, bias, groups, conv_bias)
     batch, _, _, channels = partials.shape
@@ -231,8 +227,7 @@ def _launch(x: Tensor, scale: Tensor, shift: Tensor, factor: float, silu: bool) 
     return y
 
 
-@torch.library.custom_op("fastvae::scale_shift", mutates_args=())
-@on_its_device
+@op
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     """Return (x * scale + shift) * factor in channels_last, rounded once; x [N, C, H, W], fp32 scale, shift [N, C].
 
@@ -241,32 +236,29 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) ->
     return scale_shift_reference(x, scale, shift, factor)
 
 
-@scale_shift.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(scale_shift)
 def launch_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     return _launch(x, scale, shift, factor, silu=False)
 
 
-@torch.library.custom_op("fastvae::scale_shift_silu", mutates_args=())
-@on_its_device
+@op
 def scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     """Return silu(x * scale + shift) * factor in channels_last, rounded once; otherwise as scale_shift."""
     return scale_shift_silu_reference(x, scale, shift, factor)
 
 
-@scale_shift_silu.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(scale_shift_silu)
 def launch_scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, factor: float = 1.0) -> Tensor:
     return _launch(x, scale, shift, factor, silu=True)
 
 
-@scale_shift.register_fake
+@fake(scale_shift)
 def _(x, scale, shift, factor=1.0):
     _check_scale_shift(x, scale, shift)
     return statistics.new_channels_last(*x.shape, like=x)
 
 
-@scale_shift_silu.register_fake
+@fake(scale_shift_silu)
 def _(x, scale, shift, factor=1.0):
     _check_scale_shift(x, scale, shift)
     return statistics.new_channels_last(*x.shape, like=x)

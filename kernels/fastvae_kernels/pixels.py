@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels.shared import statistics, tiles
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes, tl, triton
 
 MOST_COLOURS = 8
 
@@ -78,10 +79,11 @@ def _conv_in_kernel(
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, count, CHUNK)
     first = statistics.first_value(image, count, chunk * CHUNK, CHANNELS)
+    first_line, first_column = chunk * CHUNK // width, (chunk * CHUNK % width).to(tl.int32)
     anchor, total, squares = statistics.nothing_yet(ROWS, COLUMNS)
     for start in range(0, rows, ROWS):
         inside = start + row < rows
-        line, column = statistics.line_and_column(chunk * CHUNK, start + row, width)
+        line, column = statistics.line_and_column(first_line, first_column, start + row, width)
         place = line * row_stride + column.to(tl.int64) * column_stride  # [ROWS, 1]
         line, column = line.to(tl.int32) + line_offset, column + column_offset  # [ROWS, DEPTH]
         there = inside & (index < 9 * COLOURS) & (line >= 0) & (line < height) & (column >= 0) & (column < width)
@@ -100,8 +102,7 @@ def _conv_in_kernel(
     statistics.store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total, squares, CHANNELS)
 
 
-@torch.library.custom_op("fastvae::pixels_conv_in", mutates_args=())
-@on_its_device
+@op
 def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """(conv_in(pixels) * factor, its partial statistics); differentiable in weight, bias and float pixels.
 
@@ -111,8 +112,7 @@ def pixels_conv_in(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float =
     return reference(pixels, weight, bias, factor)
 
 
-@pixels_conv_in.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(pixels_conv_in)
 def launch(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     _check(pixels, weight, bias)
     statistics.check_kernel_dtype("weight", weight)
@@ -134,7 +134,7 @@ def launch(pixels: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) ->
     return y, partials
 
 
-@pixels_conv_in.register_fake
+@fake(pixels_conv_in)
 def _(pixels, weight, bias, factor=1.0):
     _check(pixels, weight, bias)
     batch, _, height, width = pixels.shape
@@ -161,7 +161,7 @@ def _backward(ctx, dy, dpartials):
     return dpixels.to(pixels.dtype) if needed[0] else None, dweight, dbias.to(bias.dtype) if needed[2] else None, None
 
 
-pixels_conv_in.register_autograd(_backward, setup_context=_keep)
+differentiate(pixels_conv_in, _backward, _keep)
 
 
 def audit_cases():

@@ -24,7 +24,8 @@ from fastvae_kernels.parts.moments import (
 )
 from fastvae_kernels.parts.posterior_gradient import gradient
 from fastvae_kernels.shared import philox
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, backend, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, backend, size_in_bytes, tl, triton
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(HIGHEST)
 
@@ -140,8 +141,7 @@ def _latents_like(moments: Tensor) -> Tensor:
     return torch.empty(shape, dtype=moments.dtype, device=moments.device, memory_format=format_of(moments))
 
 
-@torch.library.custom_op("fastvae::sample_posterior", mutates_args=())
-@on_its_device
+@op
 def sample_posterior(
     moments: Tensor,
     seeds: Tensor | None,
@@ -162,8 +162,7 @@ def sample_posterior(
     return reference(moments, seeds, offsets, threads, shift, scale)
 
 
-@sample_posterior.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(sample_posterior)
 def launch(
     moments: Tensor,
     seeds: Tensor | None,
@@ -183,14 +182,13 @@ def launch(
     return latents
 
 
-@sample_posterior.register_fake
+@fake(sample_posterior)
 def _(moments, seeds, offsets=None, threads=0, shift=0.0, scale=1.0):
     _check(moments, seeds, offsets, threads)
     return _latents_like(moments)
 
 
-@torch.library.custom_op("fastvae::sample_posterior_backward", mutates_args=())
-@on_its_device
+@op
 def sample_posterior_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
@@ -198,8 +196,7 @@ def sample_posterior_backward(
     return reference_backward(grad, moments, seeds, offsets, threads, scale)
 
 
-@sample_posterior_backward.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(sample_posterior_backward)
 def launch_backward(
     grad: Tensor, moments: Tensor, seeds: Tensor | None, offsets: Tensor | None, threads: int, scale: float
 ) -> Tensor:
@@ -209,7 +206,7 @@ def launch_backward(
     return gradient(grad, moments, seeds, offsets, threads, scale)
 
 
-@sample_posterior_backward.register_fake
+@fake(sample_posterior_backward)
 def _(grad, moments, seeds, offsets, threads, scale):
     return torch.empty_like(moments, memory_format=format_of(moments))
 
@@ -224,7 +221,7 @@ def _backward(ctx, grad):
     return grad, None, None, None, None, None
 
 
-sample_posterior.register_autograd(_backward, setup_context=_keep)
+differentiate(sample_posterior, _backward, _keep)
 
 
 def audit_cases() -> list[tuple[str, Callable[[], object]]]:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels.shared import statistics, tiles
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes, tl, triton
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, on_its_device, size_in_bytes, tl, triton
 
 
 def reference(
@@ -85,6 +86,7 @@ def _residual_kernel(
     row = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     rows = statistics.rows_inside(chunk, pixels, CHUNK)
     first = statistics.first_value(image, pixels, chunk * CHUNK, CHANNELS)
+    first_line, first_column = chunk * CHUNK // width, (chunk * CHUNK % width).to(tl.int32)
     anchor, total, squares = statistics.nothing_yet(ROWS, COLUMNS)
     for start in range(0, rows, ROWS):
         inside = start + row < rows
@@ -93,7 +95,7 @@ def _residual_kernel(
         h = tl.load(h_ptr + place, valid, 0.0).to(tl.float32)
         residual = tl.load(residual_ptr + place, valid, 0.0).to(tl.float32)
         y = (h + residual + added).to(y_ptr.dtype.element_ty)
-        line, column = statistics.line_and_column(chunk * CHUNK, start + row, width)
+        line, column = statistics.line_and_column(first_line, first_column, start + row, width)
         target = y_ptr + line * row_stride + column * column_stride + channel
         tl.store(target, y, valid)
         if PAD:
@@ -107,8 +109,7 @@ def _residual_kernel(
     statistics.store_sums(partials_ptr, image, chunk, chunks, channel, rows, anchor, total, squares, CHANNELS)
 
 
-@torch.library.custom_op("fastvae::residual_add", mutates_args=())
-@on_its_device
+@op
 def residual_add(
     h: Tensor,
     residual: Tensor,
@@ -126,8 +127,7 @@ def residual_add(
     return reference(h, residual, bias, residual_bias, pad, factor)
 
 
-@residual_add.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(residual_add)
 def launch(
     h: Tensor,
     residual: Tensor,
@@ -176,7 +176,7 @@ def launch_into(
     return partials
 
 
-@residual_add.register_fake
+@fake(residual_add)
 def _(h, residual, bias=None, residual_bias=None, pad=0, factor=1.0):
     _check(h, residual, bias, residual_bias, pad)
     batch, channels, height, width = h.shape
@@ -193,8 +193,7 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, dy, dpartials):
     if ctx.pad:
         dy = dy[:, :, :-1, :-1]
-    # needs_input_grad does not count arguments that were left out.
-    needed = (*ctx.needs_input_grad, False, False)[2:4]
+    needed = ctx.needs_input_grad[2:4]
     if not any(needed):
         return dy, dy, None, None, None, None
     summed = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)) * ctx.factor
@@ -202,7 +201,7 @@ def _backward(ctx, dy, dpartials):
     return dy, dy, *vectors, None, None
 
 
-residual_add.register_autograd(_backward, setup_context=_keep)
+differentiate(residual_add, _backward, _keep)
 
 
 def audit_cases():

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae_kernels.shared import statistics
-from fastvae_kernels.shared.runtime import KERNEL_DEVICES, Cost, on_its_device, size_in_bytes
+from fastvae_kernels.shared.ops import differentiate, fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, on_its_device, size_in_bytes
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,8 +68,7 @@ def _unfold_last(dfolded: Tensor) -> Tensor:
     return torch.stack((second + third, first + second, zeroth + first), dim=-1)
 
 
-@torch.library.custom_op("fastvae::upsample_conv", mutates_args=())
-@on_its_device
+@op
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return conv3x3(nearest2x(x)) + bias, [N, D, 2H, 2W] in channels_last; differentiable in all three.
 
@@ -77,8 +77,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return reference(x, weight, bias)
 
 
-@upsample_conv.register_kernel(KERNEL_DEVICES)
-@on_its_device
+@kernel(upsample_conv)
 def _fold_and_launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     return launch(x, fold_upsample_weights(weight), bias)
@@ -96,7 +95,7 @@ def launch(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if y.stride() == wanted else statistics.same_layout(y)
 
 
-@upsample_conv.register_fake
+@fake(upsample_conv)
 def _(x, weight, bias=None):
     _check(x, weight, bias)
     batch, _, height, width = x.shape
@@ -112,8 +111,7 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     dx = dweight = dbias = None
-    # needs_input_grad does not count a bias that was left out.
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+    if ctx.needs_input_grad[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), dbias
@@ -127,4 +125,4 @@ def _backward(ctx, dy):
     return dx, dweight, dbias
 
 
-upsample_conv.register_autograd(_backward, setup_context=_keep)
+differentiate(upsample_conv, _backward, _keep)

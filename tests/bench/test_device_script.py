@@ -34,7 +34,7 @@ def test_a_dry_run_writes_its_results(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "logs.txt", "summary.txt"}
     whole = json.loads((tmp_path / "results.json").read_text())
     assert whole["dry"] is whole["passed"] is True
-    assert whole["parts"].keys() == {"tests", "ops", "philox", "encoder", "decoder", "profile", "loader"}
+    assert whole["parts"].keys() == {"tests", "ops", "philox", "encoder", "decoder", "profile", "loader", "winograd"}
     for part in whole["parts"].values():
         assert part["passed"] is True
         assert (part["status"], part["failed"]) == ("passed", [])
@@ -61,6 +61,10 @@ def test_a_dry_run_writes_its_results(tmp_path):
         assert f"{part} tiny" in done.stdout
     assert whole["generator"]
     assert all(row["largest_difference"] <= 2e-6 for row in whole["generator"].values())
+    layer, network = whole["winograd"].values()
+    assert layer["times_direct"].keys() == {"direct", *(f"winograd{n}{end}" for n in (2, 4) for end in ("", ", in L2"))}
+    assert layer["tflops"].keys() == {"winograd2, products", "winograd4, products"}
+    assert "fastvae, frozen, Winograd from 32 channels" in network["contestants"]
     (profile,) = whole["profiles"].values()
     assert profile["contestants"].keys() == {"eager, NCHW", "fastvae", "fastvae, frozen"}
 

@@ -100,6 +100,32 @@ def test_the_convolutions_bias_folds_into_the_affine():
     assert_as_accurate(group_norm.scale_shift(x, scale, shift), eager, truth)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "groups"),
+    [(torch.float32, (2, 48, 5, 7), 16), (torch.bfloat16, (3, 96, 9, 5), 1)],
+    ids=["fp32, three channels a group", "bf16, one group"],
+)
+def test_the_gradient_of_the_convolutions_bias_comes_with_the_norms(dtype, shape, groups):
+    """A bias larger than the deviation, given to the norm or added before it."""
+    x, dy = torch.randn(2, *shape).to(dtype).unbind()
+    vectors = [torch.randn(shape[1]).to(dtype) for _ in range(2)] + [(3 * torch.randn(shape[1])).to(dtype)]
+
+    def fused(x, weight, bias, conv_bias):
+        partials = group_norm.group_norm_statistics(x.detach())
+        return group_norm_silu.group_norm_silu(x, weight, bias, groups, EPS, partials, conv_bias)
+
+    def eager(x, weight, bias, conv_bias):
+        return F.silu(F.group_norm(x + conv_bias[:, None, None], groups, weight, bias, EPS))
+
+    found = []
+    for function, wide in ((fused, dtype), (eager, dtype), (eager, torch.float64)):
+        leaves = [value.to(wide, copy=True).requires_grad_() for value in (x, *vectors)]
+        y = function(*leaves)
+        found.append((y, *torch.autograd.grad(y, leaves, dy.to(wide))))
+    for ours, plain, truth in zip(*found, strict=True):
+        assert_as_accurate(ours.detach(), plain.detach(), truth.detach())
+
+
 def test_a_scaled_stream_gives_the_same_norm():
     """x stored times s: the same bits, because s is a power of two and eps is scaled too."""
     x, weight, bias, conv_bias = torch.randn(1, 24, 5, 6) / 300, torch.randn(24), torch.randn(24), torch.randn(24) / 300
@@ -116,18 +142,19 @@ def test_many_chunks_fold_before_the_group(monkeypatch):
     """Folding two to one tests folding 64 to one, which would need an image of 2^21 values."""
     monkeypatch.setattr(statistics, "FOLD", 2)
     monkeypatch.setattr(statistics, "MERGED", 2)
+    monkeypatch.setattr(statistics, "group_block", lambda per_group: (per_group, 1))  # more than one step for a group
     x, weight, bias, dy = torch.randn(2, 64, 50, 21) + 3, torch.randn(64), torch.randn(64), torch.randn(2, 64, 50, 21)
     partials = group_norm.group_norm_statistics(x)
     assert partials.shape[1] == 5, "three folds, with an odd chunk left in two of them"
-    saved = group_norm_silu.moments_reference(x, 32, EPS)
+    saved = group_norm_silu.moments_reference(x, 32, EPS, weight)
     ours = (
         *group_norm.group_norm_affine(partials, weight, bias, 32, EPS),
-        *group_norm_silu.launch_backward(dy, x, weight, bias, *saved, True),
+        *group_norm_silu.launch_backward(dy, x, weight, bias, *saved, True, weight),
     )
     plain, truth = (
         (
             *group_norm.affine_reference(partials.to(t), weight.to(t), bias.to(t), 32, EPS),
-            *group_norm_silu.backward_reference(*(v.to(t) for v in (dy, x, weight, bias, *saved)), True),
+            *group_norm_silu.backward_reference(*(v.to(t) for v in (dy, x, weight, bias, *saved)), True, weight.to(t)),
         )
         for t in (torch.float32, torch.float64)
     )
@@ -246,6 +273,10 @@ def partials():
             lambda: group_norm_silu.group_norm(image(), vector(), vector()[1:], 8, EPS),
             "bias must have one value for each of 24",
         ),
+        (
+            lambda: group_norm_silu.group_norm_silu(image(), vector(), vector(), 8, EPS, None, vector()[1:]),
+            "conv_bias must have one value for each of 24",
+        ),
     ],
 )
 def test_other_arguments_are_refused(call, words):
@@ -260,10 +291,11 @@ def test_opcheck():
     torch.library.opcheck(group_norm.scale_shift, (x, *affine))
     torch.library.opcheck(group_norm.scale_shift_silu, (x, *affine, 0.5))
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    torch.library.opcheck(group_norm_silu.group_norm_forward, (*leaves, 8, EPS, True))
+    torch.library.opcheck(group_norm_silu.group_norm_forward, (*leaves, 8, EPS, True, None, bias))
     moments = torch.randn(2, 8), torch.rand(2, 8)
     plain = [tensor.detach() for tensor in leaves]
     torch.library.opcheck(group_norm_silu.group_norm_backward, (plain[0], *plain, *moments, True))
+    torch.library.opcheck(group_norm_silu.group_norm_backward, (plain[0], *plain, *moments, True, plain[1]))
 
 
 def test_compiles_as_one_graph():

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from fastvae_kernels import attention, divergence, posterior, upsample
-from fastvae_kernels.group_norm import group_norm_statistics
+from fastvae_kernels.group_norm import group_norm_statistics, scale_shift
 from fastvae_kernels.group_norm_silu import group_norm_forward, group_norm_silu
+from fastvae_kernels.residual import residual_add
 from fastvae_kernels.shared import philox
 from support.accuracy import assert_as_accurate
 from support.short_run import short_run
@@ -18,15 +19,18 @@ KERNELS = Path(posterior.__file__).parent
 
 
 def test_every_launcher_and_reference_is_guarded():
-    """Triton launches on the current device and torch sets none for a custom op: each must set its own."""
+    """Triton launches on the current device and torch sets none for an op: each must set its own.
+
+    ``op`` and ``kernel`` guard their functions; torch's custom_op does not, and takes longer a call.
+    """
     unguarded = []
     for path in sorted(KERNELS.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.FunctionDef):
                 continue
             decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-            registered = any("custom_op" in d or "register_kernel" in d for d in decorators)
-            if (registered or node.name.startswith("launch")) and "on_its_device" not in decorators:
+            guarded = "on_its_device" in decorators or any(d.startswith("kernel(") for d in decorators)
+            if "custom_op" in "".join(decorators) or (node.name.startswith("launch") and not guarded):
                 unguarded.append(f"{path.name}: {node.name}")
     assert not unguarded, unguarded
 
@@ -42,6 +46,26 @@ def test_seeds_in_any_strides(strides):
         posterior.launch(moments, s, o, 256) for s, o in ((seeds, offsets), (seeds.contiguous(), offsets.contiguous()))
     )
     assert torch.equal(drawn, expected)
+
+
+def test_a_backward_pass_through_an_op_without_gradient_is_refused():
+    """Not its forward pass: statistics of an x with a gradient are taken apart."""
+    x = torch.randn(1, 8, 4, 4, requires_grad=True)
+    y = scale_shift(x, torch.ones(1, 8), torch.ones(1, 8))
+    with pytest.raises(RuntimeError, match=r"fastvae\.scale_shift\.default has no gradient"):
+        y.sum().backward()
+    query = torch.randn(1, 4, 8, requires_grad=True)
+    grads = attention.spatial_attention_backward(query, query, query, None, query, torch.randn(1, 4), 0.5)
+    assert isinstance(grads, list)
+    with pytest.raises(RuntimeError, match=r"spatial_attention_backward\.default has no gradient"):
+        grads[0].sum().backward()
+
+
+def test_a_gradient_knows_the_arguments_that_a_call_left_out():
+    h, residual = (torch.randn(1, 8, 4, 4, requires_grad=True) for _ in range(2))
+    (dh, dresidual) = torch.autograd.grad(residual_add(h, residual)[0].sum(), (h, residual))
+    assert torch.equal(dh, torch.ones_like(h))
+    assert torch.equal(dresidual, torch.ones_like(h))
 
 
 def test_an_empty_batch_with_a_stream():

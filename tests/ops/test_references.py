@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, upsample
+from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, upsample, winograd
 from fastvae_kernels.shared import statistics
+from fastvae_kernels.shared.winograd_matrices import F2
 from support.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -22,6 +23,7 @@ def calls(shape, dtype, wide):
     kernel = torch.randn(16, 3, 3, 3).to(dtype)
     picture = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
     square = torch.randn(16, channels, 3, 3).to(dtype)
+    weights = winograd.transform_weights(torch.randn(channels, channels, 3, 3).to(dtype), F2)
 
     def cast(*values):
         return [
@@ -36,11 +38,11 @@ def calls(shape, dtype, wide):
         "silu": (group_norm.scale_shift_silu_reference, group_norm.scale_shift_silu, (x, scale, shift, 0.5)),
         "composite": (
             lambda *values: (
-                group_norm_silu.reference(*values),
-                *group_norm_silu.moments_reference(values[0], 4, 1e-6),
+                group_norm_silu.reference(*values[:6], values[7]),
+                *group_norm_silu.moments_reference(values[0], 4, 1e-6, values[7]),
             ),
             group_norm_silu.group_norm_forward,
-            (x, weight, bias, 4, 1e-6, True),
+            (x, weight, bias, 4, 1e-6, True, None, weight),
         ),
         "gradient": (
             group_norm_silu.backward_reference,
@@ -50,6 +52,11 @@ def calls(shape, dtype, wide):
         "residual": (residual.reference, residual.residual_add, (x, other, bias, weight, 1)),
         "pixels": (pixels.reference, pixels.pixels_conv_in, (picture, kernel, bias.new_zeros(16))),
         "upsample": (upsample.reference, upsample.upsample_conv, (x, square)),
+        "winograd": (
+            winograd.reference,
+            winograd.winograd_conv,
+            (x, scale, shift, *weights, bias, other, weight, 1, 0.5),
+        ),
     }
     return {name: (reference, op, values, cast(*values)) for name, (reference, op, values) in named.items()}
 

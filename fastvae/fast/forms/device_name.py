@@ -1,8 +1,9 @@
-"""The name of a device, by which a CPU's table of forms is found.
+"""The name of a device's tables.
 
-A GPU's name is that of its card, by the driver. A CPU's is that of its class: the instruction set that torch's kernels
-use, because torch and oneDNN choose their code by it, and because model names are many, hidden by some hypervisors, and
-differ between machines of one fleet that must give one answer. The number of cores and caches differ within a class, so ``fastvae tune`` may find other forms than those shipped.
+A GPU's tables are those of its card, by the driver's name. A CPU's are those of its class: the instruction set that
+torch's kernels use, because torch and oneDNN choose their code by it, and because model names are many, hidden by some
+hypervisors, and differ between machines of one fleet that must give one answer. The number of cores and caches differ
+within a class, so ``fastvae tune`` may find other forms than those shipped.
 """
 
 from __future__ import annotations

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from fastvae.fast.forms.device_name import name_of
-from fastvae.fast.forms.form import DIRECT_ONLY, Entry, Form, Forms
+from fastvae.fast.forms.form import Entry, Form, Forms
 from fastvae.fast.layer_checks import assume_constant_result
 from fastvae.system.atomic_files import write_atomically
 from fastvae.system.cache_folder import cache_folder
 
-NO_FORMS = "every convolution has the direct form on a GPU"
 SHIPPED = Path(__file__).parent / "shipped"
 TYPES = {"kind": str, "inputs": int, "outputs": int, "dtype": str, "pixels": int, "form": str}
 
@@ -29,7 +28,7 @@ TYPES = {"kind": str, "inputs": int, "outputs": int, "dtype": str, "pixels": int
 @assume_constant_result
 def forms_of(device: torch.device) -> Forms:
     """Return the forms on a device, by its tables. Raises ValueError if a table cannot be read as one."""
-    return _forms_of(name_of(device)) if has_forms(device) else DIRECT_ONLY
+    return _forms_of(name_of(device))
 
 
 @functools.cache
@@ -57,11 +56,6 @@ def write(name: str, entries: Iterable[Entry], made_with: Mapping[str, Any]) -> 
     write_atomically(path, [f'{head}, "entries": [\n{lines}\n]}}\n'.encode()])
     clear()
     return path
-
-
-def has_forms(device: torch.device) -> bool:
-    """Return True if convolutions have another form than the direct one on a device: on CPUs alone."""
-    return device.type == "cpu"
 
 
 def has_table(device: torch.device) -> bool:

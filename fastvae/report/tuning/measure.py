@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastvae.fast import layer_checks
-from fastvae.fast.cpu_pass import CpuPass
 from fastvae.fast.fast_path import FastPath
 from fastvae.fast.forms.form import Entry, Form, Forms
 from fastvae.fast.forms.shapes import Placed
@@ -22,6 +21,8 @@ from fastvae.report.timing import interleaved, median, median_interval
 LEAST_GAIN = 0.02
 # The error hardly depends on the size; float64 on a CPU needs much memory.
 MOST_SIDE = 64
+# Pixels of a batch on a GPU, which small images do not fill.
+BATCH_PIXELS = 2**20
 
 
 def error_ratios(subject: Placed, path: FastPath) -> dict[str, float]:
@@ -33,19 +34,25 @@ def error_ratios(subject: Placed, path: FastPath) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, min(height, MOST_SIDE), min(width, MOST_SIDE), generator=generator)
     x = x.to(subject.part.conv_in.weight)
-    truth = layer_checks.as_module(copy.deepcopy(subject.block).double(), x.double())
-    own = _rms(layer_checks.as_module(subject.block, x).double() - truth)
-    results = {form: block_call(subject, path, form, x)() for form in Form}
+    # Not every accelerator has float64.
+    place = x.device if x.device.type == "cuda" else torch.device("cpu")
+    truth = layer_checks.as_module(copy.deepcopy(subject.block).to(place).double(), x.to(place).double())
+    own = _rms(layer_checks.as_module(subject.block, x).to(place).double() - truth)
+    results = {form: block_call(subject, path, form, x)().to(place) for form in Form}
     there = {form: y for form, y in results.items() if form is Form.DIRECT or not y.equal(results[Form.DIRECT])}
     return {form.value: _rms(y.double() - truth) / own for form, y in there.items()}
 
 
 def seconds(subject: Placed, path: FastPath, forms: list[Form], budget: float) -> dict[str, list[float]]:
     """Return samples of the block's time in each form, in turns, for about ``budget`` seconds."""
-    x = torch.randn(1, *subject.shape, generator=torch.Generator().manual_seed(0)).to(subject.part.conv_in.weight)
+    weight = subject.part.conv_in.weight
+    channels, height, width = subject.shape
+    batch = 1 if weight.device.type == "cpu" else max(1, BATCH_PIXELS // max(subject.pixels, height * width))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, channels, height, width, generator=generator).to(weight)
     calls: Mapping[str, Callable[[], Any]] = {form.value: block_call(subject, path, form, x) for form in forms}
     for call in calls.values():
-        call()  # packs the weights
+        call()  # compiles, and packs the weights
     return interleaved(calls, x.device, budget)
 
 
@@ -58,13 +65,19 @@ def fastest(samples: Mapping[str, list[float]]) -> Form:
 
 
 def block_call(subject: Placed, path: FastPath, form: Form, x: Tensor) -> Callable[[], Tensor]:
-    """Return a call of the subject's block with its layer in this form: the values for x [B, C, H, W] on a CPU."""
-    run, given = CpuPass(path.packed, Forms([Entry(*subject.key, 0, form)])), channels_last(x)
+    """Return a call of the subject's block with its layer in this form: the values for x [B, C, H, W]."""
+    forms = Forms([Entry(*subject.key, 0, form)])
+    run = path.pass_without_gradient(subject.part, x)
+    run.forms = forms
+    stream = getattr(run, "stream_factor", 1.0)
+    given = channels_last(x * stream)
     step = run.upsample if subject.key.kind == "upsample" else _resnet(run)
 
     @torch.no_grad()
     def call() -> Tensor:
-        return step(subject.block, Activation(given.clone())).x  # a pass may write into its input
+        activation = step(subject.block, Activation(given.clone()))  # a pass may write into its input
+        y = activation.x / stream if stream != 1.0 else activation.x
+        return y if activation.bias is None else y + activation.bias.to(y.dtype).view(-1, 1, 1)
 
     return call
 

@@ -4,5 +4,4 @@ sources     names, flags and hash of the C files, for setup.py and for library
 library     the library: loaded once, or the reason why there is none
 group_norm  GroupNorm with SiLU
 winograd    3x3 convolutions by Winograd's algorithm in fp32
-winograd_matrices  coefficients of Winograd's transforms
 """

@@ -2,7 +2,7 @@
 
 A chunk of tiles goes through three steps while it is in the cache: windows to V [window^2, tiles, C], the products
 M = V U of each plane, and M to pixels with bias and residual. The products of one tile do not depend on the others, so
-neither chunks, threads nor the batch change a bit. Matrices: cpu/winograd_matrices.py; their
+neither chunks, threads nor the batch change a bit. Matrices: shared/winograd_matrices.py; their
 pairs of rows (1, 2) and (3, 4) differ in signs alone, which halves the arithmetic. */
 
 #include <omp.h>

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels.cpu.library import INT, POINTER, address, library
-from fastvae_kernels.cpu.winograd_matrices import FORMS, Matrix
+from fastvae_kernels.shared.winograd_matrices import FORMS, Matrix
 
 LANES, COLUMNS = 8, 16
 # The C code multiplies this many tiles at once.

@@ -7,4 +7,7 @@ attention_products   attention as two products
 attention_gradient   dq, dk, dv
 moments              the layout of moments, and the clamp of log-variances
 posterior_gradient   the gradient of sample_posterior
+winograd_tiles       tiles, groups and strips of Winograd's convolution
+winograd_input       the pass before its products
+winograd_output      the pass behind them
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,7 +46,7 @@ KERNEL_DEVICES = (("cuda", "cpu") if INTERPRETED else ("cuda",)) if HAS_TRITON e
 
 
 def on_its_device(launcher: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Run a launcher on the GPU of its first tensor, without autocast.
+    """Run a launcher on the GPU of its first argument, a tensor given by position, without autocast.
 
     Triton launches on the current device, not on the tensors', and torch sets no device for custom ops. Autocast would
     change the dtype of the products that torch computes for an op, which then differs from its fake.
@@ -55,16 +54,16 @@ def on_its_device(launcher: Callable[Parameters, Result]) -> Callable[Parameters
 
     @functools.wraps(launcher)
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        kind = first.device.type
+        device = args[0].device  # type: ignore[union-attr]
         # A real tensor on a GPU means that CUDA is initialised; a fake one on a machine without GPU needs no device.
-        device = torch.cuda.device_of(first) if torch.cuda.is_initialized() else nullcontext()
-        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with device, autocast:
+        away = device.index is not None and torch.cuda.is_initialized() and device.index != torch.cuda.current_device()
+        autocast = torch.is_autocast_enabled(device.type)
+        if not away and not autocast:  # almost every call; contexts that do nothing take 2 µs
+            return launcher(*args, **kwargs)
+        there = torch.cuda.device(device) if away else nullcontext()
+        with there, torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             return launcher(*args, **kwargs)
 
-    # torch reads an op's schema from its annotations, and would look their names up in this module.
-    guarded.__signature__ = inspect.signature(launcher, eval_str=True)  # type: ignore[attr-defined]
     return guarded
 
 

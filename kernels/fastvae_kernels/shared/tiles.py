@@ -4,6 +4,18 @@ No tile depends on the batch or the image size, so a row's bits do not either; n
 A table is a list of entries: op, dtypes, channels (the most it serves; absent: any), shared_memory (the bytes it needs;
 absent: 0), rows, columns, depth, num_warps, num_stages. tuned/<device>.json comes before tuned/<architecture>.json,
 and tuned/default.json is last: it must serve every op on every device.
+
+Names in the kernels, and those that other Triton code has for them:
+
+    ROWS, COLUMNS, DEPTH           BLOCK_M, BLOCK_N, BLOCK_K: pixels, channels, summed channels of a program's tile
+    QUERIES, KEYS                  BLOCK_M and BLOCK_N of attention
+    CHUNK                          the pixels of one triple of partial statistics, walked in steps of ROWS
+    locate, place_of               from tl.program_id to image, pid_m and pid_n
+    inside, valid                  masks
+    nothing_yet, take, described   begin, accumulate and finalize statistics
+    anchor                         the value that sums are taken from, so that a large mean costs no digits
+    opened                         sigmoid(z)
+    plain, along, normal           sums over pixels of dz, dz n and n, with n the normalised value
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """merge_parts.py keeps the data, the commit and the status of every part of a device's results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_a_part_run_again_replaces_its_own_data_alone(folder):
     assert whole["commit"] == "second"
 
 
+def test_compiled_networks_are_those_of_their_own_part(folder):
+    """They stay when the encoder is measured again, and the encoder stays when they are."""
+    slow = network("encoder", 0.03) | {"compiled": True}
+    write(folder, "compile", facts("second", networks={"e compiled": slow}))
+    assert run(folder, "compile=passed")["networks"].keys() == {"e", "d", "e compiled"}
+    write(folder, "encoder", facts("third", networks={"e3": network("encoder", 0.01)}))
+    assert run(folder, "encoder=passed")["networks"].keys() == {"e3", "d", "e compiled"}
+
+
 def test_a_part_that_failed_or_wrote_nothing_is_kept_as_such(folder):
     write(folder, "ops", facts("second", passed=False, failed=["test_op[one]"], cases={"another": OP}))
     (folder / "tests.log").write_text("...\nFAILED tests/ops/test_tiles.py::test_it - AssertionError\nERROR a.py\n")
@@ -103,9 +113,9 @@ def test_parts_without_results_have_the_machines_facts(tmp_path):
 
 def test_every_part_of_the_script_has_its_place(folder):
     script = (ROOT / "bench" / "device.sh").read_text()
-    named = next(line for line in script.splitlines() if "|| parts=(" in line)
-    parts = named.partition("parts=(")[2].partition(")")[0].split()
-    assert set(parts) - {"tests"} == merge_parts.DATA.keys()
+    shares = next(line for line in script.splitlines() if line.startswith("declare -A share="))
+    parts = re.findall(r"\[(\w+)\]=", shares)
+    assert set(parts) - {"tests", "tune"} == merge_parts.DATA.keys()
 
 
 def test_the_page_gets_a_section_for_the_device(folder, tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fast.small_models import small_model
 from fastvae_kernels.cpu import winograd
 from fastvae_kernels.cpu.library import why_not
-from fastvae_kernels.cpu.winograd_matrices import FORMS
+from fastvae_kernels.shared.winograd_matrices import FORMS
 from support.accuracy import assert_as_accurate
 
 import fastvae

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from fastvae_kernels.cpu.winograd_matrices import FORMS
+from fastvae_kernels.shared.winograd_matrices import FORMS
 
 
 def exact(matrix):

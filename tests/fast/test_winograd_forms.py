@@ -1,0 +1,148 @@
+"""Winograd's forms in whole networks: accuracy, packed bytes, costs, and bits that do not depend on the batch."""
+
+import copy
+
+import pytest
+import torch
+from fast.small_models import FEWEST, latents, pixels, small_model, smallest_model
+from fastvae_kernels import attention, group_norm, residual, winograd
+from fastvae_kernels import pixels as pixels_op
+from support.accuracy import assert_as_accurate
+from support.short_run import short_run
+
+import fastvae
+from fastvae.fast import inference_pass
+from fastvae.fast.accelerate import path_of
+from fastvae.fast.forms.form import Entry, Form, Forms
+
+# A form, and a dtype in which its error stays within the tolerance in every network; `fastvae tune` tries the others.
+WITHIN = [
+    (Form.WINOGRAD4, torch.bfloat16),
+    (Form.WINOGRAD2, torch.bfloat16),
+    (Form.WINOGRAD2, torch.float16),
+    (Form.WINOGRAD2, torch.float32),
+]
+STRUCTURES = ("SD", "FLUX: no quant_conv", "CogView: no attention, two residual blocks", "128 channels")
+CASES = [(structure, *pair) for structure in STRUCTURES for pair in WITHIN]
+KEPT = [("SD", *WITHIN[0]), ("FLUX: no quant_conv", *WITHIN[2])]
+
+
+REFERENCES = {
+    "pixels_conv_in": pixels_op.reference,
+    "group_norm_statistics": group_norm.statistics_reference,
+    "group_norm_affine": group_norm.affine_reference,
+    "scale_shift": group_norm.scale_shift_reference,
+    "scale_shift_silu": group_norm.scale_shift_silu_reference,
+    "residual_add": residual.reference,
+    "spatial_attention": attention.reference,
+    "spatial_attention_shared": lambda query, x, scale: attention.reference(query, x, x, scale),
+    "winograd_conv": winograd.reference,
+}
+
+
+@pytest.fixture
+def by_reference(monkeypatch):
+    """Compute every op by its reference: a hundred times as fast as the interpreter; tests/ops compares both."""
+    for name, reference in REFERENCES.items():
+        monkeypatch.setattr(inference_pass, name, reference)
+
+
+def with_form(vae, form, **options):
+    """Return the model, frozen and accelerated, with all convolutions of its residual blocks in this form."""
+    fastvae.accelerate(vae, freeze=True, **options)
+    path_of(vae).forms = Forms(otherwise=form)
+    return vae
+
+
+def moments_of(vae, x):
+    return vae.encode(x).latent_dist.parameters
+
+
+def images_of(vae, z):
+    return vae.decode(z).sample
+
+
+def hold_to_tolerance(vae, x, z, form, record):
+    """Check both parts of a model against eager and float64, and record their errors as multiples of eager's."""
+    wide = copy.deepcopy(vae).double()
+    plain = moments_of(vae, x), images_of(vae, z)
+    truth = moments_of(wide, x.double()), images_of(wide, z.double())
+    with_form(vae, form)
+    ours = moments_of(vae, x), images_of(vae, z)
+    for name, mine, eager, true in zip(("encoder", "decoder"), ours, plain, truth, strict=True):
+        error, allowed = ((values.double() - true).square().mean().sqrt().item() for values in (mine, eager))
+        record(f"rms error of the {name} as a multiple of eager's", error / allowed)
+        assert_as_accurate(mine, eager, true)
+
+
+@pytest.mark.parametrize(("structure", "form", "dtype"), short_run(CASES, KEPT), ids=str)
+def test_a_network_is_as_accurate_as_eager(structure, form, dtype, by_reference, record_property):
+    """Sizes that leave half tiles, blocks with a shortcut, a downsample's padding, and fp16's factors."""
+    vae = small_model(structure).to(dtype)
+    hold_to_tolerance(vae, pixels(vae, 1, 10, 6), latents(vae, 1, 4, 3), form, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "dtype"), WITHIN, ids=str)
+@pytest.mark.parametrize("model", ["tiny", "sd15"])
+def test_real_widths_are_as_accurate_as_eager(model, form, dtype, by_reference, record_property):
+    """The embedded trained model at 128², and SD's channels with random weights at 64²."""
+    vae = (
+        fastvae.AutoencoderKL.from_pretrained("tiny") if model == "tiny" else fastvae.AutoencoderKL.from_preset("sd15")
+    )
+    vae, side = vae.eval().requires_grad_(False).to(dtype), 128 if model == "tiny" else 64
+    hold_to_tolerance(vae, pixels(vae, 1, side, side), latents(vae, 1, side // 8, side // 8), form, record_property)
+
+
+def test_kernels_and_reference_agree_in_a_network(monkeypatch):
+    vae = with_form(smallest_model(**FEWEST), Form.WINOGRAD2)
+    x = pixels(vae, 1, 2, 5)
+    ours = moments_of(vae, x)
+    monkeypatch.setattr(inference_pass, "winograd_conv", winograd.reference)
+    assert (ours - moments_of(vae, x)).abs().max() < 1e-5 * ours.abs().max()
+    path_of(vae).forms = Forms()
+    assert not torch.equal(moments_of(vae, x), ours), "the forms are not used"
+
+
+def test_rows_do_not_depend_on_their_batch(by_reference, monkeypatch):
+    # Its reference is torch's convolution, whose bits depend on the batch.
+    monkeypatch.setattr(inference_pass, "pixels_conv_in", pixels_op.pixels_conv_in)
+    vae = with_form(smallest_model(**FEWEST), Form.WINOGRAD2, deterministic=True)
+    x = pixels(vae, batch=3, height=4, width=6)
+    assert torch.equal(moments_of(vae, x), torch.cat([moments_of(vae, row[None]) for row in x]))
+    assert moments_of(vae, x[:0]).shape == (0, 8, 4, 6)
+
+
+def test_layers_take_the_form_of_their_entry(by_reference, monkeypatch):
+    """By channels and pixels; a trace and a model that is not frozen take the direct form."""
+    called = []
+    monkeypatch.setattr(inference_pass, "winograd_conv", lambda *given: called.append(1) or winograd.reference(*given))
+    vae = fastvae.accelerate(smallest_model(**FEWEST), freeze=True)
+    path_of(vae).forms = Forms([Entry("conv", 8, 8, "float32", 24, Form.WINOGRAD2)])
+    moments_of(vae, pixels(vae, 1, 4, 5))
+    assert not called
+    moments_of(vae, pixels(vae, 1, 4, 6))
+    assert len(called) == 6, "two convolutions in each of three residual blocks"
+
+
+def test_transformed_weights_are_counted_and_dropped(by_reference):
+    vae = with_form(smallest_model(**FEWEST), Form.WINOGRAD4)
+    x = pixels(vae, 1, 4, 6)
+    moments_of(vae, x)
+    kept = fastvae.fast_report(vae)["packed_bytes"]
+    assert kept >= 6 * 36 * 8 * 8 * 4
+    moments_of(vae, x)
+    assert fastvae.fast_report(vae)["packed_bytes"] == kept
+    before = moments_of(vae, x)
+    vae.encoder.mid_block.resnets[0].conv1.weight.data *= 2
+    assert torch.equal(moments_of(vae, x), before)
+    fastvae.refresh(vae)
+    assert fastvae.fast_report(vae)["packed_bytes"] == 0
+    assert not torch.equal(moments_of(vae, x), before)
+
+
+def test_explain_counts_the_launches_of_each_strip():
+    vae = with_form(smallest_model(**FEWEST), Form.WINOGRAD4)
+    launches = fastvae.explain(vae, (1, 3, 8, 8)).launches["encoder"]
+    assert launches["fastvae::winograd_conv"] == 6 * 3
+    assert "fastvae::residual_add" not in launches
