@@ -1,5 +1,6 @@
 """Image reader that ends, or stops for ever, the process that decodes an image named so, a child process as well."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,8 @@ from fastvae.data.encoding.image_reader import ImageReader
 class FatalReader(ImageReader):
     """Pickled by its name, so that a child process has the same picture(). Names: "fatal" and "endless".
 
-    FATAL_ONCE: path of a file that the first process to decode an image makes before it ends.
+    FATAL_KEYS: JSON object of keys and the number of the signal that ends the process. FATAL_ONCE: path of a file that
+    the first process to decode an image makes before it ends.
     """
 
     def picture(self, file, bucket):
@@ -19,6 +21,8 @@ class FatalReader(ImageReader):
             if once:
                 Path(once).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if number := json.loads(os.environ.get("FATAL_KEYS", "{}")).get(file.key):
+            os.kill(os.getpid(), number)
         if "endless" in file.key:
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().picture(file, bucket)
