@@ -21,9 +21,9 @@ in_both_forms = pytest.mark.parametrize("form", short_run(FORMS, ["winograd4"]))
 CASES = {
     "one pixel": (1, 16, 8, 1, 1),
     "channels that fill no block": (2, 24, 40, 5, 6),
-    "more than one block of channels": (1, 8, 80, 3, 4),
+    "more than one block of channels": (1, 72, 80, 3, 4),
     "more than one group of tiles, the last one short": (1, 8, 8, 13, 18),
-    "one line": (1, 16, 8, 1, 9),
+    "one line": (1, 24, 8, 1, 9),
 }
 # The forms that are as accurate as the direct form in one layer; a whole network decides on the others.
 AS_DIRECT = [("winograd4", torch.bfloat16), ("winograd2", torch.bfloat16), ("winograd2", torch.float32)]
@@ -112,7 +112,7 @@ def test_nothing_outside_the_outputs_is_touched(form):
     x, residual = statistics.same_layout(x), statistics.same_layout(residual)
     want = winograd_conv(x, scale, shift, weights, gain, bias, residual, other, 1)
     tiles = winograd.winograd_tiles.tiling(FORMS[form], 1, 9).size
-    shapes = (len(weights), tiles, 16), (len(weights), tiles, 8), want[0].shape, want[1].shape
+    shapes = (len(weights), tiles, 24), (len(weights), tiles, 8), want[0].shape, want[1].shape
     buffers = [torch.full((math.prod(shape) + 64,), 7.0) for shape in shapes]
     v, m, y, partials = (buffer[32:-32].view(shape) for buffer, shape in zip(buffers, shapes, strict=True))
     y = y.as_strided(y.shape, want[0].stride())
