@@ -13,6 +13,19 @@ from typing import Any
 
 from fastvae.checkpoints.presets import HINTS
 
+# Config values of AutoencoderKL, AutoencoderKLFlux2 and AsymmetricAutoencoderKL that change no latent of an encoder: of
+# decoders, and of a batch norm in training.
+BESIDE_LATENTS = {
+    *HINTS,
+    "out_channels",
+    "up_block_types",
+    "use_post_quant_conv",
+    "decoder_block_out_channels",
+    "up_block_out_channels",
+    "layers_per_up_block",
+    "batch_norm_momentum",
+}
+
 
 def canonical_json(value: Any) -> str:
     """Return JSON with one spelling for each value: sorted keys, no spaces, ASCII; raises ValueError for NaN."""
@@ -25,19 +38,20 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def identity_differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """Return differences(stored, given) without config values that change no latent (HINTS).
+    """Return differences(stored, given) without config values that change no latent (BESIDE_LATENTS).
 
-    A config.json is edited, and the same model has other hints in another repository. The digest has the hints.
+    A config.json is edited, the same model has other hints in another repository, and one encoder has several decoders.
+    The digest has all values.
     """
-    return differences(_without_hints(stored), _without_hints(json.loads(canonical_json(given))))
+    return differences(_of_latents(stored), _of_latents(json.loads(canonical_json(given))))
 
 
-def _without_hints(identity: dict[str, Any]) -> dict[str, Any]:
+def _of_latents(identity: dict[str, Any]) -> dict[str, Any]:
     model = identity.get("model")
     config = model.get("config") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(config, dict):
         return identity
-    kept = {name: value for name, value in config.items() if name not in HINTS}
+    kept = {name: value for name, value in config.items() if name not in BESIDE_LATENTS}
     return {**identity, "model": {**model, "config": kept}}
 
 

@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from support.small_store import MASK, SIDE, small_vae, write_pictures, write_store
 
 from fastvae.checkpoints.config import CONFIG_DEFAULTS, validate_config
-from fastvae.checkpoints.presets import HINTS
 from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.store.errors import IdentityMismatch, StoreError
-from fastvae.data.store.identity import digest
+from fastvae.data.store.identity import BESIDE_LATENTS, digest
 from fastvae.data.store.mapped_shard import map_shard
 from fastvae.data.store.shard import read_names
 from fastvae.data.store.store import Store
@@ -297,7 +296,7 @@ def test_row_25_every_field_of_the_identity_is_compared(tmp_path):
                 inside[path[-1]] = [value, "another"]
             if change == "left out" and value is None:
                 continue  # null and nothing are the same: no rule, or none
-            if path[:2] == ("model", "config") and path[-1] in HINTS:
+            if path[:2] == ("model", "config") and path[-1] in BESIDE_LATENTS:
                 assert Store.check(out, other).facts["identity"] == identity  # it changes no latent
                 continue
             with pytest.raises(IdentityMismatch) as caught:
