@@ -172,7 +172,8 @@ def _choose(shapes: Mapping[str, tuple[int, ...]], class_name: str, has_statisti
     if len(fitting) == 1 and fitting[0].verified:
         return fitting[0]
     if not fitting:
-        raise ValueError(f"{path}: fits no preset ({_shown(structure(shapes))}); pass config= with its values")
+        found = _shown(structure(shapes)) or "no layer of an AutoencoderKL"
+        raise ValueError(f"{path}: fits no preset ({found}); pass config= with its values")
     listed = ", ".join(f"{preset.name!r} ({_scaling(preset)})" for preset in fitting)
     raise ValueError(
         f"{path}: the tensors do not say how latents are scaled; pass preset= (--preset) one of {listed}, or config="

@@ -19,7 +19,7 @@ from torch import nn
 from fastvae.fast import copying, fallback_reasons, layer_checks
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
-from fastvae.latents.autoencoder import ACCELERATED
+from fastvae.latents.autoencoder import ACCELERATED, described_model
 from fastvae.latents.interpreter import INTERPRETER_IGNORED
 
 Model = TypeVar("Model")
@@ -167,8 +167,8 @@ def vae_of(vae_or_pipe: Any) -> nn.Module:
     vae = unwrapped(held if isinstance(held, nn.Module) else vae_or_pipe)
     if not isinstance(vae, nn.Module) or not list(_parts(vae)):
         raise TypeError(
-            f"fastvae takes a VAE with an encoder or a decoder, or a pipeline with one, got a "
-            f"{type(vae_or_pipe).__module__}.{type(vae_or_pipe).__name__}"
+            "vae_or_pipe must be a VAE with an encoder or a decoder, or a pipeline with one, got "
+            f"{described_model(vae_or_pipe)}"
         )
     return vae
 

@@ -16,6 +16,7 @@ from fastvae.latents.autoencoder import (
     Autoencoder,
     check_autoencoder,
     check_finite,
+    check_part,
     like_weights,
     to_device_of,
 )
@@ -58,6 +59,7 @@ def encode_latents(
     if posterior == "mode" and (seeds is not None or generator is not None):
         raise ValueError("the mode has no noise: leave out seeds and generator, or say posterior='sample'")
     check_autoencoder(vae)
+    check_part(vae, "encoder")
     fast = vars(vae).get(ACCELERATED)
     pixels = pixels_from_images(vae, images, layout=layout, keep_bytes=fast is not None)
     pixels = fit_to_multiple(pixels, pixel_multiple(vae), pad)
@@ -152,6 +154,7 @@ def decode_latents(
     if output not in ("uint8", "float", "pil"):
         raise ValueError(f"output must be 'uint8', 'float' or 'pil', got {output!r}")
     check_autoencoder(vae)
+    check_part(vae, "decoder")
     check_latents(z, vae.config.latent_channels * patch_size(vae) ** 2)
     check_finite("z", z, "as given")
     height, width = (side * pixel_multiple(vae) for side in z.shape[2:])

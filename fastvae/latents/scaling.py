@@ -35,7 +35,7 @@ def scale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
     if statistics is not None:
         mean, std = statistics
         return (z - mean) * vae.config.scaling_factor / std
-    return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return (z - _shift(vae)) * vae.config.scaling_factor
 
 
 def unscale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def unscale_latents(vae: Autoencoder, z: Tensor) -> Tensor:
     if statistics is not None:
         mean, std = statistics
         return z * std / vae.config.scaling_factor + mean
-    return z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return z / vae.config.scaling_factor + _shift(vae)
 
 
 def downsample_factor(vae: Autoencoder) -> int:
@@ -95,6 +95,10 @@ def _batch_norm(vae: Autoencoder) -> torch.nn.BatchNorm2d | None:
 def patch_size(vae: Autoencoder) -> int:
     """Return the side of the patches that scale_latents gathers: 1 but for FLUX.2."""
     return vae.config.patch_size[0] if _batch_norm(vae) is not None else 1
+
+
+def _shift(vae: Autoencoder) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0  # AsymmetricAutoencoderKL's config has none
 
 
 def _batch_norm_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor]:

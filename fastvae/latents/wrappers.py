@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvae.latents.autoencoder import check_autoencoder
 from fastvae.latents.scaling import pixel_multiple
 
 
@@ -15,12 +16,13 @@ def model_inside(vae: nn.Module) -> nn.Module:
     """Return the VAE itself, with the adapters of PEFT merged into a copy's weights; a plain VAE is returned unchanged.
 
     An identity is made from names and weights of the VAE: those of a wrapper begin with another name, and the state of
-    an adapter lacks its scale and whether it is active. Raises ValueError for a wrapper that encodes otherwise than the
-    VAE inside, and for adapters that cannot be merged.
+    an adapter lacks its scale and whether it is active. Raises ValueError for what holds no VAE, for a wrapper that
+    encodes otherwise than the VAE inside, and for adapters that cannot be merged.
     """
     inside = vae
     while (found := _held(inside)) is not None:
         inside = found
+    check_autoencoder(inside)
     if inside is not vae and _has_own_encode(vae, inside) and not _encodes_alike(vae, inside):
         raise ValueError(
             f"vae must be the VAE itself: {type(vae).__name__} gives other moments than the {type(inside).__name__} "

@@ -19,7 +19,7 @@ from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import unwrapped, vae_of
 from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.fast.fast_path import FastPath
-from fastvae.latents.autoencoder import ACCELERATED, like_weights
+from fastvae.latents.autoencoder import ACCELERATED, check_autoencoder, check_part, like_weights
 from fastvae.latents.pixels import pixels_from_images
 from fastvae.latents.scaling import pixel_multiple
 from fastvae.report import compare_stages
@@ -190,9 +190,9 @@ def compare_files(
 
 def _complete_vae(vae_or_pipe: Any) -> Any:
     vae = vae_of(vae_or_pipe)
-    for name in ("encoder", "decoder"):
-        if getattr(vae, name, None) is None:
-            raise ValueError(f"compare needs a model with an encoder and a decoder, got one without its {name}")
+    check_autoencoder(vae)
+    check_part(vae, "encoder")
+    check_part(vae, "decoder")
     if any(weight.device.type == "meta" for weight in vae.parameters()):
         raise ValueError("compare needs weights in memory, got some on the meta device: remove the offload hooks")
     return vae

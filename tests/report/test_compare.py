@@ -199,7 +199,7 @@ def test_text_and_data():
 @pytest.mark.parametrize(
     ("change", "images", "words"),
     [
-        (lambda vae: setattr(vae, "decoder", None), None, "got one without its decoder"),
+        (lambda vae: setattr(vae, "decoder", None), None, "vae must have its decoder, got AutoencoderKL with"),
         (lambda vae: vae.to("meta"), None, "weights in memory"),
         (lambda vae: None, torch.zeros(0, 3, 8, 8), "at least one image"),
         (lambda vae: None, torch.zeros(1, 3, 1, 8), "at least 2 x 2 pixels, got "),

@@ -17,7 +17,7 @@ from fastvae.data.datasets.device_transfer import EncodedTensors, Transfer, tran
 from fastvae.data.rows import noise_keys
 from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import POSTERIORS
-from fastvae.latents.autoencoder import check_autoencoder, check_finite
+from fastvae.latents.autoencoder import check_autoencoder, check_finite, check_part
 from fastvae.latents.convert import redo_overflow, unchecked_moments_of_images
 from fastvae.latents.logvar_range import LOGVAR_RANGE
 from fastvae.latents.sampling import sample_posterior
@@ -76,6 +76,7 @@ class LatentLoader:
         self.ahead, self.scaled, self.posterior = ahead, scaled, posterior
         self.seed, self.rank = check_unsigned("seed", seed), check_unsigned("rank", rank)
         check_autoencoder(vae)
+        check_part(vae, "encoder")
         check_choices(pad=(pad, ("error", "crop", "reflect")))
         self._images, self._key, self._pad = images, key, pad
         self._scaling = LatentScaling(scaling_of(vae), scaled) if posterior == "dist" else None

@@ -104,7 +104,7 @@ def decoded_rows(
     from fastvae.latents.scaling import scale_latents
 
     model = _decoder(dataset, vae, subfolder, revision, device, preset)
-    weight = next(model.decoder.parameters())
+    weight = next(model.parameters())
     with torch.inference_mode():
         for number in numbers:
             item = dataset[number]
@@ -124,20 +124,23 @@ def _decoder(
 ) -> Any:
     import torch
 
-    from fastvae.data.encoding.model import named_model, open_model
+    from fastvae.data.encoding.model import name_of, named_model, open_model
     from fastvae.data.store.store import Store
     from fastvae.fast.accelerate import accelerate
+    from fastvae.latents.autoencoder import check_autoencoder, check_part
     from fastvae.system.devices import DTYPES, default_dtype, resolve_device
 
     place = resolve_device(device)
     is_given = vae is not None
     if isinstance(vae, torch.nn.Module):
+        check_autoencoder(vae)
+        check_part(vae, "decoder")
         _check_channels(dataset, vae)
         if getattr(vae, "encoder", None) is not None:
             _check_weights(dataset, lambda: vae, type(vae).__name__, is_given)
         return vae
     vae, subfolder, revision, preset = named_model(Store.open(dataset.path), vae, subfolder, revision, preset)
-    name = os.fspath(vae)
+    name = name_of(vae)
     model = open_model(name, subfolder, revision, DTYPES[default_dtype(place)], ("decoder",), preset)
     _check_channels(dataset, model)
     if not _has_same_files(dataset, model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from fastvae.checkpoints.loading import TINY
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.store import Store
-from fastvae.fast.fallback_reasons import BUILT_IN_PROCESSORS
+from fastvae.fast.accelerate import unwrapped
+from fastvae.fast.fallback_reasons import BUILT_IN_PROCESSORS, Reason, why_not_shape
+from fastvae.latents.autoencoder import check_autoencoder, described_model
 from fastvae.latents.wrappers import model_inside
 from fastvae.system.atomic_files import sha256_of
 from fastvae.system.terminal import print_stderr
@@ -22,6 +25,8 @@ from fastvae.system.terminal import print_stderr
 PROCESSOR_MODULES = ("fastvae.models.attention_processor", "diffusers.models.attention_processor")
 # Weights that make latents; the decoder's do not.
 ENCODER_PARTS = ("encoder.", "quant_conv.", "bn.")
+# Names of the module inside torch.compile's wrapper, and inside those of data parallelism.
+WRAPPED = re.compile(r"\.(_orig_mod|module)(?=\.)")
 
 
 def open_model(
@@ -62,7 +67,7 @@ def load_model(
         vae = model_inside(vae)
         check_model(vae)
         return vae, {"vae": type(vae).__name__, "object": True}
-    name = os.fspath(vae)
+    name = name_of(vae)
     model = open_model(name, subfolder, revision, torch.float32, ("encoder",), preset)
     check_model(model)
     folder = os.path.abspath(os.path.expanduser(name))
@@ -70,6 +75,15 @@ def load_model(
         name = folder  # a later decode may run in another folder
     made_with = {"vae": name, "subfolder": subfolder, "revision": revision}
     return model, made_with if preset is None else {**made_with, "preset": preset}
+
+
+def name_of(vae: Any) -> str:
+    """Return the name or path of a model as a string. Raises ValueError for what is neither."""
+    if not isinstance(vae, str | os.PathLike):
+        raise ValueError(
+            f'vae must be a loaded model, or its directory, Hub id, single file or "{TINY}", got {described_model(vae)}'
+        )
+    return os.fspath(vae)
 
 
 def named_model(
@@ -113,7 +127,8 @@ def model_identity(vae: torch.nn.Module) -> dict[str, Any]:
     Raises ValueError for a model without such weights: a digest of no tensor is the same for all of them.
     """
     hasher = hashlib.sha256()
-    state = vae.state_dict()
+    # A wrapper around the encoder alone is no part of the model.
+    state = {WRAPPED.sub("", name): value for name, value in vae.state_dict().items()}
     names = sorted(name for name in state if name.startswith(ENCODER_PARTS))
     if not any(name.startswith("encoder.") for name in names):
         raise ValueError(f"vae must have weights of an encoder, 'encoder.*', got {type(vae).__name__} with none")
@@ -159,14 +174,10 @@ def model_facts(
 
 def check_model(vae: Any) -> None:
     """Raise ValueError, naming the class, for a model whose latents a store cannot hold or identify."""
+    check_autoencoder(vae)
     kind = type(vae).__name__
-    if not hasattr(vae, "config") or getattr(vae, "encoder", None) is None:
-        raise ValueError(f"vae must have a config and an encoder, got {kind}")
-    lacking = [
-        name for name in ("in_channels", "latent_channels", "block_out_channels") if not hasattr(vae.config, name)
-    ]
-    if lacking:
-        raise ValueError(f"vae must have {lacking[0]} in its config, as AutoencoderKL has, got {kind}")
+    if getattr(vae, "encoder", None) is None:
+        raise ValueError(f"vae must have an encoder, got {kind} without one")
     if vae.config.in_channels != 3:
         raise ValueError(f"vae must take RGB images, got {kind}, which takes {vae.config.in_channels}-channel images")
     expected = 2 * vae.config.latent_channels
@@ -176,6 +187,11 @@ def check_model(vae: Any) -> None:
         raise ValueError(
             f"vae must give mean and log-variance, {expected} channels for its {vae.config.latent_channels} latent "
             f"channels, got {kind}, which {found}"
+        )
+    encoder = unwrapped(vae.encoder)
+    if why_not_shape(encoder) is Reason.UNSUPPORTED_LAYER:
+        raise ValueError(
+            f"vae must have an encoder built like AutoencoderKL's, got {kind} with a {type(encoder).__name__}"
         )
     _check_processors(vae.encoder, kind)
 

@@ -160,7 +160,8 @@ class AutoencoderKLBase(ModelMixin, AttentionMixin, AutoencoderMixin):
             raise ValueError(f"{name} must be a tensor [B, {channels}, H, W], got {got}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}: encode_latents takes uint8 images")
-        weight: torch.dtype = part.conv_in.weight.dtype  # type: ignore
+        # A wrapper around the part, such as DataParallel, has no conv_in: torch then raises its own error.
+        weight: torch.dtype = getattr(getattr(part, "conv_in", None), "weight", x).dtype
         # Weights of one byte are stored in it and computed in another dtype (diffusers' layerwise casting).
         if x.dtype != weight and weight.itemsize > 1 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must have the model's dtype {weight}, got {x.dtype}")

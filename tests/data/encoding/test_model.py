@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from support.small_store import SIDE, small_vae, write_pictures
+from torch import nn
 
 import fastvae
 from fastvae.data.datasets.dataset import LatentDataset
@@ -55,25 +56,36 @@ def test_a_foreign_attention_processor_is_refused(source, tmp_path):
         assert encode(source, tmp_path / "theirs", vae=theirs, **OPTIONS).ok == 2
 
 
+def with_part(name: str, part: nn.Module) -> nn.Module:
+    """Return a model with another part of this name."""
+    vae = small_vae()
+    setattr(vae, name, part)
+    return vae
+
+
 NO_MOMENTS = {
-    "AutoencoderTiny": lambda: diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
+    "one colour": (lambda: small_vae(in_channels=1), "must take RGB images, got AutoencoderKL, which takes 1-channel"),
+    "the mean alone": (
+        lambda: with_part("quant_conv", nn.Conv2d(8, 4, 1)),
+        "mean and log-variance, 8 channels .* got AutoencoderKL, which gives 4",
     ),
-    "VQModel": lambda: diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4),
-    "AutoencoderKL": lambda: small_vae(in_channels=1),
-}  # fmt: skip
+    "no convolution at the end": (
+        lambda: with_part("quant_conv", nn.Identity()),
+        "mean and log-variance, 8 channels .* got AutoencoderKL, which has no convolution at the end",
+    ),
+    "an encoder of another kind": (
+        lambda: with_part("encoder", nn.Sequential(small_vae().encoder)),
+        "an encoder built like AutoencoderKL's, got AutoencoderKL with a Sequential",
+    ),
+    "no encoder": (lambda: with_part("encoder", None), "must have an encoder, got AutoencoderKL without one"),
+}
 
 
 @pytest.mark.parametrize("kind", NO_MOMENTS)
 def test_a_model_without_moments_of_rgb_is_refused_before_the_output_is_touched(source, tmp_path, kind):
-    words = (
-        "takes 1-channel images"
-        if kind == "AutoencoderKL"
-        else f"mean and log-variance, 8 channels .* got {kind}, which"
-    )
+    vae, words = NO_MOMENTS[kind]
     with pytest.raises(ValueError, match=words):
-        encode(source, tmp_path / "out", vae=NO_MOMENTS[kind](), **OPTIONS)
+        encode(source, tmp_path / "out", vae=vae(), **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.model import load_model, model_identity
 from fastvae.data.encoding.repair import repair
 from fastvae.data.store.errors import IdentityMismatch
+from fastvae.models import AutoencoderKLFlux2
 
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu"}
 
@@ -118,18 +119,48 @@ def test_an_identity_over_no_tensor_is_refused():
         model_identity(empty)
 
 
-@pytest.mark.parametrize("hint", [{"sample_size": 64}, {"force_upcast": False}])
+OF_DECODERS = [{"out_channels": 4}, {"use_post_quant_conv": False}, {"up_block_types": ("AttnUpDecoderBlock2D",) * 4}]
+
+
+def with_first_encoder(**changes):
+    """Return a model of another config with the weights of small_vae()'s encoder."""
+    vae, first = small_vae(**changes), small_vae()
+    vae.encoder, vae.quant_conv = first.encoder, first.quant_conv
+    return vae
+
+
+@pytest.mark.parametrize("hint", [{"sample_size": 64}, {"force_upcast": False}, *OF_DECODERS])
 def test_config_values_that_change_no_latent_do_not_end_a_store(tmp_path, hint):
     write_pictures(tmp_path / "in", 2)
     made = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), limit=1, **OPTIONS)
     before = (tmp_path / "out" / "store.json").read_bytes()
-    again = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(**hint), **OPTIONS)
+    again = encode(tmp_path / "in", tmp_path / "out", vae=with_first_encoder(**hint), **OPTIONS)
     assert (again.ok, again.resumed, again.identity) == (1, 1, made.identity)
-    dry = encode(tmp_path / "in", tmp_path / "out", vae=small_vae(**hint), dry_run=True, **OPTIONS)
+    dry = encode(tmp_path / "in", tmp_path / "out", vae=with_first_encoder(**hint), dry_run=True, **OPTIONS)
     assert dry.identity == made.identity
     shard_of(tmp_path / "out").unlink()
-    repaired = repair(tmp_path / "out", tmp_path / "in", vae=small_vae(**hint), device="cpu", progress=False)
+    repaired = repair(tmp_path / "out", tmp_path / "in", vae=with_first_encoder(**hint), device="cpu", progress=False)
     assert repaired.report.identity == made.identity
     assert (tmp_path / "out" / "store.json").read_bytes() == before
     with pytest.raises(IdentityMismatch, match="scaling_factor"):
-        encode(tmp_path / "in", tmp_path / "out", vae=small_vae(**hint, scaling_factor=0.5), **OPTIONS)
+        encode(tmp_path / "in", tmp_path / "out", vae=with_first_encoder(**hint, scaling_factor=0.5), **OPTIONS)
+
+
+def test_flux2_with_another_decoder_continues_its_store(tmp_path):
+    """The public decoders of FLUX.2, full and small, have one encoder."""
+    write_pictures(tmp_path / "in", 2)
+    narrow = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1}
+    torch.manual_seed(0)
+    full = AutoencoderKLFlux2(**narrow).eval()
+    small = AutoencoderKLFlux2(**narrow, decoder_block_out_channels=(4,) * 4, batch_norm_momentum=0.5).eval()
+    small.encoder, small.quant_conv = full.encoder, full.quant_conv
+    assert encode(tmp_path / "in", tmp_path / "out", vae=full, limit=1, **OPTIONS).ok == 1
+    again = encode(tmp_path / "in", tmp_path / "out", vae=small, **OPTIONS)
+    assert (again.ok, again.resumed) == (1, 1)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_encoder_has_the_identity_of_the_encoder_inside(wrap):
+    vae = small_vae()
+    vae.encoder = wrap(vae.encoder)
+    assert identity(vae) == identity(small_vae())
