@@ -14,6 +14,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.command()
 @options.vae
 @options.model_location
+@options.preset
 @click.option(
     "--size",
     "sizes",

@@ -81,3 +81,13 @@ def test_a_single_file_in_bench_compare_and_doctor(file, tmp_path, monkeypatch):
 def test_a_preset_of_a_model_with_a_config_is_refused(tmp_path):
     small_vae().save_pretrained(tmp_path / "model")
     assert "preset must be left out, got 'sdxl'" in run("info", tmp_path / "model", "--preset", "sdxl", code=2).stderr
+
+
+def test_a_single_file_in_tune(file):
+    """By a size that it does not take, which is refused after the model was loaded and before anything is measured."""
+    tune = ("tune", "--vae", file, "--size", 12, "--device", "cpu", "--dtype", "fp32")
+    assert (
+        "sizes must be multiples of the model's 8 pixels per latent" in run(*tune, "--preset", "small", code=2).stderr
+    )
+    assert "did you mean 'small'?" in run(*tune, "--preset", "smal", code=2).stderr
+    assert "fits no preset" in run(*tune, code=2).stderr

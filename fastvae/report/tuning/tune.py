@@ -69,6 +69,7 @@ def tune(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     sizes: Sequence[int] = (),
     dtype: str | None = None,
     device: str | None = None,
@@ -78,13 +79,14 @@ def tune(
 ) -> dict[str, Any]:
     """Find the fastest accurate form of each convolution of a model on a device, and write the user's table.
 
-    sizes: sides of the square images, by default 256 and 512, on a GPU also 1024. seconds: of measuring one layer.
-    again: measure also what the journal has. say: called with each step. Returns values for JSON. Raises ValueError for
-    a size that the model does not take and for a model that does not run fused, and the errors of loading a model.
+    preset: of a single file, if its tensors do not decide the scaling. sizes: sides of the square images, by default
+    256 and 512, on a GPU also 1024. seconds: of measuring one layer. again: measure also what the journal has. say:
+    called with each step. Returns values for JSON. Raises ValueError for a size that the model does not take and for a
+    model that does not run fused, and the errors of loading a model.
     """
     place = resolve_device(device)
     dtype = dtype or default_dtype(place)
-    model, _ = open_fp32(vae, subfolder, revision)
+    model, _ = open_fp32(vae, subfolder, revision, preset)
     sizes = tuple(sizes) or SIZES.get(place.type, SIZES["cuda"])
     multiple = pixel_multiple(model)
     if wrong := [size for size in sizes if size < multiple or size % multiple]:
