@@ -9,16 +9,18 @@ FLUX.1's are scaled and shifted, as sd-scripts' code of that model returns them.
 
 Buckets and crops follow the defaults of sd-scripts, and EXIF orientation is not applied, as there. The pixels differ in
 the last bit (Pillow's Lanczos instead of OpenCV's), and the noise differs: here it depends on the picture's name only.
+Pictures that cannot be read are skipped, named and counted; the next pictures are read while some are encoded.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +28,13 @@ from PIL import Image
 from torch import Tensor
 
 import fastvae
-from fastvae.latents.convert import moments_of_images
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Families whose files hold several resolutions, and families whose latents are scaled.
 SEVERAL_SIZES, SCALED = {"sd3", "flux"}, {"flux"}
 Size = tuple[int, int]  # width, height
+# Errors of Pillow for a file that is no picture, or that is broken or too large.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,19 @@ def pixels_of(picture: Planned) -> Tensor:
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
 
 
-def plan(folder: Path, sizes: list[Size]) -> list[Planned]:
-    """List every picture under ``folder``, sorted by bucket.
+def plan(folder: Path, sizes: list[Size], skipped: list[Path]) -> list[Planned]:
+    """List every picture under ``folder``, sorted by bucket; add those that cannot be read to ``skipped``.
 
     Those that differ only by extension are named and left out: their caches would have one name.
     """
     by_cache: dict[tuple[Path, Size], list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
-            with Image.open(path) as image:  # reads only the header
-                by_cache.setdefault((path.with_suffix(""), image.size), []).append(path)
+            try:
+                with Image.open(path) as image:  # reads only the header
+                    by_cache.setdefault((path.with_suffix(""), image.size), []).append(path)
+            except UNREADABLE as error:
+                skip(path, error, skipped)
     for paths in by_cache.values():
         if len(paths) > 1:
             print(f"left out: {', '.join(map(str, paths))} would share one cache: rename one")
@@ -106,17 +112,38 @@ def plan(folder: Path, sizes: list[Size]) -> list[Planned]:
     return sorted(planned, key=lambda picture: picture.bucket)
 
 
-def draw(vae: fastvae.AutoencoderKL, pixels: Tensor, seeds: list[int], family: str) -> np.ndarray:
-    """Draw from each picture's posterior, float32 [B, L, h, w]; rows that overflow fp16 are encoded again in fp32."""
-    latents = fastvae.sample_posterior(moments_of_images(vae, pixels), seeds=seeds)
-    if family in SCALED:
-        latents = vae.scale_latents(latents)
-    return latents.float().cpu().numpy()
+def skip(path: Path, error: Exception, skipped: list[Path]) -> None:
+    """Name a picture that cannot be read, and add it to ``skipped``."""
+    print(f"skipped: {path}: {error}")
+    skipped.append(path)
 
 
-def seed_of(name: str, seed: int) -> int:
-    """Return a picture's unsigned 64-bit seed, so that latents do not depend on batch and order."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+def batches(pictures: list[Planned], batch: int, flip: bool, skipped: list[Path]) -> Iterator[dict[str, Any]]:
+    """Yield batches of one bucket each, as LatentLoader takes them, with ``flip`` each a second time mirrored.
+
+    The key of a picture decides its noise: its name, so that latents do not depend on batch and order.
+    """
+    for _, group in groupby(pictures, key=lambda picture: picture.bucket):
+        rows: list[tuple[Planned, Tensor]] = []
+        for picture in group:
+            try:
+                rows.append((picture, pixels_of(picture)))
+            except UNREADABLE as error:
+                skip(picture.path, error, skipped)
+            if len(rows) == batch:
+                yield from as_batches(rows, flip)
+                rows = []
+        if rows:
+            yield from as_batches(rows, flip)
+
+
+def as_batches(rows: list[tuple[Planned, Tensor]], flip: bool) -> Iterator[dict[str, Any]]:
+    """Yield the batch of some pictures; with ``flip`` the mirrored one too, with the same noise."""
+    pictures, pixels = [picture for picture, _ in rows], torch.stack([pixels for _, pixels in rows])
+    names = [picture.path.name for picture in pictures]
+    yield {"pictures": pictures, "images": pixels, "key": names, "name": "latents"}
+    if flip:
+        yield {"pictures": pictures, "images": pixels.flip(3), "key": names, "name": "latents_flipped"}
 
 
 def write_cache(path: Path, values: dict[str, np.ndarray]) -> None:
@@ -140,25 +167,33 @@ def is_cached(path: Path, names: list[str], size: tuple[int, int]) -> bool:
 
 
 def cache(
-    vae: fastvae.AutoencoderKL, pictures: list[Planned], family: str, *, batch: int, flip: bool = False, seed: int = 0
+    vae: fastvae.AutoencoderKL,
+    pictures: list[Planned],
+    family: str,
+    skipped: list[Path],
+    *,
+    batch: int,
+    flip: bool = False,
+    seed: int = 0,
 ) -> int:
-    """Encode the pictures that have no cache yet, and return their number."""
-    done = 0
-    for bucket, group in groupby(pictures, key=lambda picture: picture.bucket):
-        f = vae.downsample_factor
-        ending = f"_{bucket[1] // f}x{bucket[0] // f}" if family in SEVERAL_SIZES else ""
-        names = [f"{name}{ending}" for name in ("latents", "original_size", "crop_ltrb", *["latents_flipped"] * flip)]
-        size = bucket[1] // f, bucket[0] // f
-        missing = (picture for picture in group if not is_cached(picture.cache(family), names, size))
-        while rows := list(islice(missing, batch)):
-            pixels = torch.stack([pixels_of(picture) for picture in rows])
-            seeds = [seed_of(picture.path.name, seed) for picture in rows]
-            drawn = [draw(vae, pixels, seeds, family)]
-            drawn += [draw(vae, pixels.flip(3), seeds, family)] if flip else []
-            for picture, *latents in zip(rows, *drawn, strict=True):
-                values = [latents[0], np.array(picture.size), np.array(crop_ltrb(picture.size, bucket)), *latents[1:]]
-                write_cache(picture.cache(family), dict(zip(names, values, strict=True)))
-            done += len(rows)
+    """Encode the pictures that have no cache yet, and return their number; add broken ones to ``skipped``."""
+    done, f = 0, vae.downsample_factor
+
+    def named(name: str, bucket: Size) -> str:
+        return f"{name}_{bucket[1] // f}x{bucket[0] // f}" if family in SEVERAL_SIZES else name
+
+    def is_missing(picture: Planned) -> bool:
+        every = ("latents", "original_size", "crop_ltrb", *["latents_flipped"] * flip)
+        names = [named(name, picture.bucket) for name in every]
+        return not is_cached(picture.cache(family), names, (picture.bucket[1] // f, picture.bucket[0] // f))
+
+    loader = batches(list(filter(is_missing, pictures)), batch, flip, skipped)
+    for drawn in fastvae.LatentLoader(loader, vae, seed=seed, scaled=family in SCALED):
+        for picture, latents in zip(drawn["pictures"], drawn["latents"].float().cpu().numpy(), strict=True):
+            crop = crop_ltrb(picture.size, picture.bucket)
+            values = {drawn["name"]: latents, "original_size": np.array(picture.size), "crop_ltrb": np.array(crop)}
+            write_cache(picture.cache(family), {named(name, picture.bucket): values[name] for name in values})
+            done += drawn["name"] == "latents"
     return done
 
 
@@ -177,8 +212,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = bucket_sizes(arguments.side, arguments.step, arguments.least, arguments.most)
     cuda = torch.cuda.is_available()
+    skipped: list[Path] = []
     try:
-        pictures = plan(arguments.photographs, sizes)
+        pictures = plan(arguments.photographs, sizes, skipped)
         if not pictures:
             parser.error(f"there is no picture ({', '.join(sorted(SUFFIXES))}) under {arguments.photographs}")
         vae = fastvae.AutoencoderKL.from_pretrained(
@@ -187,11 +223,13 @@ def main() -> None:
             device="cuda" if cuda else "cpu",
             parts=("encoder",),
         )
-    except (OSError, ValueError) as error:  # no model, or an unreadable picture
+    except (OSError, ValueError) as error:  # no model
         parser.error(str(error))
     fastvae.accelerate(vae, freeze=True)
-    done = cache(vae, pictures, arguments.family, batch=arguments.batch, flip=arguments.flip, seed=arguments.seed)
-    print(f"{done} of {len(pictures)} pictures encoded, in {len({picture.bucket for picture in pictures})} buckets")
+    options = {"batch": arguments.batch, "flip": arguments.flip, "seed": arguments.seed}
+    done = cache(vae, pictures, arguments.family, skipped, **options)
+    buckets = len({picture.bucket for picture in pictures})
+    print(f"{done} of {len(pictures)} pictures encoded, in {buckets} buckets; {len(skipped)} skipped")
 
 
 if __name__ == "__main__":

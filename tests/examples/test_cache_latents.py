@@ -36,7 +36,7 @@ def photographs(tmp_path):
 
 
 def planned(kohya, folder):
-    return kohya.plan(folder, kohya.bucket_sizes(SIDE, STEP, LEAST, MOST))
+    return kohya.plan(folder, kohya.bucket_sizes(SIDE, STEP, LEAST, MOST), [])
 
 
 def arrays(path):
@@ -47,7 +47,7 @@ def arrays(path):
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_a_cache_has_the_names_that_are_read(kohya, vae, photographs, family):
     """SD3 and FLUX.1 keep several resolutions in one file, the others one."""
-    assert kohya.cache(vae, planned(kohya, photographs), family, batch=2, flip=True) == 4
+    assert kohya.cache(vae, planned(kohya, photographs), family, [], batch=2, flip=True) == 4
     written = {str(path.relative_to(photographs)) for path in photographs.rglob("*.npz")}
     sizes = {"wide": "0096x0080", "deep/tall": "0080x0096", "other": "0100x0080", "long": "0160x0064"}
     assert written == {f"{name}_{size}_{family}.npz" for name, size in sizes.items()}
@@ -59,7 +59,7 @@ def test_a_cache_has_the_names_that_are_read(kohya, vae, photographs, family):
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_latents_are_draws_raw_or_scaled(kohya, vae, photographs, family):
-    kohya.cache(vae, planned(kohya, photographs), family, batch=1, flip=True)
+    kohya.cache(vae, planned(kohya, photographs), family, [], batch=1, flip=True)
     values = arrays(photographs / f"long_0160x0064_{family}.npz")
     held = {name.split("_4x12")[0]: value for name, value in values.items()}
     assert held["latents"].dtype == np.float32
@@ -72,7 +72,7 @@ def test_latents_are_draws_raw_or_scaled(kohya, vae, photographs, family):
     x = pixels.permute(2, 0, 1)[None] / 127.5 - 1
     for name, seen in (("latents", x), ("latents_flipped", x.flip(3))):
         eager, truth = (
-            drawn(model, seen.to(model.dtype), kohya.seed_of("long.png", 0), scaled=family == "flux")
+            drawn(model, seen.to(model.dtype), fastvae.noise_key(0, 0, "long.png", 0), scaled=family == "flux")
             for model in (vae, copy.deepcopy(vae).double())
         )
         assert_as_accurate(torch.from_numpy(held[name]), eager, truth)
@@ -87,32 +87,32 @@ def drawn(vae, x, seed, *, scaled):
 def test_neither_batch_nor_order_changes_a_picture(kohya, vae, photographs, tmp_path):
     one = fastvae.accelerate(copy.deepcopy(vae), deterministic=True)
     pictures = planned(kohya, photographs)
-    kohya.cache(one, pictures, "sdxl", batch=1)
+    kohya.cache(one, pictures, "sdxl", [], batch=1)
     alone = {path: path.read_bytes() for path in photographs.rglob("*.npz")}
     for path in alone:
         path.unlink()
-    kohya.cache(one, sorted(pictures, key=lambda picture: picture.bucket, reverse=True), "sdxl", batch=4)
+    kohya.cache(one, sorted(pictures, key=lambda picture: picture.bucket, reverse=True), "sdxl", [], batch=4)
     for path, bytes_ in alone.items():
         assert path.read_bytes() == bytes_, path
-    kohya.cache(one, pictures, "sd", batch=4, seed=1)
+    kohya.cache(one, pictures, "sd", [], batch=4, seed=1)
     latents = [arrays(photographs / f"long_0160x0064_{family}.npz")["latents"] for family in ("sdxl", "sd")]
     assert not np.array_equal(*latents), "another seed, another draw"
 
 
 def test_cached_pictures_are_not_encoded_again(kohya, vae, photographs):
     pictures = planned(kohya, photographs)
-    assert kohya.cache(vae, pictures, "sd3", batch=2) == 4
-    assert kohya.cache(vae, pictures, "sd3", batch=2) == 0
+    assert kohya.cache(vae, pictures, "sd3", [], batch=2) == 4
+    assert kohya.cache(vae, pictures, "sd3", [], batch=2) == 0
     kept = arrays(photographs / "wide_0096x0080_sd3.npz")
     # Another resolution is added to the same file.
-    assert kohya.cache(vae, kohya.plan(photographs, [(32, 32)]), "sd3", batch=2) == 4
+    assert kohya.cache(vae, kohya.plan(photographs, [(32, 32)], []), "sd3", [], batch=2) == 4
     both = arrays(photographs / "wide_0096x0080_sd3.npz")
     assert {name: value.tolist() for name, value in both.items() if "4x4" not in name} == {
         name: value.tolist() for name, value in kept.items()
     }
     assert both["latents_4x4"].shape == (4, 4, 4)
     # The caches have no mirrored latents yet.
-    assert kohya.cache(vae, pictures, "sd3", batch=2, flip=True) == 4
+    assert kohya.cache(vae, pictures, "sd3", [], batch=2, flip=True) == 4
 
 
 def test_two_pictures_of_one_cache_are_named_and_left_out(kohya, photographs, capsys):
@@ -142,8 +142,27 @@ def test_as_a_command(kohya, vae, photographs, tmp_path_factory, monkeypatch, ca
     options = ["--side", SIDE, "--step", STEP, "--least", LEAST, "--most", MOST, "--family", "sdxl"]
     monkeypatch.setattr("sys.argv", ["cache_latents.py", *map(str, [photographs, "--vae", model, *options])])
     kohya.main()
-    assert capsys.readouterr().out == "4 of 4 pictures encoded, in 2 buckets\n"
+    assert capsys.readouterr().out == "4 of 4 pictures encoded, in 2 buckets; 0 skipped\n"
     assert arrays(photographs / "long_0160x0064_sdxl.npz")["latents"].shape == (4, 4, 12)
+
+
+def test_broken_pictures_are_skipped_named_and_counted(kohya, vae, photographs, tmp_path_factory, monkeypatch, capsys):
+    """One that is no picture, and one that is cut: its header is read, its pixels are not."""
+    (photographs / "text.png").write_text("no picture")
+    whole = (photographs / "wide.png").read_bytes()
+    (photographs / "cut.png").write_bytes(whole[: len(whole) // 2])
+    model = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(model)
+    options = ["--side", SIDE, "--step", STEP, "--least", LEAST, "--most", MOST, "--family", "sd3", "--flip"]
+    monkeypatch.setattr("sys.argv", ["cache_latents.py", *map(str, [photographs, "--vae", model, *options])])
+    kohya.main()
+    *named, last = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2].partition(": ")[0] for line in named] == [
+        str(photographs / "text.png"),
+        str(photographs / "cut.png"),
+    ]
+    assert last == "4 of 5 pictures encoded, in 2 buckets; 2 skipped"
+    assert len(list(photographs.rglob("*_sd3.npz"))) == 4
 
 
 def test_a_folder_without_pictures_is_refused(kohya, tmp_path, monkeypatch, capsys):
