@@ -131,9 +131,24 @@ def temporal():
     )
 
 
+def hunyuan_image():
+    return diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=32,
+        scaling_factor=0.25,
+    )
+
+
+WAYS = [(asymmetric, False), (asymmetric, True), (temporal, False), (temporal, True), (hunyuan_image, False)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("is_fast", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize("make", [asymmetric, temporal])
+@pytest.mark.parametrize(("make", "is_fast"), WAYS)
 def test_a_model_without_a_shift_is_scaled_alone(make, is_fast):
     vae = make().eval().requires_grad_(False)
     if is_fast:
@@ -154,6 +169,15 @@ def test_an_asymmetric_decoder_decodes():
     z = torch.randn(2, 4, 4, 4)
     assert torch.equal(fastvae.decode_latents(vae, z, output="float"), vae.decode(z / 0.25).sample)
     assert fastvae.compare(vae, pixels()).is_right
+
+
+def test_an_encoder_of_another_structure_makes_no_store(tmp_path):
+    words = (
+        "must have an encoder built like AutoencoderKL's, got AutoencoderKLHunyuanImage with a HunyuanImageEncoder2D$"
+    )
+    with pytest.raises(ValueError, match=words):
+        functions(tmp_path)["encode"](hunyuan_image())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_decoder_of_videos_is_refused_where_it_decodes(tmp_path):
