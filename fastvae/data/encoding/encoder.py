@@ -154,7 +154,9 @@ def _placed(vae: Any, dtype: torch.dtype, device: torch.device) -> torch.nn.Modu
     for switch in ("use_tiling", "use_slicing"):  # the caller's, for other uses: a store's latents are made whole
         if hasattr(model, switch):
             setattr(model, switch, False)
-    model = model.eval().requires_grad_(False).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False)
+    # torch's cast: diffusers' warns about modules to keep in fp32 even if a model has none.
+    torch.nn.Module.to(model, device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ACCELERATED in vars(model):  # keeps the caller's settings; the packed weights have another dtype or device
         return refresh(model)
     return accelerate(model, freeze=True) if hasattr(model, "encoder") else model

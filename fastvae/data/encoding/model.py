@@ -178,6 +178,10 @@ def check_model(vae: Any) -> None:
     kind = type(vae).__name__
     if getattr(vae, "encoder", None) is None:
         raise ValueError(f"vae must have an encoder, got {kind} without one")
+    if any(weight.device.type == "meta" for weight in vae.encoder.parameters()):
+        raise ValueError(
+            f"vae must have its weights in memory, got {kind} with offloaded ones: remove the offload hooks"
+        )
     if vae.config.in_channels != 3:
         raise ValueError(f"vae must take RGB images, got {kind}, which takes {vae.config.in_channels}-channel images")
     expected = 2 * vae.config.latent_channels

@@ -33,7 +33,8 @@ def check_fast_path(encoder: MomentEncoder) -> str | None:
         return None
     stock = restore(copy.deepcopy(model))
     dtype = next(model.encoder.parameters()).dtype
-    exact = copy.deepcopy(stock).to(torch.float64 if dtype == torch.float32 else torch.float32)
+    # torch's cast: see encoder._placed.
+    exact = torch.nn.Module.to(copy.deepcopy(stock), torch.float64 if dtype == torch.float32 else torch.float32)
     for name, picture in check_pictures(pixel_multiple(model)).items():
         error, allowed = _errors(model, stock, exact, picture.to(encoder.device))
         if error <= allowed:

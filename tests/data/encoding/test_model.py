@@ -1,5 +1,7 @@
 """Models that encode accepts or refuses, before the output is touched."""
 
+import logging
+
 import diffusers
 import numpy as np
 import pytest
@@ -56,6 +58,18 @@ def test_a_foreign_attention_processor_is_refused(source, tmp_path):
         assert encode(source, tmp_path / "theirs", vae=theirs, **OPTIONS).ok == 2
 
 
+def test_a_model_of_diffusers_is_encoded_without_a_warning(source, tmp_path, caplog):
+    """diffusers warns of a cast even of models that have no module to keep in fp32."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        vae = diffusers.AutoencoderKL(**dict(small_vae().config))
+        assert encode(source, tmp_path / "out", vae=vae, **OPTIONS | {"dtype": "bf16"}).ok == 2
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+
+
 def with_part(name: str, part: nn.Module) -> nn.Module:
     """Return a model with another part of this name."""
     vae = small_vae()
@@ -76,6 +90,10 @@ NO_MOMENTS = {
     "an encoder of another kind": (
         lambda: with_part("encoder", nn.Sequential(small_vae().encoder)),
         "an encoder built like AutoencoderKL's, got AutoencoderKL with a Sequential",
+    ),
+    "no weights in memory": (
+        lambda: small_vae().to("meta"),
+        "weights in memory, got AutoencoderKL with offloaded ones: remove the offload hooks",
     ),
     "no encoder": (lambda: with_part("encoder", None), "must have an encoder, got AutoencoderKL without one"),
 }
