@@ -1,4 +1,4 @@
-"""Triton kernels for the autoencoder of latent diffusion, on torch and triton alone: one op a file, all in one order.
+"""Kernels for the autoencoder of latent diffusion, on torch and triton alone: one op a file, all in one order.
 
 pixels           pixels_conv_in: pixels to the first convolution's output
 group_norm       statistics, affine and scale_shift_silu: GroupNorm in pieces

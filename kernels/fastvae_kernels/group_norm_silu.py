@@ -241,7 +241,9 @@ def audit_cases():
     """Yield (name, call) of launches for the compile audit (bench/kernels/audit.py)."""
 
     def case(dtype, channels, groups):
-        x = statistics.new_channels_last(2, channels, 96, 96, like=torch.empty(0, dtype=dtype))
+        # So many chunks that their sums are folded.
+        shape = 2, channels, statistics.MERGED + 1, statistics.chunk_pixels(channels)
+        x = statistics.new_channels_last(*shape, like=torch.empty(0, dtype=dtype))
         weight = torch.empty(channels, dtype=dtype)
         y, mean, inverse = launch_forward(x, weight, weight, groups, 1e-6, True, statistics.new_partials(x))
         launch_backward(y, x, weight, weight, mean, inverse, True)
