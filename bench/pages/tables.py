@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvae_kernels.cpu import sources
+
 from bench.pages import bar_svg as pictures
 from bench.timing import profiles
 from bench.timing.environment import source_hash
@@ -192,9 +194,12 @@ def _run(result: Mapping[str, Any], table: str) -> str:
     facts = _facts(result, table)
     commit, dirty, _ = facts["commit"].partition("-dirty")
     changed = " with uncommitted changes" if dirty else ""
-    # Of a CPU only the ops run code of the kernels' files: their references.
-    kernels = facts["device"] != "cpu" or table == "ops"
-    earlier = ", measured with earlier kernel sources" if kernels and facts["kernel_sources"] != source_hash() else ""
+    # On a CPU the ops run the references in the GPU kernels' files, and everything else the C kernels.
+    if facts["device"] != "cpu" or table == "ops":
+        same = facts["kernel_sources"] == source_hash()
+    else:
+        same = facts.get("cpu_sources") == sources.source_hash()
+    earlier = "" if same else ", measured with earlier kernel sources"
     return f"commit {commit[:12]}{changed}, {facts['date']}{earlier}.{_ending(result, table)}"
 
 

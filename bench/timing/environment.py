@@ -37,6 +37,8 @@ def _version(name: str) -> str | None:
 
 def surroundings() -> dict[str, Any]:
     """Return the facts of this tree and this machine that a results file records."""
+    from fastvae_kernels.cpu import sources
+
     from fastvae.report.machine import processor
 
     versions = {name: _version(name) for name in VERSIONS}
@@ -46,6 +48,7 @@ def surroundings() -> dict[str, Any]:
     found: dict[str, Any] = {
         "commit": os.environ.get("COMMIT") or described,
         "kernel_sources": source_hash(),
+        "cpu_sources": sources.source_hash(),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "threads": torch.get_num_threads(),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fastvae_kernels.cpu import sources
 
 from bench.pages import tables
 from bench.timing.environment import source_hash
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 PAGE = "<!-- results: results.json {} -->\n<!-- end -->\n"
 ORIGIN = {
     "dry": False, "device": "cpu", "processor": "a CPU", "driver": None, "threads": 2, "date": "2030-01-02",
-    "commit": "0123456789abcdef", "kernel_sources": source_hash(),
+    "commit": "0123456789abcdef", "kernel_sources": source_hash(), "cpu_sources": sources.source_hash(),
     "versions": {"torch": "9.9", "diffusers": "8.8", "openvino": None},
 }  # fmt: skip
 RESULT = ORIGIN | {
@@ -112,6 +113,17 @@ def test_a_commit_with_changes_and_earlier_kernels(tmp_path):
     assert "commit 06d6227 with uncommitted changes, 2030-01-02, measured with earlier kernel sources.\n" in text
     assert "earlier kernel" not in written(tmp_path, RESULT | gpu | {"kernel_sources": source_hash()})
     assert "earlier kernel" not in written(tmp_path, RESULT | {"kernel_sources": "other"})
+
+
+@pytest.mark.parametrize("cpu_sources", ["other", None])
+def test_networks_on_a_cpu_with_earlier_c_kernels(tmp_path, cpu_sources):
+    """Results from before the C kernels' hash was recorded have none."""
+    earlier = {name: value for name, value in RESULT.items() if name != "cpu_sources"}
+    if cpu_sources:
+        earlier["cpu_sources"] = cpu_sources
+    assert "2030-01-02, measured with earlier kernel sources.\n" in written(tmp_path, earlier)
+    op = {"ours": "reference", "median_seconds": {"ours": 1e-3}, "times_eager": {"NHWC": 1.0}, "share_of_roof": 0.5}
+    assert "earlier kernel" not in written(tmp_path, earlier | {"cases": {"op": op}}, "ops")
 
 
 @pytest.mark.parametrize(
