@@ -17,7 +17,7 @@ from fastvae.data.datasets.row_view import LatentDatasets, PackedKeys, row_numbe
 from fastvae.data.rows import noise_keys, sample_id
 from fastvae.data.store.errors import StoreError
 from fastvae.data.store.layout import bucket_of
-from fastvae.data.store.mapped_shard import MappedShard, map_shard
+from fastvae.data.store.mapped_shard import SMALL_COLUMNS, MappedShard, map_shard
 from fastvae.data.store.scaling import LatentScaling
 from fastvae.data.store.shard import POSTERIORS
 from fastvae.data.store.shard_metadata import check_shard_metadata
@@ -93,8 +93,6 @@ class LatentDataset(torch.utils.data.Dataset):
         # In shared memory, so that set_epoch reaches persistent workers.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._pool = BufferPool()
-        # map_shard's row_info, of the rows of every shard mapped so far.
-        self._row_info = np.empty((len(self._keys), 8), np.int64)
         self._maps: dict[int, MappedShard] = {}
         self._types: dict[str, np.dtype] = {}
         self._maps_of = os.getpid()
@@ -179,12 +177,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return self._read(numbers) if len(buckets) == 1 else [self[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {**self.__dict__, "_maps": {}, "_pool": BufferPool()}
-        del kept["_row_info"]
-        return kept
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _row_info=np.empty((len(state["_keys"]), 8), np.int64))
+        return {**self.__dict__, "_maps": {}, "_pool": BufferPool()}
 
     def _read(self, numbers: np.ndarray) -> Rows:
         """Read rows of one bucket by their numbers, none of which is negative."""
@@ -193,7 +186,7 @@ class LatentDataset(torch.utils.data.Dataset):
         parts = [maps[shard] for shard in shards]
         keys = [self._keys[number] for number in numbers.tolist()]
         seeds = noise_keys(self.seed, self.epoch, zip(keys, self._variants[numbers].tolist(), strict=True))
-        stored = {name: self._gather(parts, rows, name) for name in parts[0].arrays if name != "row_info"}
+        stored = {name: self._gather(parts, rows, name) for name in parts[0].arrays if name not in SMALL_COLUMNS}
         batch: dict[str, Any] = {"mean": self._scaling.mean(stored["mean"], self._scaled_buffer(stored["mean"]))}
         if self._with_logvar:
             extent = stored.get("logvar_range")
@@ -207,12 +200,9 @@ class LatentDataset(torch.utils.data.Dataset):
             batch["alpha"] = stored["alpha"]
         batch["noise_key"] = torch.from_numpy(np.array(seeds, np.uint64))
         batch["key"] = keys
-        row_info = self._row_info[numbers]
-        batch["original_hw"], batch["crop_tlhw"], batch["variant"] = (
-            torch.from_numpy(row_info[:, part].astype(dtype))
-            for part, dtype in ((slice(2, 4), np.int32), (slice(4, 8), np.int32), (1, np.int64))
-        )
-        batch["sample_id"] = torch.from_numpy(row_info[:, 0].copy().view(np.uint64))
+        batch |= {name: _small(parts, rows, name) for name in ("original_hw", "crop_tlhw")}
+        batch["variant"] = torch.from_numpy(self._variants[numbers])
+        batch["sample_id"] = _small(parts, rows, "sample_id")
         batch["bucket"] = torch.from_numpy(np.tile(np.array(self._buckets[shards[0]], np.int32), (len(keys), 1)))
         batch |= {name: [values.get(key) for key in keys] for name, values in self._columns.items()}
         return Rows(batch)
@@ -253,10 +243,17 @@ class LatentDataset(torch.utils.data.Dataset):
             types = {name: array.dtype for name, array in mapped.arrays.items()}
             if self._types and types != self._types:  # a batch would cast all rows to the type of its first
                 raise StoreError(f"{path} is damaged: its tensors are of other types than the other shards'")
-            # Publish the map last: another thread that finds it reads its rows' row_info at once.
-            self._row_info[own] = mapped.arrays["row_info"][self._row_of[own]]
             self._maps[shard], self._types = mapped, types
         return mapped
+
+
+def _small(parts: list[MappedShard], rows: list[int], name: str) -> Tensor:
+    """Return small column ``name`` of each row, from the shard in ``parts``, as one tensor [B, ...]."""
+    first = parts[0].arrays[name]
+    size = first[:1].nbytes
+    pairs = zip(parts, rows, strict=True)
+    data = bytearray().join([part.small_bytes[name][row * size : (row + 1) * size] for part, row in pairs])
+    return torch.from_numpy(np.frombuffer(data, first.dtype).reshape(-1, *first.shape[1:]))
 
 
 def _source_columns(store: Store, names: Sequence[str], keys: list[str]) -> dict[str, dict[str, Any]]:

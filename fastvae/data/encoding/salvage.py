@@ -50,13 +50,12 @@ def sound_rows(
         return {}
     rows = {}
     for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
-        number, *place = columns["row_info"][row].tolist()
-        if name not in planned or place != _place(planned[name], unit, settings):
+        variant, size, crop = (columns[part][row].tolist() for part in ("variant", "original_hw", "crop_tlhw"))
+        if name not in planned or [variant, *size, *crop] != _place(planned[name], unit, settings):
             continue
         mean, logvar, extent, alpha = values = [None if part is None else part[row] for part in large]
-        if mean is not None and not row_damage(name[0], values, checksum, number):
-            (_, height, width), crop = place[:3], tuple(place[3:])
-            rows[name] = ShardRow(name[0], mean, logvar, (height, width), crop, name[1], extent, alpha)
+        if mean is not None and not row_damage(name[0], values, checksum, int(columns["sample_id"][row])):
+            rows[name] = ShardRow(name[0], mean, logvar, tuple(size), tuple(crop), name[1], extent, alpha)
     return rows
 
 

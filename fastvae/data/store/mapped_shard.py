@@ -26,10 +26,7 @@ SMALL_COLUMNS = {
 
 @dataclass(frozen=True)
 class MappedShard:
-    """Columns of a shard: mean, logvar, logvar_range and alpha as stored, which are read when indexed, and row_info.
-
-    row_info is int64 [N, 8]: the bits of sample_id, variant, original_hw, crop_tlhw. One gather is cheaper than four.
-    """
+    """Columns of a shard as stored: mean, logvar, logvar_range, alpha and the small ones; read when indexed."""
 
     columns: dict[str, Tensor]
 
@@ -38,9 +35,14 @@ class MappedShard:
         """The columns as NumPy arrays: indexing and copying a row takes 1 µs, and 10 µs from a tensor."""
         return {name: column.numpy() for name, column in self.columns.items()}
 
+    @cached_property
+    def small_bytes(self) -> dict[str, memoryview]:
+        """The bytes of the small columns: a slice takes 0.1 µs, a row of an array three times as long."""
+        return {name: self.arrays[name].reshape(-1).view(np.uint8).data for name in SMALL_COLUMNS}
+
     def has_rows(self, listed: dict[int, tuple[int, int]]) -> bool:
         """Return True if each row number of ``listed`` has the listed sample_id and variant."""
-        names = [(number % 2**64, variant) for number, variant in self.columns["row_info"][:, :2].tolist()]
+        names = list(zip(self.columns["sample_id"].tolist(), self.columns["variant"].tolist(), strict=True))
         return all(row < len(names) and names[row] == name for row, name in listed.items())
 
 
@@ -66,9 +68,6 @@ def map_shard(path: Path, latent: tuple[int, ...], with_logvar: bool, with_alpha
             )
     if with_logvar and columns["logvar"].dtype == torch.uint8 and "logvar_range" not in columns:
         raise StoreError(f"{path} is damaged: it lacks logvar_range, which logvar in eight bits needs")
-    small = {name: columns.pop(name) for name in SMALL_COLUMNS}
-    small["sample_id"] = small["sample_id"].view(torch.int64)
-    columns["row_info"] = torch.cat([column.to(torch.int64).view(rows, -1) for column in small.values()], dim=1)
     return MappedShard(columns)
 
 

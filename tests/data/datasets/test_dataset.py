@@ -103,21 +103,6 @@ def test_any_selection_of_rows_returns_each_row_with_its_own_values(made):
             assert item["noise_key"].item() == noise_key(2, 0, item["key"], int(item["variant"]))
 
 
-def test_a_map_is_published_after_its_row_info(made):
-    """A thread also reads its own map, although another thread may drop it from the cache."""
-    dataset, truth = LatentDataset(made), LatentDataset(made)[0]["sample_id"]
-    dataset._row_info[:] = -1
-    unfilled = []
-
-    class Forgetful(dict):
-        def __setitem__(self, shard, mapped):
-            unfilled.append((dataset._row_info[dataset._shard_of == shard] == -1).any())
-
-    dataset._maps = Forgetful()
-    assert dataset[0]["sample_id"] == truth
-    assert unfilled == [False]
-
-
 def test_items_are_copies(made):
     dataset = LatentDataset(made)
     for read in (lambda: dataset[0]["mean"], lambda: dataset.__getitems__([0])[0]["mean"]):
