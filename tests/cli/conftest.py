@@ -1,6 +1,7 @@
 """Fixtures: a CPU as users have it, with torch's layers and without Triton's interpreter, which is slow."""
 
 import pytest
+from data.conftest import _small_check_pictures as _small_check_pictures
 from support.small_store import small_vae, write_pictures
 
 

@@ -6,12 +6,20 @@ import subprocess
 import pytest
 from fastvae_kernels import posterior
 
+from fastvae.data.encoding import self_check
+
 
 @pytest.fixture(autouse=True)
 def _as_a_users_cpu(monkeypatch):
     monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
     monkeypatch.setattr("fastvae.latents.sampling.posterior_op", posterior.reference)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of the processes that a test starts
+
+
+@pytest.fixture(autouse=True)
+def _small_check_pictures(monkeypatch):
+    """The check before a run on pictures of one size: at their own it takes most of the time of a test that encodes."""
+    monkeypatch.setattr(self_check, "SIDES", dict.fromkeys(self_check.SIDES, 16))
 
 
 @pytest.fixture

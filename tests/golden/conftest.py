@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from data.conftest import _as_a_users_cpu as _as_a_users_cpu
+from data.conftest import _small_check_pictures as _small_check_pictures
 from golden.golden_store import DIGESTS, QUIET, STORES, Golden, lines_of
 
 import fastvae

@@ -19,6 +19,11 @@ from fastvae.latents.autoencoder import ACCELERATED
 OPTIONS = {"buckets": SIDE, "progress": False, "device": "cpu", "workers": 1}
 
 
+@pytest.fixture(autouse=True)
+def _small_check_pictures():
+    """Replace the fixture of that name: here the pictures of the check have their own sizes."""
+
+
 def means(out) -> dict[str, np.ndarray]:
     return {item["key"]: item["mean"].clone().numpy() for item in LatentDataset(out)}
 
