@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.repairs import copy_of
 from support.small_store import SIDE, picture, small_vae, write_pictures
 
 from fastvae.data.encoding.encode import encode
@@ -17,13 +18,20 @@ from fastvae.system.atomic_files import sha256_of
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.002}
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Folder in which the first test that takes ``made`` makes its store."""
+    return tmp_path_factory.mktemp("once")
+
+
 @pytest.fixture
-def made(tmp_path):
-    """A store of twelve pictures, four to a shard, and a picture that failed."""
-    write_pictures(tmp_path / "in", 12)
-    (tmp_path / "in" / "bad.png").write_bytes(b"")
-    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), max_failures=1, **OPTIONS)
-    return tmp_path / "out"
+def made(once, tmp_path):
+    """A copy of a store of twelve pictures, four to a shard, and one that failed, and of its source beside it."""
+    if not (once / "out").exists():
+        write_pictures(once / "in", 12)
+        (once / "in" / "bad.png").write_bytes(b"")
+        encode(once / "in", once / "out", vae=small_vae(), max_failures=1, **OPTIONS)
+    return copy_of(once, tmp_path)
 
 
 def shards_of(out):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from support.repairs import copy_of
 from support.small_store import SIDE, small_vae, write_pictures
 
 from fastvae.data.datasets.dataset import LatentDataset
@@ -21,12 +22,19 @@ from fastvae.system.atomic_files import sha256_of, write_atomically
 OPTIONS = {"buckets": SIDE, "dtype": "fp32", "progress": False, "device": "cpu", "shard_mb": 0.002}
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Folder in which the first test that takes ``made`` makes its store."""
+    return tmp_path_factory.mktemp("once")
+
+
 @pytest.fixture
-def made(tmp_path):
-    """A store of five pictures, two to a shard."""
-    write_pictures(tmp_path / "in", 5)
-    encode(tmp_path / "in", tmp_path / "out", vae=small_vae(), **OPTIONS)
-    return tmp_path / "out"
+def made(once, tmp_path):
+    """A copy of a store of five pictures, two to a shard, and of its source beside it."""
+    if not (once / "out").exists():
+        write_pictures(once / "in", 5)
+        encode(once / "in", once / "out", vae=small_vae(), **OPTIONS)
+    return copy_of(once, tmp_path)
 
 
 def read(store) -> dict[str, tuple]:
