@@ -28,8 +28,9 @@ demo: $(VENV)/.run
 	$(BIN)/fastvae demo demo
 
 # Tests take at most five CPU seconds each on a quiet machine; one that takes ten fails (tests/support/cpu_limit.py).
+# The longest files begin first (tests/support/longest_first.py); xdist would begin with those of the most tests.
 test: $(VENV)/.dev
-	CPU_SECONDS_LIMIT=10 $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile -q --durations=10
+	CPU_SECONDS_LIMIT=10 $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --durations=10
 
 test-all: $(VENV)/.dev test-oldest-diffusers
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q -m "slow or not slow"

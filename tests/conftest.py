@@ -33,6 +33,7 @@ if "FASTVAE_CACHE" not in os.environ:
 import pytest
 from support.cpu_limit import pytest_runtest_call  # noqa: F401  (a hook: pytest finds it here)
 from support.forks import forks as forks  # a fixture: one server for all folders
+from support.longest_first import pytest_collection_modifyitems  # noqa: F401  (a hook too)
 
 
 def _correct_the_interpreter():

@@ -4,6 +4,7 @@ import types
 
 import pytest
 from support.cpu_limit import LONGER, cpu_seconds, pytest_runtest_call
+from support.longest_first import LONGEST
 
 HERE = "tests/test_cpu_limit.py::a_test"
 
@@ -39,6 +40,6 @@ def test_other_tests_pass(limit, given, monkeypatch):
 
 def test_every_named_test_is_there(request):
     root = request.config.rootpath
-    for name in LONGER:
+    for name in (*LONGER, *LONGEST):
         path, _, function = name.partition("::")
         assert f"def {function}(" in (root / path).read_text() if function else (root / path).is_file(), name
