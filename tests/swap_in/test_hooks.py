@@ -85,7 +85,7 @@ IN_PAIRS = [("accelerate", "diffusers"), ("diffusers, instead", "accelerate")]
     ("kinds", "step"),
     [
         *(pytest.param(kinds, 1, id=" and ".join(kinds)) for kinds in ALONE),
-        *(pytest.param(kinds, 7, id=f"{' and '.join(kinds)}, every seventh order") for kinds in IN_PAIRS),
+        *(pytest.param(kinds, 13, id=f"{' and '.join(kinds)}, every thirteenth order") for kinds in IN_PAIRS),
         *(pytest.param(kinds, 1, id=" and ".join(kinds), marks=pytest.mark.slow) for kinds in IN_PAIRS),
     ],
 )

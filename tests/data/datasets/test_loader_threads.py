@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from support.short_run import short_run
 from support.waiting_vae import WaitingVAE, loader_of, threads_of_ours
 from support.waiting_vae import no_thread_is_left as no_thread_is_left  # the fixture
 
@@ -149,8 +150,17 @@ WAYS_TO_LEAVE = [
 ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("leave", WAYS_TO_LEAVE)
+# With processes of DataLoader too: leaving from inside the step, from its wait, and with two iterations at once.
+WITH_PROCESSES = [leave_by_error, leave_by_interruption_of_the_wait, leave_by_beginning_again]
+
+
+@pytest.mark.parametrize(
+    ("leave", "workers"),
+    short_run(
+        itertools.product(WAYS_TO_LEAVE, (0, 2)),
+        [*itertools.product(WAYS_TO_LEAVE, (0,)), *itertools.product(WITH_PROCESSES, (2,))],
+    ),
+)
 def test_no_thread_outlives_the_iteration(leave, workers):
     loader = LatentLoader(loader_of(20, workers=workers), WaitingVAE(), ahead=2)
     leave(loader)

@@ -65,8 +65,9 @@ def test_row_21_a_wrong_kernel_is_noticed_and_torchs_own_layers_run(tmp_path, dt
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("widths", [(8, 8, 16, 16), (32, 64, 64, 64)], ids=str)
-def test_row_21_a_right_one_passes_within_two_seconds(dtype, widths):
-    for seed in range(5):
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 5), marks=pytest.mark.slow)], ids=str)
+def test_row_21_a_right_one_passes_within_two_seconds(dtype, widths, seeds):
+    for seed in seeds:
         vae = small_vae(seed, block_out_channels=widths, norm_num_groups=4)
         encoder, started = MomentEncoder(vae, dtype, torch.device("cpu")), time.process_time()
         assert check_fast_path(encoder) is None
