@@ -203,7 +203,7 @@ def test_another_folders_rows_are_not_mixed_in(tmp_path):
         ({"max_pixels": 0}, "max_pixels must be at least 1"),
         ({"max_failures": "-1%"}, "max_failures must be"),
         ({"max_failures": "nan%"}, "max_failures must be"),
-        ({"vae": torch.nn.Linear(1, 1)}, "vae must have a config and an encoder"),
+        ({"vae": torch.nn.Linear(1, 1)}, "vae must be a loaded model with the methods of AutoencoderKL, got Linear"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
