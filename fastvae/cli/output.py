@@ -6,6 +6,7 @@ docs/reliability.md. click alone ends with 1 for a closed pipe, and a closed ter
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -41,6 +42,7 @@ class Problem(click.ClickException):
 def errors_as_sentences(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Turn the errors that a verb can meet into a Problem; anything else keeps its traceback.
 
+    With --json the Problem is also one JSON document on stdout, {"error": its sentence, "exit_code": its code}.
     FASTVAE_DEBUG=1 in the environment shows a Problem's traceback as well, before its sentence.
     """
 
@@ -55,7 +57,12 @@ def errors_as_sentences(function: Callable[Parameters, Result]) -> Callable[Para
         except (ValueError, ImportError, OSError) as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 echo_error(strip_control_characters(traceback.format_exc()).rstrip())
-            raise _problem(error) from error
+            problem = _problem(error)
+            if kwargs.get("as_json"):
+                # The sentence on stderr and the exit code say the same where stdout cannot be written.
+                with contextlib.suppress(Problem, click.exceptions.Exit):
+                    echo_json({"error": problem.message, "exit_code": problem.exit_code})
+            raise problem from error
         finally:
             _drop_unwritten(sys.stderr)
 
