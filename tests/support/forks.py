@@ -204,6 +204,7 @@ def _take_streams(present: list[bool], descriptors: list[int]) -> None:
 
 def main() -> None:
     """Import, serve, and in each forked process do what was asked for."""
+    gc.disable()  # what is imported stays
     import torch
 
     import fastvae.cli.main
@@ -214,6 +215,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     gc.freeze()  # the collector would copy the pages that the processes share
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is None:
