@@ -209,7 +209,8 @@ def _outputs(x: Tensor, weights: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     batch, _, height, width = x.shape
     outputs, (_, tiling) = weights.shape[2], _tiling(x, weights)
     y = statistics.new_channels_last(batch, outputs, height + pad, width + pad, like=x)
-    return y, torch.empty(batch, tiling.groups, 3, outputs, device=x.device, dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return y, torch.empty(batch, tiling.groups, 3, outputs, device=x.device, dtype=wide)
 
 
 @fake(winograd_conv)

@@ -105,24 +105,26 @@ def test_strips_and_the_batch_change_no_bit(form, monkeypatch):
             assert torch.equal(one[0], two[row])
 
 
+@pytest.mark.parametrize("pad", [0, 1])
 @in_both_forms
-def test_nothing_outside_the_outputs_is_touched(form):
+def test_nothing_outside_the_outputs_is_touched(form, pad):
     """V, M, y and the partials as views of longer buffers: every value before and behind them stays."""
     x, scale, shift, weights, gain, bias, residual, other = transformed(inputs("one line", torch.float32), form)
     x, residual = statistics.same_layout(x), statistics.same_layout(residual)
-    want = winograd_conv(x, scale, shift, weights, gain, bias, residual, other, 1)
-    tiles = winograd.winograd_tiles.tiling(FORMS[form], 1, 9).size
-    shapes = (len(weights), tiles, 24), (len(weights), tiles, 8), want[0].shape, want[1].shape
-    buffers = [torch.full((math.prod(shape) + 64,), 7.0) for shape in shapes]
-    v, m, y, partials = (buffer[32:-32].view(shape) for buffer, shape in zip(buffers, shapes, strict=True))
-    y = y.as_strided(y.shape, want[0].stride())
+    size = winograd.winograd_tiles.tiling(FORMS[form], 1, 9).size
+    shapes = (len(weights), size, 24), (len(weights), size, 8), (1, 1 + pad, 9 + pad, 8), (1, 1, 3, 8)
+    margin = 512  # more than a line
+    buffers = [torch.full((math.prod(shape) + 2 * margin,), 7.0) for shape in shapes]
+    v, m, y, partials = (buffer[margin:-margin].view(shape) for buffer, shape in zip(buffers, shapes, strict=True))
+    y = y.permute(0, 3, 1, 2)
     winograd.winograd_input.transform(v, x, scale, shift, 0)
     torch.bmm(v, weights, out=m)
-    winograd.winograd_output.transform_back(y, partials, m, gain, bias, residual, other, 1, 1.0, 0)
+    winograd.winograd_output.transform_back(y, partials, m, gain, bias, residual, other, pad, 1.0, 0)
+    for buffer in buffers:
+        assert (torch.cat([buffer[:margin], buffer[-margin:]]) == 7.0).all()
+    want = winograd_conv(x, scale, shift, weights, gain, bias, residual, other, pad)
     assert torch.equal(y, want[0])
     assert torch.equal(partials, want[1])
-    for buffer in buffers:
-        assert (torch.cat([buffer[:32], buffer[-32:]]) == 7.0).all()
 
 
 def test_strides_of_inputs_change_no_bit():
@@ -219,6 +221,10 @@ OPCHECKS = "test_schema", "test_autograd_registration", "test_faketensor"
 def test_opcheck():
     values = transformed(inputs("one pixel", torch.float32), "winograd2")
     torch.library.opcheck(winograd_conv, (*values, 1), test_utils=OPCHECKS)
+    wide = transformed(doubles(inputs("one pixel", torch.float32)), "winograd2")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        dtypes = [result.dtype for result in winograd_conv(*wide, 1)]
+    assert dtypes == [result.dtype for result in winograd.reference(*wide, 1)] == [torch.float64] * 2
 
 
 @pytest.mark.slow
