@@ -78,6 +78,10 @@ def searches() -> list[Search]:
     found.append(Search("attention_scores", forward, 512, (64, 128), (128, 256), **product))
     found.append(Search("attention_product", forward, 512, (64, 128), (128, 256), **product))
     found.append(Search("attention_weights", backward, 512, (64, 128), (64, 128), **product))
+    # In bf16 the operation takes F(4x4), in fp32 F(2x2): a group has 8 and 32 tiles.
+    for form, dtype, rows in (("winograd4", "bfloat16", (4, 8)), ("winograd2", "float32", (8, 16, 32))):
+        case = operations.Case("winograd_conv", (8, 512, 64, 64), dtype)
+        found += [Search(f"{form}_{end}", case, 512, rows, (32, 64, 128), warps=(4, 8)) for end in ("input", "output")]
     return found
 
 

@@ -104,7 +104,7 @@ DRY = [
     Case("pixels_conv_in", (1, 3, 6, 5)),
     Case("pixels_conv_in", (1, 3, 6, 5), layout="NCHW"),
     Case("upsample_conv", (1, 32, 3, 4)),
-    Case("winograd_conv", (1, 32, 3, 4)),
+    *(Case("winograd_conv", (1, 32, 3, 4), dtype) for dtype in ("bfloat16", "float32")),
     Case("sample_posterior", (2, 8, 3, 4), layout="NCHW"),
     Case("kl_divergence", (2, 8, 3, 4), layout="NCHW"),
 ]

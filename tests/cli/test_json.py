@@ -1,4 +1,4 @@
-"""What `fastvae encode --json` says of files and rows that are refused, left out, flagged or replaced."""
+"""`fastvae encode --json`: its words on files and rows that are refused, left out, flagged or replaced."""
 
 import io
 import json
