@@ -21,6 +21,8 @@ from fastvae.fast.forms.form import Form
 from fastvae.fast.layer_checks import Layer, assume_constant_result, is_fake
 
 ALIGNMENT = 64  # bytes: torch's on a CPU
+# Of one image of so many values in fp32 torch computes the convolution itself (ConvParams::use_mkldnn).
+FEW_VALUES = 20480
 
 
 class PackedWeights:
@@ -74,9 +76,11 @@ class PackedWeights:
         """Return the weight in oneDNN's blocked layout for inputs of ``shape``; the weight itself unless it is frozen.
 
         oneDNN chooses the layout by the batch (512 channels at 32², batch 4: half the speed in the layout of batch 1),
-        so the copy of another batch is replaced.
+        so the copy of another batch is replaced. One small image in fp32 keeps the weight, and with it torch's own
+        convolution: oneDNN's errs three times as much there.
         """
-        if not self.frozen or not takes_onednn(conv.weight):
+        is_small = shape[0] == 1 and shape.numel() <= FEW_VALUES and conv.weight.dtype == torch.float32
+        if not self.frozen or is_small or not takes_onednn(conv.weight):
             return conv.weight
         name = f"blocked for a batch of {shape[0]}"
 

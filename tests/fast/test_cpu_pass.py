@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastvae
+from fastvae.data.encoding.model import open_model
 from fastvae.fast import cpu_pass
 from fastvae.fast.fallback_reasons import Reason
+from fastvae.report.contestants import images
 
 pytestmark = pytest.mark.usefixtures("users_cpu")
 
@@ -61,6 +63,18 @@ def test_a_cpu_is_as_accurate_as_eager(shape, library, dtype, onednn, monkeypatc
     assert torch.equal(x, given[0])
     assert torch.equal(z, given[1])
     assert all(torch.equal(weight, weights[name]) for name, weight in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_embedded_model_with_frozen_weights_is_as_accurate_as_eager(side):
+    """Trained weights, in the layouts that oneDNN chooses for images of a few pixels."""
+    stock = open_model("tiny").eval().requires_grad_(False)
+    wide, fast = copy.deepcopy(stock).double(), fastvae.accelerate(copy.deepcopy(stock), freeze=True)
+    for x in (images(stock, side, 1), torch.ones(1, 3, side, side)):
+        z = stock.encode(x).latent_dist.mean
+        results = [both_ways(vae, x.to(vae.dtype), z.to(vae.dtype)) for vae in (fast, stock, wide)]
+        for ours, eager, truth in zip(*results, strict=True):
+            assert_as_accurate(ours, eager, truth)
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["free", "frozen"])
