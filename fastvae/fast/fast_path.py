@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvae.fast import fallback_reasons, network_walk
 from fastvae.fast.capture import compiled_passes
-from fastvae.fast.capture.compiled_passes import CentredGroupNorm, Compiled
+from fastvae.fast.capture.compiled_passes import Compiled, WideGroupNorm
 from fastvae.fast.capture.cuda_graphs import Graphs
 from fastvae.fast.counters import DeviceCounters
 from fastvae.fast.cpu_pass import ContiguousGroupNorm, CpuPass
@@ -171,7 +171,7 @@ class FastPath:
         if reason is Reason.CPU and x.device.type == "cpu":
             # On a CPU channels_last and reused memory win, and no fused kernel does. A trace needs torch's own ops.
             if torch.compiler.is_compiling():
-                with CentredGroupNorm():
+                with WideGroupNorm():
                     y = type(part).forward(part, channels_last(x))
             elif not compiled_passes.is_plain_call():
                 y = type(part).forward(part, x)

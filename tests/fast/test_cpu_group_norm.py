@@ -14,6 +14,7 @@ from torch import nn
 
 import fastvae
 from fastvae.fast import cpu_pass
+from fastvae.fast.capture.compiled_passes import wide_group_norm
 from fastvae.fast.cpu_pass import ContiguousGroupNorm, group_norm_silu
 
 slow = pytest.mark.slow
@@ -46,8 +47,10 @@ def check(norm, x):
     assert torch.equal(given, before)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_as_accurate(ours, eager, truth)
-    if given.numel() < 2**20:  # the path without the C kernel, at sizes that cost little
+    if given.numel() < 2**20:  # the path without the C kernel and that of a trace, at sizes that cost little
         assert_as_accurate(cpu_pass._group_norm_silu_in_torch(norm, given, torch.empty_like(given)), eager, truth)
+        traced = wide_group_norm(given, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        assert_as_accurate(F.silu(traced), eager, truth)
     assert torch.equal(group_norm_silu(norm, given, into=given), ours)
 
 
@@ -109,6 +112,19 @@ def test_any_size_and_batch_is_within_the_tolerance(shape, groups):
     check(norm_of(shape[1], groups), noise(*shape, mean=0.5))
 
 
+@slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("picture", ["noisy", "flat", "one pixel"])
+def test_pictures_of_2048_pixels_are_within_the_tolerance(picture, dtype):
+    """Two of the eight one-pixel pictures: all take 10 GB in float64."""
+    make = {
+        "noisy": lambda: noise(1, 8, 2048, 2048, mean=1.0),
+        "flat": lambda: torch.full((1, 8, 2048, 2048), 0.7),
+        "one pixel": lambda: one_pixel(8, 2048, 0.3)[3:5],
+    }
+    check(norm_of(8, 4, dtype), make[picture]().to(dtype))
+
+
 @pytest.mark.parametrize("threads", [1, 2, pytest.param(3, marks=slow), 4])
 def test_any_number_of_threads_is_within_the_tolerance(threads):
     before = torch.get_num_threads()
@@ -118,6 +134,16 @@ def test_any_number_of_threads_is_within_the_tolerance(threads):
         check(norm_of(32, 8, torch.bfloat16), noise(1, 32, 128, 96, mean=2.0).bfloat16())
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_no_bit_of_the_c_norm_depends_on_the_threads(monkeypatch):
+    x = noise(1, 32, 128, 96, mean=20.0).contiguous(memory_format=torch.channels_last)
+    results = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(group_norm_silu(norm_of(32, 8), x, torch.empty_like(x)))
+    assert torch.equal(*results)
 
 
 def test_float64_values_that_are_not_finite_and_empty_batches():
