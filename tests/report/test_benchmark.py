@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.small_store import small_vae
 
 from fastvae.checkpoints import PRESETS, Preset
 from fastvae.report import benchmark as module
 from fastvae.report import contestants
 from fastvae.report.benchmark import benchmark, is_right
-from fastvae.report.correctness import Truth, truth_of
+from fastvae.report.correctness import AccurateGroupNorm, Truth, truth_of
 from fastvae.system.strict_json import strict_json
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -136,10 +137,18 @@ def test_a_single_wrong_value_is_seen_and_so_is_a_small_error_everywhere():
     assert truth.judge(y)[2] == "wrong: its largest error is 0.11, so no time is given"
 
 
+def test_a_norm_is_computed_in_nchw_and_keeps_the_layout():
+    x = (torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 30).to(memory_format=LAYOUTS[1])
+    with AccurateGroupNorm():
+        y = F.group_norm(x, 2)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, F.group_norm(x.contiguous(), 2))
+
+
 def test_the_tolerance_is_that_of_the_tests():
     plain: Any = small_vae().eval()
     x = contestants.images(plain, 16, 1)
-    with torch.no_grad():
+    with torch.no_grad(), AccurateGroupNorm():
         truth, run = truth_of(plain, "encode", x), contestants.encoding(plain)
         errors = [run(x.contiguous(memory_format=form)).double() - truth.values for form in LAYOUTS]
     eps, error = torch.finfo(torch.float32).eps, max(float(error.abs().max()) for error in errors)

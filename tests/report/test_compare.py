@@ -13,11 +13,11 @@ from support.small_store import picture, small_vae
 import fastvae
 from fastvae.data.images.errors import ImageError
 from fastvae.fast import cpu_pass
-from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
 from fastvae.report import compare_stages
 from fastvae.report.compare import Comparison
+from fastvae.report.correctness import AccurateGroupNorm
 from fastvae.system.strict_json import strict_json
 
 pytestmark = pytest.mark.usefixtures("as_a_users_cpu")
@@ -89,7 +89,7 @@ def test_the_errors_are_those_of_the_definition():
         assert pair.rms == pytest.approx(float((a - b).square().mean().sqrt()))
         cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
         assert pair.cosine == pytest.approx(1 - float(cosine), rel=1e-3)
-        with ContiguousGroupNorm():
+        with AccurateGroupNorm():
             laid_out = [vae.encode(row.contiguous(memory_format=torch.channels_last)) for row in x.split(1)]
     other = torch.cat([one.latent_dist.parameters for one in laid_out]).double()
     eps, error = torch.finfo(torch.bfloat16).eps, max((plain - truth).abs().max(), (other - truth).abs().max())
