@@ -29,7 +29,7 @@ class BlockRow:
 
     name: str
     path: str
-    """"fused", "differentiable" (fused ops with gradients), "cpu" (torch's operators, by CpuPass), or "module"."""
+    """"fused", "differentiable" (fused ops with gradients), "cpu" (CpuPass), or "module"."""
     reason: Reason | None
     cost: Cost
     """Cost of its calls; zero for a block that runs as a module, which is not traced."""
