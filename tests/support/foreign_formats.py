@@ -176,8 +176,8 @@ def riff(name: bytes, body: bytes) -> bytes:
 def avif(rng: random.Random) -> Case:
     """An AVIF of 8, 10 or 12 bits, with opacity or without, in every subsampling.
 
-    Colours of more than 8 bits are compared with OpenCV's in 8 bits. In 16 bits libavif fills in chroma by another
-    filter, and in 8 bits it shifts the planes first.
+    Colours of more than 8 bits are compared with OpenCV's in 8 bits: there libavif shifts the planes first, and of odd
+    widths it fills in chroma by another filter than in 16 bits.
     """
     channels, sampling, bits = rng.choice([3, 4]), rng.choice(["444", "422", "420"]), rng.choice([8, 8, 10, 12])
     bits = bits if HAS_OPENCV and cv2.haveImageWriter(".avif") else 8
