@@ -36,6 +36,7 @@ PUBLIC = {
     "posterior": ["sample_posterior"],
     "residual": ["residual_add"],
     "upsample": ["upsample_conv"],
+    "winograd": ["F2", "F4", "transform_weights", "winograd_conv"],
 }
 FACE = '''"""Triton kernels for the autoencoder of latent diffusion; channels_last throughout, references on a CPU."""
 
