@@ -58,21 +58,22 @@ def tune(as_json: bool, quiet: bool, **given: Any) -> None:
 
 
 def _lines(results: dict[str, Any]) -> list[str]:
+    from fastvae.fast.forms.form import Form
     from fastvae.report.number_format import number
 
-    forms = ("winograd2", "winograd4")
+    forms = [form for form in Form if form is not Form.DIRECT]
     lines = [f"{'layer':34}{'pixels':>9}{'direct ms':>11}" + "".join(f"{form:>12}{'error':>7}" for form in forms)]
     for layer in results["layers"]:
         taken, ratios = layer["milliseconds"], layer["error_ratio"]
         cells = "".join(
-            f"{'x ' + number(taken['direct'] / taken[form]):>12}{number(ratios[form], 2):>7}"
+            f"{'x ' + number(taken[Form.DIRECT] / taken[form]):>12}{number(ratios[form], 2):>7}"
             if form in taken
             else f"{'none':>12}{'':>7}"
             for form in forms
         )
         refused = f" (refused: {', '.join(layer['refused'])})" if layer["refused"] else ""
         lines.append(
-            f"{layer['layer']:34}{layer['pixels']:>9}{number(taken['direct']):>11}{cells}  {layer['form']}{refused}"
+            f"{layer['layer']:34}{layer['pixels']:>9}{number(taken[Form.DIRECT]):>11}{cells}  {layer['form']}{refused}"
         )
     lines.append("x: times the direct form's speed; error: times that of eager torch, rms against float64")
     for check in results["checks"]:

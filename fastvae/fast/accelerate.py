@@ -2,7 +2,8 @@
 
 Only ``forward`` of the encoder and of the decoder is replaced, on the instance, as a bound method of the same name. So
 type, state dict, deepcopy, hooks and saving do not change, and a pickled copy is stock.
-Fallbacks are decided at every call (fallback_reasons.py), so weights may change device, dtype or value afterwards.
+Fallbacks are checked at every call (survey.py), and decided again (fallback_reasons.py) when a layer, a hook or the
+place of a weight has changed, so weights may change device, dtype or value afterwards.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
 from fastvae.fast.forms import tables
 from fastvae.fast.forms.form import Form
-from fastvae.fast.forms.shapes import Placed, placed
+from fastvae.fast.forms.shapes import Convolution, convolutions_of, input_of
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
 from fastvae.latents.autoencoder import ACCELERATED
@@ -29,7 +29,7 @@ class BlockRow:
 
     name: str
     path: str
-    """"fused", "differentiable" (fused ops with gradients), "cpu" (CpuPass), or "module"."""
+    """"fused", "differentiable" (fused ops with gradients), "cpu" (C kernels and torch's operators), or "module"."""
     reason: Reason | None
     cost: Cost
     """Cost of its calls; zero for a block that runs as a module, which is not traced."""
@@ -107,14 +107,14 @@ def _forms(vae: Layer, part: Layer, path: FastPath, shape: Any) -> list[FormRow]
     """Return the form of each convolution of a part that has forms: of calls without a gradient, fused or on a CPU."""
     if why_not_reached(part, path) is not None:
         return []
-    x = _input(part, shape, next(part.parameters()))
+    x = _input(part, shape)
     if path.why_not(part, x) not in (None, Reason.CPU) or fallback_reasons.needs_gradient(part, x):
         return []
     names = {module: name for name, module in vae.named_modules()}
-    return [FormRow(names[layer.conv], *_form(path, layer, x.device)) for layer in placed(part, x)]
+    return [FormRow(names[layer.conv], *_form(path, layer, x.device)) for layer in convolutions_of(part, x)]
 
 
-def _form(path: FastPath, layer: Placed, device: torch.device) -> tuple[Form, str]:
+def _form(path: FastPath, layer: Convolution, device: torch.device) -> tuple[Form, str]:
     """Return the form that a convolution takes in a call without a gradient, and why."""
     if path.forms is None and not path.takes_forms(device):
         return Form.DIRECT, "weights that may change take no other form: freeze=True"
@@ -130,8 +130,7 @@ def _explain_part(vae: Any, name: str, part: Layer, path: Any, shape: Any) -> tu
     reason = why_not_reached(part, path)
     if reason is not None:
         return [BlockRow(name, "module", reason, cost_trace.NOTHING)], Counter()
-    weight = next(part.parameters())
-    x = _input(part, shape, weight)
+    x = _input(part, shape)
     reason = path.why_not(part, x)
     if reason is not None:
         return [BlockRow(name, path.way(part, x, reason), reason, cost_trace.NOTHING)], Counter()
@@ -139,7 +138,7 @@ def _explain_part(vae: Any, name: str, part: Layer, path: Any, shape: Any) -> tu
     kind = path.way(part, x, reason)
     if isinstance(run, InferencePass):
         for module in part.modules():  # decide on real weights: fake ones have no values
-            if hasattr(module, "to_out") and fallback_reasons.why_not_attention(module, weight) is None:
+            if hasattr(module, "to_out") and fallback_reasons.why_not_attention(module, x) is None:
                 path.packed.uses_shared_attention(module)
         run.packed = path.packed.for_trace()
     with cost_trace.fake_mode():
@@ -161,15 +160,11 @@ def _row(vae: Layer, module: Layer, reason: Reason | None, fused: str, calls: li
     return BlockRow(name, "module" if reason else fused, reason, own)
 
 
-def _input(part: Layer, shape: Any, weight: Tensor) -> Tensor:
-    factor = 2 ** (len(part.down_blocks if hasattr(part, "down_blocks") else part.up_blocks) - 1)
-    channels = getattr(part.conv_in, "in_channels", 0)  # an adapter has no in_channels, and its part falls back
+def _input(part: Layer, shape: Any) -> Tensor:
     if shape is None:
-        shape = (1, channels, 32 * factor, 32 * factor)
+        side = 32 * 2 ** (len(part.down_blocks if hasattr(part, "down_blocks") else part.up_blocks) - 1)
+        return input_of(part, 1, side, side)
     if not (isinstance(shape, (tuple, list)) and len(shape) == 4 and all(isinstance(n, int) and n >= 0 for n in shape)):
         raise ValueError(f"shape must be (B, C, H, W) of the images, got {shape!r}")
     batch, _, height, width = shape
-    if hasattr(part, "up_blocks"):
-        height, width = height // factor, width // factor
-    # expand gives a tensor of the shape with the memory of one value.
-    return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, height, width)
+    return input_of(part, batch, height, width)

@@ -1,6 +1,7 @@
 """Decides whether a module runs on the fused kernels, from its structure and state; a fallback has a named reason.
 
-Decided at every call, because weights and hooks may change between calls. layer_checks.py answers for one layer.
+Weights and hooks may change between calls: survey.py keeps the decisions until a layer, a hook or the place of a weight
+has changed. layer_checks.py answers for one layer.
 """
 
 from __future__ import annotations

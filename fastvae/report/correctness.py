@@ -28,16 +28,20 @@ class Truth:
     allowed: float
     allowed_rms: float
 
+    def errors(self, y: Tensor) -> tuple[float, float]:
+        """Return the largest and the rms error of ``y`` [B, ...]."""
+        error = y[self.rows].double().to(self.values.device) - self.values
+        return error.abs().max().item(), _rms(error)
+
     def judge(self, y: Tensor) -> tuple[float | None, float, str | None]:
         """Return the largest error of ``y`` [B, ...], the allowed one, and a sentence for a wrong result, or None."""
-        got = y[self.rows].double().to(self.values.device)
-        if got.shape != self.values.shape:
-            return None, self.allowed, f"wrong: its shape is {tuple(got.shape[1:])}, not {tuple(self.values.shape[1:])}"
+        if y.shape[1:] != self.values.shape[1:]:
+            return None, self.allowed, f"wrong: its shape is {tuple(y.shape[1:])}, not {tuple(self.values.shape[1:])}"
         if not torch.isfinite(y).all():
             return None, self.allowed, f"wrong: its result in {y.dtype} is not finite, so no time is given"
-        error = (got - self.values).abs().max().item()
+        error, error_rms = self.errors(y)
         # Written with `not`, so that a tolerance of NaN (infinite weights) accepts no result.
-        if not (error <= self.allowed and _rms(got - self.values) <= self.allowed_rms):
+        if not (error <= self.allowed and error_rms <= self.allowed_rms):
             return error, self.allowed, f"wrong: its largest error is {error:.2g}, so no time is given"
         return error, self.allowed, None
 

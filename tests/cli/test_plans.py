@@ -63,7 +63,7 @@ def test_the_tiny_model_is_said_to_be_for_trying_things_out(tmp_path, monkeypatc
     monkeypatch.setattr("fastvae.data.encoding.run.encode_units", stop)
     monkeypatch.setattr("fastvae.report.benchmark.contestants_for", stop)
     monkeypatch.setattr("fastvae.report.compare.compare_files", stop)
-    monkeypatch.setattr("fastvae.report.tuning.tune.subjects", stop)
+    monkeypatch.setattr("fastvae.report.tuning.tune.convolutions_to_tune", stop)
     write_pictures(tmp_path / "in", 1)
     rest = {
         "encode": [tmp_path / "in", tmp_path / "out", "--buckets", SIDE],

@@ -28,7 +28,7 @@ class Form(StrEnum):
     """F(4x4, 3x3): 36 products for 16 results, a quarter of the direct form's."""
 
 
-class Layer(NamedTuple):
+class LayerKey(NamedTuple):
     """A layer as the tables know it: its kind, its channels and the dtype of its weight."""
 
     kind: str
@@ -53,8 +53,8 @@ class Entry:
     form: Form
 
     @property
-    def layer(self) -> Layer:
-        return Layer(self.kind, self.inputs, self.outputs, self.dtype)
+    def layer(self) -> LayerKey:
+        return LayerKey(self.kind, self.inputs, self.outputs, self.dtype)
 
 
 class Forms:
@@ -64,27 +64,27 @@ class Forms:
         """Take the entries of a table. ``otherwise`` is the form of layers without an entry; tests force one by it."""
         self.entries = sorted(entries, key=lambda entry: (entry.layer, entry.pixels))
         self.otherwise = otherwise
-        by_layer: Mapping[Layer, list[Entry]] = defaultdict(list)
+        by_layer: Mapping[LayerKey, list[Entry]] = defaultdict(list)
         for entry in self.entries:
             by_layer[entry.layer].append(entry)
         self.by_layer = dict(by_layer)
 
     def of(self, weight: torch.Tensor, pixels: int, kind: str = "conv") -> Form:
         """Return the form of a convolution with ``weight`` [D, C, 3, 3] and output images of H * W = ``pixels``."""
-        layer = Layer(kind, weight.shape[1], weight.shape[0], dtype_name(weight.dtype))
+        layer = LayerKey(kind, weight.shape[1], weight.shape[0], dtype_name(weight.dtype))
         return self.choose(layer, pixels)
 
-    def choose(self, layer: Layer, pixels: int) -> Form:
+    def choose(self, layer: LayerKey, pixels: int) -> Form:
         """Return the form of the entry with the most pixels that are at most ``pixels``."""
         entry = self._entry(layer, pixels)
         return self.otherwise if entry is None else entry.form
 
-    def why(self, layer: Layer, pixels: int) -> str:
+    def why(self, layer: LayerKey, pixels: int) -> str:
         """Return the reason of ``choose``; "" if no entry of the tables decides."""
         entry = self._entry(layer, pixels)
-        return "" if entry is None else f"measured from {entry.pixels} pixels on"
+        return "" if entry is None else f"by the table, from {entry.pixels} pixels on"
 
-    def _entry(self, layer: Layer, pixels: int) -> Entry | None:
+    def _entry(self, layer: LayerKey, pixels: int) -> Entry | None:
         held = [entry for entry in self.by_layer.get(layer, ()) if entry.pixels <= pixels]
         return held[-1] if held else None
 

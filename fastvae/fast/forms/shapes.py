@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from fastvae.fast import cost_trace, network_walk
-from fastvae.fast.forms.form import Layer as Key
-from fastvae.fast.forms.form import dtype_name
+from fastvae.fast.forms.form import LayerKey, dtype_name
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 
 
 @dataclass(frozen=True)
-class Placed:
+class Convolution:
     """A convolution in its place: what the tables know of it, and the block in which it runs."""
 
-    key: Key
+    key: LayerKey
     pixels: int
     """Of an output image."""
     part: Layer
@@ -40,7 +39,7 @@ class ShapePass(Pass):
 
     def __init__(self, part: Layer):
         self.part = part
-        self.found: list[Placed] = []
+        self.found: list[Convolution] = []
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
         return Activation(_like(x, part.conv_in.out_channels, *x.shape[2:]))
@@ -69,12 +68,12 @@ class ShapePass(Pass):
         return activation.x
 
     def _note(self, kind: str, conv: Layer, block: Layer, x: Tensor, larger: int) -> None:
-        key = Key(kind, conv.in_channels, conv.out_channels, dtype_name(conv.weight.dtype))
+        key = LayerKey(kind, conv.in_channels, conv.out_channels, dtype_name(conv.weight.dtype))
         pixels = larger * x.shape[2] * x.shape[3]
-        self.found.append(Placed(key, pixels, self.part, block, conv, tuple(x.shape[1:])))  # type: ignore[arg-type]
+        self.found.append(Convolution(key, pixels, self.part, block, conv, tuple(x.shape[1:])))  # type: ignore[arg-type]
 
 
-def placed(part: Layer, x: Tensor) -> list[Placed]:
+def convolutions_of(part: Layer, x: Tensor) -> list[Convolution]:
     """Return the convolutions of an encoder or decoder for an input like x [N, C, H, W], in the order of the data.
 
     Those of blocks that run as modules are left out, and so are the first and the last convolution.
@@ -82,6 +81,16 @@ def placed(part: Layer, x: Tensor) -> list[Placed]:
     run = ShapePass(part)
     network_walk.run_part(part, x, run)
     return run.found
+
+
+def input_of(part: Layer, batch: int, height: int, width: int) -> Tensor:
+    """Return an input of an encoder or decoder for images of this size, with the memory of one value."""
+    if hasattr(part, "up_blocks"):
+        factor = 2 ** (len(part.up_blocks) - 1)
+        height, width = height // factor, width // factor
+    channels = getattr(part.conv_in, "in_channels", 0)  # an adapter has no in_channels, and its part falls back
+    weight = next(part.parameters())
+    return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, height, width)
 
 
 def _like(x: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Tables of forms, one file a device: those shipped, then the user's own, which replace them layer by layer.
 
-A table is a JSON object with the device's name, the versions it was measured with, and ``entries``. It is read once a
-process. Nothing is measured here, and nothing is written at an ordinary call.
+A table is a JSON object with the device's name and ``entries``; the user's own also has the versions it was measured
+with. It is read once a process. Nothing is measured here, and nothing is written at an ordinary call.
 """
 
 from __future__ import annotations

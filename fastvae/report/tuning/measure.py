@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae.fast import layer_checks
 from fastvae.fast.fast_path import FastPath
 from fastvae.fast.forms.form import Entry, Form, Forms
-from fastvae.fast.forms.shapes import Placed
+from fastvae.fast.forms.shapes import Convolution
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import channels_last
 from fastvae.report.timing import interleaved, median, median_interval
@@ -25,32 +25,32 @@ MOST_SIDE = 64
 BATCH_PIXELS = 2**20
 
 
-def error_ratios(subject: Placed, path: FastPath) -> dict[str, float]:
+def error_ratios(convolution: Convolution, path: FastPath) -> dict[str, float]:
     """Return the rms error of the block in each form, against float64, as a multiple of eager torch's.
 
     A form that gives the direct one's bits does not run on this device, and is left out.
     """
-    channels, height, width = subject.shape
+    channels, height, width = convolution.shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, min(height, MOST_SIDE), min(width, MOST_SIDE), generator=generator)
-    x = x.to(subject.part.conv_in.weight)
+    x = x.to(convolution.part.conv_in.weight)
     # Not every accelerator has float64.
     place = x.device if x.device.type == "cuda" else torch.device("cpu")
-    truth = layer_checks.as_module(copy.deepcopy(subject.block).to(place).double(), x.to(place).double())
-    own = _rms(layer_checks.as_module(subject.block, x).to(place).double() - truth)
-    results = {form: block_call(subject, path, form, x)().to(place) for form in Form}
+    truth = layer_checks.as_module(copy.deepcopy(convolution.block).to(place).double(), x.to(place).double())
+    own = _rms(layer_checks.as_module(convolution.block, x).to(place).double() - truth)
+    results = {form: block_call(convolution, path, form, x)().to(place) for form in Form}
     there = {form: y for form, y in results.items() if form is Form.DIRECT or not y.equal(results[Form.DIRECT])}
     return {form.value: _rms(y.double() - truth) / own for form, y in there.items()}
 
 
-def seconds(subject: Placed, path: FastPath, forms: list[Form], budget: float) -> dict[str, list[float]]:
+def seconds(convolution: Convolution, path: FastPath, forms: list[Form], budget: float) -> dict[str, list[float]]:
     """Return samples of the block's time in each form, in turns, for about ``budget`` seconds."""
-    weight = subject.part.conv_in.weight
-    channels, height, width = subject.shape
-    batch = 1 if weight.device.type == "cpu" else max(1, BATCH_PIXELS // max(subject.pixels, height * width))
+    weight = convolution.part.conv_in.weight
+    channels, height, width = convolution.shape
+    batch = 1 if weight.device.type == "cpu" else max(1, BATCH_PIXELS // max(convolution.pixels, height * width))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, height, width, generator=generator).to(weight)
-    calls: Mapping[str, Callable[[], Any]] = {form.value: block_call(subject, path, form, x) for form in forms}
+    calls: Mapping[str, Callable[[], Any]] = {form.value: block_call(convolution, path, form, x) for form in forms}
     for call in calls.values():
         call()  # compiles, and packs the weights
     return interleaved(calls, x.device, budget)
@@ -64,18 +64,18 @@ def fastest(samples: Mapping[str, list[float]]) -> Form:
     return Form(best) if clear and median(samples[best]) < (1 - LEAST_GAIN) * median(direct) else Form.DIRECT
 
 
-def block_call(subject: Placed, path: FastPath, form: Form, x: Tensor) -> Callable[[], Tensor]:
-    """Return a call of the subject's block with its layer in this form: the values for x [B, C, H, W]."""
-    forms = Forms([Entry(*subject.key, 0, form)])
-    run = path.pass_without_gradient(subject.part, x)
+def block_call(convolution: Convolution, path: FastPath, form: Form, x: Tensor) -> Callable[[], Tensor]:
+    """Return a call of the convolution's block with it in this form: the values for x [B, C, H, W]."""
+    forms = Forms([Entry(*convolution.key, 0, form)])
+    run = path.pass_without_gradient(convolution.part, x)
     run.forms = forms
     stream = getattr(run, "stream_factor", 1.0)
     given = channels_last(x * stream)
-    step = run.upsample if subject.key.kind == "upsample" else _resnet(run)
+    step = run.upsample if convolution.key.kind == "upsample" else _resnet(run)
 
     @torch.no_grad()
     def call() -> Tensor:
-        activation = step(subject.block, Activation(given.clone()))  # a pass may write into its input
+        activation = step(convolution.block, Activation(given.clone()))  # a pass may write into its input
         y = activation.x / stream if stream != 1.0 else activation.x
         return y if activation.bias is None else y + activation.bias.to(y.dtype).view(-1, 1, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from fastvae.fast.accelerate import accelerate, path_of
 from fastvae.fast.forms import tables
 from fastvae.fast.forms.device_name import name_of
 from fastvae.fast.forms.form import Entry, Form, Forms
-from fastvae.fast.forms.shapes import Placed
+from fastvae.fast.forms.shapes import Convolution
 from fastvae.latents.scaling import pixel_multiple
 from fastvae.report.contestants import TASKS, decoding, encoding, open_fp32
 from fastvae.report.machine import versions
 from fastvae.report.timing import interleaved, median
 from fastvae.report.tuning import measure, network
 from fastvae.report.tuning.journal import Journal
-from fastvae.report.tuning.layers import subjects
+from fastvae.report.tuning.layers import convolutions_to_tune
 from fastvae.system.cache_folder import cache_folder
 from fastvae.system.devices import DTYPES, default_dtype, resolve_device
 
@@ -36,7 +36,7 @@ SIZES = {"cpu": (256, 512), "cuda": (256, 512, 1024)}
 class Choice:
     """A layer at one size: error and time of its forms, and the form that it gets."""
 
-    subject: Placed
+    convolution: Convolution
     ratios: dict[str, float]
     samples: dict[str, list[float]]
     form: Form
@@ -50,13 +50,13 @@ class Choice:
         self.form = measure.fastest({form: left[form] for form in left if form in (wanted, Form.DIRECT)})
 
     def entry(self) -> Entry:
-        return Entry(*self.subject.key, self.subject.pixels, self.form)
+        return Entry(*self.convolution.key, self.convolution.pixels, self.form)
 
     def facts(self) -> dict[str, Any]:
         """Return the choice as values for JSON."""
         return {
-            "layer": str(self.subject.key),
-            "pixels": self.subject.pixels,
+            "layer": str(self.convolution.key),
+            "pixels": self.convolution.pixels,
             "form": self.form.value,
             "refused": self.refused,
             "error_ratio": self.ratios,
@@ -98,7 +98,8 @@ def tune(
     journal = Journal(cache_folder() / "forms" / f"{name}.journal.json", _made_with())
     if again:
         journal.entries.clear()
-    choices = [_choice(subject, fast, journal, seconds, say) for subject in subjects(fast, path_of(fast), sizes)]
+    convolutions = convolutions_to_tune(fast, path_of(fast), sizes)
+    choices = [_choice(convolution, fast, journal, seconds, say) for convolution in convolutions]
     checks = network.checks(plain)
     verdicts = _settle(choices, fast, checks, journal, _digest(plain), say)
     won = _won(fast, plain, choices, min(sizes), seconds)
@@ -112,7 +113,7 @@ def tune(
         "sizes": list(sizes),
         "versions": versions(),
         "layers": [choice.facts() for choice in choices],
-        "checks": [verdict.facts() for verdict in verdicts],
+        "checks": [asdict(verdict) for verdict in verdicts],
         "won": won,
         "table": str(table),
         "digest": tables.forms_of(place).digest,
@@ -132,17 +133,17 @@ def _digest(vae: torch.nn.Module) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _choice(subject: Placed, fast: Any, journal: Journal, budget: float, say: Say) -> Choice:
+def _choice(convolution: Convolution, fast: Any, journal: Journal, budget: float, say: Say) -> Choice:
     path = path_of(fast)
 
     def measured() -> dict[str, Any]:
-        ratios = measure.error_ratios(subject, path)
-        say(f"measure {subject.name}: {', '.join(ratios)} in turns")
-        return {"ratios": ratios, "samples": measure.seconds(subject, path, list(map(Form, ratios)), budget)}
+        ratios = measure.error_ratios(convolution, path)
+        say(f"measure {convolution.name}: {', '.join(ratios)} in turns")
+        return {"ratios": ratios, "samples": measure.seconds(convolution, path, list(map(Form, ratios)), budget)}
 
-    kept = journal.get(subject.name, measured)
+    kept = journal.get(convolution.name, measured)
     path.packed.clear()  # the transformed weights of all layers together are four times the model
-    return Choice(subject, **kept, form=measure.fastest(kept["samples"]))
+    return Choice(convolution, **kept, form=measure.fastest(kept["samples"]))
 
 
 def _settle(
@@ -166,9 +167,9 @@ def _settle(
             return verdicts
         chosen = [choice for choice in choices if choice.form is not Form.DIRECT]
         if not chosen:
-            raise ValueError(f"vae is wrong on this device without any other form: {verdicts[-1]}; run fastvae doctor")
+            raise ValueError(f"vae must be right with the direct form alone, got {verdicts[-1]}: run fastvae doctor")
         worst = max(chosen, key=lambda choice: choice.ratios[choice.form.value])
-        say(f"refuse  {worst.form} for {worst.subject.name}: {verdicts[-1]}")
+        say(f"refuse  {worst.form} for {worst.convolution.name}: {verdicts[-1]}")
         worst.demote()
 
 

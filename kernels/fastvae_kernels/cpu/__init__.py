@@ -1,4 +1,4 @@
-"""Kernels for a CPU in C, built with the package where a C compiler is, called through ctypes; torch's own otherwise.
+"""Kernels for a CPU in C, built with the package on Linux where a C compiler is, called through ctypes.
 
 sources     names, flags and hash of the C files, for setup.py and for library
 library     the library: loaded once, or the reason why there is none

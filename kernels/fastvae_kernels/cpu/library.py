@@ -16,6 +16,7 @@ INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NOT_BUILT = "the C kernels are not built: install fastvae again where a C compiler with OpenMP is"
 OTHER_SOURCES = "the C kernels were built from other sources: install fastvae again"
+NOT_LINUX = "the C kernels are built on Linux only"
 NO_AVX2 = "this CPU has no AVX2, which the C kernels need"
 
 
@@ -29,7 +30,7 @@ class Library:
         if platform.machine() in sources.X86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
             self.why_not = NO_AVX2
         elif not built:
-            self.why_not = NOT_BUILT
+            self.why_not = NOT_BUILT if platform.system() == "Linux" else NOT_LINUX
         else:
             functions = ctypes.CDLL(str(built[0]))
             functions.fastvae_sources.restype = ctypes.c_char_p

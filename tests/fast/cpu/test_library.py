@@ -33,6 +33,13 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
     assert (refused.functions, refused.why_not) == (None, library.OTHER_SOURCES)
 
 
+@pytest.mark.usefixtures("_none_built")
+def test_another_system_than_linux_has_its_reason(monkeypatch):
+    monkeypatch.setattr(library.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(library.platform, "system", lambda: "Darwin")
+    assert library.Library().why_not == library.NOT_LINUX
+
+
 def test_an_x86_cpu_without_avx2_has_its_reason(monkeypatch):
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")

@@ -9,7 +9,7 @@ import fastvae
 from fastvae.fast import fallback_reasons
 from fastvae.fast.forms import tables
 from fastvae.fast.forms.form import Entry, Form, Forms
-from fastvae.fast.forms.shapes import placed
+from fastvae.fast.forms.shapes import convolutions_of
 
 SHAPE = (1, 3, 16, 16)
 CPU = torch.device("cpu")
@@ -40,13 +40,13 @@ def test_the_table_gives_each_layer_its_form(vae, monkeypatch):
     monkeypatch.setattr(tables, "has_table", lambda device: True)
     explanation = fastvae.explain(fastvae.accelerate(vae, freeze=True), SHAPE)
     forms = {row.name: (row.form, row.why) for row in explanation.forms}
-    assert forms["encoder.down_blocks.0.resnets.0.conv1"] == (Form.WINOGRAD2, "measured from 256 pixels on")
-    assert forms["decoder.up_blocks.0.upsamplers.0.conv"] == (Form.WINOGRAD4, "measured from 256 pixels on")
+    assert forms["encoder.down_blocks.0.resnets.0.conv1"] == (Form.WINOGRAD2, "by the table, from 256 pixels on")
+    assert forms["decoder.up_blocks.0.upsamplers.0.conv"] == (Form.WINOGRAD4, "by the table, from 256 pixels on")
     form, why = forms["encoder.mid_block.resnets.0.conv1"]  # of 64 pixels
     assert form is Form.DIRECT
     assert why == f"the table of {tables.name_of(CPU)} has no entry for it at this size: fastvae tune"
     assert not any("downsamplers" in name or "conv_out" in name for name in forms)
-    assert re.search(r"\nencoder.down_blocks.0.resnets.0.conv1 +winograd2 +measured from 256", str(explanation))
+    assert re.search(r"\nencoder.down_blocks.0.resnets.0.conv1 +winograd2 +by the table, from 256", str(explanation))
 
 
 def test_a_form_that_the_c_kernels_lack_is_said_to_be_missing(vae, monkeypatch):
@@ -92,7 +92,7 @@ def test_the_sizes_are_those_of_a_call(vae, monkeypatch):
         part(given)
         for hook in hooks:
             hook.remove()
-        found = placed(part, given)
+        found = convolutions_of(part, given)
         assert {layer.conv: layer.pixels for layer in found} == {
             conv: pixels
             for conv, pixels in seen.items()
