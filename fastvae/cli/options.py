@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from fastvae.cli.output import Count
-from fastvae.system.arguments import DEFAULT_LIMIT
 
 Command = Callable[..., Any]
 
@@ -48,7 +47,7 @@ run = combined(
     click.option("--workers", default="auto", show_default=True, help="Threads that read images."),
     click.option(
         "--max-failures",
-        default=DEFAULT_LIMIT,
+        default="5 or 0.1%",
         show_default=True,
         help="Share or count of failures above which the exit code is 3; by default the greater.",
     ),
