@@ -28,9 +28,10 @@ def info(
     Example:
       fastvae info latents/
     """
+    from fastvae.data.store.layout import STORE
     from fastvae.system.terminal import print_stderr
 
-    is_store = (Path(what) / "store.json").exists()
+    is_store = (Path(what) / STORE).exists()
     if not quiet:
         print_stderr(f"info    {'latent store' if is_store else 'model'} {what}\n")
     if is_store:

@@ -134,7 +134,7 @@ class FastPath:
         )
 
     def pass_without_gradient(self, part: Layer, x: Tensor) -> InferencePass | CpuPass:
-        """Return the pass of a call that needs no gradient: on the fused kernels, or without them as on a CPU."""
+        """Return the pass of a call that needs no gradient: InferencePass where fused kernels run, else CpuPass."""
         if x.device.type in fallback_reasons.KERNEL_DEVICES:
             return self._inference_pass(part, x, None)
         return self.cpu_pass(x.device)
@@ -169,23 +169,25 @@ class FastPath:
         if self.graphs is not None and not torch.compiler.is_compiling():
             self.graphs.plain[reason] += 1
         if reason is Reason.CPU and x.device.type == "cpu":
-            # On a CPU channels_last and reused memory win, and no fused kernel does. A trace needs torch's own ops.
-            if torch.compiler.is_compiling():
-                with WideGroupNorm():
-                    y = type(part).forward(part, channels_last(x))
-            elif not compiled_passes.is_plain_call():
-                y = type(part).forward(part, x)
-            elif self.way(part, x, reason) == "module":
-                with ContiguousGroupNorm():
-                    y = type(part).forward(part, channels_last(x))
-            else:
-                run = self.cpu_pass(x.device)
-                run.sure = survey is not None and survey.fused
-                rows = images_of(x) if self.deterministic else (x,)
-                done = [network_walk.run_part(part, row, run) for row in rows]
-                y = torch.cat(done) if len(done) > 1 else done[0]
+            y = self._run_on_cpu(part, x, survey)
             return y if is_channels_last(x) else y.contiguous()
         return type(part).forward(part, x)
+
+    def _run_on_cpu(self, part: Layer, x: Tensor, survey: Survey | None) -> Tensor:
+        """Return the part's output from CpuPass; from its own forward in a trace and where a gradient is needed."""
+        if torch.compiler.is_compiling():  # a trace needs torch's own ops
+            with WideGroupNorm():
+                return type(part).forward(part, channels_last(x))
+        if not compiled_passes.is_plain_call():
+            return type(part).forward(part, x)
+        if fallback_reasons.needs_gradient(part, x):
+            with ContiguousGroupNorm():
+                return type(part).forward(part, channels_last(x))
+        run = self.cpu_pass(x.device)
+        run.sure = survey is not None and survey.fused
+        rows = images_of(x) if self.deterministic else (x,)
+        done = [network_walk.run_part(part, row, run) for row in rows]
+        return torch.cat(done) if len(done) > 1 else done[0]
 
     def _run_fused(
         self, part: Layer, x: Tensor, quant_conv: Layer | None = None, survey: Survey | None = None

@@ -167,7 +167,7 @@ def check_forms(device: torch.device) -> Finding:
         sentence = f"no table says which form of a convolution is fastest on {name}: fastvae tune --vae ... measures it"
         return Finding("forms", NOTE, sentence, facts)
     faster = sum(entry.form is not Form.DIRECT for entry in entries)
-    sentence = f"the table of {name} has a faster form for {faster} of {len(entries)} convolutions (fastvae tune)"
+    sentence = f"the table of {name} has a faster form for {faster} of its {len(entries)} entries (fastvae tune)"
     return Finding("forms", OK, sentence, facts)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# Failures allowed unless the caller says otherwise, the greater of the two: one broken image of 57 is no failed run.
-ALLOWED_IMAGES, DEFAULT_LIMIT = 5, "5 or 0.1%"
-
 
 def check_unsigned(name: str, value: int, bits: int = 64) -> int:
     """Return ``value``; raises ValueError, naming the argument, unless it is an unsigned integer of ``bits`` bits."""

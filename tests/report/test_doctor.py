@@ -254,7 +254,7 @@ def test_a_device_without_a_table_of_forms_is_told_to_tune(tmp_path, monkeypatch
     path = tables.write(name, entries, {})
     finding = torch_checks.check_forms(CPU)
     assert (finding.state, finding.facts["entries"], finding.facts["own"]) == ("ok", 3, True)
-    assert "a faster form for 2 of 3 convolutions" in finding.sentence
+    assert "a faster form for 2 of its 3 entries" in finding.sentence
     path.write_text("{")
     finding = torch_checks.check_forms(CPU)
     assert finding.state == "bad"

@@ -20,23 +20,22 @@ from fastvae.data.encoding.planning import (
     plan_rows,
     with_sha256,
 )
-from fastvae.data.encoding.report import EncodeReport
+from fastvae.data.encoding.report import DEFAULT_LIMIT, EncodeReport
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
-from fastvae.data.encoding.settings import check_layout, denoiser_note, tar_rule_of, with_dtype, with_table_of
+from fastvae.data.encoding.settings import check_layout, denoiser_note, tar_rule_of, with_dtype, with_earlier_buckets
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.images.size_rules import is_enlarged
 from fastvae.data.rows import SourceFile, size_name
 from fastvae.data.sources.changes import find_changes, keep_planned_keys
 from fastvae.data.sources.companions import companion_patterns
 from fastvae.data.sources.open import open_source
-from fastvae.data.sources.source import MAX_LISTED
+from fastvae.data.sources.source import MAX_LISTED, Listing, Source
 from fastvae.data.sources.tar import FIRST_DOT
 from fastvae.data.store.layout import STORE
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
 from fastvae.latents.scaling import denoiser_multiple
-from fastvae.system.arguments import DEFAULT_LIMIT
 from fastvae.system.atomic_files import check_room
 from fastvae.system.devices import resolve_device
 from fastvae.system.terminal import first_few
@@ -119,20 +118,9 @@ def encode(
     committed.
     After any error, committed shards stay valid, and the same call resumes.
     """
+    sizes = {"min_size": min_size, "no_upscale": no_upscale}
     latents = LatentOptions(
-        buckets,
-        crop,
-        variants,
-        flip,
-        seed,
-        dtype,
-        posterior,
-        store_dtype,
-        logvar,
-        alpha,
-        animated,
-        min_size,
-        no_upscale,
+        buckets, crop, variants, flip, seed, dtype, posterior, store_dtype, logvar, alpha, animated, **sizes
     )
     options = RunOptions(
         device=device,
@@ -156,26 +144,13 @@ def encode(
     if any(os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out) for path in _paths(src)):
         raise ValueError(f"out must be another folder than src, both are {os.fspath(out)!r}")
     target = resolve_device(options.device)
-    listing = source.listing(exclude=out)
-    listing.leave_out(exclude)
-    if prune and listing.unreadable:
-        raise ValueError(
-            f"prune needs a source that can be listed whole, of {source.name} cannot be read: "
-            f"{first_few(listing.unreadable)}"
-        )
-    if (Path(out) / STORE).exists():
-        keep_planned_keys(listing, Store.open(Path(out)).planned_files())
+    listing = _listing(source, Path(out), exclude, prune)
     loaded = load_model(vae, subfolder, revision, preset)
     settings = with_dtype(Path(out), latents.settings(loaded[0], target))
-    settings = with_table_of(Path(out), settings, latents.earlier_buckets(loaded[0]))
+    settings = with_earlier_buckets(Path(out), settings, latents.earlier_buckets(loaded[0]))
     check_memory(loaded[0], settings, options.batch)
-    job = prepare(Path(out), source, listing, loaded, settings, options)
-    files = job.files[:limit]
-    if options.hash == "full":
-        files = with_sha256(files, job.reader)
-        listed = {**(job.reader.listed or {}), **{file.key: file for file in files}}
-        job = replace(job, reader=replace(job.reader, listed=listed))
-    job = replace(job, files=files, prune=prune)
+    job = _with_files(prepare(Path(out), source, listing, loaded, settings, options), limit)
+    job = replace(job, prune=prune)
     if tar_rule == FIRST_DOT:  # left out of a store that an earlier version began
         job = replace(job, layout={**job.layout, "tar_keys": tar_rule})
     # Everything that can be refused is refused before OUT is touched, and once more while OUT is locked.
@@ -196,6 +171,30 @@ def encode(
 
 def _paths(src: SourceName | Sequence[SourceName]) -> list[SourceName]:
     return [src] if isinstance(src, str | os.PathLike) else list(src)
+
+
+def _listing(source: Source, out: Path, exclude: Collection[str], prune: bool) -> Listing:
+    """Return the images of ``source``, with the keys that a store at ``out`` gave them."""
+    listing = source.listing(exclude=out)
+    listing.leave_out(exclude)
+    if prune and listing.unreadable:
+        raise ValueError(
+            f"prune needs a source that can be listed whole, of {source.name} cannot be read: "
+            f"{first_few(listing.unreadable)}"
+        )
+    if (out / STORE).exists():
+        keep_planned_keys(listing, Store.open(out).planned_files())
+    return listing
+
+
+def _with_files(job: EncodeJob, limit: int | None) -> EncodeJob:
+    """Return ``job`` with its first ``limit`` files, with their sha256 where hash="full" asks for it."""
+    files = job.files[:limit]
+    if job.options.hash != "full":
+        return replace(job, files=files)
+    files = with_sha256(files, job.reader)
+    listed = {**(job.reader.listed or {}), **{file.key: file for file in files}}
+    return replace(job, files=files, reader=replace(job.reader, listed=listed))
 
 
 def _existing_store(job: EncodeJob) -> Store | None:
@@ -270,7 +269,7 @@ def _dry_run(job: EncodeJob, existing: Store | None, report: EncodeReport) -> En
         counts[bucket] = counts.get(bucket, 0) + 1
         known = all(row.original_hw)
         report.unreadable_headers += not known
-        if known and (reason := job.settings.sizes.reason(row.original_hw, bucket)):
+        if known and (reason := job.settings.size_rules.reason(row.original_hw, bucket)):
             report.reasons[reason] = report.reasons.get(reason, 0) + 1
         elif known and is_enlarged(row.original_hw, bucket):
             report.flags["upscaled"] = report.flags.get("upscaled", 0) + 1

@@ -45,7 +45,7 @@ class ImageReader:
     """Source, buckets, crops and policies of read_image.
 
     ``factor``: pixels per latent. ``listed``: the file of each key that the source lists. A plan may have been edited,
-    so a file at any other place is not opened. ``sizes``: images that are left out for their size.
+    so a file at any other place is not opened. ``size_rules``: images that are left out for their size.
     ``excluded``: keys that are left out although they were planned.
     """
 
@@ -57,7 +57,7 @@ class ImageReader:
     max_pixels: int
     listed: Mapping[str, SourceFile] | None = None
     animated: str = "first"
-    sizes: SizeRules = ANY_SIZE
+    size_rules: SizeRules = ANY_SIZE
     excluded: Collection[str] = frozenset()
 
     def size(self, file: SourceFile) -> Size:
@@ -78,9 +78,9 @@ class ImageReader:
         not be read then. The reason is "unreadable", so the next run tries it again.
         """
         content = self._content(file)
-        if self.sizes != ANY_SIZE:
+        if self.size_rules != ANY_SIZE:
             original_hw = image_size(content, max_pixels=self.max_pixels, name=file.key)
-            self.sizes.check(original_hw, bucket, file.key)
+            self.size_rules.check(original_hw, bucket, file.key)
         policies = {"alpha": self.alpha, "animated": self.animated, "max_pixels": self.max_pixels}
         picture = read_image(content, **policies, at_least=bucket, name=file.key)  # type: ignore[arg-type]
         if self.bucket_of(picture.original_hw) != bucket:

@@ -13,6 +13,7 @@ import torch
 
 from fastvae.checkpoints.loading import TINY
 from fastvae.data.store.errors import StoreError
+from fastvae.data.store.layout import STORE
 from fastvae.data.store.store import Store
 from fastvae.fast.accelerate import unwrapped
 from fastvae.fast.fallback_reasons import BUILT_IN_PROCESSORS, Reason, why_not_shape
@@ -103,7 +104,7 @@ def named_model(
     parts.append(preset or source.get("preset"))
     if any(part is not None and not isinstance(part, str) for part in parts):
         raise StoreError(
-            f"{store.path / 'store.json'} is damaged: source.subfolder, source.revision and source.preset must be text"
+            f"{store.path / STORE} is damaged: source.subfolder, source.revision and source.preset must be text"
         )
     if source["vae"] != TINY:
         place = ", ".join(" ".join(part.split()) for part in (source["vae"], *parts) if part)
@@ -111,7 +112,8 @@ def named_model(
     return source["vae"], parts[0], parts[1], parts[2]
 
 
-def _commit(model: Any) -> str | None:
+def hub_commit(model: Any) -> str | None:
+    """Return the commit on the Hub that the weights of ``model`` were read from, None for other weights."""
     return getattr(getattr(model, "load_report", None), "commit", None)
 
 

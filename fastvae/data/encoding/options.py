@@ -55,13 +55,13 @@ class LatentOptions:
             dtype=(self.dtype, (None, "fp32", "bf16", "fp16")),
         )
         self.crops()
-        self.sizes()
+        self.size_rules()
 
     def crops(self) -> Variants:
         """Return the crops of each image; raises ValueError for options that contradict each other."""
         return make_variants(self.crop, self.variants, self.flip, self.seed)
 
-    def sizes(self) -> SizeRules:
+    def size_rules(self) -> SizeRules:
         """Return the images that are left out for their size; raises ValueError for a wrong least side."""
         return SizeRules(self.min_size, self.no_upscale)
 
@@ -81,7 +81,7 @@ class LatentOptions:
             int(model.config.latent_channels),
             device,
             self.animated,
-            self.sizes(),
+            self.size_rules(),
         )
 
 

@@ -94,9 +94,3 @@ def count_by_bucket(units: Sequence[Unit]) -> dict[Size, int]:
 def needed_bytes(counts: dict[Size, int], row_size: Callable[[Size], int]) -> int:
     """Estimate the bytes of ``counts`` rows in each bucket."""
     return sum(count * row_size(bucket) for bucket, count in counts.items())
-
-
-def rotated_for_rank(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
-    """Return ``units`` rotated so that process ``rank`` of ``ranks`` starts at its own share."""
-    start = len(units) * rank // ranks
-    return units[start:] + units[:start]

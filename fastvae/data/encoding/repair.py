@@ -14,7 +14,7 @@ from fastvae.data.encoding.batch_size import check_memory
 from fastvae.data.encoding.model import load_model, named_model
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.planning import orphan_records, plan_rows, with_sha256
-from fastvae.data.encoding.report import EncodeReport, Interrupted
+from fastvae.data.encoding.report import DEFAULT_LIMIT, EncodeReport, Interrupted
 from fastvae.data.encoding.run import EncodeJob, check_buckets, prepare, rows_per_unit, run_job
 from fastvae.data.encoding.settings import check_layout, stored_settings, tar_rule_of
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
@@ -29,7 +29,6 @@ from fastvae.data.store.lock import locked
 from fastvae.data.store.plan import Unit
 from fastvae.data.store.store import Store
 from fastvae.data.store.verify import Damage, verify
-from fastvae.system.arguments import DEFAULT_LIMIT
 from fastvae.system.atomic_files import check_room, synchronise_folder
 from fastvae.system.devices import resolve_device
 

@@ -86,7 +86,7 @@ def prepare(
         options.max_pixels,
         listed,
         settings.animated,
-        settings.sizes,
+        settings.size_rules,
         listing.excluded,
     )
     identity, layout = identity_of(model, settings), layout_of(model, made_with, settings)

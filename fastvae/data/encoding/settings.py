@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastvae._version import __version__
-from fastvae.data.encoding.model import _commit, model_identity, weight_files
+from fastvae.data.encoding.model import hub_commit, model_identity, weight_files
 from fastvae.data.encoding.row_format import RowFormat
 from fastvae.data.images.buckets import Buckets
 from fastvae.data.images.crop import Variants, make_variants, preprocess_identity
@@ -43,7 +43,7 @@ class Settings:
     latent_channels: int
     device: torch.device
     animated: str = "first"
-    sizes: SizeRules = ANY_SIZE
+    size_rules: SizeRules = ANY_SIZE
 
     def row_size(self, bucket: Size) -> int:
         """Estimate the bytes of a row of ``bucket`` in the store."""
@@ -64,13 +64,13 @@ def with_dtype(out: Path, settings: Settings) -> Settings:
     A store begun on another machine is so continued in its dtype. Raises StoreError for a damaged store.
     """
     dtype = settings.dtype
-    if dtype is None and (out / "store.json").exists():
+    if dtype is None and (out / STORE).exists():
         stored = Store.open(out).facts["identity"]["numerics"]["dtype"]
         dtype = stored if stored in DTYPES else None
     return replace(settings, dtype=dtype or default_dtype(settings.device))
 
 
-def with_table_of(out: Path, settings: Settings, earlier: Buckets) -> Settings:
+def with_earlier_buckets(out: Path, settings: Settings, earlier: Buckets) -> Settings:
     """Return ``settings`` with the table ``earlier`` if a store at ``out`` has it: one that version 0.1 began."""
     if not (out / STORE).exists():
         return settings
@@ -148,7 +148,7 @@ def identity_of(model: Any, settings: Settings) -> dict[str, Any]:
             "tiling": None,
         },
         "preprocess": preprocess_identity(
-            settings.buckets, settings.variants, settings.alpha, settings.animated, settings.sizes
+            settings.buckets, settings.variants, settings.alpha, settings.animated, settings.size_rules
         ),
     }
 
@@ -164,7 +164,7 @@ def layout_of(model: Any, source: dict[str, Any], settings: Settings) -> dict[st
         "downsample_factor": settings.factor,
         "scaling": scaling,
         "metadata": metadata,
-        "source": {**source, "commit": _commit(model), "files": weight_files(model)},
+        "source": {**source, "commit": hub_commit(model), "files": weight_files(model)},
         "created_by": f"fastvae {__version__}",
     }
 

@@ -16,7 +16,6 @@ from fastvae._version import __version__
 from fastvae.data.encoding.image_reader import Chunk, ImageReader
 from fastvae.data.encoding.options import RunOptions
 from fastvae.data.encoding.pipeline import Encoding, chunks_apart, chunks_of, encoded_chunks
-from fastvae.data.encoding.planning import rotated_for_rank
 from fastvae.data.encoding.report import EncodeReport
 from fastvae.data.encoding.salvage import sound_rows
 from fastvae.data.encoding.settings import Settings
@@ -80,6 +79,12 @@ def encode_units(worker: Worker, todo: list[Unit]) -> None:
     finally:
         worker.report.seconds = time.perf_counter() - started
         worker.report.batches, worker.report.halved = worker.encoding.batches.as_dict(), worker.encoding.batches.halved
+
+
+def rotated_for_rank(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
+    """Return ``units`` rotated so that process ``rank`` of ``ranks`` starts at its own share."""
+    start = len(units) * rank // ranks
+    return units[start:] + units[:start]
 
 
 def _encode_all(worker: Worker, todo: list[Unit], bar: tqdm) -> None:

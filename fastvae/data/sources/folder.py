@@ -54,7 +54,7 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
     """
     top, origin = Path(root), origin_at(os.path.realpath(root))
     if not top.is_dir():
-        raise ValueError(f"the source must be a folder of images, got {os.fspath(root)!r}")
+        raise ValueError(f"src must be a folder of images, got {os.fspath(root)!r}")
     listing = Listing()
     seen: set[tuple[int, int]] = set()
     if exclude is not None and os.path.isdir(exclude):
@@ -69,7 +69,7 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
         ignored = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
         if listing.unreadable:
             ignored += f"; cannot be read: {first_few(listing.unreadable)}"
-        raise ValueError(f"no images under {os.fspath(root)!r}{ignored}")
+        raise ValueError(f"src must hold images, there is none under {os.fspath(root)!r}{ignored}")
     listing.files.sort(key=lambda file: os.fsencode(file.key))
     return listing
 
@@ -162,7 +162,7 @@ class PatternSource:
                     seen.add(file.key)
                     listing.files.append(file)
         if not listing.files:
-            raise ValueError(f"no images match {self.name!r}")
+            raise ValueError(f"src must match an image, {self.name!r} matches none")
         listing.deduplicate_keys()
         if self._captions:
             _add_captions(listing, self.root or ".")

@@ -9,7 +9,7 @@ from typing import Any
 from fastvae.data.images.errors import ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import Origin, SourceFile
-from fastvae.data.sources.source import Listing, key_of, origin_at
+from fastvae.data.sources.source import DEFAULT_KEY, Listing, key_of, origin_at
 from fastvae.data.sources.storage import (
     LocalStorage,
     RemoteStorage,
@@ -21,7 +21,6 @@ from fastvae.data.sources.storage import (
 )
 from fastvae.system.strict_json import json_value
 
-DEFAULT_KEY = "key"
 PATHS = ("path", "uri", "file_name")
 
 
@@ -59,7 +58,7 @@ class ManifestSource:
             except OSError as error:
                 raise ValueError(f"src names {manifest}, which cannot be read: {error.strerror or error}") from error
         if not listing.files:
-            raise ValueError(f"no lines in {self.name}")
+            raise ValueError(f"src must hold rows, {self.name} has none")
         listing.deduplicate_keys()
         return listing
 

@@ -106,7 +106,7 @@ def locate_files(texts: Sequence[str]) -> tuple[Storage, list[str]]:
             continue
         found = [path for name in expand_braces(text) for path in (sorted(glob(name)) if is_pattern(name) else [name])]
         if not found:
-            raise ValueError(f"no file matches {text!r}")
+            raise ValueError(f"src must match a file, {text!r} matches none")
         paths += found
         folders.append(fixed_folder(text))
     root = common_folder(folders)
@@ -130,6 +130,6 @@ def _locate_remote_files(texts: Sequence[str]) -> tuple[RemoteStorage, list[str]
         # fsspec file systems differ in the paths that glob returns: some keep the scheme, some start with a slash.
         found = sorted(path.strip("/") for path in storage.files.glob(f"{scheme}://{name}"))
         if not found:
-            raise ValueError(f"no file matches {scheme}://{name}")
+            raise ValueError(f"src must match a file, '{scheme}://{name}' matches none")
         places += [posixpath.relpath(path, top) if top else path for path in found]
     return storage, list(dict.fromkeys(places))

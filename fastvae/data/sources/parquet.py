@@ -21,11 +21,10 @@ from typing import Any, BinaryIO
 from fastvae.data.images.errors import MACHINE, ImageError, check_bytes, unreadable
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import Origin, SourceFile
-from fastvae.data.sources.source import Listing, content_digest, key_of, origin_at
+from fastvae.data.sources.source import DEFAULT_KEY, Listing, content_digest, key_of, origin_at
 from fastvae.data.sources.storage import LocalStorage, Storage, check_scheme, read_all
 
 ROW_PLACE = re.compile(r"(.*)#(\d+)", re.DOTALL | re.ASCII)
-DEFAULT_KEY = "key"
 CACHED_GROUPS = 2
 CACHED_BATCHES = 4
 LARGE_GROUP = 2**28  # bytes of the image column, unpacked
@@ -59,7 +58,7 @@ class ParquetSource:
                     columns = {column: _without_non_finite(values[column]) for column in taken}
                     listing.files.append(SourceFile(key, size, mtime_ns, f"{place}#{row}", columns, origin=origin))
         if not listing.files:
-            raise ValueError(f"no rows in {self.name}")
+            raise ValueError(f"src must hold rows, {self.name} has none")
         if left_out:
             listing.notes.append(f"columns that are no JSON values are left out: {', '.join(sorted(left_out))}")
         listing.deduplicate_keys()

@@ -47,7 +47,8 @@ class RemoteSource:
             else:
                 listing.ignored += 1
         if not listing.files:
-            raise ValueError(f"no images under {self.name} ({listing.ignored} other files passed over)")
+            ignored = f"{listing.ignored} other files passed over"
+            raise ValueError(f"src must hold images, there is none under {self.name} ({ignored})")
         listing.deduplicate_keys()
         if self._captions:
             add_captions(listing, self._names_in, self._storage.open)

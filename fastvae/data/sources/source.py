@@ -24,6 +24,7 @@ RAW_SUFFIXES = {
 }
 REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd", *RAW_SUFFIXES}
 MAX_LISTED = 100
+DEFAULT_KEY = "key"  # column of keys in a table or manifest
 # Thumbnails, snapshots and deleted files of Synology, QNAP, NetApp, freedesktop.org, macOS, Windows and Lightroom.
 SYSTEM_FOLDERS = re.compile(
     r"@eaDir|#recycle|#snapshot|@tmp|@Syno\w+|\.@__thumb|@Recycle|@Recently-Snapshot|@sharebin|~snapshot|\.snapshots?"

@@ -68,9 +68,10 @@ class TarSource:
         self._rule, self._image = rule, image
 
     def listing(self, exclude: Any = None) -> Listing:
-        """See Source. Raises ValueError for an archive that cannot be opened; a cut one is named in ``unreadable``.
+        """See Source. An archive that ends early is named in ``unreadable``.
 
-        Also for a sample of several images without ``image``, or if no sample has that image.
+        Raises ValueError for an archive that cannot be opened, for a sample of several images where ``image`` is None,
+        and if no sample has an image of that extension.
         """
         listing, left_out = Listing(), Counter[str]()
         for archive in self._archives:
@@ -85,9 +86,10 @@ class TarSource:
                 self._add_rows(listing, left_out, f"{archive}: {key}", key, groups, mtime_ns, origin)
         listing.notes += [f"{count} members {why}" for why, count in sorted(left_out.items())]
         if not listing.files:
-            why = f"; cannot be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
+            why = f" ({listing.ignored} other members passed over)"
+            why += f"; cannot be read: {first_few(listing.unreadable)}" if listing.unreadable else ""
             why += "".join(f"; {note}" for note in listing.notes)
-            raise ValueError(f"no images in {self.name} ({listing.ignored} other members passed over){why}")
+            raise ValueError(f"src must hold images, there is none in {self.name}{why}")
         listing.deduplicate_keys()
         return listing
 

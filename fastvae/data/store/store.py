@@ -28,7 +28,17 @@ from fastvae.data.rows import Size, SourceFile
 from fastvae.data.store import identity as identities
 from fastvae.data.store.commits import Commit, Failure, read_commit
 from fastvae.data.store.errors import IdentityMismatch, StoreError
-from fastvae.data.store.layout import DERIVED, LOCK_NAME, PLAN, RECORD, SHARD, TOP_LEVEL_NAMES, check_kinds, matches
+from fastvae.data.store.layout import (
+    DERIVED,
+    LOCK_NAME,
+    PLAN,
+    RECORD,
+    SHARD,
+    STORE,
+    TOP_LEVEL_NAMES,
+    check_kinds,
+    matches,
+)
 from fastvae.data.store.leases import Leases
 from fastvae.data.store.plan import PlannedRow, Unit, WorkList
 from fastvae.data.store.shard import ShardRow, pack, read_names
@@ -54,12 +64,12 @@ class Store:
         """Open the store at ``path``; raises StoreError if there is none, or it is damaged or of another format."""
         path = Path(path)
         try:
-            facts = read_store_json(path / "store.json")
+            facts = read_store_json(path / STORE)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{path} is not a latent store: it has no store.json") from None
-        check_store_json(facts, path / "store.json")
+        check_store_json(facts, path / STORE)
         if identities.digest(facts["identity"]) != facts["identity_digest"]:
-            raise StoreError(f"{path / 'store.json'} was edited: its identity does not have its identity_digest")
+            raise StoreError(f"{path / STORE} was edited: its identity does not have its identity_digest")
         return cls(path, facts)
 
     @classmethod
@@ -70,7 +80,7 @@ class Store:
         StoreError for a folder with other files in it, or with the wrong kind of file under a name of a store.
         """
         path = Path(path)
-        if (path / "store.json").exists():
+        if (path / STORE).exists():
             check_kinds(path)
             store = cls.open(path)
             lines = identities.identity_differences(store.facts["identity"], identity)
@@ -84,7 +94,7 @@ class Store:
         if path.exists() and not path.is_dir():
             raise StoreError(f"the output must be a folder, {path} is a file")
         if path.is_dir() and (others := sorted(entry.name for entry in path.iterdir() if not _is_own_name(entry))):
-            if (path / "store.json").exists():  # another process has made the store since the first check
+            if (path / STORE).exists():  # another process has made the store since the first check
                 return cls.check(path, identity)
             raise StoreError(f"{path} is neither empty nor a latent store: it holds {first_few(others)}")
         check_kinds(path)
@@ -102,7 +112,7 @@ class Store:
         path = Path(path)
         store = cls.check(path, identity)
         if store is None:
-            if leases.live() and (path / "store.json").exists():
+            if leases.live() and (path / STORE).exists():
                 other = cls.open(path).facts["identity"]
                 raise IdentityMismatch(path, identities.identity_differences(other, identity))
             path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +121,7 @@ class Store:
             store = cls(path, json.loads(content))
             store._sweep(leases)
             store._delete_uncommitted()
-            write_atomically(path / "store.json", [content])
+            write_atomically(path / STORE, [content])
         store._sweep(leases)
         (path / "plan").mkdir(exist_ok=True)
         (path / "shards").mkdir(exist_ok=True)

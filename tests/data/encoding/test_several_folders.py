@@ -124,5 +124,5 @@ def test_one_of_the_folders_as_the_output_and_an_empty_one_are_refused(tmp_path,
     (tmp_path / "two").mkdir()
     with pytest.raises(ValueError, match="out must be another folder than src"):
         run([one, tmp_path / "two"], tmp_path / "two", vae)
-    with pytest.raises(ValueError, match=r"no images under '.*two'"):
+    with pytest.raises(ValueError, match=r"there is none under '.*two'"):
         run([one, tmp_path / "two"], tmp_path / "out", vae)

@@ -77,12 +77,12 @@ def test_the_output_inside_the_source_is_excluded(tmp_path):
 
 
 def test_a_source_without_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no images under"):
+    with pytest.raises(ValueError, match="src must hold images, there is none under"):
         list_folder(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"1 other files passed over"):
         list_folder(tmp_path)
-    with pytest.raises(ValueError, match="must be a folder of images"):
+    with pytest.raises(ValueError, match="src must be a folder of images"):
         list_folder(tmp_path / "a.txt")
 
 
@@ -150,7 +150,7 @@ def test_relative_patterns_start_at_the_current_folder(tmp_path, monkeypatch):
         (["000.png", "."], "'000.png' is a file: quote a pattern, as in 'photos/*.jpg'"),
         ("000.png", "'000.png' is a file: quote a pattern"),
         ("[z-a]/**", "src must be a pattern"),
-        ("no such *.png", "no images match"),
+        ("no such *.png", "src must match an image"),
         ("file:///etc", "must be written as a path, without a scheme"),
         ("nosuchfilesystem://x", "nosuchfilesystem:// cannot be read here"),
         (["memory://a.tar", "b.tar"], "files of one file system"),

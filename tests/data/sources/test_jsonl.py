@@ -106,7 +106,7 @@ def test_a_line_without_a_key_has_its_path_as_the_key(tmp_path):
 
 def test_an_empty_or_missing_manifest_is_refused(tmp_path):
     (tmp_path / "m.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no lines in"):
+    with pytest.raises(ValueError, match="src must hold rows"):
         open_source(tmp_path / "m.jsonl").listing()
     with pytest.raises(ValueError, match=r"src names n\.jsonl, which cannot be read"):
         open_source(tmp_path / "n.jsonl").listing()

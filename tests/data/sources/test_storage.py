@@ -49,7 +49,7 @@ def test_a_folder_and_a_pattern_under_a_url(memory):
     memory.rm("/bucket/a/0.png")
     with pytest.raises(ImageError, match=r"a/0\.png cannot be read"):
         source.read(source.listing().files[0].__class__("a/0.png", 1, 1))
-    with pytest.raises(ValueError, match="no images under"):
+    with pytest.raises(ValueError, match="src must hold images, there is none under"):
         open_source("memory://bucket/empty").listing()
 
 

@@ -109,7 +109,7 @@ def test_several_images_in_a_sample_need_the_name_of_one(tmp_path):
     assert seeds_of(source, listing.files) == {"a": 1}
     assert listing.notes == ["1 members of samples without an image 'mask' are left out"]
     with pytest.raises(
-        ValueError, match=r"no images in .*; 4 members of samples without an image 'depth' are left out"
+        ValueError, match=r"there is none in .*; 4 members of samples without an image 'depth' are left out"
     ):
         open_source(path, image_column="depth").listing()
     with pytest.raises(ValueError, match="image_column must be one of png, jpg"):
@@ -246,7 +246,7 @@ def test_flipped_header_bytes_raise_only_known_errors(tmp_path):
             source = open_source(tmp_path / "damaged.tar")
             files = source.listing().files
         except ValueError as error:
-            if "no images in" not in str(error):
+            if "there is none in" not in str(error):
                 raise
             continue
         read += sum(bytes_or_reason(source, file) in images for file in files)
@@ -334,7 +334,7 @@ def test_a_member_beyond_the_pixel_limit_is_not_read(tmp_path):
 
 def test_an_unusable_archive_is_refused(tmp_path):
     archive(tmp_path / "words.tar", [("a.txt", b"x")])
-    with pytest.raises(ValueError, match=r"no images in .*1 other members passed over"):
+    with pytest.raises(ValueError, match=r"there is none in .*1 other members passed over"):
         open_source(tmp_path / "words.tar").listing()
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"; cannot be read: empty\.tar: it is cut or damaged after 0 images"):
@@ -347,7 +347,7 @@ def test_an_unusable_archive_is_refused(tmp_path):
         pass
     with pytest.raises(ValueError, match="compressed as a whole: its members cannot be found by seek"):
         open_source(tmp_path / "really gz.tar").listing()
-    with pytest.raises(ValueError, match="no file matches"):
+    with pytest.raises(ValueError, match="src must match a file"):
         open_source(tmp_path / "no-*.tar")
     for backwards in ("{9..1}", "{0..99999999}"):
         with pytest.raises(ValueError, match="src must count up"):

@@ -13,7 +13,7 @@ from support.small_store import SIDE, small_vae, write_pictures
 
 import fastvae.data.store.leases as leases_module
 from fastvae.data.encoding.encode import encode
-from fastvae.data.encoding.planning import rotated_for_rank
+from fastvae.data.encoding.worker import rotated_for_rank
 from fastvae.data.store.errors import IdentityMismatch
 from fastvae.data.store.leases import STALE, Leases
 from fastvae.data.store.store import Store
