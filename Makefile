@@ -110,8 +110,11 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit('fastvae needs Python 3.11 or newer, as in make demo PYTHON=python3.11' if sys.version_info < (3, 11) else 0)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# What the C kernels are built from.
+BUILT_FROM := setup.py build_backend.py kernels/fastvae_kernels/cpu/sources.py $(wildcard kernels/fastvae_kernels/cpu/*.[ch])
+
 # torch first, at its exact version: without one, pip may choose a build with gigabytes of CUDA libraries.
-$(VENV)/.run: pyproject.toml constraints.txt setup.py $(wildcard kernels/fastvae_kernels/cpu/*.[ch]) | $(VENV)/bin/python
+$(VENV)/.run: pyproject.toml constraints.txt $(BUILT_FROM) | $(VENV)/bin/python
 	$(call install,torch (some minutes)) "$$(grep '^torch==' constraints.txt)"
 	$(call install,fastvae and the packages of the demo) --constraint constraints.txt --editable ".[demo]"
 	@touch $@

@@ -15,7 +15,7 @@ setup(
         Extension(
             "fastvae_kernels.cpu.built.kernels",  # no package: Python cannot import it
             [f"{FOLDER}/{name}" for name in SOURCES["NAMES"]],
-            depends=[f"{FOLDER}/{name}" for name in SOURCES["HEADERS"]],
+            depends=[f"{FOLDER}/{name}" for name in (*SOURCES["HEADERS"], "sources.py")],
             extra_compile_args=SOURCES["compile_flags"](),
             extra_link_args=["-fopenmp"],
             optional=True,

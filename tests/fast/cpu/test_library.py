@@ -33,6 +33,12 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
     assert (refused.functions, refused.why_not) == (None, library.OTHER_SOURCES)
 
 
+def test_a_change_of_a_flag_is_other_sources(monkeypatch):
+    before = sources.source_hash()
+    monkeypatch.setattr(sources, "FLAGS", ("-O2", *sources.FLAGS[1:]))
+    assert sources.source_hash() != before
+
+
 @pytest.mark.usefixtures("_none_built")
 def test_another_system_than_linux_has_its_reason(monkeypatch):
     monkeypatch.setattr(library.platform, "machine", lambda: "arm64")
