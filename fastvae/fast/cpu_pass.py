@@ -66,7 +66,7 @@ class CpuPass(Pass):
         form = self._form(sampler.conv, activation.x, "upsample")
         if form is not Form.DIRECT:
             batch, _, height, width = activation.x.shape
-            y = _empty(batch, sampler.conv.out_channels, 2 * height, 2 * width)
+            y = _empty(activation.x, batch, sampler.conv.out_channels, 2 * height, 2 * width)
             return Activation(self._winograd(sampler.conv, activation.x, form, y))
         return Activation(F.conv_transpose2d(activation.x, self.packed.upsample(sampler.conv), sampler.conv.bias, 2, 1))
 
@@ -105,7 +105,7 @@ class CpuPass(Pass):
         form = self._form(conv, x)
         if form is not Form.DIRECT:
             size = x.shape[0], conv.out_channels, *x.shape[2:]
-            y = self._memory(name, x, conv.out_channels) if name else _empty(*size)
+            y = self._memory(name, x, conv.out_channels) if name else _empty(x, *size)
             return self._winograd(conv, x, form, y)
         weight = self.packed.onednn_weight(conv, x.shape)
         if not weight.is_mkldnn:
@@ -155,7 +155,7 @@ def _group_norm_silu_in_torch(norm: Layer, x: Tensor, y: Tensor) -> Tensor:
     rows, out = (_as_rows(values, pixels_per_row) for values in (x, y))
     wide = torch.promote_types(x.dtype, torch.float32)
     images, down = _strip_starts(rows)
-    strip = torch.empty(images.step, down.step, rows.shape[2], dtype=wide)
+    strip = torch.empty(images.step, down.step, rows.shape[2], dtype=wide, device=x.device)
     for image in images:
         batch = slice(image, image + images.step)
         parts = [rows[batch, row : row + down.step] for row in down]
@@ -215,8 +215,8 @@ def _statistics(part: Tensor, groups: int, pixels_per_row: int, strip: Tensor) -
 
 def _merged(parts: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Return mean and variance [N, groups] of all parts: Chan, Golub and LeVeque 1983."""
-    counts = torch.tensor([count for *_, count in parts], dtype=torch.float64).view(-1, 1, 1)
     means, squares = (torch.stack(values) for values in list(zip(*parts, strict=True))[:2])
+    counts = means.new_tensor([count for *_, count in parts]).view(-1, 1, 1)
     mean = (means * counts).sum(0) / counts.sum()
     squares = squares.sum(0) + ((means - mean).square() * counts).sum(0)
     return mean, squares.clamp_min(0) / counts.sum()
@@ -237,16 +237,16 @@ def _along_row(values: Tensor, rows: Tensor, pixels_per_row: int, dtype: torch.d
 def _padded(x: Tensor) -> Tensor:
     """Return x with a row of zeros below and a column to the right. F.pad would write zeros everywhere first."""
     batch, channels, height, width = x.shape
-    size = batch, channels, height + 1, width + 1
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = _empty(x, batch, channels, height + 1, width + 1)
     y[:, :, :height, :width] = x
     y[:, :, height] = 0
     y[:, :, :, width] = 0
     return y
 
 
-def _empty(batch: int, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty(batch, channels, height, width, memory_format=torch.channels_last)
+def _empty(x: Tensor, *size: int) -> Tensor:
+    """Return memory of this size in channels_last, for values of x's dtype. Defaults of torch do not matter."""
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _bias(conv: Layer) -> Tensor | None:

@@ -196,8 +196,8 @@ def shared_is_as_accurate(attention: Layer, packed: PackedWeights, tokens: int =
     """
     norm, dtype = attention.group_norm, attention.to_out[0].weight.dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, norm.num_channels, generator=generator).to(norm.weight.device)
-    x = (x * norm.weight.float() + norm.bias.float()).to(dtype)
+    x = torch.randn(tokens, norm.num_channels, generator=generator, dtype=torch.float32, device="cpu")
+    x = (x.to(norm.weight.device) * norm.weight.float() + norm.bias.float()).to(dtype)
 
     scale = weights_of(attention)[0][0].shape[0] ** -0.5
 

@@ -67,7 +67,7 @@ def encode_latents(
     if pixels.shape[0] == 0:
         f = downsample_factor(vae)
         shape = (0, vae.config.latent_channels, pixels.shape[2] // f, pixels.shape[3] // f)
-        return scale_latents(vae, like_weights(vae, torch.empty(shape)))
+        return scale_latents(vae, like_weights(vae, pixels.new_empty(shape)))
     moments = _encode_pixels(vae, pixels, again_in_fp32=True)
     if posterior == "mode":
         z = moments.chunk(2, dim=1)[0].contiguous()
@@ -166,7 +166,7 @@ def decode_latents(
         raw, fast = unscale_latents(vae, like_weights(vae, z)), vars(vae).get(ACCELERATED)
         images = vae.decode(raw).sample if fast is None else fast.images(vae, raw)
     else:
-        images = like_weights(vae, torch.empty(0, vae.config.out_channels, height, width))
+        images = like_weights(vae, z.new_empty(0, vae.config.out_channels, height, width))
     if size is not None:
         images = images[:, :, : size[0], : size[1]]
     check_finite("the decoded images", images, f"computed in {images.dtype}")

@@ -35,7 +35,7 @@ def normals(seeds: Sequence[int] | Tensor, count: int) -> Tensor:
     Raises ValueError for a seed outside [0, 2^64). A row has fewer than 2^32 elements.
     """
     numbers = seed_list(seeds)
-    out = torch.empty(len(numbers), count)
+    out = torch.empty(len(numbers), count, dtype=torch.float32, device="cpu")
     words = np.empty((2, count), np.uint64)
     for row, seed in zip(out, numbers, strict=True):
         for start in range(0, count, BLOCK):

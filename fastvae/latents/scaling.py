@@ -113,7 +113,8 @@ def _channel_statistics(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor] | 
     if mean is None or std is None:
         return None
     # A few numbers: non_blocking, so that no stream is waited for.
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(z, non_blocking=True) for values in (mean, std))
+    wide = (torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1) for values in (mean, std))
+    mean, std = (values.to(z, non_blocking=True) for values in wide)
     return mean, std
 
 

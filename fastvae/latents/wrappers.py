@@ -57,7 +57,8 @@ def _encodes_alike(wrapper: Any, inside: Any) -> bool:
     weight = next(weight for weight in inside.parameters() if weight.is_floating_point())
     side = 4 * pixel_multiple(inside)
     shape = (1, inside.config.in_channels, side, side)
-    picture = torch.rand(shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(weight)
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").mul(2).sub(1).to(weight)
     try:
         moments = [model.encode(picture).latent_dist.parameters for model in (wrapper, inside)]
     except AttributeError as error:

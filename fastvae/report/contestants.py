@@ -107,9 +107,10 @@ def images(plain: Any, size: int, batch: int) -> Tensor:
     """Return smooth pictures with some noise, the same every time, [B, C, size, size] in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     channels = plain.config.in_channels
-    coarse = torch.rand(batch, channels, 6, 6, generator=generator) * 2 - 1
+    drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    coarse = torch.rand(batch, channels, 6, 6, **drawn) * 2 - 1
     smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
-    noisy = smooth + 0.05 * torch.randn(batch, channels, size, size, generator=generator)
+    noisy = smooth + 0.05 * torch.randn(batch, channels, size, size, **drawn)
     weight = next(plain.parameters())
     return noisy.clamp(-1, 1).to(device=weight.device, dtype=weight.dtype)
 

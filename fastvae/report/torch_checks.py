@@ -56,8 +56,8 @@ def check_launch(device: torch.device, facts: dict[str, Any]) -> Finding:
     """Check that a kernel can be compiled and launched on ``device``, and that its result is right."""
     from fastvae_kernels import group_norm_silu
 
-    x = torch.randn(2, 32, 16, 16, device=device).to(memory_format=torch.channels_last)
-    weight, bias = torch.randn(2, 32, device=device)
+    x = torch.randn(2, 32, 16, 16, dtype=torch.float32, device=device).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 32, dtype=torch.float32, device=device)
     begin = time.perf_counter()
     try:
         got = group_norm_silu.group_norm_silu(x, weight, bias, 8, 1e-6)
@@ -176,9 +176,9 @@ def check_images(seconds: float = 0.5) -> Finding:
     from PIL import Image, features
 
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, 24, 24, generator=generator)
+    coarse = torch.rand(1, 3, 24, 24, generator=generator, dtype=torch.float32, device="cpu")
     smooth = torch.nn.functional.interpolate(coarse, (512, 512), mode="bicubic", align_corners=False)[0]
-    noisy = 255 * smooth + 6 * torch.randn(3, 512, 512, generator=generator)
+    noisy = 255 * smooth + 6 * torch.randn(3, 512, 512, generator=generator, dtype=torch.float32, device="cpu")
     written = io.BytesIO()
     Image.fromarray(noisy.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(written, "JPEG", quality=92)
     jpeg = written.getvalue()

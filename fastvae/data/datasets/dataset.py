@@ -91,7 +91,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self._row_of = np.array([row for _, row in index.values()])
         self._columns = _source_columns(store, columns, self.keys())
         # In shared memory, so that set_epoch reaches persistent workers.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._pool = BufferPool()
         self._maps: dict[int, MappedShard] = {}
         self._types: dict[str, np.dtype] = {}

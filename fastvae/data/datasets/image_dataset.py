@@ -94,8 +94,9 @@ class ImageDataset(torch.utils.data.Dataset):
         number = {bucket: index for index, bucket in enumerate(self.buckets)}
         self._bucket_of = np.array([number[bucket] for _, bucket in rows])
         # In shared memory, so that set_epoch reaches persistent workers, and this process learns what they skip.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._reasons = torch.zeros(len(rows), dtype=torch.uint8).share_memory_()  # 1 + the index in REASONS
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        # 1 + the index in REASONS, for each row.
+        self._reasons = torch.zeros(len(rows), dtype=torch.uint8, device="cpu").share_memory_()
         for sentence in _notes(listing, self._unusable, enlarged):
             warnings.warn(sentence, stacklevel=2)
 
@@ -158,9 +159,9 @@ class ImageDataset(torch.utils.data.Dataset):
         return {
             "image": torch.from_numpy(pixels).permute(2, 0, 1),
             "key": key,
-            "original_hw": torch.tensor(picture.original_hw, dtype=torch.int32),
-            "crop_tlhw": torch.tensor(crop, dtype=torch.int32),
-            "bucket": torch.tensor(bucket, dtype=torch.int32),
+            "original_hw": torch.tensor(picture.original_hw, dtype=torch.int32, device="cpu"),
+            "crop_tlhw": torch.tensor(crop, dtype=torch.int32, device="cpu"),
+            "bucket": torch.tensor(bucket, dtype=torch.int32, device="cpu"),
             **{name: values[row] for name, values in self._columns.items()},
         }
 

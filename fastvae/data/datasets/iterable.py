@@ -40,7 +40,7 @@ class LatentIterable(torch.utils.data.IterableDataset):
         self._order = Order(batch_size, seed, shuffle, drop_last, rank, ranks, window)
         self._shards = self.dataset.shards()
         # An epoch, and the number of its batches to skip; in shared memory, for persistent workers.
-        self._resume = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._resume = torch.zeros(2, dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration's order and noise."""
@@ -71,7 +71,7 @@ class LatentIterable(torch.utils.data.IterableDataset):
         """
         check_order(state, order_state(self._order, self.dataset))
         self.dataset.set_epoch(state["epoch"])
-        self._resume.copy_(torch.tensor([state["epoch"], state["batches"]]))
+        self._resume.copy_(torch.tensor([state["epoch"], state["batches"]], device="cpu"))
 
     def _start(self) -> int:
         epoch, done = self._resume.tolist()

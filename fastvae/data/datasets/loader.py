@@ -202,7 +202,7 @@ class LatentLoader:
         place = _place_of_images(batch, self._images)
         images = _images_of(batch, place)
         keys = self._keys_of(batch, len(images), numbers)
-        seeds = torch.tensor(noise_keys(self.seed, epoch, [(key, 0) for key in keys]), dtype=torch.uint64)
+        seeds = torch.tensor(noise_keys(self.seed, epoch, [(key, 0) for key in keys]), dtype=torch.uint64, device="cpu")
         return batch, place, seeds, transfer.upload(images, seeds)
 
     def _keys_of(self, batch: Any, count: int, numbers: Iterator[int]) -> list[str]:

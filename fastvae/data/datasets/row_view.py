@@ -75,10 +75,10 @@ def _shards_of(dataset: Any) -> Shards:
     if not isinstance(dataset, Subset):
         return dataset.shards()
     inner = _shards_of(dataset.dataset)
-    shard_of = torch.empty(len(dataset.dataset), dtype=torch.int64)  # type: ignore[arg-type]
+    shard_of = torch.empty(len(dataset.dataset), dtype=torch.int64, device="cpu")  # type: ignore[arg-type]
     for number, (_, rows) in enumerate(inner):
         shard_of[rows] = number
-    shards = shard_of[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    shards = shard_of[torch.as_tensor(dataset.indices, dtype=torch.int64, device="cpu")]
     found = [(bucket, (shards == number).nonzero().flatten()) for number, (bucket, _) in enumerate(inner)]
     return [(bucket, rows) for bucket, rows in found if len(rows)]
 
@@ -117,7 +117,7 @@ class PackedKeys(Sequence):
     def __init__(self, keys: Sequence[str]):
         encoded = [key_bytes(key) for key in keys]
         self._bytes = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8).numpy()
-        self._ends = torch.tensor([0, *map(len, encoded)]).cumsum(0).numpy()
+        self._ends = torch.tensor([0, *map(len, encoded)], device="cpu").cumsum(0).numpy()
 
     def __len__(self) -> int:
         return len(self._ends) - 1

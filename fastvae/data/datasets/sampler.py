@@ -169,11 +169,13 @@ class Order:
         return steps
 
     def _permuted(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        if self.shuffle:
+            return torch.randperm(count, generator=generator, device="cpu")
+        return torch.arange(count, device="cpu")
 
     def _rank_part(self, step: Tensor) -> list[int]:
         """Return this rank's part of a step."""
         if self.ranks == 1:
             return step.tolist()
         each = -(-len(step) // self.ranks)
-        return step[torch.arange(each * self.rank, each * (self.rank + 1)) % len(step)].tolist()
+        return step[torch.arange(each * self.rank, each * (self.rank + 1), device="cpu") % len(step)].tolist()

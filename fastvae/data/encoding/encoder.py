@@ -103,7 +103,7 @@ class MomentEncoder:
     def _to_host(self, moments: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if self.device.type != "cuda":
             return moments.cpu(), None
-        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+        host = torch.empty(moments.shape, dtype=moments.dtype, device="cpu", pin_memory=True)
         host.copy_(moments, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device))

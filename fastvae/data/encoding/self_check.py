@@ -56,10 +56,11 @@ def check_pictures(multiple: int) -> dict[str, Tensor]:
     mean is many deviations.
     """
     sides = {name: math.ceil(side / multiple) * multiple for name, side in SIDES.items()}
-    noise = torch.rand(1, 3, sides["noisy"], sides["noisy"], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    size, generator = (1, 3, sides["noisy"], sides["noisy"]), torch.Generator().manual_seed(0)
+    noise = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
     return {
         "waves": _waves(sides["waves"]),
-        "flat": -torch.ones(1, 3, sides["flat"], sides["flat"]),
+        "flat": -torch.ones(1, 3, sides["flat"], sides["flat"], dtype=torch.float32, device="cpu"),
         "noisy": noise,
         "large": -0.9 + 0.02 * _waves(sides["large"]),
     }
@@ -89,5 +90,5 @@ def _moments(model: Any, x: Tensor) -> Tensor:
 
 def _waves(side: int) -> Tensor:
     """Return waves in [-1, 1], fp32 [1, 3, side, side], that differ in every channel and pixel."""
-    at = torch.arange(3 * side * side, dtype=torch.float64)
+    at = torch.arange(3 * side * side, dtype=torch.float64, device="cpu")
     return torch.sin(at * 0.7 + torch.sin(at * 0.013) * 5).float().view(1, 3, side, side)

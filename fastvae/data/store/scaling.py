@@ -23,7 +23,7 @@ class LatentScaling:
 
     def __init__(self, scaling: dict[str, Any], scaled: bool):
         self.scaled = scaled
-        self._factor, self._shift = _affine(scaling) if scaled else (torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
+        self._factor, self._shift = _affine(scaling) if scaled else (_by_channel([1.0]), _by_channel([0.0]))
         self._spread = 2 * self._factor.abs().log()
 
     def mean(self, stored: Tensor, out: Tensor | None = None) -> Tensor:
@@ -74,4 +74,8 @@ def _affine(scaling: dict[str, Any]) -> tuple[Tensor, Tensor]:
         shifts, factors = [float(scaling["shift_factor"] or 0.0)], [factor]
     if not all(math.isfinite(value) and value != 0 for value in factors):
         raise StoreError(f"the store's scaling must be finite and not zero, got {factors}")
-    return torch.tensor(factors).view(-1, 1, 1), torch.tensor(shifts).view(-1, 1, 1)
+    return _by_channel(factors), _by_channel(shifts)
+
+
+def _by_channel(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)

@@ -32,8 +32,8 @@ def error_ratios(convolution: Convolution, path: FastPath) -> dict[str, float]:
     """
     channels, height, width = convolution.shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, channels, min(height, MOST_SIDE), min(width, MOST_SIDE), generator=generator)
-    x = x.to(convolution.part.conv_in.weight)
+    size = 1, channels, min(height, MOST_SIDE), min(width, MOST_SIDE)
+    x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(convolution.part.conv_in.weight)
     # Not every accelerator has float64.
     place = x.device if x.device.type == "cuda" else torch.device("cpu")
     truth = layer_checks.as_module(copy.deepcopy(convolution.block).to(place).double(), x.to(place).double())
@@ -49,7 +49,8 @@ def seconds(convolution: Convolution, path: FastPath, forms: list[Form], budget:
     channels, height, width = convolution.shape
     batch = 1 if weight.device.type == "cpu" else max(1, BATCH_PIXELS // max(convolution.pixels, height * width))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, channels, height, width, generator=generator).to(weight)
+    size = batch, channels, height, width
+    x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(weight)
     calls: Mapping[str, Callable[[], Any]] = {form.value: block_call(convolution, path, form, x) for form in forms}
     for call in calls.values():
         call()  # compiles, and packs the weights

@@ -37,8 +37,8 @@ def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: 
     functions = library().functions
     batch, channels, height, width = x.shape
     chunks = functions.fastvae_norm_chunks(INT(height * width), INT(channels))
-    sums = torch.empty(batch * chunks * 2 * channels, dtype=torch.float64)
-    affine = torch.empty(3, batch, channels)
+    sums = torch.empty(batch * chunks * 2 * channels, dtype=torch.float64, device=x.device)
+    affine = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
     weight, bias = (vector.float().contiguous() for vector in (weight, bias))
     given = Norm(
         address(x), address(y), DTYPES[x.dtype], batch, height * width, channels, groups, 1, address(weight),

@@ -58,7 +58,8 @@ def convolve(
     most = min(_tiles_at_once(inward), -(-batch * tiles // (threads * ROWS)) * ROWS)
     size = functions.fastvae_winograd_workspace
     size.restype = INT
-    workspace = torch.empty(threads * size(INT(matrices.tile), INT(inward), INT(outward), INT(most)))
+    count = threads * size(INT(matrices.tile), INT(inward), INT(outward), INT(most))
+    workspace = x.new_empty(count)
     window_matrix, result_matrix = _as_floats(matrices.input), _as_floats(matrices.output)
     bias = None if bias is None else bias.contiguous()
     given = Convolution(

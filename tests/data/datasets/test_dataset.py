@@ -259,3 +259,26 @@ def test_reading_takes_little_more_than_a_copy(tmp_path, monkeypatch):
     rows = ", ".join(f"{read:,.0f} read, {copied:,.0f} copied" for copied, read in pairs)
     sys.stdout.write(f"rows a second of the CPU: {rows}\n")
     assert max(read / copied for copied, read in pairs) >= 0.6
+
+
+@pytest.mark.parametrize("posterior", ["sample", "dist"])
+def test_another_default_device_or_dtype_changes_nothing(made, posterior):
+    """A default of cuda would place tensors of a worker on the GPU."""
+
+    def batches():
+        dataset = LatentDataset(made, posterior=posterior, scaled=True)
+        sampler = BucketBatchSampler(dataset, 2, seed=3)
+        return [collate(dataset.__getitems__(rows)) for rows in sampler]
+
+    expected = batches()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = batches()
+    finally:
+        torch.set_default_dtype(before)
+    for batch, other in zip(expected, found, strict=True):
+        tensors = {name for name, values in batch.items() if isinstance(values, torch.Tensor)}
+        assert tensors
+        assert all(torch.equal(batch[name], other[name]) for name in tensors)

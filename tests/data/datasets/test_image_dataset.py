@@ -186,3 +186,11 @@ def test_wrong_rows_are_refused(folder):
         images[5]
     with pytest.raises(TypeError, match="the number of one row"):
         images["000.png"]  # type: ignore[index]
+
+
+def test_another_default_device_changes_nothing(folder):
+    with torch.device("meta"):
+        images = fastvae.ImageDataset(folder, 32)
+        rows = [images[row] for numbers in fastvae.BucketBatchSampler(images, 2) for row in numbers]
+    assert len(rows) == len(images)
+    assert {value.device.type for row in rows for value in row.values() if torch.is_tensor(value)} == {"cpu"}
