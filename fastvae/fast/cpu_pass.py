@@ -40,8 +40,8 @@ class CpuPass(Pass):
     def __init__(self, packed: PackedWeights, forms: Forms = DIRECT_ONLY):
         self.packed = packed
         self.forms = forms
-        # Memory of what is inside a residual block: of its normalised input and of its first convolution.
-        self.inside: dict[str, Tensor] = {}
+        # Memory of what is inside a residual block, by dtype: of its normalised input and of its first convolution.
+        self.inside: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
         return Activation(self._convolve(part.conv_in, channels_last(x)))
@@ -85,10 +85,10 @@ class CpuPass(Pass):
     def _memory(self, name: str, x: Tensor, channels: int) -> Tensor:
         """Return memory [N, channels, H, W] in channels_last for what the next block overwrites."""
         batch, _, height, width = x.shape
-        size = batch * height * width * channels
-        if name not in self.inside or self.inside[name].numel() < size:
-            self.inside[name] = x.new_empty(size)
-        return self.inside[name][:size].view(batch, height, width, channels).permute(0, 3, 1, 2)
+        size, place = batch * height * width * channels, (name, x.dtype)
+        if place not in self.inside or self.inside[place].numel() < size:
+            self.inside[place] = x.new_empty(size)
+        return self.inside[place][:size].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
         """Return the form of a 3x3 convolution of x; the direct one where the C kernels cannot compute another."""
@@ -135,7 +135,10 @@ class ContiguousGroupNorm(TorchFunctionMode):
 
 
 def group_norm_silu(norm: Layer, x: Tensor, into: Tensor) -> Tensor:
-    """Return silu(norm(x)) for x [N, C, H, W] in channels_last and a GroupNorm, in the memory of ``into``, or of x."""
+    """Return silu(norm(x)) for x [N, C, H, W] in channels_last and a GroupNorm.
+
+    into: memory for it, which may be x's own; without the C kernel a small result has its own.
+    """
     if group_norm.takes(x):
         return group_norm.group_norm_silu(x, into, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return _group_norm_silu_in_torch(norm, x, into)

@@ -108,6 +108,19 @@ def test_what_a_hook_kept_is_not_written_into(library):
     assert all(torch.equal(value, copy) for value, copy in zip(kept, copies, strict=True))
 
 
+def test_memory_of_one_dtype_is_not_that_of_another():
+    """A block in bf16 between blocks in fp32: hooks cast before and behind it."""
+    vae = small_vae().requires_grad_(False)
+    blocks = vae.encoder.down_blocks
+    blocks[2].bfloat16()
+    x = pixels(vae)
+    truth = copy.deepcopy(vae).double().encode(x.double()).latent_dist.parameters
+    blocks[1].register_forward_hook(lambda module, given, result: result.bfloat16())
+    blocks[3].register_forward_pre_hook(lambda module, given: (given[0].float(), *given[1:]))
+    eager = in_channels_last(vae)[0].encode(x).latent_dist.parameters
+    assert_as_accurate(fastvae.accelerate(vae).encode(x).latent_dist.parameters, eager, truth)
+
+
 def test_an_identity_that_gives_its_input_back_is_not_written_into():
     """A module that is not ours may return its input tensor itself."""
     vae = small_model("CogView: no attention, two residual blocks")

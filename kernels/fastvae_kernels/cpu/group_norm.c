@@ -1,4 +1,4 @@
-/* GroupNorm with or without SiLU for images in NHWC: act((x - mean_g) / deviation_g * weight_c + bias_c).
+/* GroupNorm and SiLU for images in NHWC: silu((x - mean_g) / deviation_g * weight_c + bias_c).
 
 x is read twice and y written once. Sums are fp64, of x minus the first value of its group in the image: one pass over
 x gives mean and variance to 1e-8, whatever the mean. Chunks have a fixed size and are added in their order, so threads
@@ -17,7 +17,7 @@ do not change a bit. */
 struct norm {
     const void *x;
     void *y;
-    int64_t dtype, batch, pixels, channels, groups, silu;
+    int64_t dtype, batch, pixels, channels, groups;
     const float *weight, *bias;
     double eps;
     /* [batch, chunks, 2, channels], [batch, channels], [batch, channels], [batch, channels] */
@@ -94,7 +94,7 @@ INLINE void normalize(int dtype, const struct norm *a, int64_t image, int64_t fi
             const int64_t at = place + pixel * channels + channel;
             const vec d = load_as(dtype, a->x, at) - load(centre + channel);
             const vec z = d * load(scale + channel) + load(shift + channel);
-            store_as(dtype, a->y, at, a->silu ? silu(z) : z);
+            store_as(dtype, a->y, at, silu(z));
         }
 }
 
@@ -142,17 +142,15 @@ INLINE void run(int dtype, const struct norm *a, int64_t chunks, int64_t threads
         for (int64_t image = 0; image < a->batch; image++)
             affine_of(a, image, chunks);
         /* Last pixels first: the cache still holds the end of x. */
-        if (a->y) {
 #pragma omp for
-            for (int64_t item = a->batch * chunks - 1; item >= 0; item--) {
-                const int64_t first = item % chunks * each, count = a->pixels - first < each ? a->pixels - first : each;
-                normalize(dtype, a, item / chunks, first, count);
-            }
+        for (int64_t item = a->batch * chunks - 1; item >= 0; item--) {
+            const int64_t first = item % chunks * each, count = a->pixels - first < each ? a->pixels - first : each;
+            normalize(dtype, a, item / chunks, first, count);
         }
     }
 }
 
-/* Write the affine of every image, and y unless it is null. ``channels`` is a multiple of LANES. */
+/* Write the affine of every image, and y, which may be x. ``channels`` is a multiple of LANES. */
 void fastvae_norm(const struct norm *a, int64_t threads) {
     const int64_t chunks = fastvae_norm_chunks(a->pixels, a->channels);
     if (a->dtype == FLOAT32)

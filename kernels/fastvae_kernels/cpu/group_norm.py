@@ -17,7 +17,7 @@ class Norm(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "y")),
-        *((name, INT) for name in ("dtype", "batch", "pixels", "channels", "groups", "silu")),
+        *((name, INT) for name in ("dtype", "batch", "pixels", "channels", "groups")),
         *((name, POINTER) for name in ("weight", "bias")),
         ("eps", ctypes.c_double),
         *((name, POINTER) for name in ("sums", "centre", "scale", "shift")),
@@ -41,7 +41,7 @@ def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: 
     affine = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
     weight, bias = (vector.float().contiguous() for vector in (weight, bias))
     given = Norm(
-        address(x), address(y), DTYPES[x.dtype], batch, height * width, channels, groups, 1, address(weight),
+        address(x), address(y), DTYPES[x.dtype], batch, height * width, channels, groups, address(weight),
         address(bias), eps, address(sums), *(address(vector) for vector in affine),
     )  # fmt: skip
     functions.fastvae_norm(ctypes.byref(given), INT(torch.get_num_threads()))
