@@ -162,13 +162,15 @@ def check_forms(device: torch.device) -> Finding:
         entries = tables.forms_of(device).entries
     except ValueError as error:
         return Finding("forms", BAD, str(error), {"device": name})
-    facts = {"device": name, "entries": len(entries), "own": tables.users_table(name).exists()}
+    own, why_not = tables.users_entries(name)
+    facts = {"device": name, "entries": len(entries), "own": bool(own)}
+    unread = f"; your own table cannot be read: {why_not}" if why_not else ""
     if not tables.has_table(device):
         sentence = f"no table says which form of a convolution is fastest on {name}: fastvae tune --vae ... measures it"
-        return Finding("forms", NOTE, sentence, facts)
+        return Finding("forms", NOTE, sentence + unread, facts)
     faster = sum(entry.form is not Form.DIRECT for entry in entries)
     sentence = f"the table of {name} has a faster form for {faster} of its {len(entries)} entries (fastvae tune)"
-    return Finding("forms", OK, sentence, facts)
+    return Finding("forms", NOTE if why_not else OK, sentence + unread, facts)
 
 
 def check_images(seconds: float = 0.5) -> Finding:

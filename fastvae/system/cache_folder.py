@@ -8,11 +8,21 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return $FASTVAE_CACHE, else $XDG_CACHE_HOME/fastvae, else the platform's usual place; it need not exist."""
+    """Return $FASTVAE_CACHE, else $XDG_CACHE_HOME/fastvae, else the platform's usual place; it need not exist.
+
+    Raises OSError if the usual place is in a home folder and the user has none.
+    """
     if own := os.environ.get("FASTVAE_CACHE"):
         return Path(own)
     if asked := os.environ.get("XDG_CACHE_HOME"):
         return Path(asked) / "fastvae"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastvae" / "Cache"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastvae"
+        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local") / "fastvae" / "Cache"
+    return _home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastvae"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise OSError(f"FASTVAE_CACHE must name a folder, for this user has no home folder ({error})") from error

@@ -255,6 +255,12 @@ def test_a_device_without_a_table_of_forms_is_told_to_tune(tmp_path, monkeypatch
     finding = torch_checks.check_forms(CPU)
     assert (finding.state, finding.facts["entries"], finding.facts["own"]) == ("ok", 3, True)
     assert "a faster form for 2 of its 3 entries" in finding.sentence
+    monkeypatch.setenv("FASTVAE_CACHE", str(path))
+    finding = torch_checks.check_forms(CPU)
+    assert finding.state == "note"
+    assert "; your own table cannot be read: " in finding.sentence
+    assert f"Not a directory: '{path}" in finding.sentence
+    monkeypatch.setenv("FASTVAE_CACHE", str(tmp_path))
     path.write_text("{")
     finding = torch_checks.check_forms(CPU)
     assert finding.state == "bad"

@@ -33,20 +33,32 @@ def forms_of(device: torch.device) -> Forms:
 
 @functools.cache
 def _forms_of(name: str) -> Forms:
-    shipped, own = (read(path) for path in (SHIPPED / f"{name}.json", users_table(name)))
+    shipped, (own, _) = read(SHIPPED / f"{name}.json"), users_entries(name)
     replaced = {entry.layer for entry in own}
     return Forms([*own, *(entry for entry in shipped if entry.layer not in replaced)])
 
 
+def users_entries(name: str) -> tuple[list[Entry], str | None]:
+    """Return the entries of the user's table for the device of this name, and why it cannot be read, or None.
+
+    A home folder that is missing or may not be read stops no call: there is no table then, and doctor names the reason.
+    """
+    try:
+        return read(users_table(name)), None
+    except OSError as error:
+        return [], str(error)
+
+
 def users_table(name: str) -> Path:
-    """Return the place of the user's table for the device of this name."""
+    """Return the place of the user's table for the device of this name. Raises OSError if there is no home folder."""
     return cache_folder() / "forms" / f"{name}.json"
 
 
 def write(name: str, entries: Iterable[Entry], made_with: Mapping[str, Any]) -> Path:
     """Write entries into the user's table of the device of this name, and return its path.
 
-    Those of the same layer and size are replaced, others stay. The file appears complete or not at all.
+    Those of the same layer and size are replaced, others stay. The file appears complete or not at all. Raises OSError
+    if the folder cannot be read or written.
     """
     path = users_table(name)
     found = {(entry.layer, entry.pixels): entry for entry in [*read(path), *entries]}
@@ -61,7 +73,7 @@ def write(name: str, entries: Iterable[Entry], made_with: Mapping[str, Any]) -> 
 def has_table(device: torch.device) -> bool:
     """Return True if a table for this device is shipped, or in the user's cache folder."""
     name = name_of(device)
-    return any(path.exists() for path in (SHIPPED / f"{name}.json", users_table(name)))
+    return (SHIPPED / f"{name}.json").exists() or bool(users_entries(name)[0])
 
 
 def why_none(device: torch.device) -> str:

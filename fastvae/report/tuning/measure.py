@@ -19,6 +19,8 @@ from fastvae.report.timing import interleaved, median, median_interval
 
 # A smaller gain is noise from one day to the next.
 LEAST_GAIN = 0.02
+# The largest float for an error that is not finite, which JSON does not have.
+LARGEST = 1e300
 # The error hardly depends on the size; float64 on a CPU needs much memory.
 MOST_SIDE = 64
 # Pixels of a batch on a GPU, which small images do not fill.
@@ -26,9 +28,10 @@ BATCH_PIXELS = 2**20
 
 
 def error_ratios(convolution: Convolution, path: FastPath) -> dict[str, float]:
-    """Return the rms error of the block in each form, against float64, as a multiple of eager torch's.
+    """Return the rms error of the block in each form, against float64, as a multiple of eager torch's, at most LARGEST.
 
-    A form that gives the direct one's bits does not run on this device, and is left out.
+    An error of eager's own size is 1, also where both are exact, as with weights of zeros. A form that gives the direct
+    one's bits does not run on this device, and is left out.
     """
     channels, height, width = convolution.shape
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +43,7 @@ def error_ratios(convolution: Convolution, path: FastPath) -> dict[str, float]:
     own = _rms(layer_checks.as_module(convolution.block, x).to(place).double() - truth)
     results = {form: block_call(convolution, path, form, x)().to(place) for form in Form}
     there = {form: y for form, y in results.items() if form is Form.DIRECT or not y.equal(results[Form.DIRECT])}
-    return {form.value: _rms(y.double() - truth) / own for form, y in there.items()}
+    return {form.value: _ratio(_rms(y.double() - truth), own) for form, y in there.items()}
 
 
 def seconds(convolution: Convolution, path: FastPath, forms: list[Form], budget: float) -> dict[str, list[float]]:
@@ -85,6 +88,15 @@ def block_call(convolution: Convolution, path: FastPath, form: Form, x: Tensor) 
 
 def _resnet(run: Pass) -> Callable[[Any, Activation], Activation]:
     return lambda block, activation: run.resnet(block, activation, False)
+
+
+def _ratio(error: float, own: float) -> float:
+    return 1.0 if error == own else bounded(error / own if own else LARGEST)
+
+
+def bounded(error: float) -> float:
+    """Return an error, or LARGEST for one that is not finite."""
+    return error if error < LARGEST else LARGEST
 
 
 def _rms(values: Tensor) -> float:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from fastvae_kernels.cpu import library, sources
 
 from fastvae.checkpoints.loading import full_name
 from fastvae.fast.accelerate import accelerate, path_of
@@ -59,7 +60,7 @@ class Choice:
             "pixels": self.convolution.pixels,
             "form": self.form.value,
             "refused": self.refused,
-            "error_ratio": self.ratios,
+            "error_ratio": {form: ratio if ratio < measure.LARGEST else None for form, ratio in self.ratios.items()},
             "milliseconds": {form: 1e3 * median(taken) for form, taken in self.samples.items()},
         }
 
@@ -121,7 +122,11 @@ def tune(
 
 
 def _made_with() -> dict[str, Any]:
-    return {**versions(), "threads": torch.get_num_threads()}
+    return {
+        **versions(),
+        "threads": torch.get_num_threads(),
+        "c_kernels": library.why_not() or sources.source_hash(),
+    }
 
 
 def _digest(vae: torch.nn.Module) -> str:
@@ -178,11 +183,7 @@ def _errors(check: network.Check, fast: Any, forms: Forms) -> list[float]:
     path.forget()
     path.forms = forms
     verdict = check.verdict(fast)
-    # The largest float for an error that is not finite, which JSON does not have.
-    return [value if value < LARGEST else LARGEST for value in (verdict.largest, verdict.rms)]
-
-
-LARGEST = 1e300
+    return [measure.bounded(verdict.largest), measure.bounded(verdict.rms)]
 
 
 def _won(fast: Any, plain: Any, choices: list[Choice], size: int, budget: float) -> list[dict[str, Any]]:

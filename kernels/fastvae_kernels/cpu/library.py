@@ -32,12 +32,17 @@ class Library:
         elif not built:
             self.why_not = NOT_BUILT if platform.system() == "Linux" else NOT_LINUX
         else:
-            functions = ctypes.CDLL(str(built[0]))
+            self._load(str(built[0]))
+
+    def _load(self, path: str) -> None:
+        try:
+            functions = ctypes.CDLL(path)
             functions.fastvae_sources.restype = ctypes.c_char_p
-            if functions.fastvae_sources().decode() == sources.source_hash():
-                self.functions = functions
-            else:
-                self.why_not = OTHER_SOURCES
+            is_of_these = functions.fastvae_sources().decode() == sources.source_hash()
+        except (OSError, AttributeError) as error:  # a library or a source is missing, or the file is another one
+            self.why_not = f"the C kernels cannot be loaded: {error}"
+            return
+        self.functions, self.why_not = (functions, None) if is_of_these else (None, OTHER_SOURCES)
 
 
 @functools.cache

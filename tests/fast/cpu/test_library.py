@@ -50,3 +50,18 @@ def test_an_x86_cpu_without_avx2_has_its_reason(monkeypatch):
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert library.Library().why_not == library.NO_AVX2
+
+
+@pytest.mark.parametrize("file", ["no library", "a library without the functions"])
+def test_a_library_that_does_not_load_has_its_reason(file, monkeypatch, tmp_path):
+    built = tmp_path / "built" / "kernels.abi3.so"
+    built.parent.mkdir()
+    if file == "no library":
+        built.write_bytes(b"")
+    else:
+        built.symlink_to(torch._C.__file__)
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    refused = library.Library()
+    assert refused.functions is None
+    assert str(refused.why_not).startswith("the C kernels cannot be loaded: ")

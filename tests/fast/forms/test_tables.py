@@ -1,6 +1,9 @@
 """Tables of forms: which entry a layer takes, which file it comes from, and what a broken file says."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +93,46 @@ def test_a_broken_table_is_named(text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"cpu-.*json is not a table of forms .*fastvae tune"):
         tables.forms_of(CPU)
+
+
+def without_home(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(Path, "home", home)
+    return "FASTVAE_CACHE must name a folder, for this user has no home folder"
+
+
+def behind_a_file(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", __file__)
+    return "Not a directory"
+
+
+def not_permitted(monkeypatch):
+    def read_text(path, **options):
+        if path.parent == tables.SHIPPED:
+            return plain(path, **options)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    plain = Path.read_text
+    monkeypatch.setattr(Path, "read_text", read_text)
+    return "Permission denied"
+
+
+@pytest.mark.parametrize("fault", [without_home, behind_a_file, not_permitted])
+def test_a_cache_folder_that_cannot_be_read_is_no_table_of_the_user(folders, monkeypatch, fault):
+    name = device_name.name_of(CPU)
+    write(folders / "shipped" / f"{name}.json", entry(Form.WINOGRAD4))
+    reason = fault(monkeypatch)
+    assert tables.forms_of(CPU).of(WEIGHT, 1024) is Form.WINOGRAD4
+    assert tables.has_table(CPU)
+    entries, why_not = tables.users_entries(name)
+    assert not entries
+    assert reason in why_not
+    with pytest.raises(OSError, match=reason):
+        tables.write(name, [entry(Form.DIRECT)], {})
 
 
 @pytest.mark.parametrize(

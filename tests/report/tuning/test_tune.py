@@ -118,6 +118,37 @@ def test_a_result_that_is_not_finite_is_refused(model, errors):
     assert set(forms_of(tuned(model)).values()) == {"direct", "winograd2"}
 
 
+def test_a_form_beside_an_exact_eager_torch_has_a_ratio(errors, monkeypatch, tmp_path):
+    """Second convolutions of zeros: the residual alone is left, and eager torch is exact."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = fastvae.AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=2, layers_per_block=1)
+    for name, weight in vae.named_parameters():
+        if ".conv2." in name:
+            torch.nn.init.zeros_(weight)
+    vae.save_pretrained(tmp_path / "model")
+    results = tuned(str(tmp_path / "model"))
+    ratios = next(layer["error_ratio"] for layer in results["layers"] if layer["layer"] == "conv 8>8 float32")
+    assert (ratios["direct"], ratios["winograd4"]) == (1.0, None)
+    json.dumps(results, allow_nan=False)
+
+
+def test_a_ratio_that_is_not_finite_is_the_same_from_the_journal(model, errors):
+    errors[Form.WINOGRAD4] = float("inf")
+    first = tuned(model)
+    assert {**tuned(model), "won": None} == {**first, "won": None}
+    assert {layer["error_ratio"].get("winograd4") for layer in first["layers"]} == {None}
+
+
+def test_measurements_without_the_c_kernels_are_made_again(model, errors, monkeypatch):
+    monkeypatch.setattr("fastvae_kernels.cpu.library.why_not", lambda: "the C kernels are not built")
+    tuned(model)
+    monkeypatch.setattr("fastvae_kernels.cpu.library.why_not", lambda: None)
+    measured = []
+    monkeypatch.setattr(measure, "interleaved", lambda *given: measured.append(given) or planted(*given))
+    assert len(tuned(model)["layers"]) == len(measured)
+
+
 def test_a_model_that_is_wrong_without_any_form_is_an_error(model, errors, monkeypatch):
     monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", lambda norm, x, **_: x)
     with pytest.raises(
