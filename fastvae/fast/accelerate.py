@@ -67,7 +67,8 @@ def accelerate(
         raise TypeError(f"neither encoder nor decoder of this {type(vae).__name__} is built like AutoencoderKL's")
     if INTERPRETER_IGNORED:
         warnings.warn(
-            "TRITON_INTERPRET=1 is for debugging kernels: on a CPU torch's operators run instead", stacklevel=2
+            "TRITON_INTERPRET=1 is for debugging kernels: on a CPU C kernels and torch's operators run instead",
+            stacklevel=2,
         )
     path = FastPath(precision, deterministic=deterministic, graphs=graphs, compile=compile, freeze=freeze)
     with LOCK:
