@@ -3,7 +3,7 @@
 main     the group of commands, each loaded when it is called
 options  options that several verbs share
 output   errors as one sentence with an exit code, and results on stdout
-signals  SIGTERM and Ctrl-C
+signals  SIGTERM, SIGHUP and Ctrl-C
 demo     photographs to latents and back
 encode   images to a store
 info     facts of a store or a model

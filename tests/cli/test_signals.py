@@ -1,4 +1,4 @@
-"""Failure mode 23: SIGTERM and Ctrl-C, sent to a real process during a run."""
+"""Failure mode 23: SIGTERM, SIGHUP and Ctrl-C, sent to a real process during a run."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def pictures(tmp_path_factory):
     return source
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["SIGTERM", "Ctrl-C", "SIGHUP"])
 def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(forks, tmp_path, pictures, number):
     out = tmp_path / "out"
     process = start(forks, pictures, out)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.parquet import json_rows
-from fastvae.data.sources.source import Listing
+from fastvae.data.sources.source import Listing, caption_text
 from fastvae.system.strict_json import json_bytes, json_value
 from fastvae.system.threads import ordered_map
 
@@ -98,7 +98,7 @@ def _caption(path: str, open_file: Callable[[str], AbstractContextManager[Binary
         return "", "cannot be read"
     if len(data) > MAX_CAPTION_BYTES:
         return "", f"are larger than {MAX_CAPTION_BYTES} bytes and left out"
-    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").strip(), ""
+    return caption_text(data).strip(), ""
 
 
 def _entries(
@@ -140,6 +140,6 @@ def _json_line(line: bytes) -> Any:
 
 
 def _csv_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    text = io.StringIO(file.read().decode("utf-8-sig", "surrogateescape"), newline="")
+    text = io.StringIO(caption_text(file.read()), newline="")
     for row in csv.DictReader(text):
         yield {name: value for name, value in row.items() if isinstance(name, str)}

@@ -104,7 +104,8 @@ def locate_files(texts: Sequence[str]) -> tuple[Storage, list[str]]:
             paths.append(text)
             folders.append(os.path.dirname(text))
             continue
-        found = [path for name in expand_braces(text) for path in (sorted(glob(name)) if is_pattern(name) else [name])]
+        names = expand_braces(text)
+        found = [path for name in names for path in (_matches(name) if is_pattern(name) else [name])]
         if not found:
             raise ValueError(f"src must match a file, {text!r} matches none")
         paths += found
@@ -113,6 +114,11 @@ def locate_files(texts: Sequence[str]) -> tuple[Storage, list[str]]:
     return LocalStorage(root), [
         os.path.relpath(path, root or ".").replace(os.sep, "/") for path in dict.fromkeys(paths)
     ]
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files that ``pattern`` matches, sorted; ``**`` crosses folders, as in patterns of images."""
+    return sorted(glob(pattern, recursive=True))
 
 
 def _locate_remote_files(texts: Sequence[str]) -> tuple[RemoteStorage, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -179,3 +180,10 @@ def key_of(value: Any, where: str, column: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{where}: {column} holds half a surrogate pair: {value!r:.80}") from None
     return value
+
+
+def caption_text(data: bytes) -> str:
+    """Return UTF-8 as text, and UTF-16 with a byte order mark, as Notepad and PowerShell of Windows write it."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")

@@ -23,6 +23,7 @@ from fastvae.data.rows import Origin, SourceFile
 from fastvae.data.sources.source import (
     MAX_LISTED,
     Listing,
+    caption_text,
     content_digest,
     is_image_name,
     origin_at,
@@ -273,7 +274,7 @@ def _column(file: BinaryIO, member: tarfile.TarInfo, kind: str, size: int) -> tu
     if member.offset_data + member.size > size:
         return None, "cut by the end of their archive are left out of the columns"
     file.seek(member.offset_data)
-    text = file.read(member.size).decode("utf-8", "surrogateescape")
+    text = caption_text(file.read(member.size))
     if kind == "json":
         try:
             return json_value(text), ""

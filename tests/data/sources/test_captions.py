@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import tarfile
 
 import pytest
 from data.sources.numbered_images import png
@@ -57,6 +58,20 @@ def test_text_files_beside_images_are_columns(tmp_path):
     assert (found, listing.ignored) == ({key: {} for key in expected}, 5)
     with pytest.raises(ValueError, match="captions must be"):
         open_source(tmp_path, captions="all")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_captions_in_utf_16_are_text(tmp_path, encoding):
+    """As Notepad and PowerShell write it, with a byte order mark."""
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""  # Python writes that of "utf-16" itself
+    caption, metadata = ("Hündchen", "file_name,text\nb.png,Kätzchen\n")
+    write(tmp_path, a_png=0, a_txt=mark + caption.encode(encoding), b_png=1)
+    (tmp_path / "metadata.csv").write_bytes(mark + metadata.encode(encoding))
+    assert columns_of(tmp_path)[0] == {"a.png": {"txt": caption}, "b.png": {"text": "Kätzchen"}}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+        archive.add(tmp_path / "a.txt", "a.txt")
+    assert columns_of(tmp_path / "a.tar")[0] == {"a": {"txt": caption}}
 
 
 def parquet(rows) -> bytes:

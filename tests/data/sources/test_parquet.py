@@ -187,6 +187,15 @@ def test_a_file_without_a_key_column_takes_the_path_else_file_and_row(tmp_path):
     assert found["train-1.parquet#1"] == 4
 
 
+def test_a_pattern_crosses_folders_and_takes_the_files_of_the_first(tmp_path):
+    """As the repositories of the Hub have them: data/train.parquet and data/part/train.parquet."""
+    for seed, folder in enumerate(["data", "data/part", "data/part/deep"]):
+        (tmp_path / folder).mkdir(parents=True)
+        table(tmp_path / folder / "a.parquet", {"key": [folder], "image": [png(seed)]})
+    files = open_source(f"{tmp_path}/data/**/*.parquet").listing().files
+    assert [file.key for file in files] == ["data", "data/part", "data/part/deep"]
+
+
 def test_concurrent_reads_return_their_own_rows(tmp_path):
     columns = {"key": [f"{row:02d}" for row in range(12)], "image": [png(row) for row in range(12)]}
     source = open_source(table(tmp_path / "a.parquet", columns, row_group_size=2))
