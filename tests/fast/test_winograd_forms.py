@@ -1,20 +1,17 @@
 """Winograd's forms in whole networks: accuracy, packed bytes, costs, and bits that do not depend on the batch."""
 
-import copy
-
 import pytest
 import torch
 from fast.small_models import FEWEST, latents, pixels, small_model, smallest_model
 from fastvae_kernels import attention, group_norm, residual, winograd
 from fastvae_kernels import pixels as pixels_op
-from support.accuracy import assert_as_accurate
 from support.short_run import short_run
 
 import fastvae
 from fastvae.fast import inference_pass
 from fastvae.fast.accelerate import path_of
-from fastvae.fast.cpu_pass import ContiguousGroupNorm
 from fastvae.fast.forms.form import Entry, Form, Forms
+from fastvae.report.correctness import truth_of
 
 # A form, and a dtype in which its error stays within the tolerance in every network; `fastvae tune` tries the others.
 WITHIN = [
@@ -63,26 +60,19 @@ def images_of(vae, z):
     return vae.decode(z).sample
 
 
-def in_the_worse_layout(call, vae, x, truth):
-    """Return eager's result in NCHW or channels_last, whichever errs more, as correctness.py does."""
-    with ContiguousGroupNorm():
-        both = [
-            call(vae, x.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, torch.channels_last)
-        ]
-    return max(both, key=lambda result: (result.double() - truth).abs().max())
-
-
 def hold_to_tolerance(vae, x, z, form, record):
-    """Check both parts of a model against eager and float64, and record their errors as multiples of eager's."""
-    wide, calls = copy.deepcopy(vae).double(), ((moments_of, x), (images_of, z))
-    truths = [call(wide, given.double()) for call, given in calls]
-    plain = [in_the_worse_layout(call, vae, given, true) for (call, given), true in zip(calls, truths, strict=True)]
+    """Check both parts of a model against eager and float64, and record their errors as shares of the allowed ones."""
+    tasks = {"encode": (moments_of, x), "decode": (images_of, z)}
+    truths = {task: truth_of(vae, task, given) for task, (_, given) in tasks.items()}
     with_form(vae, form)
-    for name, (call, given), eager, true in zip(("encoder", "decoder"), calls, plain, truths, strict=True):
-        mine = call(vae, given)
-        error, allowed = ((values.double() - true).square().mean().sqrt().item() for values in (mine, eager))
-        record(f"rms error of the {name} as a multiple of eager's", error / allowed)
-        assert_as_accurate(mine, eager, true)
+    for task, (call, given) in tasks.items():
+        y, truth = call(vae, given), truths[task]
+        errors, allowed = truth.errors(y), (truth.allowed, truth.allowed_rms)
+        record(
+            f"{task}: largest and rms error as shares of the allowed",
+            [e / a for e, a in zip(errors, allowed, strict=True)],
+        )
+        assert truth.judge(y)[2] is None, (task, errors, allowed)
 
 
 @pytest.mark.parametrize(("structure", "form", "dtype"), short_run(CASES, KEPT), ids=str)
