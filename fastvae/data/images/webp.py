@@ -1,4 +1,4 @@
-"""WebP headers: size and orientation, from the chunks of the RIFF file."""
+"""WebP headers: size, orientation and profile, from the chunks of the RIFF file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import BinaryIO
 from fastvae.data.images.head import Head
 
 FIRST_CHUNK = 12
-METADATA = {b"EXIF": 8, b"XMP ": 4}  # chunks, and the bits of the extended header that announce them
+PROFILE = b"ICCP"
+METADATA = {PROFILE: 32, b"EXIF": 8, b"XMP ": 4}  # chunks, and the bits of the extended header that announce them
 
 
 def webp_head(file: BinaryIO) -> Head:
@@ -18,6 +19,8 @@ def webp_head(file: BinaryIO) -> Head:
     if name == b"VP8X":
         width, height = (1 + int.from_bytes(start[at : at + 3], "little") for at in (4, 7))
         head, found = Head(width, height), _metadata(file, FIRST_CHUNK + 8 + length, start[0])
+        if start[0] & METADATA[PROFILE]:
+            head.profile = found.get(PROFILE, b"")  # Pillow passes over an empty one, and over none
         head.orient_by(found.get(b"EXIF", b""), found.get(b"XMP ", b""))
         return head
     if name == b"VP8L" and start[0] == 0x2F:

@@ -12,6 +12,14 @@ from support.image_parts import LONG, RAW_EXIF, SRGB, flags, pixels, tiff, with_
 from fastvae.data.images.errors import ImageError
 from fastvae.data.images.read import image_size, read_image
 
+
+def announced_profile(chunk: bytes) -> bytes:
+    """Return a WebP whose extended header announces a profile, with ``chunk`` in its place."""
+    size = b"".join((side - 1).to_bytes(3, "little") for side in SMALL.size)
+    body = b"WEBP" + struct.pack("<4sI4B", b"VP8X", 10, 32, 0, 0, 0) + size + chunk + encoded(SMALL, "WEBP")[12:]
+    return struct.pack("<4sI", b"RIFF", len(body)) + body
+
+
 BROKEN_PROFILES = {
     "png: beyond the limit": with_png_chunk(png_chunk(b"iCCP", b"icc\0\0" + LONG)),
     "png: no zlib": with_png_chunk(png_chunk(b"iCCP", b"icc\0\0" + b"no zlib")),
@@ -26,7 +34,9 @@ BROKEN_PROFILES = {
     "jpeg: other counts": with_jpeg_segments(b"ICC_PROFILE\0\1\2" + SRGB[:300], b"ICC_PROFILE\0\2\3" + SRGB[300:]),
     "jpeg: empty": with_jpeg_segments(b"ICC_PROFILE\0\1\1"),
     "tiff: empty": tiff(np.asarray(SMALL), iccprofile=b"\0"),
-    "webp: empty": encoded(SMALL, "WEBP", icc_profile=b"\0"),
+    "webp: one byte": encoded(SMALL, "WEBP", icc_profile=b"\0"),
+    "webp: empty": announced_profile(struct.pack("<4sI", b"ICCP", 0)),
+    "webp: none, although it is announced": announced_profile(b""),
 }
 
 
