@@ -74,8 +74,10 @@ def checkout(tmp_path):
     """Folder with the Makefile, where a script that prints "step" takes the place of Python and pip."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    for file in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
-        shutil.copy(ROOT / file, tmp_path)
+    built_from = "setup.py", "build_backend.py", "kernels/fastvae_kernels/cpu/sources.py"
+    for file in ("Makefile", "pyproject.toml", "constraints.txt", *built_from):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
     stub = tmp_path / "python"
     files = f"mkdir -p .venv/bin\ncp {stub} .venv/bin/python\ncp {stub} .venv/bin/fastvae\n"
     stub.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit $OLD; fi\n{files}echo step\nexit $BROKEN\n')

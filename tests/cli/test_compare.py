@@ -12,6 +12,11 @@ from fastvae.cli.main import cli
 from fastvae.fast import cpu_pass
 
 
+@pytest.fixture(autouse=True)
+def _small_check_pictures():
+    """Replace the fixture of that name: here the generated pictures have their own sizes."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
