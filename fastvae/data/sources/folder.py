@@ -22,7 +22,6 @@ from fastvae.data.sources.source import (
     system_folder,
 )
 from fastvae.data.sources.storage import LocalStorage
-from fastvae.system.terminal import first_few
 
 
 class FolderSource:
@@ -66,10 +65,7 @@ def list_folder(root: str | os.PathLike[str], exclude: str | os.PathLike[str] | 
             links += _walk(folder, os.fspath(top), origin, seen, listing)
         waiting = sorted(links)
     if not listing.files:
-        ignored = f" ({listing.ignored} other files passed over)" if listing.ignored else ""
-        if listing.unreadable:
-            ignored += f"; cannot be read: {first_few(listing.unreadable)}"
-        raise ValueError(f"src must hold images, there is none under {os.fspath(root)!r}{ignored}")
+        raise ValueError(listing.without_images(os.fspath(root)))
     listing.files.sort(key=lambda file: os.fsencode(file.key))
     return listing
 
@@ -125,7 +121,7 @@ def add_file(path: str, top: str, origin: Origin, listing: Listing) -> None:
         size, mtime = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
         listing.files.append(SourceFile(key, size, mtime, origin=origin))
     else:
-        listing.ignored += 1
+        listing.ignore(path)
 
 
 def _holds_an_image(path: str) -> bool:

@@ -14,13 +14,12 @@ from fastvae.data.sources.parquet import ParquetSource
 from fastvae.data.sources.patterns import expand_braces, fixed_folder, is_pattern
 from fastvae.data.sources.remote import RemoteSource
 from fastvae.data.sources.several import SeveralSources
-from fastvae.data.sources.source import Source
+from fastvae.data.sources.source import KINDS, Source
 from fastvae.data.sources.storage import LocalStorage, RemoteStorage, Storage, common_folder, open_remote, scheme_of
 from fastvae.data.sources.tar import FIRST_DOT, TarSource
 from fastvae.system.arguments import check_choices
 from fastvae.system.terminal import first_few
 
-KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".jsonl.gz", ".jsonl.zst")
 
 

@@ -45,10 +45,9 @@ class RemoteSource:
             elif is_image_name(key) and not name.startswith("."):
                 listing.files.append(SourceFile(key, *self._storage.note(key, facts), origin=origin))
             else:
-                listing.ignored += 1
+                listing.ignore(key)
         if not listing.files:
-            ignored = f"{listing.ignored} other files passed over"
-            raise ValueError(f"src must hold images, there is none under {self.name} ({ignored})")
+            raise ValueError(listing.without_images(self.name))
         listing.deduplicate_keys()
         if self._captions:
             add_captions(listing, self._names_in, self._storage.open)

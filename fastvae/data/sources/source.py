@@ -16,6 +16,7 @@ from fastvae.data.images.formats import identify
 from fastvae.data.images.read import DEFAULT_MAX_PIXELS
 from fastvae.data.rows import Origin, SourceFile
 from fastvae.data.sources.patterns import expand_braces, translate
+from fastvae.system.terminal import first_few
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".gif"}
 # Listed although they cannot be read, so that each is reported as unsupported.
@@ -24,6 +25,8 @@ RAW_SUFFIXES = {
     *(".pef", ".srw", ".3fr", ".fff", ".iiq", ".mos", ".mef", ".mrw", ".x3f", ".erf", ".dcr", ".kdc"),
 }
 REFUSED_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".eps", ".psd", *RAW_SUFFIXES}
+# Files that hold images or name them, by suffix: a folder of them is given as a pattern.
+KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 MAX_LISTED = 100
 DEFAULT_KEY = "key"  # column of keys in a table or manifest
 # Thumbnails, snapshots and deleted files of Synology, QNAP, NetApp, freedesktop.org, macOS, Windows and Lightroom.
@@ -44,7 +47,8 @@ class Listing:
     the like. ``duplicates`` is the number of images whose key an earlier one has; ``base_keys`` has the key of each
     such image before ``~2`` was appended. ``notes`` are sentences about members
     and columns that were left out. ``excluded`` are the keys that leave_out took away; ``passed_over`` is the number of
-    images in hidden folders and those of SYSTEM_FOLDERS, by the folder's name.
+    images in hidden folders and those of SYSTEM_FOLDERS, by the folder's name. ``suffixes`` are those of KINDS that
+    ignored files have.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -55,6 +59,7 @@ class Listing:
     excluded: set[str] = field(default_factory=set)
     passed_over: dict[str, int] = field(default_factory=dict)
     base_keys: dict[str, str] = field(default_factory=dict)
+    suffixes: set[str] = field(default_factory=set)
 
     def leave_out(self, patterns: Collection[str]) -> None:
         """Take away the files that a pattern matches: their key, or without a slash in it their name in any folder.
@@ -69,6 +74,22 @@ class Listing:
         self.files = [file for file in self.files if file.key not in self.excluded]
         if not self.files and self.excluded:
             raise ValueError(f"exclude must leave an image: {list(patterns)} matches all {len(self.excluded)}")
+
+    def ignore(self, path: str) -> None:
+        """Count the file at ``path``, which is no image."""
+        self.ignored += 1
+        suffix = os.path.splitext(path)[1]
+        if suffix.lower() in KINDS:
+            self.suffixes.add(suffix)
+
+    def without_images(self, top: str) -> str:
+        """Return the sentence that no file under ``top`` is an image, and the pattern for those of KINDS."""
+        ignored = f" ({self.ignored} other files passed over)" if self.ignored else ""
+        if self.unreadable:
+            ignored += f"; cannot be read: {first_few(self.unreadable)}"
+        patterns = [repr(f"{top.rstrip('/')}/**/*{suffix}") for suffix in sorted(self.suffixes)]
+        give = f"; give a pattern for its {' or '.join(sorted(self.suffixes))} files: {' or '.join(patterns)}"
+        return f"src must hold images, there is none under {top!r}{ignored}" + give * bool(patterns)
 
     def pass_over(self, folder: str, images: int) -> None:
         """Count ``images`` in a folder that a system makes, or in a hidden one."""

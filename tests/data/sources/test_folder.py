@@ -10,7 +10,7 @@ from support.small_store import picture, write_pictures
 
 from fastvae.data.rows import SourceFile
 from fastvae.data.sources.folder import list_folder
-from fastvae.data.sources.open import open_source
+from fastvae.data.sources.open import locate_files, open_source
 from fastvae.data.sources.patterns import expand_braces
 from fastvae.data.sources.source import Listing
 
@@ -84,6 +84,17 @@ def test_a_source_without_images_is_refused(tmp_path):
         list_folder(tmp_path)
     with pytest.raises(ValueError, match="src must be a folder of images"):
         list_folder(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("suffixes", [(".parquet",), (".tar",), (".JSONL", ".tar")])
+def test_a_folder_of_files_that_hold_images_is_answered_with_their_pattern(tmp_path, suffixes):
+    (tmp_path / "deep").mkdir()
+    for suffix in suffixes:
+        (tmp_path / "deep" / f"a{suffix}").write_bytes(b"x")
+    patterns = [f"{tmp_path}/**/*{suffix}" for suffix in suffixes]
+    with pytest.raises(ValueError, match=re.escape(f"files: {' or '.join(map(repr, patterns))}") + "$"):
+        list_folder(f"{tmp_path}/")
+    assert [locate_files([pattern])[1] for pattern in patterns] == [[f"deep/a{suffix}"] for suffix in suffixes]
 
 
 # Patterns

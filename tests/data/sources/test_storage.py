@@ -10,7 +10,7 @@ from support.small_store import picture
 from fastvae.data.images.errors import ImageError
 from fastvae.data.sources import open as opening
 from fastvae.data.sources import storage
-from fastvae.data.sources.open import open_source
+from fastvae.data.sources.open import locate_files, open_source
 
 
 @pytest.fixture
@@ -51,6 +51,13 @@ def test_a_folder_and_a_pattern_under_a_url(memory):
         source.read(source.listing().files[0].__class__("a/0.png", 1, 1))
     with pytest.raises(ValueError, match="src must hold images, there is none under"):
         open_source("memory://bucket/empty").listing()
+
+
+def test_a_url_of_files_that_hold_images_is_answered_with_their_pattern(memory):
+    memory.pipe_file("/bucket/tars/deep/a.tar", b"x")
+    with pytest.raises(ValueError, match=r"files: 'memory://bucket/tars/\*\*/\*\.tar'$"):
+        open_source("memory://bucket/tars").listing()
+    assert locate_files(["memory://bucket/tars/**/*.tar"])[1] == ["deep/a.tar"]
 
 
 def test_archives_tables_and_manifests_under_a_url(memory):
