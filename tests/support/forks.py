@@ -217,6 +217,7 @@ def main() -> None:
     gc.freeze()  # the collector would copy the pages that the processes share
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is None:
         os._exit(0)  # nanobind reports frozen objects as leaks
