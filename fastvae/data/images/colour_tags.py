@@ -28,8 +28,9 @@ def ignored_colour(image: Image.Image, head: Head, image_format: str, data: byte
     """Return the flags of what an opened image says about its colours and is not applied.
 
     "ignored_cicp": a cICP chunk, or an AVIF's nclx, of another colour space than sRGB (BT.2020, PQ, HLG);
-    "ignored_gamma": a PNG's gAMA or cHRM; "ignored_adobe_rgb": an EXIF block that names Adobe RGB, without a profile;
-    "ignored_profile": a profile in a BMP or GIF.
+    "ignored_gamma": a PNG's gAMA or cHRM; "broken_cicp", "broken_gamma": such a chunk that is damaged or of another
+    length, where the whole one would decide the colours; "ignored_adobe_rgb": an EXIF block that names
+    Adobe RGB, without a profile; "ignored_profile": a profile in a BMP or GIF.
     """
     flags = []
     has_profile = bool(image.info.get("icc_profile"))
@@ -53,14 +54,16 @@ def _png_flags(chunks: dict[bytes, bytes], has_profile: bool) -> list[str]:
     cicp = chunks.get(b"cICP", b"")
     if len(cicp) == 4:
         return [] if _is_srgb(cicp[0], cicp[1]) and cicp[3] == 1 else ["ignored_cicp"]
+    flags = ["broken_cicp"] if b"cICP" in chunks else []
     if has_profile or b"sRGB" in chunks:
-        return []
+        return flags
     gamma, white_and_primaries = chunks.get(b"gAMA", b""), chunks.get(b"cHRM", b"")
     wrong = len(gamma) == 4 and abs(int.from_bytes(gamma, "big") - SRGB_GAMMA) > TOLERANCE
     if len(white_and_primaries) == 32:
         found = struct.unpack(">8I", white_and_primaries)
         wrong |= any(abs(a - b) > TOLERANCE for a, b in zip(found, SRGB_CHROMATICITIES, strict=True))
-    return ["ignored_gamma"] if wrong else []
+    is_whole = len(gamma) == 4 * (b"gAMA" in chunks) and len(white_and_primaries) == 32 * (b"cHRM" in chunks)
+    return flags + ["ignored_gamma"] * wrong + ["broken_gamma"] * (not is_whole)
 
 
 def _is_srgb(primaries: int, transfer: int) -> bool:

@@ -121,14 +121,17 @@ def damaged(chunk: bytes) -> bytes:
 CHUNKS = {
     "a wrong checksum of a profile": (damaged(png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(SRGB))), "broken_profile"),
     "a wrong checksum of an EXIF": (damaged(png_chunk(b"eXIf", ONE_TAG)), "broken_exif"),
-    "a wrong checksum of a gamma": (damaged(png_chunk(b"gAMA", struct.pack(">I", 100_000))), None),
+    "a wrong checksum of a gamma": (damaged(png_chunk(b"gAMA", struct.pack(">I", 100_000))), "broken_gamma"),
+    "a wrong checksum of a cICP": (damaged(png_chunk(b"cICP", bytes([9, 16, 0, 1]))), "broken_cicp"),
     "a wrong checksum of a private chunk": (damaged(png_chunk(b"caNV", bytes(16))), None),
     "a private chunk": (png_chunk(b"caNV", bytes(16)), None),
     "no EXIF": (png_chunk(b"eXIf", b"garbage"), "broken_exif"),
     "an EXIF cut": (png_chunk(b"eXIf", CUT_EXIF), "broken_exif"),
     "an empty XMP": (png_chunk(b"iTXt", b"XML:com.adobe.xmp\0"), "broken_exif"),
     "an EXIF in text that is no hexadecimal": (png_chunk(b"tEXt", RAW_EXIF + b"\nexif\n9\nzz"), "broken_exif"),
-    **{f"a short {name}": (png_chunk(name.encode(), b"\0"), None) for name in ("gAMA", "cHRM", "pHYs", "acTL", "fcTL")},
+    "a short cICP": (png_chunk(b"cICP", b"\0"), "broken_cicp"),
+    **{f"a short {name}": (png_chunk(name.encode(), b"\0"), "broken_gamma") for name in ("gAMA", "cHRM")},
+    **{f"a short {name}": (png_chunk(name.encode(), b"\0"), None) for name in ("pHYs", "acTL", "fcTL")},
 }
 
 
@@ -139,6 +142,11 @@ def test_a_png_with_a_broken_chunk_that_no_pixel_needs_is_read_and_counted(kind)
     assert (pixels(data) == np.asarray(SMALL)).all()
     assert flags(data) == (() if flag is None else (flag,))
     assert image_size(data) == (16, 24)
+
+
+@pytest.mark.parametrize("decides", [png_chunk(b"sRGB", b"\0"), png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(SRGB))])
+def test_a_broken_gamma_beside_what_decides_the_colours_is_not_counted(decides):
+    assert flags(with_png_chunk(decides, damaged(png_chunk(b"gAMA", bytes(4))))) == ()
 
 
 def test_an_exif_of_five_megabytes_turns_a_png():
