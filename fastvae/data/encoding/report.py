@@ -43,10 +43,10 @@ class EncodeReport:
     ``ignored_files``: files that are no image; ``unreadable_places``: folders and links among them that could not
     be opened, at most 100. ``exceeded``: failures, earlier ones included, are above the limit. ``excluded``: images
     that --exclude names; ``passed_over``: images in hidden folders and those that systems make, by the folder's
-    name; ``masks``: images that look like masks or control images, by a pattern that matches them. ``flags``:
-    images by what was noticed about them, such as "upscaled". ``failures``: the first ten images that failed, with
-    reason and detail. ``forms``: hash of the table by which convolutions ran in other forms than the
-    direct one (fastvae tune); "" if there is none.
+    name; ``captions_not_utf8``: images with a caption that is stored as its bytes; ``masks``: images that look like
+    masks or control images, by a pattern that matches them. ``flags``: images by what was noticed about them, such as
+    "upscaled". ``failures``: the first ten images that failed, with reason and detail.
+    ``forms``: hash of the table by which convolutions ran in other forms than the direct one (fastvae tune), else "".
     """
 
     store: str
@@ -66,6 +66,7 @@ class EncodeReport:
     ignored_files: int = 0
     unreadable_places: list[str] = field(default_factory=list)
     duplicate_keys: int = 0
+    captions_not_utf8: int = 0
     excluded: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
     masks: dict[str, int] = field(default_factory=dict)
@@ -195,6 +196,8 @@ class EncodeReport:
             )
         if self.duplicate_keys:
             lines.append(f"keys    {self.duplicate_keys} were there before: kept apart as KEY~2 and so on")
+        if self.captions_not_utf8:
+            lines.append(f"caption {self.captions_not_utf8} images have one that is no UTF-8, stored as its bytes")
         return lines + [f"note    {note}" for note in self.notes]
 
     def count_failures(self, failures: Iterable[Failure], served: int, limit: str | float | int) -> None:

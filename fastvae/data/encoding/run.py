@@ -60,6 +60,7 @@ class EncodeJob:
         report.ignored_files, report.unreadable_places = self.listing.ignored, self.listing.unreadable
         report.duplicate_keys, report.notes = self.listing.duplicates, list(self.listing.notes)
         report.excluded, report.passed_over = len(self.listing.excluded), dict(self.listing.passed_over)
+        report.captions_not_utf8 = self.listing.captions_not_utf8
         return report
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -91,6 +91,11 @@ class Listing:
         give = f"; give a pattern for its {' or '.join(sorted(self.suffixes))} files: {' or '.join(patterns)}"
         return f"src must hold images, there is none under {top!r}{ignored}" + give * bool(patterns)
 
+    @property
+    def captions_not_utf8(self) -> int:
+        """Number of images with a caption or another column that UTF-8 cannot write: of other bytes, or half a pair."""
+        return sum(not _is_utf8(file.columns) for file in self.files)
+
     def pass_over(self, folder: str, images: int) -> None:
         """Count ``images`` in a folder that a system makes, or in a hidden one."""
         if images:
@@ -122,6 +127,14 @@ class Listing:
         self.ignored += 1
         if len(self.unreadable) < MAX_LISTED:
             self.unreadable.append(os.path.relpath(place, top).replace(os.sep, "/"))
+
+
+def _is_utf8(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or value == value.encode("utf-8", "ignore").decode("utf-8")
+    if isinstance(value, Mapping):
+        value = (*value, *value.values())
+    return not isinstance(value, list | tuple) or all(map(_is_utf8, value))
 
 
 def renamed(file: SourceFile, key: str) -> SourceFile:

@@ -74,6 +74,19 @@ def test_captions_in_utf_16_are_text(tmp_path, encoding):
     assert columns_of(tmp_path / "a.tar")[0] == {"a": {"txt": caption}}
 
 
+def test_captions_in_latin_1_are_counted(tmp_path):
+    write(tmp_path / "in", a_png=0, a_txt="caf\u00e9".encode("latin-1"), b_png=1, b_txt="caf\u00e9", c_png=2)
+    (tmp_path / "in" / "metadata.csv").write_bytes(b"file_name,text\nc.png,caf\xe9\n")
+    options = {"vae": small_vae(), "buckets": 16, "dtype": "fp32", "device": "cpu", "progress": False}
+    report = encode(tmp_path / "in", tmp_path / "out", **options)
+    assert json.loads(report.to_json())["captions_not_utf8"] == 2
+    assert "caption 2 images have one that is no UTF-8, stored as its bytes" in report.lines()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.png", "a.txt", "b.png", "b.txt"):
+            archive.add(tmp_path / "in" / name, name)
+    assert columns_of(tmp_path / "a.tar")[1].captions_not_utf8 == 1
+
+
 def parquet(rows) -> bytes:
     arrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     buffer = io.BytesIO()
