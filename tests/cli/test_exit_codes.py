@@ -82,7 +82,7 @@ def test_an_interruption_is_exit_code_75(pictures, model, tmp_path, monkeypatch)
 
     monkeypatch.setattr("fastvae.data.encoding.encoder.MomentEncoder.start", interrupt)
     result = encode(pictures, tmp_path / "out", model, code=75)
-    said = r"fastvae: interrupted: 0 rows kept, [1-9] lost; run the same command again to go on"
+    said = r"fastvae: interrupted: 0 rows committed, [1-9] lost; run the same command again to go on"
     assert re.fullmatch(said, result.stderr.splitlines()[-1])
 
 

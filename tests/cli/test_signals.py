@@ -50,7 +50,7 @@ def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(forks, tmp_path,
     seconds = time.monotonic() - started
     rows = committed(out)
     counts = re.fullmatch(
-        r"fastvae: interrupted: (\d+) rows kept, (\d+) lost; run the same command again to go on\n", said
+        r"fastvae: interrupted: (\d+) rows committed, (\d+) lost; run the same command again to go on\n", said
     )
     assert (process.returncode, counts and int(counts[1])) == (75, len(rows)), said
     assert seconds < WITHIN
@@ -58,7 +58,7 @@ def test_row_23_a_signal_ends_a_run_in_order_within_ten_seconds(forks, tmp_path,
     assert verify(out, deep=True).damaged == []
     assert not list(out.rglob("*.tmp.*"))
     assert not list(out.glob("leases/*.lease"))
-    print(f"\nrow 23: {signal.Signals(number).name}: exit code 75 after {seconds:.2f} s, {len(rows)} rows kept")  # noqa: T201
+    print(f"\nrow 23: {signal.Signals(number).name}: exit code 75 after {seconds:.2f} s, {len(rows)} rows committed")  # noqa: T201
     if number == signal.SIGTERM:
         again = start(forks, pictures, out, "--json")
         report, said = again.communicate(timeout=120)

@@ -20,12 +20,12 @@ ALLOWED_IMAGES, DEFAULT_LIMIT = 5, "5 or 0.1%"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM during a run. ``report``: what the call would have returned, with the rows kept and lost;
+    """Ctrl-C or SIGTERM during a run. ``report``: what the call would have returned, with the rows committed and lost;
     ``done``: numbers of the units that the run committed.
     """
 
     def __init__(self, report: EncodeReport, done: Collection[int]):
-        super().__init__(f"{report.ok + report.kept + report.failed} rows kept, {report.lost} lost")
+        super().__init__(f"{report.ok + report.kept + report.failed} rows committed, {report.lost} lost")
         self.report: Any = report  # of repair, its own
         self.done = done
 

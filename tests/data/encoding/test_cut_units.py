@@ -54,7 +54,7 @@ def test_an_interruption_commits_the_part_made_unit(tmp_path, monkeypatch, whole
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
-        with pytest.raises(Interrupted, match=r"^5 rows kept, \d lost$") as stopped:
+        with pytest.raises(Interrupted, match=r"^5 rows committed, \d lost$") as stopped:
             encode(source, out, vae=small_vae(), **OPTIONS)
     report = json.loads(stopped.value.report.to_json())
     assert (report["interrupted"], report["ok"], report["failed"]) == (True, 4, 1)
@@ -139,11 +139,11 @@ def test_an_interruption_before_and_after_the_rows_has_a_report_too(tmp_path, mo
 
     module = "encode" if step == "plan_rows" else "run"
     monkeypatch.setattr(f"fastvae.data.encoding.{module}.{step}", interrupted)
-    kept = PICTURES * (step == "_complete")
-    with pytest.raises(Interrupted, match=f"^{kept} rows kept, 0 lost$") as stopped:
+    done = PICTURES * (step == "_complete")
+    with pytest.raises(Interrupted, match=f"^{done} rows committed, 0 lost$") as stopped:
         encode(whole[0], tmp_path / "out", vae=small_vae(), **OPTIONS)
     assert stopped.value.report.interrupted
-    assert stopped.value.done == {0} if kept else not stopped.value.done
+    assert stopped.value.done == {0} if done else not stopped.value.done
 
 
 def test_json_of_an_interrupted_repair_counts_what_was_committed(made, tmp_path, monkeypatch):
@@ -161,8 +161,9 @@ def test_json_of_an_interrupted_repair_counts_what_was_committed(made, tmp_path,
     facts, report = json.loads(stopped.stdout), json.loads(stopped.stdout)["report"]
     assert (stopped.exit_code, facts["units"], facts["retried"], len(facts["damaged"])) == (75, [0], 0, 2)
     assert (report["interrupted"], report["ok"]) == (True, 4)
+    assert report["kept"] == report["failed"] == 0
     assert report["lost"] >= 1  # a damaged unit is not cut
-    assert f"fastvae: interrupted: 4 rows kept, {report['lost']} lost; " in stopped.stderr
+    assert f"fastvae: interrupted: 4 rows committed, {report['lost']} lost; " in stopped.stderr
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
         again = json.loads(repair().stdout)

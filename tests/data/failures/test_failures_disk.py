@@ -90,7 +90,7 @@ def test_row_15_a_full_disk_leaves_whole_files_and_the_run_resumes(prepared, cou
         assert {name: whole[name] for name in rows} == rows
         shutil.rmtree(out)
     assert max(kept) > 0
-    print(f"\nrow 15: {count} runs into a full disk of 64 MB, exit code 6 each, 0 torn, {sum(kept)} rows kept")  # noqa: T201
+    print(f"\nrow 15: {count} runs into a full disk of 64 MB, exit code 6 each, 0 torn, {sum(kept)} rows committed")  # noqa: T201
 
 
 def test_row_15_too_little_room_is_reported_before_the_first_image(prepared):
