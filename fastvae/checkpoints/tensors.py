@@ -93,8 +93,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors ``expected`` (diffusers' name -> shape) to ``device``, and fill in ``report``.
 
-    Only tensors of ``report.parts`` are read. ``dtype`` None keeps that of the file, or the widest of several; integers
-    are never converted.
+    Only tensors of ``report.parts`` are read. ``dtype`` None keeps that of the file, or the widest of several, or
+    float32 for float8; integers are never converted.
     Every tensor is a copy, so that replacing the file later changes nothing. Raises ValueError for missing tensors,
     tensors of a wrong shape or of integers, and tensors of the VAE that the model does not have; if ``strict``, for
     tensors outside the VAE too.
@@ -141,16 +141,17 @@ def read_tensors(
 def _unite_dtypes(tensors: dict[str, Tensor], report: LoadReport) -> None:
     """Convert weights of several dtypes, in place, to the one that holds the values of all, and record it.
 
-    torch computes with one dtype. The statistics of a batch norm keep theirs: they are converted where they are used.
+    torch computes with one dtype, and with none of one byte: of float8 alone the weights become float32. The statistics
+    of a batch norm keep theirs: they are converted where they are used.
     """
     weights = {
         name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not name.startswith("bn.")
     }
     found = sorted({tensor.dtype for tensor in weights.values()}, key=str)
-    if len(found) < 2:
-        return
     # torch promotes no floats of one byte; each wider dtype holds their values.
     dtype = functools.reduce(torch.promote_types, [one for one in found if one.itemsize > 1] or [torch.float32])
+    if found in ([], [dtype]):
+        return
     tensors.update((name, tensor.to(dtype)) for name, tensor in weights.items())
     report.dtype = _short(dtype)
     report.notes += (f"the weights in the file are {' and '.join(map(_short, found))}: all are {report.dtype} now",)
@@ -161,8 +162,8 @@ def convertible_dtype(
 ) -> torch.dtype | None:
     """Return the dtype to convert to: None means float32, as in diffusers; "auto", returned as None, that of the file.
 
-    ``dtype`` is the newer name of the same argument. Raises ValueError if both are given and differ, and for anything
-    else that is not a floating-point torch.dtype.
+    Of float8 "auto" is float32: torch computes with no dtype of one byte. ``dtype`` is the newer name of
+    the argument. Raises ValueError if both are given and differ, and for what is no floating-point torch.dtype.
     """
     if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
         raise ValueError(f"torch_dtype and dtype are one argument, got {torch_dtype} and {dtype}: give one of them")

@@ -60,13 +60,13 @@ class ModelMixin(InPipelines, ConfigMixin):
     ) -> Self:
         """Load a model from a directory in diffusers' layout, a Hub id, or "tiny" (the embedded one), in eval mode.
 
-        ``torch_dtype`` (or ``dtype``) None means float32, "auto" that of the file. ``parts=("encoder",)`` reads no
-        tensor of the decoder and leaves it None. A pickle is refused unless ``allow_pickle`` (``use_safetensors``,
-        which pipelines pass, may not be False without it). ``load_report`` records the load. ``low_cpu_mem_usage``
-        changes nothing: no random weights are made. ``output_loading_info=True`` returns (model, info) as diffusers
-        does, with the tensors of the file that were not taken as ``unexpected_keys``. Raises FileNotFoundError,
-        ConnectionError or ValueError, which name the file, key or tensor.
-        Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
+        ``torch_dtype`` (or ``dtype``) None means float32, "auto" that of the file (of float8, float32).
+        ``parts=("encoder",)`` reads no tensor of the decoder and leaves it None. A pickle is refused unless
+        ``allow_pickle`` (``use_safetensors``, which pipelines pass, may not be False without it). ``load_report``
+        records the load. ``low_cpu_mem_usage`` changes nothing: no random weights are made.
+        ``output_loading_info=True`` returns (model, info) as diffusers does, with the tensors of the file that were not
+        taken as ``unexpected_keys``. Raises FileNotFoundError, ConnectionError or ValueError, which name the file, key
+        or tensor. Source: diffusers.models.modeling_utils.ModelMixin.from_pretrained.
         """
         if use_safetensors is False and not allow_pickle:
             raise ValueError("use_safetensors=False asks for a pickle: say allow_pickle=True as well")

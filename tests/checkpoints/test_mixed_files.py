@@ -14,9 +14,11 @@ from fastvae.models import AutoencoderKLFlux2
         (torch.float16, torch.float32, torch.float32),
         (torch.float16, torch.bfloat16, torch.float32),
         (torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float32),
+        (torch.float8_e4m3fn, torch.float8_e5m2, torch.float32),
     ],
 )
-def test_weights_of_several_dtypes_become_one_in_the_report(model, tmp_path, layouts, encoder, decoder, expected):
+def test_weights_of_several_dtypes_or_float8_become_one_dtype(model, tmp_path, layouts, encoder, decoder, expected):
     state = {
         name: tensor.to(encoder if name.startswith("encoder.") else decoder)
         for name, tensor in model.state_dict().items()
