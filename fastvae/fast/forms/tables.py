@@ -1,7 +1,8 @@
 """Tables of forms, one file a device: those shipped, then the user's own, which replace them layer by layer.
 
-A table is a JSON object with the device's name and ``entries``; the user's own also has the versions it was measured
-with. It is read once a process. Nothing is measured here, and nothing is written at an ordinary call.
+A table is a JSON object with the device's name and ``entries``; one that `fastvae tune` wrote also has ``made_with``,
+the versions it was measured with. It is read once a process. Nothing is measured here, and nothing is written at an
+ordinary call.
 """
 
 from __future__ import annotations
