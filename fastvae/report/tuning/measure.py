@@ -34,9 +34,7 @@ def error_ratios(convolution: Convolution, path: FastPath) -> dict[str, float]:
     one's bits does not run on this device, and is left out.
     """
     channels, height, width = convolution.shape
-    generator = torch.Generator().manual_seed(0)
-    size = 1, channels, min(height, MOST_SIDE), min(width, MOST_SIDE)
-    x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(convolution.part.conv_in.weight)
+    x = _random(convolution, 1, channels, min(height, MOST_SIDE), min(width, MOST_SIDE))
     # Not every accelerator has float64.
     place = x.device if x.device.type == "cuda" else torch.device("cpu")
     truth = layer_checks.as_module(copy.deepcopy(convolution.block).to(place).double(), x.to(place).double())
@@ -51,13 +49,18 @@ def seconds(convolution: Convolution, path: FastPath, forms: list[Form], budget:
     weight = convolution.part.conv_in.weight
     channels, height, width = convolution.shape
     batch = 1 if weight.device.type == "cpu" else max(1, BATCH_PIXELS // max(convolution.pixels, height * width))
-    generator = torch.Generator().manual_seed(0)
-    size = batch, channels, height, width
-    x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    x = _random(convolution, batch, channels, height, width)
     calls: Mapping[str, Callable[[], Any]] = {form.value: block_call(convolution, path, form, x) for form in forms}
     for call in calls.values():
         call()  # compiles, and packs the weights
     return interleaved(calls, x.device, budget)
+
+
+def _random(convolution: Convolution, *size: int) -> Tensor:
+    """Return normal values of this size, the same every time, with the device and dtype of the convolution's part."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+    return x.to(convolution.part.conv_in.weight)
 
 
 def fastest(samples: Mapping[str, list[float]]) -> Form:
