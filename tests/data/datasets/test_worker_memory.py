@@ -4,52 +4,17 @@ import gc
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
+from support.small_store import write_store
 from torch.utils.data import DataLoader, Dataset
 
 from fastvae.data.datasets.dataset import LatentDataset
-from fastvae.data.rows import SourceFile
-from fastvae.data.store.leases import Leases
-from fastvae.data.store.plan import PlannedRow
-from fastvae.data.store.shard import ShardRow
-from fastvae.data.store.store import Store
 
 SMAPS = Path("/proc/self/smaps_rollup")
 pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="only Linux tells what memory is private")
 ROWS, UNIT, BATCH, BUCKET = 1_000_000, 5_000, 64, (8, 8)
 # A worker that keeps anything of each row keeps one number at least, of 8 bytes.
 LEAST = 8
-LAYOUT = {
-    "buckets": ["8x8"],
-    "latent_channels": 4,
-    "downsample_factor": 8,
-    "scaling": {
-        "scaling_factor": 0.5,
-        "shift_factor": None,
-        "latents_mean": None,
-        "latents_std": None,
-        "batch_norm": False,
-    },
-    "metadata": {"fvl": "1"},
-    "source": {"vae": "generated"},
-    "created_by": "tests",
-}
-IDENTITY = {
-    "model": {"encoder_weights_sha256": "0"},
-    "numerics": {"dtype": "fp32", "posterior": "mean", "mean": "fp16", "logvar": "fp16"},
-    "preprocess": {},
-}
-
-
-def write_rows(path: Path, count: int) -> None:
-    """Write a store of ``count`` rows of one latent each by its own writer."""
-    mean = np.zeros((4, 1, 1), np.float16)
-    with Leases(path / "leases") as leases:
-        store = Store.create_or_open(path, IDENTITY, LAYOUT, leases)
-        files = (SourceFile(f"photographs/{number:09}.jpg", 1, 0) for number in range(count))
-        for unit in store.extend_plan([(BUCKET, PlannedRow(file, 0, BUCKET)) for file in files], lambda bucket: UNIT):
-            store.commit(unit, [ShardRow(row.file.key, mean, None, BUCKET, (0, 0, *BUCKET)) for row in unit.rows])
 
 
 def private_bytes() -> int:
@@ -81,7 +46,8 @@ class Reader(Dataset):
 
 @pytest.mark.slow
 def test_keys_and_rows_cost_a_forked_worker_no_private_memory(tmp_path):
-    write_rows(tmp_path, ROWS)
+    keys = [f"photographs/{number:09}.jpg" for number in range(ROWS)]
+    write_store(tmp_path, {BUCKET: keys}, rows_per_unit=UNIT, posterior="mean")
     dataset = LatentDataset(tmp_path)
     for what in ("keys", "rows"):
         first, last = DataLoader(Reader(dataset, what), None, num_workers=1, multiprocessing_context="fork")
