@@ -16,7 +16,8 @@ from fastvae.fast.capture import compiled_passes
 from fastvae.fast.capture.compiled_passes import Compiled, WideGroupNorm
 from fastvae.fast.capture.cuda_graphs import Graphs
 from fastvae.fast.counters import DeviceCounters
-from fastvae.fast.cpu_pass import ContiguousGroupNorm, CpuPass
+from fastvae.fast.cpu.cpu_pass import CpuPass
+from fastvae.fast.cpu.group_norm import ContiguousGroupNorm
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.forms.form import DIRECT_ONLY, Forms
 from fastvae.fast.forms.tables import forms_of

@@ -1,7 +1,7 @@
 """The order of the blocks of encoder and decoder.
 
-An Activation goes from block to block. A pass computes the blocks (inference_pass, training_pass, cpu_pass). This file
-calls them in order, and runs a block that cannot be fused as a module.
+An Activation goes from block to block. A pass computes the blocks (inference_pass, training_pass, cpu/cpu_pass). This
+file calls them in order, and runs a block that cannot be fused as a module.
 """
 
 from __future__ import annotations

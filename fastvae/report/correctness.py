@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastvae.fast.cpu_pass import ContiguousGroupNorm
+from fastvae.fast.cpu.group_norm import ContiguousGroupNorm
 from fastvae.fast.packed_weights import channels_last, is_channels_last
 from fastvae.report.contestants import decoding, encoding
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from support.small_store import picture, small_vae
 
 from fastvae.cli.main import cli
-from fastvae.fast import cpu_pass
+from fastvae.fast.cpu import cpu_pass
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_an_error_that_the_images_do_not_show_ends_in_code_1(folder, monkeypatch
 
     right = json.loads(run(folder, "--json", "--dtype", "fp32").stdout)
     assert right["generated"] == {"waves": [], "flat": [], "noisy": [], "large": []}
-    monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", norm)
+    monkeypatch.setattr("fastvae.fast.cpu.cpu_pass.group_norm_silu", norm)
     wrong = json.loads(run(folder, "--json", "--dtype", "fp32", code=1).stdout)
     assert wrong["is_right"] is False
     assert wrong["generated"]["large"]

@@ -27,7 +27,8 @@ def test_bits_under_each_instruction_set(forks):
 
 def checks():
     """Yield a test and its arguments."""
-    from fast import test_cpu_pass, test_forward
+    from fast import test_forward
+    from fast.cpu import test_cpu_pass
     from latents import test_cpu_sampling
     from models import test_autoencoder_kl as network
     from models import test_posterior as posterior

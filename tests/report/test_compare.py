@@ -12,7 +12,7 @@ from support.small_store import picture, small_vae
 
 import fastvae
 from fastvae.data.images.errors import ImageError
-from fastvae.fast import cpu_pass
+from fastvae.fast.cpu import cpu_pass
 from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
 from fastvae.report import compare_stages

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae.fast import fallback_reasons
-from fastvae.fast.cpu_pass import CpuPass
+from fastvae.fast.cpu.cpu_pass import CpuPass
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.training_pass import TrainingPass
 

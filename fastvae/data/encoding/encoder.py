@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae.fast.accelerate import accelerate, refresh
-from fastvae.fast.cpu_pass import ContiguousGroupNorm
+from fastvae.fast.cpu.group_norm import ContiguousGroupNorm
 from fastvae.fast.packed_weights import images_of
 from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.convert import encode_moments

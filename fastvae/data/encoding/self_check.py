@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.fast.accelerate import restore
-from fastvae.fast.cpu_pass import ContiguousGroupNorm
+from fastvae.fast.cpu.group_norm import ContiguousGroupNorm
 from fastvae.latents.autoencoder import ACCELERATED
 from fastvae.latents.scaling import pixel_multiple
 

@@ -13,7 +13,7 @@ from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.self_check import check_fast_path
-from fastvae.fast.cpu_pass import CpuPass
+from fastvae.fast.cpu.cpu_pass import CpuPass
 from fastvae.latents.autoencoder import ACCELERATED
 
 OPTIONS = {"buckets": SIDE, "progress": False, "device": "cpu", "workers": 1}
@@ -104,7 +104,7 @@ def test_row_21_a_wrong_norm_that_one_picture_alone_shows_is_noticed(wrong, dtyp
     def norm(layer, x, into):
         return F.silu(wrong(layer, x)).contiguous(memory_format=torch.channels_last)
 
-    monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", norm)
+    monkeypatch.setattr("fastvae.fast.cpu.cpu_pass.group_norm_silu", norm)
     said = check_fast_path(MomentEncoder(fastvae.AutoencoderKL.from_pretrained("tiny"), dtype, torch.device("cpu")))
     assert said is not None
     assert f"({seen} picture: error " in said

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fastvae
 from fastvae.cli.main import cli
-from fastvae.fast.cpu_pass import CpuPass
+from fastvae.fast.cpu.cpu_pass import CpuPass
 from fastvae.fast.forms import tables
 from fastvae.fast.forms.form import DIRECT_ONLY, Form
 from fastvae.report.tuning import measure, network
@@ -150,7 +150,7 @@ def test_measurements_without_the_c_kernels_are_made_again(model, errors, monkey
 
 
 def test_a_model_that_is_wrong_without_any_form_is_an_error(model, errors, monkeypatch):
-    monkeypatch.setattr("fastvae.fast.cpu_pass.group_norm_silu", lambda norm, x, **_: x)
+    monkeypatch.setattr("fastvae.fast.cpu.cpu_pass.group_norm_silu", lambda norm, x, **_: x)
     with pytest.raises(
         ValueError, match=r"vae must be right with the direct form alone, got encode 16x16: .* fastvae doctor"
     ):

@@ -13,9 +13,9 @@ from support.small_store import small_vae
 from torch import nn
 
 import fastvae
-from fastvae.fast import cpu_pass
 from fastvae.fast.capture.compiled_passes import wide_group_norm
-from fastvae.fast.cpu_pass import ContiguousGroupNorm, group_norm_silu
+from fastvae.fast.cpu import group_norm
+from fastvae.fast.cpu.group_norm import ContiguousGroupNorm, group_norm_silu
 
 slow = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,7 +48,7 @@ def check(norm, x):
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_as_accurate(ours, eager, truth)
     if given.numel() < 2**20:  # the path without the C kernel and that of a trace, at sizes that cost little
-        assert_as_accurate(cpu_pass._group_norm_silu_in_torch(norm, given, torch.empty_like(given)), eager, truth)
+        assert_as_accurate(group_norm._group_norm_silu_in_torch(norm, given, torch.empty_like(given)), eager, truth)
         traced = wide_group_norm(given, norm.num_groups, norm.weight, norm.bias, norm.eps)
         assert_as_accurate(F.silu(traced), eager, truth)
     assert torch.equal(group_norm_silu(norm, given, into=given), ours)

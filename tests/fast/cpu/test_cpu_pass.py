@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastvae
 from fastvae.data.encoding.model import open_model
-from fastvae.fast import cpu_pass
+from fastvae.fast.cpu import cpu_pass
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.report.contestants import images
 
@@ -43,7 +43,7 @@ SHORT |= {("SD", "diffusers", torch.float16, "oneDNN"), ("FLUX.2", "diffusers", 
 )
 def test_a_cpu_is_as_accurate_as_eager(shape, library, dtype, onednn, monkeypatch):
     if onednn == "no oneDNN":
-        for module in ("packed_weights", "cpu_pass"):
+        for module in ("packed_weights", "cpu.cpu_pass"):
             monkeypatch.setattr(f"fastvae.fast.{module}.takes_onednn", lambda weight: False)
     vae = small_model(shape, library).to(dtype)
     x, z = pixels(vae), latents(vae)
