@@ -18,6 +18,8 @@ struct norm {
     const void *x;
     void *y;
     int64_t dtype, batch, pixels, channels, groups;
+    /* 1: the norm alone, without SiLU. */
+    int64_t plain;
     const float *weight, *bias;
     double eps;
     /* [batch, chunks, 2, channels], [batch, channels], [batch, channels], [batch, channels] */
@@ -48,14 +50,14 @@ INLINE float value_of(int dtype, const void *from, int64_t index) {
     return value;
 }
 
-/* Add the values, minus ``centre`` of their channel, and the squares of one chunk to sums [2, channels]. */
-INLINE void sums_of(int dtype, const struct norm *a, int64_t image, int64_t first, int64_t count, double *sums) {
+/* Add the values, minus ``centre`` of their channel, and the squares of one chunk to sums [2, channels]. Pixels are added
+one by one in their order, so a chunk may come in pieces. */
+INLINE void sums_of(
+    int dtype, const struct norm *a, const float *centre, int64_t start, int64_t count, double *sums) {
     const int64_t channels = a->channels;
-    const float *centre = a->centre + image * channels;
-    memset(sums, 0, 2 * channels * sizeof(double));
     for (int64_t pixel = 0; pixel < count; pixel += PIXELS) {
         const int64_t together = count - pixel < PIXELS ? count - pixel : PIXELS;
-        const int64_t place = (image * a->pixels + first + pixel) * channels;
+        const int64_t place = (start + pixel) * channels;
         for (int64_t channel = 0; channel < channels; channel += LANES) {
             const vec middle = load(centre + channel);
             dvec sum[2], square[2];
@@ -94,7 +96,7 @@ INLINE void normalize(int dtype, const struct norm *a, int64_t image, int64_t fi
             const int64_t at = place + pixel * channels + channel;
             const vec d = load_as(dtype, a->x, at) - load(centre + channel);
             const vec z = d * load(scale + channel) + load(shift + channel);
-            store_as(dtype, a->y, at, silu(z));
+            store_as(dtype, a->y, at, a->plain ? z : silu(z));
         }
 }
 
@@ -136,7 +138,9 @@ INLINE void run(int dtype, const struct norm *a, int64_t chunks, int64_t threads
 #pragma omp for
         for (int64_t item = 0; item < a->batch * chunks; item++) {
             const int64_t first = item % chunks * each, count = a->pixels - first < each ? a->pixels - first : each;
-            sums_of(dtype, a, item / chunks, first, count, a->sums + item * 2 * a->channels);
+            double *sums = a->sums + item * 2 * a->channels;
+            memset(sums, 0, 2 * a->channels * sizeof(double));
+            sums_of(dtype, a, a->centre + item / chunks * a->channels, item / chunks * a->pixels + first, count, sums);
         }
 #pragma omp for
         for (int64_t image = 0; image < a->batch; image++)
@@ -159,6 +163,50 @@ void fastvae_norm(const struct norm *a, int64_t threads) {
         run(BFLOAT16, a, chunks, threads);
     else
         run(FLOAT16, a, chunks, threads);
+}
+
+INLINE void add(int dtype, const struct norm *a, int64_t first, int64_t count, int64_t threads) {
+    const int64_t each = pixels_of(a), width = a->channels / a->groups, from = first / each;
+    if (first == 0)
+        for (int64_t channel = 0; channel < a->channels; channel++)
+            a->centre[channel] = value_of(dtype, a->x, channel / width * width);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t chunk = from; chunk <= (first + count - 1) / each; chunk++) {
+        const int64_t begin = chunk * each > first ? chunk * each : first;
+        const int64_t end = (chunk + 1) * each < first + count ? (chunk + 1) * each : first + count;
+        sums_of(dtype, a, a->centre, begin - first, end - begin, a->sums + chunk * 2 * a->channels);
+    }
+}
+
+/* Add a band of one image to its sums, which begin as zeros: x has the pixels from ``first`` on, bands come in order.
+The sums have the bits that they have of the whole image. */
+void fastvae_norm_add(const struct norm *a, int64_t first, int64_t count, int64_t threads) {
+    if (a->dtype == FLOAT32)
+        add(FLOAT32, a, first, count, threads);
+    else if (a->dtype == BFLOAT16)
+        add(BFLOAT16, a, first, count, threads);
+    else
+        add(FLOAT16, a, first, count, threads);
+}
+
+/* Write the affine of one image from its sums; it overwrites ``centre``. */
+void fastvae_norm_affine(const struct norm *a) { affine_of(a, 0, fastvae_norm_chunks(a->pixels, a->channels)); }
+
+INLINE void apply(int dtype, const struct norm *a, int64_t count, int64_t threads) {
+    const int64_t each = pixels_of(a);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < count; first += each)
+        normalize(dtype, a, 0, first, count - first < each ? count - first : each);
+}
+
+/* Write y of ``count`` pixels of one image by its affine. */
+void fastvae_norm_apply(const struct norm *a, int64_t count, int64_t threads) {
+    if (a->dtype == FLOAT32)
+        apply(FLOAT32, a, count, threads);
+    else if (a->dtype == BFLOAT16)
+        apply(BFLOAT16, a, count, threads);
+    else
+        apply(FLOAT16, a, count, threads);
 }
 
 /* Return the hash of the C files that this library was built from. */

@@ -17,7 +17,7 @@ class Norm(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "y")),
-        *((name, INT) for name in ("dtype", "batch", "pixels", "channels", "groups")),
+        *((name, INT) for name in ("dtype", "batch", "pixels", "channels", "groups", "plain")),
         *((name, POINTER) for name in ("weight", "bias")),
         ("eps", ctypes.c_double),
         *((name, POINTER) for name in ("sums", "centre", "scale", "shift")),
@@ -41,8 +41,45 @@ def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: 
     affine = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
     weight, bias = (vector.float().contiguous() for vector in (weight, bias))
     given = Norm(
-        address(x), address(y), DTYPES[x.dtype], batch, height * width, channels, groups, address(weight),
-        address(bias), eps, address(sums), *(address(vector) for vector in affine),
+        address(x), address(y), DTYPES[x.dtype], batch, height * width, channels, groups, 0,
+        address(weight), address(bias), eps, address(sums), *(address(vector) for vector in affine),
     )  # fmt: skip
     functions.fastvae_norm(ctypes.byref(given), INT(torch.get_num_threads()))
     return y
+
+
+class BandNorm:
+    """GroupNorm of one image whose rows come in bands: ``add`` all of them, ``close``, then ``apply`` to any pixels.
+
+    Statistics and results have the bits of ``group_norm_silu`` of the whole image, whatever the bands.
+    """
+
+    def __init__(self, dtype: torch.dtype, pixels: int, weight: Tensor, bias: Tensor, groups: int, eps: float):
+        channels = weight.shape[0]
+        chunks = library().functions.fastvae_norm_chunks(INT(pixels), INT(channels))
+        self.sums: Tensor | None = torch.zeros(chunks, 2, channels, dtype=torch.float64, device=weight.device)
+        self.affine = torch.empty(3, channels, dtype=torch.float32, device=weight.device)
+        self.weight, self.bias = (vector.float().contiguous() for vector in (weight, bias))
+        self.added = 0
+        self.given = Norm(
+            None, None, DTYPES[dtype], 1, pixels, channels, groups, 0, address(self.weight), address(self.bias), eps,
+            address(self.sums), *(address(vector) for vector in self.affine),
+        )  # fmt: skip
+
+    def add(self, x: Tensor) -> None:
+        """Add the next pixels [pixels, C]."""
+        self.given.x = address(x)
+        threads = INT(torch.get_num_threads())
+        library().functions.fastvae_norm_add(ctypes.byref(self.given), INT(self.added), INT(x.shape[0]), threads)
+        self.added += x.shape[0]
+
+    def close(self) -> None:
+        """Compute scale and shift of each channel; the sums are dropped."""
+        library().functions.fastvae_norm_affine(ctypes.byref(self.given))
+        self.sums = None
+
+    def apply(self, x: Tensor, y: Tensor, silu: bool = True) -> None:
+        """Write silu(norm(x)), or norm(x), into y, which may be x: [pixels, C] both."""
+        self.given.x, self.given.y, self.given.plain = address(x), address(y), int(not silu)
+        threads = INT(torch.get_num_threads())
+        library().functions.fastvae_norm_apply(ctypes.byref(self.given), INT(x.shape[0]), threads)

@@ -22,6 +22,8 @@ struct convolution {
     float *y;
     int64_t batch, height, width, in, out;
     int64_t tile, upsample;
+    /* 1 if x is a band of one image with one more row above and below it, 0 if zeros are there. */
+    int64_t halo;
     const float *input, *output;
 };
 
@@ -85,14 +87,14 @@ INLINE void results_of(int tile, const float *matrix, const vec *m, int step, ve
 INLINE void read_windows(int tile, const struct convolution *c, struct chunk *k) {
     const int n = tile + 2;
     const int64_t across = cut(c->width, tile), width = c->width >> c->upsample, height = c->height >> c->upsample;
-    const float *image = c->x + k->image * height * width * c->in;
+    const float *image = c->x + (k->image * height + c->halo) * width * c->in;
     for (int64_t t = 0; t < k->tiles; t++) {
         const int64_t top = (k->first + t) / across * tile - 1, left = (k->first + t) % across * tile - 1;
         const float *pixel[LARGEST_WINDOW * LARGEST_WINDOW];
         for (int i = 0; i < n; i++)
             for (int j = 0; j < n; j++) {
                 const int64_t row = top + i, column = left + j;
-                const int inside = row >= 0 && row < c->height && column >= 0 && column < c->width;
+                const int inside = row >= -c->halo && row < c->height + c->halo && column >= 0 && column < c->width;
                 pixel[i * n + j] =
                     inside ? image + ((row >> c->upsample) * width + (column >> c->upsample)) * c->in : k->zeros;
             }

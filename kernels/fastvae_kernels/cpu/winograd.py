@@ -20,7 +20,7 @@ class Convolution(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "weight", "bias", "residual", "y")),
-        *((name, INT) for name in ("batch", "height", "width", "inward", "outward", "tile", "upsample")),
+        *((name, INT) for name in ("batch", "height", "width", "inward", "outward", "tile", "upsample", "halo")),
         *((name, POINTER) for name in ("input", "output")),
     )
 
@@ -46,11 +46,19 @@ def pack(weight: Tensor, form: str) -> Tensor:
 
 
 def convolve(
-    x: Tensor, packed: Tensor, bias: Tensor | None, form: str, y: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    form: str,
+    y: Tensor,
+    residual: Tensor | None = None,
+    halo: bool = False,
 ) -> Tensor:
     """Write the convolution of x [N, C, H, W] into y [N, O, H, W], or that of x enlarged to [N, O, 2H, 2W]; return y.
 
     packed: ``pack`` of the weight. bias: [O]. residual: added to the result, may be y. All in channels_last.
+    halo: x [1, C, H + 2, W] is a band of an image with the row above and the row below it. Its y has the whole image's
+    bits if the band begins at a multiple of the form's tile (in rows of y), and ends at one or at the image's end.
     """
     functions, matrices, threads = library().functions, FORMS[form], torch.get_num_threads()
     inward, (batch, outward, height, width) = x.shape[1], y.shape
@@ -64,7 +72,8 @@ def convolve(
     bias = None if bias is None else bias.contiguous()
     given = Convolution(
         *(address(values) for values in (x, packed, bias, residual, y)), batch, height, width, inward, outward,
-        matrices.tile, int(height > x.shape[2]), ctypes.addressof(window_matrix), ctypes.addressof(result_matrix),
+        matrices.tile, int(width > x.shape[3]), int(halo), ctypes.addressof(window_matrix),
+        ctypes.addressof(result_matrix),
     )  # fmt: skip
     functions.fastvae_winograd(ctypes.byref(given), INT(most), POINTER(address(workspace)), INT(threads))
     return y

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast.small_models import small_model
+from fastvae_kernels.cpu.group_norm import BandNorm
 from fastvae_kernels.cpu.library import why_not
 from support.accuracy import assert_as_accurate
 from support.short_run import short_run
@@ -253,3 +254,24 @@ def test_a_block_with_a_hook_and_a_gradient_are_within_the_tolerance():
     assert_as_accurate(fast.encode(x).latent_dist.parameters, eager, truth)
     fast = fastvae.accelerate(copy.deepcopy(stock)).requires_grad_(True)
     assert_as_accurate(fast.encode(x).latent_dist.parameters.detach(), eager, truth)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bands_of_rows_have_the_bits_of_the_whole_image(dtype):
+    norm = norm_of(24, 3, dtype)
+    x = noise(1, 24, 75, 67, mean=5.0).to(dtype).contiguous(memory_format=torch.channels_last)
+    whole = group_norm_silu(norm, x, into=torch.empty_like(x))
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, 24)
+    truth = F.group_norm(x.double(), 3, norm.weight.double(), norm.bias.double(), norm.eps)
+    eager = F.group_norm(x.contiguous(), 3, norm.weight, norm.bias, norm.eps)
+    for height in (1, 8, 75):
+        bands = BandNorm(dtype, len(pixels), norm.weight, norm.bias, norm.num_groups, norm.eps)
+        for band in pixels.split(67 * height):
+            bands.add(band)
+        bands.close()
+        y = torch.empty_like(pixels)
+        bands.apply(pixels, y)
+        assert torch.equal(y, whole[0].permute(1, 2, 0).reshape(-1, 24)), height
+        bands.apply(pixels, y, silu=False)
+        assert_as_accurate(y.view(75, 67, 24).permute(2, 0, 1)[None], eager, truth)

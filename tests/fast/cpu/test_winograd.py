@@ -176,3 +176,20 @@ def test_avx2_has_a_table_for_the_layers_of_stable_diffusion():
     assert forms.of(weight, 255) is Form.DIRECT
     assert forms.of(weight.bfloat16(), 4096) is Form.DIRECT
     assert isinstance(forms_of(torch.device("cpu")), Forms)
+
+
+@pytest.mark.parametrize("upsample", [False, True], ids=["same-size", "enlarged"])
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_bands_with_their_halo_have_the_bits_of_the_whole_image(form, upsample):
+    x, weight, bias = given(1, 24, 32, 21, 13)
+    packed = winograd.pack(weight, form)
+    whole = convolved(x, packed, bias, form, upsample)
+    rows = F.pad(x, (0, 0, 1, 1))
+    for height in (4, 8, 12):
+        for first in range(0, 21, height):
+            count = min(height, 21 - first)
+            band = rows[:, :, first : first + count + 2].contiguous(memory_format=torch.channels_last)
+            expected = whole[:, :, first << upsample : first + count << upsample]
+            y = torch.empty_like(expected, memory_format=torch.channels_last)
+            winograd.convolve(band, packed, bias, form, y, halo=True)
+            assert torch.equal(y, expected), (height, first)
