@@ -32,10 +32,11 @@ PUBLIC = {
     "divergence": ["kl_divergence"],
     "group_norm": ["group_norm_affine", "group_norm_statistics", "scale_shift", "scale_shift_silu"],
     "group_norm_silu": ["group_norm", "group_norm_silu"],
+    "interleave": ["upsample_interleave"],
     "pixels": ["pixels_conv_in"],
     "posterior": ["sample_posterior"],
     "residual": ["residual_add"],
-    "upsample": ["upsample_conv"],
+    "upsample": ["four_tap_weights", "upsample_conv"],
     "winograd": ["F2", "F4", "transform_weights", "winograd_conv"],
 }
 FACE = '''"""Triton kernels for the autoencoder of latent diffusion; channels_last throughout, references on a CPU."""

@@ -69,6 +69,9 @@ def searches() -> list[Search]:
             for channels, side in ((128, 1024), (256, 512), (512, 256)):
                 case = operations.Case(run, (1, channels, side, side), dtype)
                 found.append(Search(op, case, channels, (32, 64, 128, 256), (32, 64, 128)))
+        for channels, side in ((256, 256), (512, 128)):
+            case = operations.Case("upsample_interleave", (1, 4 * channels, side + 1, side + 1), dtype)
+            found.append(Search("upsample_interleave", case, channels, (32, 64, 128, 256), (32, 64, 128)))
         case = operations.Case("pixels_conv_in", (1, 3, 1024, 1024), dtype)
         found.append(Search("pixels_conv_in", case, 128, (32, 64, 128), (32, 64, 128)))
     forward, backward = (

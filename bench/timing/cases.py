@@ -67,6 +67,8 @@ _TABLE = [
     Case("pixels_conv_in", (1, 3, 1024, 1024), layout="NCHW"),
     *(Case("upsample_conv", (1, 512, side // by, side // by)) for side in (512, 1024) for by in (8, 4)),
     *(Case("upsample_conv", (1, 256, side // 2, side // 2)) for side in (512, 1024, 2048)),
+    *(Case("upsample_interleave", (1, 4 * channels, side // 2 + 1, side // 2 + 1)) for channels, side in
+      ((512, 128), (512, 256), (512, 512), (256, 512), (256, 1024))),
     *(Case("winograd_conv", shape) for shape in encoder_stages(512)),
     Case("winograd_conv", (8, 512, 128, 128)),
     *(Case("sample_posterior", (8, 8, side // 8, side // 8), layout="NCHW") for side in SIDES),
@@ -85,6 +87,7 @@ CPU = [
     *(Case(f"spatial_attention_{end}", (1, 1024, 512), "float32") for end in ("shared", "backward")),
     Case("pixels_conv_in", (1, 3, 256, 256), "float32"),
     Case("upsample_conv", (1, 512, 32, 32), "float32"),
+    Case("upsample_interleave", (1, 2048, 33, 33), "float32"),
     Case("winograd_conv", (1, 512, 32, 32), "float32"),
     *(Case(op, (8, 8, 32, 32), "float32", layout="NCHW") for op in ("sample_posterior", "kl_divergence")),
 ]
@@ -104,6 +107,7 @@ DRY = [
     Case("pixels_conv_in", (1, 3, 6, 5)),
     Case("pixels_conv_in", (1, 3, 6, 5), layout="NCHW"),
     Case("upsample_conv", (1, 32, 3, 4)),
+    Case("upsample_interleave", (1, 128, 4, 5)),
     *(Case("winograd_conv", (1, 32, 3, 4), dtype) for dtype in ("bfloat16", "float32")),
     Case("sample_posterior", (2, 8, 3, 4), layout="NCHW"),
     Case("kl_divergence", (2, 8, 3, 4), layout="NCHW"),

@@ -49,7 +49,7 @@ def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
 
 
 def pytest_configure(config):
-    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd", "roof")
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd", "upsample", "roof")
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The settings of the tests, before the kernels are imported: the interpreter if there is no GPU, and its
@@ -108,7 +108,7 @@ def row_text(row: dict[str, Any], dry: bool) -> str:
     return ", ".join(parts)
 
 
-def winograd_text(row: dict[str, Any], dry: bool) -> str:
+def forms_text(row: dict[str, Any], dry: bool) -> str:
     """Return a layer, or a network, in its forms as text."""
     if dry:
         return "right"
@@ -151,8 +151,8 @@ def pytest_terminal_summary(terminalreporter):
         rates = ", ".join(f"{who} {rate:.1f} images/s" for who, rate in row["images_per_second"].items())
         text = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
         terminalreporter.write_line(f"{name:44} {text}")
-    for name, row in results["winograd"].items():
-        terminalreporter.write_line(f"{name:44} {winograd_text(row, dry)}")
+    for name, row in (results["winograd"] | results["upsample"]).items():
+        terminalreporter.write_line(f"{name:44} {forms_text(row, dry)}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 

@@ -124,6 +124,17 @@ def _winograd() -> Any:
     return winograd
 
 
+def _interleave() -> Any:
+    from fastvae_kernels import interleave  # as above
+
+    return interleave
+
+
+def _interleaved(phases: Tensor) -> Tensor:
+    y = F.pixel_shuffle(phases.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
+    return y[:, :, 1:-1, 1:-1].contiguous(memory_format=torch.channels_last)
+
+
 def _convolved(case: Case, device: torch.device) -> tuple:
     channels = case.shape[1]
     weight = _random(case, device, (channels, channels, 3, 3)) / (9 * channels) ** 0.5
@@ -291,6 +302,13 @@ OPERATIONS = {
         eager=lambda x, w, b, folded: lambda: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
         cost=lambda x, w, b, folded: upsample.cost(x, w, b),
         bound="flops",
+    ),
+    "upsample_interleave": Operation(
+        lambda case, device: (_random(case, device),),
+        ours=lambda phases: lambda: _interleave().launch(phases)[0],
+        reference=lambda phases: lambda: _interleave().reference(phases)[0],
+        eager=lambda phases: lambda: _interleaved(phases),
+        cost=lambda phases: _interleave().cost(phases),
     ),
     "winograd_conv": Operation(
         _convolved,

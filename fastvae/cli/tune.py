@@ -38,9 +38,10 @@ from fastvae.system.terminal import strip_control_characters
 def tune(as_json: bool, quiet: bool, **given: Any) -> None:
     """Find the fastest form of each convolution on this device.
 
-    Measures every 3x3 convolution as the library's and as Winograd's, and keeps the faster form where encode and decode
-    with these weights, at 256 and 1024 pixels, stay within the allowed error. accelerate and the command line then use
-    the table that this writes to your cache folder. An interrupted run goes on where it was.
+    Measures every 3x3 convolution as the library's and as Winograd's, on a GPU upsampling ones also by four taps, and
+    keeps the fastest form where encode and decode with these weights, at 256 and 1024 pixels, stay within the allowed
+    error. accelerate and the command line then use the table that this writes to your cache folder. An interrupted run
+    goes on where it was.
 
     \b
     Example:
@@ -61,7 +62,8 @@ def _lines(results: dict[str, Any]) -> list[str]:
     from fastvae.fast.forms.form import Form
     from fastvae.report.number_format import number
 
-    forms = [form for form in Form if form is not Form.DIRECT]
+    measured = {name for layer in results["layers"] for name in layer["milliseconds"]}
+    forms = [form for form in Form if form is not Form.DIRECT and form in measured]
     lines = [f"{'layer':34}{'pixels':>9}{'direct ms':>11}" + "".join(f"{form:>12}{'error':>7}" for form in forms)]
     for layer in results["layers"]:
         taken, ratios = layer["milliseconds"], layer["error_ratio"]

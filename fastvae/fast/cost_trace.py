@@ -10,7 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastvae_kernels import attention, group_norm, group_norm_silu, pixels, residual, upsample, winograd
+from fastvae_kernels import (
+    attention,
+    group_norm,
+    group_norm_silu,
+    interleave,
+    pixels,
+    residual,
+    upsample,
+    winograd,
+)
 from fastvae_kernels.shared.runtime import Cost, size_in_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,6 +47,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
         group_norm_silu.cost(x, weight, bias, measured=partials is not None)
     ),
     "fastvae::upsample_conv": upsample.cost,
+    "fastvae::upsample_interleave": interleave.cost,
     "fastvae::winograd_conv": winograd.cost,
     "fastvae::spatial_attention": lambda query, key, value, scale: attention.cost(query),
     "fastvae::spatial_attention_shared": lambda query, x, scale: attention.cost(query, shared=True),

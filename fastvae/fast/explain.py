@@ -16,7 +16,7 @@ from fastvae.fast.accelerate import accelerated, path_of, unwrapped, vae_of, why
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
 from fastvae.fast.forms import tables
-from fastvae.fast.forms.form import Form
+from fastvae.fast.forms.form import FUSED, ON_CPU, Form
 from fastvae.fast.forms.shapes import Convolution, convolutions_of, input_of
 from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
@@ -121,6 +121,8 @@ def _form(path: FastPath, layer: Convolution, device: torch.device) -> tuple[For
     forms = path.forms_on(device)
     form = forms.choose(layer.key, layer.pixels)
     on_cpu = device.type not in fallback_reasons.KERNEL_DEVICES
+    if form not in (Form.DIRECT, *(ON_CPU if on_cpu else FUSED)[layer.key.kind]):
+        return Form.DIRECT, f"this path has no {form} for it"
     if form is not Form.DIRECT and on_cpu and not winograd.takes(layer.conv.weight):
         return Form.DIRECT, library.why_not() or "no C kernel takes its channels and dtype"
     return form, forms.why(layer.key, layer.pixels) or tables.why_none(device)

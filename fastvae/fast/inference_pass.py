@@ -3,8 +3,8 @@
 A convolution's bias is folded into the norm or residual pass after it. Bias, residual and the next norm's statistics
 are one pass. The residual pass before a downsample writes its padding. Where the tables of forms say so, convolutions
 of residual blocks take Winograd's form, whose transforms are these passes too. With frozen weights attention reads one
-tensor as keys and values, if that is at least as accurate. Nearest 2x and its convolution are one. All of this is exact
-in real arithmetic.
+tensor as keys and values, if that is at least as accurate. Nearest 2x and its convolution are one, transposed or, where
+the tables say so, of four taps. All of this is exact in real arithmetic.
 
 In fp16 the residual stream is multiplied by a power of two, ``stream_factor``, and activations between conv1 and norm2
 by ``inner_factor``: GroupNorm does not depend on the scale of its input, and values up to 65,504 / stream_factor fit
@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from fastvae_kernels.attention import spatial_attention, spatial_attention_shared
 from fastvae_kernels.group_norm import group_norm_affine, group_norm_statistics, scale_shift, scale_shift_silu
+from fastvae_kernels.interleave import upsample_interleave
 from fastvae_kernels.pixels import pixels_conv_in
 from fastvae_kernels.residual import residual_add
 from fastvae_kernels.winograd import winograd_conv
 from torch import Tensor
 
 from fastvae.fast import fallback_reasons, layer_checks
-from fastvae.fast.forms.form import DIRECT_ONLY, Form, Forms
+from fastvae.fast.forms.form import DIRECT_ONLY, FUSED, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, images_of, is_channels_last, weights_of
@@ -96,10 +97,11 @@ class InferencePass(Pass):
         return Activation(self._convolve(sampler.conv, x), bias=sampler.conv.bias)
 
     def upsample(self, sampler: Layer, activation: Activation) -> Activation:
-        folded = self.packed.upsample(sampler.conv)
-        return Activation(
-            self._product(self._with_bias(activation), folded, 2, 1, transposed=True), bias=sampler.conv.bias
-        )
+        x, conv = self._with_bias(activation), sampler.conv
+        if self._form(conv, x, "upsample") is Form.FOUR_TAPS:
+            phases = self._product(x, self.packed.four_taps(conv), 1, 1)
+            return Activation(*upsample_interleave(phases), bias=conv.bias)
+        return Activation(self._product(x, self.packed.upsample(conv), 2, 1, transposed=True), bias=conv.bias)
 
     def as_module(self, module: Layer, activation: Activation) -> Activation:
         y = layer_checks.as_module(module, self._unscaled(activation))
@@ -140,11 +142,12 @@ class InferencePass(Pass):
         bias = self.packed.shortcut_bias(block.conv_shortcut, activation.bias)
         return self._convolve(block.conv_shortcut, activation.x), bias
 
-    def _form(self, conv: Layer, x: Tensor) -> Form:
-        """Return the form of a 3x3 convolution of x."""
+    def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
+        """Return the form of a 3x3 convolution of x; the direct one where no fused kernels have another."""
         if torch.compiler.is_compiling():  # a compiled pass keeps no packed weights: it would transform at each call
             return Form.DIRECT
-        return self.forms.of(conv.weight, x.shape[2] * x.shape[3])
+        form = self.forms.of(conv.weight, x.shape[2] * x.shape[3] * (4 if kind == "upsample" else 1), kind)
+        return form if form in FUSED[kind] else Form.DIRECT
 
     def _winograd(
         self,

@@ -12,7 +12,7 @@ import torch
 from fastvae_kernels.attention import reference
 from fastvae_kernels.cpu import winograd
 from fastvae_kernels.shared.winograd_matrices import FORMS
-from fastvae_kernels.upsample import fold_upsample_weights
+from fastvae_kernels.upsample import fold_upsample_weights, four_tap_weights
 from fastvae_kernels.winograd import transform_weights
 from torch import Tensor, nn
 
@@ -103,6 +103,10 @@ class PackedWeights:
             return channels_last(fold_upsample_weights(conv.weight))
 
         return self._get(conv, "folded", fold)
+
+    def four_taps(self, conv: Layer) -> Tensor:
+        """Return the 2x2 weights of nearest 2x and this convolution as four phases (fastvae_kernels.upsample)."""
+        return self._get(conv, Form.FOUR_TAPS, lambda: channels_last(four_tap_weights(conv.weight)))
 
     def winograd(self, conv: Layer, form: Form) -> tuple[Tensor, Tensor]:
         """Return the transformed weights of a 3x3 convolution and their gain (fastvae_kernels.winograd)."""

@@ -56,6 +56,18 @@ def fold_upsample_weights(weight: Tensor) -> Tensor:
     return _fold_last(_fold_last(wide.mT).mT).transpose(0, 1).to(weight.dtype)
 
 
+def four_tap_weights(weight: Tensor) -> Tensor:
+    """Return the 2x2 weights [4 D, C, 2, 2] of the four phases of the results, from the 3x3 ones [D, C, 3, 3].
+
+    In order: odd rows and columns, odd rows and even columns, even rows and odd columns, even ones. A convolution with
+    padding 1 gives them as channels, which interleave.py makes one image. Added in fp64 and rounded once.
+    """
+    folded = fold_upsample_weights(weight.double())
+    # The transposed convolution's weights of row 2 u + p belong to phase p and to its lower pixel for u = 0.
+    taps = folded.unflatten(3, (2, 2)).unflatten(2, (2, 2)).flip(2, 4)  # [C, D, 2, phases, 2, phases]
+    return taps.permute(3, 5, 1, 0, 2, 4).reshape(-1, weight.shape[1], 2, 2).to(weight.dtype)
+
+
 def _fold_last(weight: Tensor) -> Tensor:
     # Output 2i - 1 + u reads pixel i by the weights 2 - u and 3 - u of the row, where they exist. By slices and
     # additions: a product could be computed in tf32, and a constant would be copied to the GPU at every call.

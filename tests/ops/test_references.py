@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, upsample, winograd
+from fastvae_kernels import group_norm, group_norm_silu, interleave, pixels, residual, upsample, winograd
 from fastvae_kernels.shared import statistics
 from fastvae_kernels.shared.winograd_matrices import F2
 from support.accuracy import assert_as_accurate
@@ -51,6 +51,11 @@ def calls(shape, dtype, wide):
         ),
         "residual": (residual.reference, residual.residual_add, (x, other, bias, weight, 1)),
         "pixels": (pixels.reference, pixels.pixels_conv_in, (picture, kernel, bias.new_zeros(16))),
+        "interleave": (
+            interleave.reference,
+            interleave.upsample_interleave,
+            (torch.randn(batch, 4 * channels, height + 1, width + 1).to(dtype),),
+        ),
         "upsample": (upsample.reference, upsample.upsample_conv, (x, square)),
         "winograd": (
             winograd.reference,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvae_kernels import group_norm, group_norm_silu, pixels, residual, winograd
+from fastvae_kernels import group_norm, group_norm_silu, interleave, pixels, residual, winograd
 from fastvae_kernels.shared import statistics
 from fastvae_kernels.shared.runtime import INTERPRETED, size_in_bytes
 from fastvae_kernels.shared.winograd_matrices import FORMS
@@ -31,6 +31,7 @@ CASES = {
     "residual into a padded buffer": (
         residual.residual_add, residual.cost, lambda: (image(), image(), *torch.randn(2, 128).bfloat16(), 1),
     ),
+    "interleaving": (interleave.upsample_interleave, interleave.cost, lambda: (image(512, 9, 17),)),
     "group norm with SiLU": (
         lambda *values: group_norm_silu.group_norm_silu(*values, 32, 1e-6),
         group_norm_silu.cost,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvae.fast import layer_checks
 from fastvae.fast.cpu.group_norm import ContiguousGroupNorm, group_norm_silu
-from fastvae.fast.forms.form import DIRECT_ONLY, Form, Forms
+from fastvae.fast.forms.form import DIRECT_ONLY, ON_CPU, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
 from fastvae.fast.packed_weights import PackedWeights, channels_last, takes_onednn
@@ -89,7 +89,8 @@ class CpuPass(Pass):
         if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or x.shape[0] == 0 or not winograd.takes(conv.weight):
             return Form.DIRECT
         pixels = x.shape[2] * x.shape[3] * (4 if kind == "upsample" else 1)
-        return self.forms.of(conv.weight, pixels, kind)
+        form = self.forms.of(conv.weight, pixels, kind)
+        return form if form in ON_CPU[kind] else Form.DIRECT
 
     def _winograd(self, conv: Layer, x: Tensor, form: Form, y: Tensor, residual: Tensor | None = None) -> Tensor:
         return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form, y, residual)

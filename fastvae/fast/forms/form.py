@@ -21,11 +21,20 @@ class Form(StrEnum):
     """The ways to compute a 3x3 convolution of stride 1."""
 
     DIRECT = "direct"
-    """The library's convolution: cuDNN's or oneDNN's."""
+    """The library's convolution: cuDNN's or oneDNN's; behind nearest 2x a transposed one of 16 weights."""
     WINOGRAD2 = "winograd2"
     """F(2x2, 3x3): 16 products for 4 results, 4/9 of the direct form's."""
     WINOGRAD4 = "winograd4"
     """F(4x4, 3x3): 36 products for 16 results, a quarter of the direct form's."""
+    FOUR_TAPS = "four_taps"
+    """Behind nearest 2x: a 2x2 convolution to four times the channels, the phases of the results, and an interleaving
+    pass. As many products as the direct form, in the shape that libraries are fastest at."""
+
+
+WINOGRAD = (Form.WINOGRAD2, Form.WINOGRAD4)
+# The forms beside the direct one of each kind of layer: on fused kernels, and by the C kernels of a CPU.
+FUSED: Mapping[str, tuple[Form, ...]] = {"conv": WINOGRAD, "upsample": (Form.FOUR_TAPS,)}
+ON_CPU: Mapping[str, tuple[Form, ...]] = {"conv": WINOGRAD, "upsample": WINOGRAD}
 
 
 class LayerKey(NamedTuple):

@@ -29,7 +29,7 @@ from fastvae.system.devices import DTYPES, default_dtype, resolve_device
 
 Say = Callable[[str], None]
 # Form to take instead of one that is not accurate enough.
-NEXT = {Form.WINOGRAD4: Form.WINOGRAD2, Form.WINOGRAD2: Form.DIRECT}
+NEXT = {Form.WINOGRAD4: Form.WINOGRAD2, Form.WINOGRAD2: Form.DIRECT, Form.FOUR_TAPS: Form.DIRECT}
 SIZES = {"cpu": (256, 512), "cuda": (256, 512, 1024)}
 
 

@@ -24,29 +24,39 @@ def vae():
 
 @pytest.fixture(params=["fused", "on a CPU"])
 def either_path(request, monkeypatch):
+    """Take one of the two paths, and return the form of upsampling that it has and the one that it has not."""
     if request.param == "on a CPU":
         monkeypatch.setattr("fastvae.fast.fallback_reasons.KERNEL_DEVICES", ())
         monkeypatch.setattr("fastvae_kernels.cpu.winograd.takes", lambda weight: True)
+        return Form.WINOGRAD4, Form.FOUR_TAPS
+    return Form.FOUR_TAPS, Form.WINOGRAD4
 
 
-@pytest.mark.usefixtures("either_path")
-def test_the_table_gives_each_layer_its_form(vae, monkeypatch):
+def test_the_table_gives_each_layer_its_form(vae, either_path, monkeypatch):
     entries = [
         Entry("conv", 8, 8, "float32", 256, Form.WINOGRAD2),
         Entry("conv", 16, 16, "float32", 65, Form.WINOGRAD4),
-        Entry("upsample", 16, 16, "float32", 256, Form.WINOGRAD4),
+        Entry("upsample", 16, 16, "float32", 256, either_path[0]),
     ]
     monkeypatch.setattr(tables, "_forms_of", lambda name: Forms(entries))
     monkeypatch.setattr(tables, "has_table", lambda device: True)
     explanation = fastvae.explain(fastvae.accelerate(vae, freeze=True), SHAPE)
     forms = {row.name: (row.form, row.why) for row in explanation.forms}
     assert forms["encoder.down_blocks.0.resnets.0.conv1"] == (Form.WINOGRAD2, "by the table, from 256 pixels on")
-    assert forms["decoder.up_blocks.0.upsamplers.0.conv"] == (Form.WINOGRAD4, "by the table, from 256 pixels on")
+    assert forms["decoder.up_blocks.0.upsamplers.0.conv"] == (either_path[0], "by the table, from 256 pixels on")
     form, why = forms["encoder.mid_block.resnets.0.conv1"]  # of 64 pixels
     assert form is Form.DIRECT
     assert why == f"the table of {tables.name_of(CPU)} has no entry for it at this size: fastvae tune"
     assert not any("downsamplers" in name or "conv_out" in name for name in forms)
     assert re.search(r"\nencoder.down_blocks.0.resnets.0.conv1 +winograd2 +by the table, from 256", str(explanation))
+
+
+def test_a_form_that_the_path_lacks_is_said_to_be_missing(vae, either_path, monkeypatch):
+    entry = Entry("upsample", 16, 16, "float32", 256, either_path[1])
+    monkeypatch.setattr(tables, "_forms_of", lambda name: Forms([entry]))
+    rows = fastvae.explain(fastvae.accelerate(vae, freeze=True), SHAPE).forms
+    found = next((row.form, row.why) for row in rows if "upsamplers" in row.name)
+    assert found == (Form.DIRECT, f"this path has no {either_path[1]} for it")
 
 
 def test_a_form_that_the_c_kernels_lack_is_said_to_be_missing(vae, monkeypatch):

@@ -1,9 +1,9 @@
-"""Winograd's forms in whole networks: accuracy, packed bytes, costs, and bits that do not depend on the batch."""
+"""The forms in whole networks: accuracy, packed bytes, costs, and bits that do not depend on the batch."""
 
 import pytest
 import torch
 from fast.small_models import FEWEST, latents, pixels, small_model, smallest_model
-from fastvae_kernels import attention, group_norm, residual, winograd
+from fastvae_kernels import attention, group_norm, interleave, residual, winograd
 from fastvae_kernels import pixels as pixels_op
 from support.short_run import short_run
 
@@ -19,10 +19,13 @@ WITHIN = [
     (Form.WINOGRAD2, torch.bfloat16),
     (Form.WINOGRAD2, torch.float16),
     (Form.WINOGRAD2, torch.float32),
+    (Form.FOUR_TAPS, torch.bfloat16),
+    (Form.FOUR_TAPS, torch.float16),
+    (Form.FOUR_TAPS, torch.float32),
 ]
 STRUCTURES = ("SD", "FLUX: no quant_conv", "CogView: no attention, two residual blocks", "128 channels")
 CASES = [(structure, *pair) for structure in STRUCTURES for pair in WITHIN]
-KEPT = [("SD", *WITHIN[0]), ("FLUX: no quant_conv", *WITHIN[2])]
+KEPT = [("SD", *WITHIN[0]), ("FLUX: no quant_conv", *WITHIN[2]), ("SD", *WITHIN[4])]
 
 
 REFERENCES = {
@@ -34,6 +37,7 @@ REFERENCES = {
     "residual_add": residual.reference,
     "spatial_attention": attention.reference,
     "spatial_attention_shared": lambda query, x, scale: attention.reference(query, x, x, scale),
+    "upsample_interleave": interleave.reference,
     "winograd_conv": winograd.reference,
 }
 
@@ -46,7 +50,7 @@ def by_reference(monkeypatch):
 
 
 def with_form(vae, form, **options):
-    """Return the model, frozen and accelerated, with all convolutions of its residual blocks in this form."""
+    """Return the model, frozen and accelerated, with all convolutions in this form that have it."""
     fastvae.accelerate(vae, freeze=True, **options)
     path_of(vae).forms = Forms(otherwise=form)
     return vae
@@ -146,3 +150,54 @@ def test_explain_counts_the_launches_of_each_strip():
     launches = fastvae.explain(vae, (1, 3, 8, 8)).launches["encoder"]
     assert launches["fastvae::winograd_conv"] == 6 * 3
     assert "fastvae::residual_add" not in launches
+
+
+def decoder_blocks():
+    """Return the smallest model with an upsampling convolution, without the encoder's middle and the attention."""
+    return smallest_model(mid_block_add_attention=False)
+
+
+def test_four_taps_by_kernels_and_by_reference_give_the_same_image(monkeypatch):
+    vae = with_form(decoder_blocks(), Form.FOUR_TAPS)
+    z = latents(vae, 1, 3, 2)
+    ours = images_of(vae, z)
+    called = []
+    monkeypatch.setattr(
+        inference_pass, "upsample_interleave", lambda phases: called.append(1) or interleave.reference(phases)
+    )
+    assert (ours - images_of(vae, z)).abs().max() < 1e-5 * ours.abs().max()
+    path_of(vae).forms = Forms()
+    images_of(vae, z)
+    assert len(called) == 1
+
+
+def test_images_by_four_taps_do_not_depend_on_their_batch(by_reference):
+    vae = with_form(decoder_blocks(), Form.FOUR_TAPS, deterministic=True)
+    z = latents(vae, 3, 3, 2)
+    assert torch.equal(images_of(vae, z), torch.cat([images_of(vae, row[None]) for row in z]))
+    assert images_of(vae, z[:0]).shape == (0, 3, 6, 4)
+
+
+def test_an_upsampling_convolution_takes_the_form_of_its_entry(by_reference, monkeypatch):
+    """By the pixels of its result; Winograd's forms, which no fused kernel has for it, are the direct one."""
+    called = []
+    monkeypatch.setattr(
+        inference_pass, "upsample_interleave", lambda phases: called.append(1) or interleave.reference(phases)
+    )
+    vae = fastvae.accelerate(decoder_blocks(), freeze=True)
+    for form, least, taken in ((Form.FOUR_TAPS, 24, 1), (Form.FOUR_TAPS, 25, 0), (Form.WINOGRAD4, 24, 0)):
+        path_of(vae).forms = Forms([Entry("upsample", 16, 16, "float32", least, form)])
+        images_of(vae, latents(vae, 1, 3, 2))
+        assert len(called) == taken, (form, least)
+        called.clear()
+
+
+def test_explain_counts_the_interleaving_instead_of_a_pass_of_statistics():
+    vae = with_form(decoder_blocks(), Form.FOUR_TAPS)
+    taps = fastvae.explain(vae, (1, 3, 6, 4))
+    path_of(vae).forms = Forms()
+    direct = fastvae.explain(vae, (1, 3, 6, 4))
+    assert taps.launches["decoder"]["fastvae::upsample_interleave"] == 1
+    name = "fastvae::group_norm_statistics"
+    assert taps.launches["decoder"][name] == direct.launches["decoder"][name] - 1
+    assert {row.form for row in taps.forms} == {Form.DIRECT, Form.FOUR_TAPS}
