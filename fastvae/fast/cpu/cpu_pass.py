@@ -16,7 +16,8 @@ from fastvae_kernels.cpu import winograd
 from torch import Tensor
 
 from fastvae.fast import layer_checks
-from fastvae.fast.cpu.group_norm import ContiguousGroupNorm, group_norm_silu
+from fastvae.fast.cpu.attention import attend
+from fastvae.fast.cpu.group_norm import ContiguousGroupNorm, band_norm, group_norm_silu
 from fastvae.fast.forms.form import DIRECT_ONLY, ON_CPU, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
@@ -50,8 +51,14 @@ class CpuPass(Pass):
         return Activation(self._add_convolved(block.conv2, h, residual))
 
     def attention(self, layer: Layer, activation: Activation, pad: bool) -> Activation:
-        with ContiguousGroupNorm():
-            return Activation(channels_last(layer(activation.x)))
+        x = activation.x
+        for image in x:
+            norm = band_norm(layer.group_norm, x.dtype, *x.shape[2:])
+            tokens = image.permute(1, 2, 0).view(-1, x.shape[1])
+            norm.add(tokens)
+            norm.close()
+            attend(layer, tokens, norm)
+        return activation
 
     def downsample(self, sampler: Layer, activation: Activation) -> Activation:
         return Activation(self._convolve(sampler.conv, _padded(activation.x)))
@@ -85,12 +92,8 @@ class CpuPass(Pass):
         return self.inside[place][:size].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
-        """Return the form of a 3x3 convolution of x; the direct one where the C kernels cannot compute another."""
-        if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or x.shape[0] == 0 or not winograd.takes(conv.weight):
-            return Form.DIRECT
         pixels = x.shape[2] * x.shape[3] * (4 if kind == "upsample" else 1)
-        form = self.forms.of(conv.weight, pixels, kind)
-        return form if form in ON_CPU[kind] else Form.DIRECT
+        return Form.DIRECT if x.shape[0] == 0 else form_on_cpu(self.forms, conv, pixels, kind)
 
     def _winograd(self, conv: Layer, x: Tensor, form: Form, y: Tensor, residual: Tensor | None = None) -> Tensor:
         return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form, y, residual)
@@ -118,6 +121,14 @@ class CpuPass(Pass):
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding).add_(y)
         given = x, self.packed.onednn_weight(conv, x.shape), _bias(conv), *_geometry(conv)
         return ONEDNN._convolution_pointwise_.binary(y, *given, "add", None, None, [], None)
+
+
+def form_on_cpu(forms: Forms, conv: Layer, pixels: int, kind: str = "conv") -> Form:
+    """Return the form of a convolution with results of so many pixels; the direct one where no C kernel computes it."""
+    if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or not winograd.takes(conv.weight):
+        return Form.DIRECT
+    form = forms.of(conv.weight, pixels, kind)
+    return form if form in ON_CPU[kind] else Form.DIRECT
 
 
 def _padded(x: Tensor) -> Tensor:

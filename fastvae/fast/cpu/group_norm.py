@@ -43,6 +43,57 @@ def group_norm_silu(norm: Layer, x: Tensor, into: Tensor) -> Tensor:
     return _group_norm_silu_in_torch(norm, x, into)
 
 
+def band_norm(norm: Layer, dtype: torch.dtype, height: int, width: int) -> Any:
+    """Return the norm of one image [height, width, C] whose rows come in bands: ``add``, ``close``, ``apply``."""
+    like = norm.weight.new_empty(1, dtype=dtype).expand(1, norm.num_channels, 1, 1)
+    if group_norm.takes(like):
+        return group_norm.BandNorm(dtype, height * width, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return TorchBandNorm(norm, dtype, width)
+
+
+class TorchBandNorm:
+    """The same without the C kernel: sums in fp64, row by row, so that no bit depends on the bands."""
+
+    def __init__(self, norm: Layer, dtype: torch.dtype, width: int):
+        self.norm, self.width, self.rows = norm, width, 0
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.centre = self.scale = self.shift = norm.weight.double()
+        self.sums = norm.weight.new_zeros(2, norm.num_channels, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Add the next pixels [pixels, C]: whole rows."""
+        groups = self.norm.num_groups
+        for row in x.split(self.width):
+            d = row.double()
+            if self.rows == 0:
+                self.centre = d[0].view(groups, -1)[:, :1].expand(-1, d.shape[1] // groups).reshape(-1)
+            d = d - self.centre
+            self.sums[0] += d.sum(0)
+            self.sums[1] += d.square_().sum(0)
+            self.rows += 1
+
+    def close(self) -> None:
+        """Compute scale and shift of each channel."""
+        groups, centre = self.norm.num_groups, self.centre
+        sums, squares = self.sums.view(2, groups, -1).sum(2)
+        count = self.rows * self.width * (len(centre) // groups)
+        variance = ((squares - sums * sums / count) / count).clamp_min(0)
+        mean = centre.view(groups, -1)[:, 0] + sums / count
+        each = len(centre) // groups
+        mean, inverse = (values.repeat_interleave(each) for values in (mean, (variance + self.norm.eps).rsqrt()))
+        scale = self.norm.weight.double() * inverse
+        # As in the C kernel: the mean rounded to fp32 is subtracted, the shift takes the rest of it.
+        self.centre = mean.to(self.wide)
+        self.scale = scale.to(self.wide)
+        self.shift = (self.norm.bias.double() - (mean - self.centre.double()) * scale).to(self.wide)
+
+    def apply(self, x: Tensor, y: Tensor, silu: bool = True) -> None:
+        """Write silu(norm(x)), or norm(x), into y, which may be x: [pixels, C] both."""
+        for part, into in zip(x.split(self.width), y.split(self.width), strict=True):
+            d = torch.addcmul(self.shift, part.to(self.wide) - self.centre, self.scale)
+            into.copy_(F.silu(d, inplace=True) if silu else d)
+
+
 def _group_norm_silu_in_torch(norm: Layer, x: Tensor, y: Tensor) -> Tensor:
     """Return the same by torch's operators: strip by strip, in fp32 (fp64 for fp64).
 
