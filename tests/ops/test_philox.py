@@ -1,5 +1,6 @@
 """The counter-based generator: the kernel against its twin, both against known answers, and tests of the noise."""
 
+import importlib.util
 import math
 
 import pytest
@@ -144,6 +145,36 @@ def test_a_tensor_of_seeds_holds_their_bits():
     assert philox.seed_tensor([0, 2**63, 2**64 - 1]).tolist() == [0, -(2**63), -1]
     with pytest.raises(ValueError, match=r"seeds must be integers from 0 to 2\^64 - 1, got -1"):
         philox.seed_tensor([-1])
+
+
+def test_a_default_device_or_dtype_of_torch_changes_no_draw():
+    """The numbers are made on the CPU: under torch.device("meta") they would have no values."""
+
+    def drawn():
+        seeds, moments = philox.seed_tensor([3, 2**63]), torch.ones(2, 5, device="cpu", dtype=torch.float32)
+        offsets = philox.int64_tensor([8, 4], "cpu")
+        return [
+            seeds, philox.normals([3], 40), philox.normals([], 4), philox.stream_normals(3, 8, 40, 256),
+            philox.normals_like(moments, seeds), philox.normals_like(moments, seeds, offsets, 256),
+        ]  # fmt: skip
+
+    expected, dtype = drawn(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = drawn()
+    finally:
+        torch.set_default_dtype(dtype)
+    assert all(map(torch.equal, found, expected))
+    assert [values.dtype for values in found] == [values.dtype for values in expected]
+
+
+def test_the_module_can_be_imported_under_another_default_device():
+    specification = importlib.util.spec_from_file_location("philox_again", philox.__file__)
+    again = importlib.util.module_from_spec(specification)
+    with torch.device("meta"):
+        specification.loader.exec_module(again)
+    assert again.TURN == philox.TURN
 
 
 COUNT = 200_000

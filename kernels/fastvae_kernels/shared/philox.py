@@ -21,7 +21,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 # curand's 2 pi, in fp32.
-TURN = torch.tensor(2.0 * math.pi, dtype=torch.float32).item()
+TURN = torch.tensor(2.0 * math.pi, dtype=torch.float32, device="cpu").item()
 
 _reserving = threading.Lock()
 _ROUNDS = tl.constexpr(ROUNDS)
@@ -58,11 +58,11 @@ def normals(seeds: Sequence[int] | Tensor, count: int, offset: int = 0) -> Tenso
     of 4. Raises ValueError for a seed outside [0, 2^64) or another offset.
     """
     _check_offset(offset)
-    element = torch.arange(count, dtype=torch.int64)
-    counter = _counter(torch.tensor(offset // 4), element)
+    element = torch.arange(count, dtype=torch.int64, device="cpu")
+    counter = _counter(torch.tensor(offset // 4, device="cpu"), element)
     # One row at a time: the bits of a row then cannot depend on the others, and the memory is that of one row.
     rows = [_normal(words(split_seed(seed), counter)) for seed in seed_list(seeds)]
-    return torch.stack(rows) if rows else torch.empty(0, count)
+    return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float32, device="cpu")
 
 
 def stream_normals(seed: int, offset: int, count: int, threads: int) -> Tensor:
@@ -73,7 +73,7 @@ def stream_normals(seed: int, offset: int, count: int, threads: int) -> Tensor:
     cosine. Raises ValueError for an offset that is no multiple of 4.
     """
     _check_offset(offset)
-    element = torch.arange(count, dtype=torch.int64)
+    element = torch.arange(count, dtype=torch.int64, device="cpu")
     lane = element % (4 * threads) // threads
     drawn = words(split_seed(seed), _counter(offset // 4 + element // (4 * threads), element % threads))
     pair = torch.where((lane >= 2)[:, None], drawn[:, 2:], drawn[:, :2])
@@ -91,7 +91,7 @@ def normals_like(values: Tensor, seeds: Tensor, offsets: Tensor | None = None, t
         count = values.numel() // max(len(seeds), 1)
         drawn = zip(seed_list(seeds), offsets.tolist(), strict=True)
         rows = [stream_normals(seed, offset, count, threads) for seed, offset in drawn]
-        noise = torch.cat(rows) if rows else torch.empty(0)
+        noise = torch.cat(rows) if rows else torch.empty(0, dtype=torch.float32, device="cpu")
     return noise.reshape(values.shape).to(values.device, values.dtype)
 
 
@@ -118,7 +118,7 @@ def _normal(drawn: Tensor, cosine: Tensor | None = None) -> Tensor:
 
 def split_seed(seed: int) -> Tensor:
     """Return the key of a seed: its two 32-bit words, lowest first, int64 [2]."""
-    return torch.tensor([seed & WORD, seed >> 32])
+    return torch.tensor([seed & WORD, seed >> 32], device="cpu")
 
 
 def seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
@@ -171,7 +171,8 @@ def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str = "cpu
 def int64_tensor(values: Sequence[int], device: torch.device | str) -> Tensor:
     """Return integers as int64 [len(values)]; for a GPU without the wait of torch.tensor."""
     # A copy from pageable memory has read its source when it returns, even if the device has not begun it.
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=torch.device(device).type == "cuda")
+    held = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return held.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def _seed_bits(seeds: Tensor) -> Tensor:
