@@ -17,13 +17,14 @@ from fastvae import metrics
 from fastvae.data.encoding.self_check import check_pictures
 from fastvae.data.images.read import read_image
 from fastvae.fast.accelerate import unwrapped, vae_of
+from fastvae.fast.cpu.group_norm import AccurateGroupNorm
 from fastvae.fast.fast_path import FastPath
 from fastvae.latents.autoencoder import ACCELERATED, check_autoencoder, check_part, like_weights
 from fastvae.latents.pixels import pixels_from_images
 from fastvae.latents.scaling import pixel_multiple
 from fastvae.report import compare_stages
 from fastvae.report.contestants import open_fp32
-from fastvae.report.correctness import AccurateGroupNorm, tolerance
+from fastvae.report.correctness import tolerance
 from fastvae.report.number_format import number
 from fastvae.system.devices import DTYPES, default_dtype, resolve_device
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastvae.fast.cpu.group_norm import ContiguousGroupNorm
-from fastvae.fast.packed_weights import channels_last, is_channels_last
+from fastvae.fast.cpu.group_norm import in_both_layouts
 from fastvae.report.contestants import decoding, encoding
 
 # Values of a strip of an image, times nine in float64: 0.6 GB.
@@ -86,23 +85,8 @@ class ConvolutionInStrips(TorchFunctionMode):
         return torch.cat([func(part, weight, bias, stride) for part in parts], dim=2)
 
 
-class AccurateGroupNorm(ContiguousGroupNorm):
-    """Context in which torch's GroupNorm reads NCHW and writes the layout of its input, which convolutions then have.
-
-    oneDNN's fp32 convolution in channels_last sums all products in one chain on CPUs with AVX512, and errs more than
-    the one in NCHW: 1.4 times with 32 channels, 5 times with 512.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        y = super().__torch_function__(func, types, args, kwargs)
-        return channels_last(y) if func is F.group_norm and is_channels_last(args[0]) else y
-
-
 def _errors(eager: Any, x: Tensor, rows: list[int], values: Tensor) -> list[Tensor]:
-    both = x.contiguous(), x.contiguous(memory_format=torch.channels_last)
-    # On a CPU torch's GroupNorm in fp32 has up to a hundred times the error in channels_last: no measure of ours.
-    with AccurateGroupNorm():
-        return [eager(laid_out)[rows].double().to(values.device) - values for laid_out in both]
+    return [y[rows].double().to(values.device) - values for y in in_both_layouts(eager, x)]
 
 
 def tolerance(error: float, error_rms: float, largest: float, rms: float, eps: float) -> tuple[float, float]:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from support.small_store import small_vae
 
 from fastvae.checkpoints import PRESETS, Preset
+from fastvae.fast.cpu.group_norm import AccurateGroupNorm
 from fastvae.report import benchmark as module
 from fastvae.report import contestants
 from fastvae.report.benchmark import benchmark, is_right
-from fastvae.report.correctness import AccurateGroupNorm, Truth, truth_of
+from fastvae.report.correctness import Truth, truth_of
 from fastvae.system.strict_json import strict_json
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

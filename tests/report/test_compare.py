@@ -13,11 +13,11 @@ from support.small_store import picture, small_vae
 import fastvae
 from fastvae.data.images.errors import ImageError
 from fastvae.fast.cpu import cpu_pass
+from fastvae.fast.cpu.group_norm import AccurateGroupNorm
 from fastvae.fast.fast_path import FastPath
 from fastvae.metrics import psnr
 from fastvae.report import compare_stages
 from fastvae.report.compare import Comparison
-from fastvae.report.correctness import AccurateGroupNorm
 from fastvae.system.strict_json import strict_json
 
 pytestmark = pytest.mark.usefixtures("as_a_users_cpu")

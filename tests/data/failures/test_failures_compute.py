@@ -13,7 +13,9 @@ from fastvae.data.datasets.dataset import LatentDataset
 from fastvae.data.encoding.encode import encode
 from fastvae.data.encoding.encoder import MomentEncoder
 from fastvae.data.encoding.self_check import check_fast_path
+from fastvae.fast.cpu import cpu_pass
 from fastvae.fast.cpu.cpu_pass import CpuPass
+from fastvae.fast.packed_weights import is_channels_last
 from fastvae.latents.autoencoder import ACCELERATED
 
 OPTIONS = {"buckets": SIDE, "progress": False, "device": "cpu", "workers": 1}
@@ -108,6 +110,21 @@ def test_row_21_a_wrong_norm_that_one_picture_alone_shows_is_noticed(wrong, dtyp
     said = check_fast_path(MomentEncoder(fastvae.AutoencoderKL.from_pretrained("tiny"), dtype, torch.device("cpu")))
     assert said is not None
     assert f"({seen} picture: error " in said
+
+
+def test_row_21_an_error_as_of_torch_in_channels_last_is_no_wrong_kernel(monkeypatch):
+    """On CPUs with AVX512 oneDNN's convolutions in channels_last, which the fast path takes, err more than in NCHW."""
+    convolve, norm = torch.nn.Conv2d._conv_forward, cpu_pass.group_norm_silu
+
+    def inaccurate(self, x, weight, bias):
+        y = convolve(self, x, weight, bias)
+        return y * (1 + 1e-4) if is_channels_last(x) else y
+
+    monkeypatch.setattr(cpu_pass, "group_norm_silu", lambda layer, x, into: norm(layer, x, into).mul_(1 + 1e-4))
+    encoder = MomentEncoder(small_vae(), "fp32", torch.device("cpu"))
+    assert check_fast_path(encoder) is not None, "the error is seen where torch has none"
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", inaccurate)
+    assert check_fast_path(MomentEncoder(small_vae(), "fp32", torch.device("cpu"))) is None
 
 
 def test_row_21_a_model_that_overflows_is_no_wrong_kernel():
