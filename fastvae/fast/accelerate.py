@@ -148,10 +148,10 @@ def refresh(vae_or_pipe: Model) -> Model:
 def fast_report(vae_or_pipe: Any) -> dict[str, int | str]:
     """Return counts since ``accelerate``: rows on the fused kernels, rows not finite (fp16), rows redone in fp32.
 
-    Also the bytes of packed copies (not the workspace of a call), ``cpu_kernels`` ("built", or the reason why the C
-    kernels of a CPU do not run) and log2 of the fp16 factors; with ``graphs`` the number of graphs and replays, and why
-    calls took none. Waits for the GPU. Raises ValueError if the model is not accelerated, and TypeError if there is no
-    VAE.
+    Also the bytes of packed copies (not the workspace of a call), ``cpu_kernels`` (the instruction set that the C
+    kernels of a CPU were built for, or why they do not run) and log2 of the fp16 factors; with ``graphs`` the number of
+    graphs and replays, and why calls took none. Waits for the GPU. Raises ValueError if the model is not accelerated,
+    and TypeError if there is no VAE.
     """
     return path_of(vae_of(vae_or_pipe)).report()
 

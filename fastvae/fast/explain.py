@@ -125,7 +125,8 @@ def _form(path: FastPath, layer: Convolution, device: torch.device) -> tuple[For
         return Form.DIRECT, f"this path has no {form} for it"
     if form is not Form.DIRECT and on_cpu and not winograd.takes(layer.conv.weight):
         return Form.DIRECT, library.why_not() or "no C kernel takes its channels and dtype"
-    return form, forms.why(layer.key, layer.pixels) or tables.why_none(device)
+    why = forms.why(layer.key, layer.pixels) or tables.why_none(device)
+    return form, f"{why}; the C kernel {library.build_name()}" if form is not Form.DIRECT and on_cpu else why
 
 
 def _explain_part(vae: Any, name: str, part: Layer, path: Any, shape: Any) -> tuple[list[BlockRow], Counter[str]]:

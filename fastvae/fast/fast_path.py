@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from fastvae_kernels.cpu.library import why_not
+from fastvae_kernels.cpu.library import build_name
 from torch import Tensor
 
 from fastvae.fast import fallback_reasons, network_walk
@@ -293,7 +293,7 @@ class FastPath:
             "non_finite_rows": self.counters.non_finite_rows(),
             "packed_bytes": self.packed.bytes(),
             "fp32_copy_bytes": sum(held.bytes() for held in list(self.fp32_copies.values())),
-            "cpu_kernels": why_not() or "built",
+            "cpu_kernels": build_name(),
             **factors,
             **({} if self.graphs is None else self.graphs.report()),
         }

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from fastvae_kernels.cpu.library import why_not
+from fastvae_kernels.cpu.library import build_name, why_not
 from fastvae_kernels.shared.runtime import HAS_TRITON, INTERPRETED, triton
 
 from fastvae.data.images.read import read_image
@@ -45,10 +45,9 @@ def check_kernels(device: torch.device) -> Finding:
         sentence += "of times slower"
         return Finding("kernels", BAD if device.type == "cuda" else NOTE, sentence, facts)
     if device.type != "cuda":
-        lacking = why_not()
         sentence = f"Triton {triton.__version__} is installed, but its kernels need a GPU: a CPU takes the path cpu, "
-        sentence += f"without C kernels: {lacking}" if lacking else "with C kernels"
-        return Finding("kernels", NOTE, sentence, facts | {"cpu_kernels": lacking or "built"})
+        sentence += f"with C kernels {build_name()}" if why_not() is None else f"without C kernels: {why_not()}"
+        return Finding("kernels", NOTE, sentence, facts | {"cpu_kernels": build_name()})
     return check_launch(device, facts)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastvae_kernels import group_norm_silu
-from fastvae_kernels.cpu.library import why_not
+from fastvae_kernels.cpu.library import build_name, why_not
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from support.small_store import small_vae
 
@@ -128,8 +128,10 @@ def test_kernels_where_there_is_no_gpu(monkeypatch):
     finding = torch_checks.check_kernels(CPU)
     assert finding.state == "note"
     assert "its kernels need a GPU: a CPU takes the path cpu, " in finding.sentence
-    assert finding.sentence.endswith("with C kernels" if why_not() is None else f"without C kernels: {why_not()}")
-    assert finding.facts["cpu_kernels"] == (why_not() or "built")
+    assert finding.sentence.endswith(
+        f"with C kernels {build_name()}" if why_not() is None else f"without C kernels: {why_not()}"
+    )
+    assert finding.facts["cpu_kernels"] == build_name()
     monkeypatch.setattr(torch_checks, "HAS_TRITON", False)
     assert torch_checks.check_kernels(CPU).state == "note"
     missing = torch_checks.check_kernels(torch.device("cuda"))

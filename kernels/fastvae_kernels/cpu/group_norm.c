@@ -29,7 +29,7 @@ struct norm {
 
 static int64_t pixels_of(const struct norm *a) { return a->channels < CHUNK ? CHUNK / a->channels : 1; }
 
-int64_t fastvae_norm_chunks(int64_t pixels, int64_t channels) {
+int64_t FUNCTION(fastvae_norm_chunks)(int64_t pixels, int64_t channels) {
     const struct norm a = {.channels = channels};
     return (pixels + pixels_of(&a) - 1) / pixels_of(&a);
 }
@@ -155,8 +155,8 @@ INLINE void run(int dtype, const struct norm *a, int64_t chunks, int64_t threads
 }
 
 /* Write the affine of every image, and y, which may be x. ``channels`` is a multiple of LANES. */
-void fastvae_norm(const struct norm *a, int64_t threads) {
-    const int64_t chunks = fastvae_norm_chunks(a->pixels, a->channels);
+void FUNCTION(fastvae_norm)(const struct norm *a, int64_t threads) {
+    const int64_t chunks = FUNCTION(fastvae_norm_chunks)(a->pixels, a->channels);
     if (a->dtype == FLOAT32)
         run(FLOAT32, a, chunks, threads);
     else if (a->dtype == BFLOAT16)
@@ -180,7 +180,7 @@ INLINE void add(int dtype, const struct norm *a, int64_t first, int64_t count, i
 
 /* Add a band of one image to its sums, which begin as zeros: x has the pixels from ``first`` on, bands come in order.
 The sums have the bits that they have of the whole image. */
-void fastvae_norm_add(const struct norm *a, int64_t first, int64_t count, int64_t threads) {
+void FUNCTION(fastvae_norm_add)(const struct norm *a, int64_t first, int64_t count, int64_t threads) {
     if (a->dtype == FLOAT32)
         add(FLOAT32, a, first, count, threads);
     else if (a->dtype == BFLOAT16)
@@ -190,7 +190,9 @@ void fastvae_norm_add(const struct norm *a, int64_t first, int64_t count, int64_
 }
 
 /* Write the affine of one image from its sums; it overwrites ``centre``. */
-void fastvae_norm_affine(const struct norm *a) { affine_of(a, 0, fastvae_norm_chunks(a->pixels, a->channels)); }
+void FUNCTION(fastvae_norm_affine)(const struct norm *a) {
+    affine_of(a, 0, FUNCTION(fastvae_norm_chunks)(a->pixels, a->channels));
+}
 
 INLINE void apply(int dtype, const struct norm *a, int64_t count, int64_t threads) {
     const int64_t each = pixels_of(a);
@@ -200,7 +202,7 @@ INLINE void apply(int dtype, const struct norm *a, int64_t count, int64_t thread
 }
 
 /* Write y of ``count`` pixels of one image by its affine. */
-void fastvae_norm_apply(const struct norm *a, int64_t count, int64_t threads) {
+void FUNCTION(fastvae_norm_apply)(const struct norm *a, int64_t count, int64_t threads) {
     if (a->dtype == FLOAT32)
         apply(FLOAT32, a, count, threads);
     else if (a->dtype == BFLOAT16)
@@ -209,5 +211,7 @@ void fastvae_norm_apply(const struct norm *a, int64_t count, int64_t threads) {
         apply(FLOAT16, a, count, threads);
 }
 
+#ifndef FASTVAE_AVX512
 /* Return the hash of the C files that this library was built from. */
 const char *fastvae_sources(void) { return FASTVAE_SOURCES; }
+#endif

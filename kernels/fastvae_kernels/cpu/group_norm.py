@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,8 @@ def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: 
 
     x, y: [N, C, H, W] in channels_last, in one dtype that ``takes`` takes. weight, bias: [C] in any floating dtype.
     """
-    functions = library().functions
     batch, channels, height, width = x.shape
-    chunks = functions.fastvae_norm_chunks(INT(height * width), INT(channels))
+    chunks = library().function("norm_chunks", channels)(INT(height * width), INT(channels))
     sums = torch.empty(batch * chunks * 2 * channels, dtype=torch.float64, device=x.device)
     affine = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
     weight, bias = (vector.float().contiguous() for vector in (weight, bias))
@@ -44,7 +44,7 @@ def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: 
         address(x), address(y), DTYPES[x.dtype], batch, height * width, channels, groups, 0,
         address(weight), address(bias), eps, address(sums), *(address(vector) for vector in affine),
     )  # fmt: skip
-    functions.fastvae_norm(ctypes.byref(given), INT(torch.get_num_threads()))
+    library().function("norm", channels)(ctypes.byref(given), INT(torch.get_num_threads()))
     return y
 
 
@@ -56,7 +56,7 @@ class BandNorm:
 
     def __init__(self, dtype: torch.dtype, pixels: int, weight: Tensor, bias: Tensor, groups: int, eps: float):
         channels = weight.shape[0]
-        chunks = library().functions.fastvae_norm_chunks(INT(pixels), INT(channels))
+        chunks = library().function("norm_chunks", channels)(INT(pixels), INT(channels))
         self.sums: Tensor | None = torch.zeros(chunks, 2, channels, dtype=torch.float64, device=weight.device)
         self.affine = torch.empty(3, channels, dtype=torch.float32, device=weight.device)
         self.weight, self.bias = (vector.float().contiguous() for vector in (weight, bias))
@@ -66,20 +66,23 @@ class BandNorm:
             address(self.sums), *(address(vector) for vector in self.affine),
         )  # fmt: skip
 
+    def _function(self, name: str) -> Any:
+        return library().function(f"norm_{name}", self.given.channels)
+
     def add(self, x: Tensor) -> None:
         """Add the next pixels [pixels, C]."""
         self.given.x = address(x)
         threads = INT(torch.get_num_threads())
-        library().functions.fastvae_norm_add(ctypes.byref(self.given), INT(self.added), INT(x.shape[0]), threads)
+        self._function("add")(ctypes.byref(self.given), INT(self.added), INT(x.shape[0]), threads)
         self.added += x.shape[0]
 
     def close(self) -> None:
         """Compute scale and shift of each channel; the sums are dropped."""
-        library().functions.fastvae_norm_affine(ctypes.byref(self.given))
+        self._function("affine")(ctypes.byref(self.given))
         self.sums = None
 
     def apply(self, x: Tensor, y: Tensor, silu: bool = True) -> None:
         """Write silu(norm(x)), or norm(x), into y, which may be x: [pixels, C] both."""
         self.given.x, self.given.y, self.given.plain = address(x), address(y), int(not silu)
         threads = INT(torch.get_num_threads())
-        library().functions.fastvae_norm_apply(ctypes.byref(self.given), INT(x.shape[0]), threads)
+        self._function("apply")(ctypes.byref(self.given), INT(x.shape[0]), threads)

@@ -20,12 +20,20 @@ NOT_LINUX = "the C kernels are built on Linux only"
 NO_AVX2 = "this CPU has no AVX2, which the C kernels need"
 
 
+# Floats of a vector in the functions for AVX512.
+LANES_AVX512 = 16
+
+
 class Library:
-    """The loaded library; ``why_not`` is the reason why it is missing, or None."""
+    """The loaded library; ``why_not`` is the reason why it is missing, or None.
+
+    Its functions are built twice on x86, for AVX2 and for AVX512, with the same bits.
+    """
 
     def __init__(self) -> None:
         self.functions: Any = None
         self.why_not: str | None = None
+        self.has_avx512 = platform.machine() in sources.X86 and torch.backends.cpu.get_cpu_capability() == "AVX512"
         built = sorted((sources.FOLDER / "built").glob("kernels*.so"))
         if platform.machine() in sources.X86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
             self.why_not = NO_AVX2
@@ -44,6 +52,12 @@ class Library:
             return
         self.functions, self.why_not = (functions, None) if is_of_these else (None, OTHER_SOURCES)
 
+    def function(self, name: str, channels: int) -> Any:
+        """Return a C function for images of so many channels: that of AVX512 if this CPU and the channels allow it."""
+        return getattr(
+            self.functions, f"fastvae_{name}" + ("_avx512" if self.has_avx512 and channels % LANES_AVX512 == 0 else "")
+        )
+
 
 @functools.cache
 def library() -> Library:
@@ -54,6 +68,13 @@ def library() -> Library:
 def why_not() -> str | None:
     """Return why the C kernels do not run on this machine, or None."""
     return library().why_not
+
+
+def build_name() -> str:
+    """Return "built for AVX512", "built for AVX2" or "built": the C kernels in use; or why they do not run."""
+    if library().why_not is not None or platform.machine() not in sources.X86:
+        return library().why_not or "built"
+    return "built for AVX512" if library().has_avx512 else "built for AVX2"
 
 
 def address(values: Tensor | None) -> int | None:

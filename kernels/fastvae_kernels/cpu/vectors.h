@@ -1,4 +1,5 @@
-/* Vectors of LANES floats by the compiler's own vector types. On x86 the build asks for AVX2, FMA and F16C. */
+/* Vectors of LANES floats by the compiler's own vector types. On x86 the build asks for AVX2, FMA and F16C; avx512.c
+compiles the same code again for AVX512. */
 #ifndef FASTVAE_VECTORS_H
 #define FASTVAE_VECTORS_H
 
@@ -8,7 +9,13 @@
 #include <immintrin.h>
 #endif
 
+#ifdef FASTVAE_AVX512
+#define LANES 16
+#define FUNCTION(name) name##_avx512
+#else
 #define LANES 8
+#define FUNCTION(name) name
+#endif
 #define HALF (LANES / 2)
 #define INLINE static inline __attribute__((always_inline))
 
@@ -32,7 +39,13 @@ INLINE void store_double(double *to, dvec values) { *(dvec_anywhere *)to = (dvec
 INLINE vec all(float value) { return value - (vec){0}; }
 
 /* Without these instructions GCC 12 converts value by value. */
-#ifdef __AVX2__
+#if defined(FASTVAE_AVX512)
+INLINE dvec wide(hvec values) { return (dvec)_mm512_cvtps_pd((__m256)values); }
+INLINE vec from_half(bits values) { return (vec)_mm512_cvtph_ps((__m256i)values); }
+INLINE bits to_half(vec values) { return (bits)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT); }
+INLINE ivec widen(bits values) { return (ivec)_mm512_cvtepu16_epi32((__m256i)values); }
+INLINE bits narrow(ivec values) { return (bits)_mm512_cvtepi32_epi16((__m512i)values); }
+#elif defined(__AVX2__)
 INLINE dvec wide(hvec values) { return (dvec)_mm256_cvtps_pd((__m128)values); }
 INLINE vec from_half(bits values) { return (vec)_mm256_cvtph_ps((__m128i)values); }
 INLINE bits to_half(vec values) { return (bits)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT); }

@@ -9,9 +9,11 @@ pairs of rows (1, 2) and (3, 4) differ in signs alone, which halves the arithmet
 
 #include "vectors.h"
 
-/* 6 x 16 sums fill 12 of 16 registers. */
-#define ROWS 6
+/* The sums of a product: 6 x 16 in 12 of AVX2's 16 registers, 12 x 32 in 24 of AVX512's 32. */
+#define ROWS (3 * LANES / 4)
 #define COLUMNS (2 * LANES)
+/* Channels of a panel of U, for every LANES. */
+#define PANEL 16
 #define DEPTH 256
 #define LARGEST_WINDOW 6
 /* Planes of V and M start in different sets of the caches: a power of two would put all of them in one. */
@@ -119,54 +121,78 @@ INLINE void read_windows(int tile, const struct convolution *c, struct chunk *k)
     }
 }
 
-/* m [ROWS, COLUMNS] = v [ROWS, depth] u [depth, COLUMNS], added to m if ``add``; rows of v past ``rows`` are row 0.
-``lines`` cache lines from ``next`` on are fetched meanwhile. */
+/* m [rows, vectors * LANES] = v [rows, depth] u [depth, ...], added to m if ``add``. The second vector of u is ``right``
+behind the first. ``lines`` lines of each vector from ``next`` on are fetched meanwhile. */
 INLINE void product(
-    const float *v, int64_t v_step, int64_t rows, const float *u, int64_t depth, float *m, int64_t m_step, int add,
-    const float *next, int64_t lines) {
+    int rows, int vectors, const float *v, int64_t v_step, const float *u, int64_t right, int64_t depth, float *m,
+    int64_t m_step, int add, const float *next, int64_t lines) {
     vec sum[ROWS][2];
-    const float *row[ROWS];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
-        row[r] = v + (r < rows ? r : 0) * v_step;
+    for (int r = 0; r < rows; r++)
         sum[r][0] = sum[r][1] = (vec){0};
-    }
     for (int64_t k = 0; k < depth; k++) {
-        if (k < lines)
-            __builtin_prefetch(next + k * COLUMNS);
-        const vec left = load(u + k * COLUMNS), right = load(u + k * COLUMNS + LANES);
+        vec columns[2];
+#pragma GCC unroll 2
+        for (int c = 0; c < vectors; c++)
+            columns[c] = load(u + c * right + k * PANEL);
+        if (k < lines) {
+            __builtin_prefetch(next + k * PANEL);
+            if (right > LANES)
+                __builtin_prefetch(next + right + k * PANEL);
+        }
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-            const vec value = all(row[r][k]);
-            sum[r][0] += value * left;
-            sum[r][1] += value * right;
+        for (int r = 0; r < rows; r++) {
+            const vec value = all(v[r * v_step + k]);
+#pragma GCC unroll 2
+            for (int c = 0; c < vectors; c++)
+                sum[r][c] += value * columns[c];
         }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
-        float *to = m + r * m_step;
-        if (add) {
-            sum[r][0] += load(to);
-            sum[r][1] += load(to + LANES);
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int c = 0; c < vectors; c++) {
+            float *to = m + r * m_step + c * LANES;
+            if (add)
+                sum[r][c] += load(to);
+            store(to, sum[r][c]);
         }
-        store(to, sum[r][0]);
-        store(to + LANES, sum[r][1]);
+}
+
+/* One panel of columns of M: ROWS tiles at a time, and of the last tiles a third or two thirds of that. */
+INLINE void multiply_panel(
+    int vectors, const struct convolution *c, const struct chunk *k, const float *v, const float *u, int64_t depth,
+    float *m, int add, const float *next) {
+    const int64_t lines = cut(depth, cut(k->tiles, ROWS)), right = LANES < PANEL ? LANES : c->in * PANEL;
+    for (int64_t tile = 0; tile < k->tiles; tile += ROWS) {
+        const int64_t left = k->tiles - tile;
+        const float *from = v + tile * c->in;
+        float *to = m + tile * c->out;
+        if (left > ROWS * 2 / 3)
+            product(ROWS, vectors, from, c->in, u, right, depth, to, c->out, add, next, lines);
+        else if (left > ROWS / 3)
+            product(ROWS * 2 / 3, vectors, from, c->in, u, right, depth, to, c->out, add, next, lines);
+        else
+            product(ROWS / 3, vectors, from, c->in, u, right, depth, to, c->out, add, next, lines);
+        next += lines * PANEL;
     }
 }
 
 /* M [window^2, tiles, out]. The next panel of U is fetched while V is multiplied by this one. */
 static void multiply(const struct convolution *c, struct chunk *k) {
-    const int64_t planes = (c->tile + 2) * (c->tile + 2), rounds = cut(k->tiles, ROWS);
+    const int64_t planes = (c->tile + 2) * (c->tile + 2);
     for (int64_t plane = 0; plane < planes; plane++)
         for (int64_t from = 0; from < c->in; from += DEPTH) {
-            const int64_t depth = c->in - from < DEPTH ? c->in - from : DEPTH, lines = cut(depth, rounds);
+            const int64_t depth = c->in - from < DEPTH ? c->in - from : DEPTH;
+            const float *v = k->v + plane * k->v_plane + from;
             for (int64_t column = 0; column < c->out; column += COLUMNS) {
-                const float *u = c->weight + (plane * c->out + column) * c->in + from * COLUMNS;
-                const float *next = column + COLUMNS < c->out ? u + c->in * COLUMNS : u;
-                for (int64_t round = 0; round < rounds; round++)
-                    product(k->v + plane * k->v_plane + round * ROWS * c->in + from, c->in, k->tiles - round * ROWS, u,
-                            depth, k->m + plane * k->m_plane + round * ROWS * c->out + column, c->out, from > 0,
-                            next + round * lines * COLUMNS, lines);
+                const float *u = c->weight + (plane * c->out + column) * c->in + from * PANEL;
+                const float *next = column + 2 * COLUMNS <= c->out ? u + c->in * COLUMNS : u;
+                float *m = k->m + plane * k->m_plane + column;
+                if (column + COLUMNS <= c->out)
+                    multiply_panel(2, c, k, v, u, depth, m, from > 0, next);
+                else
+                    multiply_panel(1, c, k, v, u, depth, m, from > 0, u);
             }
         }
 }
@@ -219,21 +245,21 @@ INLINE void convolve(int tile, const struct convolution *c, struct chunk *k) {
 static int64_t planes_of(int64_t tile) { return (tile + 2) * (tile + 2); }
 
 /* Return the floats of workspace that one thread needs for chunks of ``tiles``. */
-int64_t fastvae_winograd_workspace(int64_t tile, int64_t in, int64_t out, int64_t tiles) {
-    return in + planes_of(tile) * (tiles * in + PAD + cut(tiles, ROWS) * ROWS * out + PAD);
+int64_t FUNCTION(fastvae_winograd_workspace)(int64_t tile, int64_t in, int64_t out, int64_t tiles) {
+    return in + planes_of(tile) * (cut(tiles, ROWS) * ROWS * (in + out) + 2 * PAD);
 }
 
-/* Write y. ``in`` is a multiple of LANES, ``out`` of COLUMNS; the workspace is that of ``threads`` threads. */
-void fastvae_winograd(const struct convolution *c, int64_t most_tiles, float *workspace, int64_t threads) {
+/* Write y. ``in`` is a multiple of LANES, ``out`` of PANEL; the workspace is that of ``threads`` threads. */
+void FUNCTION(fastvae_winograd)(const struct convolution *c, int64_t most_tiles, float *workspace, int64_t threads) {
     const int64_t tiles = cut(c->height, c->tile) * cut(c->width, c->tile), chunks = cut(tiles, most_tiles);
-    const int64_t size = fastvae_winograd_workspace(c->tile, c->in, c->out, most_tiles);
+    const int64_t size = FUNCTION(fastvae_winograd_workspace)(c->tile, c->in, c->out, most_tiles);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t item = 0; item < c->batch * chunks; item++) {
         float *own = workspace + omp_get_thread_num() * size;
         struct chunk k = {.image = item / chunks, .first = item % chunks * most_tiles, .zeros = own};
         k.tiles = tiles - k.first < most_tiles ? tiles - k.first : most_tiles;
         memset(own, 0, c->in * sizeof(float));
-        k.v_plane = most_tiles * c->in + PAD;
+        k.v_plane = cut(most_tiles, ROWS) * ROWS * c->in + PAD;
         k.m_plane = cut(most_tiles, ROWS) * ROWS * c->out + PAD;
         k.v = own + c->in;
         k.m = k.v + planes_of(c->tile) * k.v_plane;
@@ -244,34 +270,34 @@ void fastvae_winograd(const struct convolution *c, int64_t most_tiles, float *wo
     }
 }
 
-/* Write U [window^2, out / COLUMNS, in, COLUMNS] = G g G^T of a weight [out, in, 3, 3] with these strides: computed in
+/* Write U [window^2, out / PANEL, in, PANEL] = G g G^T of a weight [out, in, 3, 3] with these strides: computed in
 fp64 and rounded once. ``matrix`` is G [window, 3]. */
-void fastvae_winograd_weight(
+void FUNCTION(fastvae_winograd_weight)(
     const float *weight, const int64_t *strides, int64_t in, int64_t out, int64_t window, const double *matrix,
     float *to, int64_t threads) {
-    const int64_t panels = out / COLUMNS;
+    const int64_t panels = out / PANEL;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t item = 0; item < panels * in; item++) {
         const int64_t panel = item / in, channel = item % in;
-        double g[3][3][COLUMNS], half[LARGEST_WINDOW][3][COLUMNS], u[COLUMNS];
-        for (int64_t o = 0; o < COLUMNS; o++) {
-            const float *from = weight + (panel * COLUMNS + o) * strides[0] + channel * strides[1];
+        double g[3][3][PANEL], half[LARGEST_WINDOW][3][PANEL], u[PANEL];
+        for (int64_t o = 0; o < PANEL; o++) {
+            const float *from = weight + (panel * PANEL + o) * strides[0] + channel * strides[1];
             for (int64_t i = 0; i < 3; i++)
                 for (int64_t j = 0; j < 3; j++)
                     g[i][j][o] = from[i * strides[2] + j * strides[3]];
         }
         for (int64_t i = 0; i < window; i++)
             for (int64_t j = 0; j < 3; j++)
-                for (int64_t o = 0; o < COLUMNS; o++)
+                for (int64_t o = 0; o < PANEL; o++)
                     half[i][j][o] =
                         matrix[i * 3] * g[0][j][o] + matrix[i * 3 + 1] * g[1][j][o] + matrix[i * 3 + 2] * g[2][j][o];
         for (int64_t i = 0; i < window; i++)
             for (int64_t j = 0; j < window; j++) {
                 const double *row = matrix + j * 3;
-                float *into = to + (((i * window + j) * panels + panel) * in + channel) * COLUMNS;
-                for (int64_t o = 0; o < COLUMNS; o++)
+                float *into = to + (((i * window + j) * panels + panel) * in + channel) * PANEL;
+                for (int64_t o = 0; o < PANEL; o++)
                     u[o] = row[0] * half[i][0][o] + row[1] * half[i][1][o] + row[2] * half[i][2][o];
-                for (int64_t o = 0; o < COLUMNS; o++)
+                for (int64_t o = 0; o < PANEL; o++)
                     into[o] = (float)u[o];
             }
     }

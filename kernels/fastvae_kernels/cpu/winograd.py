@@ -10,9 +10,9 @@ from torch import Tensor
 from fastvae_kernels.cpu.library import INT, POINTER, address, library
 from fastvae_kernels.shared.winograd_matrices import FORMS, Matrix
 
-LANES, COLUMNS = 8, 16
-# The C code multiplies this many tiles at once.
-ROWS = 6
+LANES, PANEL = 8, 16
+# The C code multiplies this many tiles at once, that of AVX2 half of them.
+ROWS = 12
 
 
 class Convolution(ctypes.Structure):
@@ -28,17 +28,17 @@ class Convolution(ctypes.Structure):
 def takes(weight: Tensor) -> bool:
     """Return True if the C kernel takes a weight [O, C, 3, 3]."""
     outward, inward = weight.shape[:2]
-    return library().why_not is None and weight.dtype == torch.float32 and not (inward % LANES or outward % COLUMNS)
+    return library().why_not is None and weight.dtype == torch.float32 and not (inward % LANES or outward % PANEL)
 
 
 def pack(weight: Tensor, form: str) -> Tensor:
     """Return U [window², O / 16, C, 16] of a weight [O, C, 3, 3] in any strides: from fp64, rounded once."""
     outward, inward = weight.shape[:2]
     matrices = FORMS[form]
-    packed = weight.new_empty(matrices.window**2, outward // COLUMNS, inward, COLUMNS)
+    packed = weight.new_empty(matrices.window**2, outward // PANEL, inward, PANEL)
     strides = (INT * 4)(*weight.stride())
     matrix = (ctypes.c_double * (3 * matrices.window))(*(value for row in matrices.weight for value in row))
-    library().functions.fastvae_winograd_weight(
+    library().function("winograd_weight", PANEL)(
         POINTER(address(weight)), strides, INT(inward), INT(outward), INT(matrices.window), matrix,
         POINTER(address(packed)), INT(torch.get_num_threads()),
     )  # fmt: skip
@@ -60,11 +60,11 @@ def convolve(
     halo: x [1, C, H + 2, W] is a band of an image with the row above and the row below it. Its y has the whole image's
     bits if the band begins at a multiple of the form's tile (in rows of y), and ends at one or at the image's end.
     """
-    functions, matrices, threads = library().functions, FORMS[form], torch.get_num_threads()
+    matrices, threads = FORMS[form], torch.get_num_threads()
     inward, (batch, outward, height, width) = x.shape[1], y.shape
     tiles = -(-height // matrices.tile) * -(-width // matrices.tile)
     most = min(_tiles_at_once(inward), -(-batch * tiles // (threads * ROWS)) * ROWS)
-    size = functions.fastvae_winograd_workspace
+    size = library().function("winograd_workspace", inward)
     size.restype = INT
     count = threads * size(INT(matrices.tile), INT(inward), INT(outward), INT(most))
     workspace = x.new_empty(count)
@@ -75,7 +75,7 @@ def convolve(
         matrices.tile, int(width > x.shape[3]), int(halo), ctypes.addressof(window_matrix),
         ctypes.addressof(result_matrix),
     )  # fmt: skip
-    functions.fastvae_winograd(ctypes.byref(given), INT(most), POINTER(address(workspace)), INT(threads))
+    library().function("winograd", inward)(ctypes.byref(given), INT(most), POINTER(address(workspace)), INT(threads))
     return y
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from fast.small_models import small_model
 from fastvae_kernels.cpu.group_norm import BandNorm
-from fastvae_kernels.cpu.library import why_not
+from fastvae_kernels.cpu.library import library, why_not
 from support.accuracy import assert_as_accurate
 from support.short_run import short_run
 from support.small_store import small_vae
@@ -145,6 +145,21 @@ def test_no_bit_of_the_c_norm_depends_on_the_threads(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         results.append(group_norm_silu(norm_of(32, 8), x, torch.empty_like(x)))
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif(not library().has_avx512, reason="this CPU has no AVX512")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_avx512_gives_the_bits_of_avx2(dtype, monkeypatch):
+    x = noise(2, 48, 67, 33, mean=3.0)
+    x[0, 17, 5, 6], x[0, 29, 7, 8], x[1, :16] = torch.inf, torch.nan, 7.0
+    x[1, 32:] *= 100
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    results = []
+    for has in (True, False):
+        monkeypatch.setattr(library(), "has_avx512", has)
+        results.append(group_norm_silu(norm_of(48, 6, dtype), x, torch.empty_like(x)))
+    assert torch.equal(*(values.isnan() for values in results))
+    assert torch.equal(*(values.nan_to_num(nan=9.0) for values in results))
 
 
 def test_float64_values_that_are_not_finite_and_empty_batches():

@@ -14,7 +14,7 @@ def _none_built(monkeypatch, tmp_path):
     found = library.Library()
     monkeypatch.setattr("fastvae_kernels.cpu.group_norm.library", lambda: found)
     monkeypatch.setattr("fastvae_kernels.cpu.winograd.library", lambda: found)
-    monkeypatch.setattr("fastvae.fast.fast_path.why_not", lambda: found.why_not)
+    monkeypatch.setattr(library, "library", lambda: found)
 
 
 @pytest.mark.usefixtures("users_cpu", "_none_built")
@@ -23,6 +23,20 @@ def test_without_the_library_torchs_operators_run_and_the_report_says_so():
     plain = fastvae.restore(small_model("SD")).encode(pixels(vae)).latent_dist.parameters
     assert torch.allclose(vae.encode(pixels(vae)).latent_dist.parameters, plain, atol=1e-4)
     assert fastvae.fast_report(vae)["cpu_kernels"] == library.NOT_BUILT
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+def test_vectors_of_avx512_run_where_the_cpu_and_the_channels_allow_them(monkeypatch):
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    for capability, suffix in (("AVX512", "_avx512"), ("AVX2", "")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        found = library.Library()
+        assert [found.function("norm", channels).__name__ for channels in (24, 32)] == [
+            "fastvae_norm",
+            f"fastvae_norm{suffix}",
+        ]
+        monkeypatch.setattr(library, "library", lambda found=found: found)
+        assert library.build_name() == f"built for {capability}"
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from fast.small_models import small_model
 from fastvae_kernels.cpu import winograd
-from fastvae_kernels.cpu.library import why_not
+from fastvae_kernels.cpu.library import library, why_not
 from fastvae_kernels.shared.winograd_matrices import FORMS
 from support.accuracy import assert_as_accurate
 
@@ -93,6 +93,19 @@ def test_no_bit_depends_on_the_batch_the_threads_or_the_chunks(form, monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(y, convolved(x, packed, bias, form))
     assert torch.equal(packed, winograd.pack(weight, form))
+
+
+@pytest.mark.skipif(not library().has_avx512, reason="this CPU has no AVX512")
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_avx512_gives_the_bits_of_avx2(form, monkeypatch):
+    for shape in ((1, 16, 48, 1, 1), (2, 32, 32, 23, 18), (1, 272, 16, 9, 12), (1, 64, 80, 33, 40)):
+        x, weight, bias = given(*shape)
+        results = []
+        for has in (True, False):
+            monkeypatch.setattr(library(), "has_avx512", has)
+            packed = winograd.pack(weight, form)
+            results.append((packed, *(convolved(x, packed, bias, form, upsample) for upsample in (False, True))))
+        assert all(map(torch.equal, *results)), shape
 
 
 def test_a_weight_in_any_strides_is_read_as_it_is():

@@ -1,0 +1,11 @@
+/* group_norm.c and winograd.c again, with vectors of AVX512: their functions with the suffix _avx512, and the same bits.
+
+library.py takes them where the CPU has AVX512. */
+
+#ifdef __x86_64__
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#define FASTVAE_AVX512
+
+#include "group_norm.c"
+#include "winograd.c"
+#endif
