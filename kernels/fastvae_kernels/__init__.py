@@ -1,5 +1,6 @@
 """Kernels for the autoencoder of latent diffusion, on torch and triton alone: one op a file, all in one order.
 
+resize           resize_lanczos: pictures to the pixels of a bucket, with Pillow's bytes
 pixels           pixels_conv_in: pixels to the first convolution's output
 group_norm       statistics, affine and scale_shift_silu: GroupNorm in pieces
 group_norm_silu  GroupNorm with SiLU as one differentiable op

@@ -10,4 +10,6 @@ posterior_gradient   the gradient of sample_posterior
 winograd_tiles       tiles, groups and strips of Winograd's convolution
 winograd_input       the pass before its products
 winograd_output      the pass behind them
+lanczos              weights of Pillow's Lanczos resize
+resize_tables        tables of a launch of resize_lanczos
 """
