@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels.parts.lanczos import BITS
-from fastvae_kernels.parts.resize_tables import FIELDS, Crop, Tables, plan
-from fastvae_kernels.shared.ops import fake, op
-from fastvae_kernels.shared.runtime import Cost, size_in_bytes
+from fastvae_kernels.parts.resize_tables import FIELDS, LINES, Crop, Tables, plan
+from fastvae_kernels.shared.ops import fake, kernel, op
+from fastvae_kernels.shared.runtime import Cost, size_in_bytes, tl, triton
 
-__all__ = ["Crop", "Tables", "cost", "plan", "reference", "resize_lanczos"]
+__all__ = ["Crop", "Tables", "cost", "launch", "plan", "reference", "resize_lanczos"]
+
+# Bytes of a line that a program computes at a time, in LINES lines.
+BLOCK, NUM_WARPS = 256, 4
+
+_BITS, _HALF, _FIELDS = tl.constexpr(BITS), tl.constexpr(1 << (BITS - 1)), tl.constexpr(len(FIELDS))
 
 
 def reference(
@@ -28,7 +33,7 @@ def reference(
     _check(buffer, rows, blocks, weights, extent, columns, height, width)
     out = buffer.new_empty(rows.shape[0], height, width, 3)
     for index, row in enumerate(rows.tolist()):
-        offset, stride, lines, between, _, vertical_first, x, x_taps, y, y_taps = row
+        offset, stride, lines, between, _, vertical_first, y, y_taps, x, x_taps = row
         horizontal, vertical = _axis(weights, x, x_taps, width), _axis(weights, y, y_taps, height)
         if vertical_first:
             lines = int(vertical[0].max()) + y_taps
@@ -60,7 +65,7 @@ def cost(
 ) -> Cost:
     """Return the cost: pixels that the crops need, those between the passes twice, the tables, the result."""
     moved, operations = size_in_bytes(rows, blocks, weights), 0
-    for _, _, lines, between, _, vertical_first, x, x_taps, y, y_taps in rows.tolist():
+    for _, _, lines, between, _, vertical_first, y, y_taps, x, x_taps in rows.tolist():
         if vertical_first:
             lines_read, read = int(weights[y : y + height].max()) + y_taps, between
             taps = lines * between * y_taps + height * width * x_taps
@@ -89,6 +94,68 @@ def _check(
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
 
 
+@triton.jit
+def _store(out_ptr, total, inside):
+    # total is signed, so the shift rounds down.
+    tl.store(out_ptr, tl.minimum(tl.maximum(total >> _BITS, 0), 255).to(tl.uint8), inside)
+
+
+@triton.jit
+def _horizontal(source_ptr, out_ptr, first_ptr, taps, outputs, stride, out_stride, line, lines, place, columns):
+    column, colour, there = place // 3, place % 3, place < 3 * columns  # [BLOCK]
+    inside = (line < lines)[:, None] & there[None, :]
+    source_ptr += (line.to(tl.int64) * stride)[:, None]
+    source_ptr += (3 * tl.load(first_ptr + column, there, 0) + colour)[None, :]  # [LINES, BLOCK]
+    total = tl.full(source_ptr.shape, _HALF, tl.int32)
+    for tap in range(taps):
+        weight = tl.load(first_ptr + outputs * (1 + tap) + column, there, 0)
+        total += tl.load(source_ptr + 3 * tap, inside, 0).to(tl.int32) * weight[None, :]
+    _store(out_ptr + (line.to(tl.int64) * out_stride)[:, None] + place[None, :], total, inside)
+
+
+@triton.jit
+def _vertical(source_ptr, out_ptr, first_ptr, taps, outputs, stride, out_stride, line, lines, place, columns):
+    there = line < lines  # [LINES]
+    inside = there[:, None] & (place < 3 * columns)[None, :]
+    first = tl.load(first_ptr + line, there, 0)
+    source_ptr += (first.to(tl.int64) * stride)[:, None] + place[None, :]  # [LINES, BLOCK]
+    total = tl.full(source_ptr.shape, _HALF, tl.int32)
+    for tap in range(taps):
+        weight = tl.load(first_ptr + outputs * (1 + tap) + line, there, 0)
+        total += tl.load(source_ptr + tap * stride, inside, 0).to(tl.int32) * weight[:, None]
+    _store(out_ptr + (line.to(tl.int64) * out_stride)[:, None] + place[None, :], total, inside)
+
+
+@triton.jit(do_not_specialize=["height"])
+def _pass_kernel(
+    source_ptr, out_ptr, rows_ptr, blocks_ptr, weights_ptr, between, height, width,
+    FIRST: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if FIRST:
+        row, start = tl.load(blocks_ptr + 2 * program).to(tl.int64), tl.load(blocks_ptr + 2 * program + 1)
+    else:
+        steps = tl.cdiv(height, LINES)
+        row, start = program // steps, (program % steps).to(tl.int32) * LINES
+    line = start + tl.arange(0, LINES)  # [LINES]
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], bytes of a line
+    rows_ptr += row * _FIELDS
+    base, vertical = tl.load(rows_ptr + 4) * between, tl.load(rows_ptr + 5).to(tl.int32)
+    if FIRST:
+        source_ptr, out_ptr = source_ptr + tl.load(rows_ptr), out_ptr + base
+        stride, out_stride = tl.load(rows_ptr + 1), between
+        lines, columns = tl.load(rows_ptr + 2).to(tl.int32), tl.load(rows_ptr + 3).to(tl.int32)
+    else:
+        source_ptr, out_ptr = source_ptr + base, out_ptr + row * height * width * 3
+        stride, out_stride, lines, columns, vertical = between, width * 3, height, width, 1 - vertical
+    axis_ptr = rows_ptr + 8 - 2 * vertical
+    first_ptr, taps = weights_ptr + tl.load(axis_ptr), tl.load(axis_ptr + 1).to(tl.int32)
+    if vertical:
+        _vertical(source_ptr, out_ptr, first_ptr, taps, height, stride, out_stride, line, lines, place, columns)
+    else:
+        _horizontal(source_ptr, out_ptr, first_ptr, taps, width, stride, out_stride, line, lines, place, columns)
+
+
 @op
 def resize_lanczos(
     buffer: Tensor, rows: Tensor, blocks: Tensor, weights: Tensor, extent: int, columns: int, height: int, width: int
@@ -102,7 +169,39 @@ def resize_lanczos(
     return reference(buffer, rows, blocks, weights, extent, columns, height, width)
 
 
+@kernel(resize_lanczos)
+def launch(
+    buffer: Tensor, rows: Tensor, blocks: Tensor, weights: Tensor, extent: int, columns: int, height: int, width: int
+) -> Tensor:
+    """Run resize_lanczos without the dispatcher."""
+    _check(buffer, rows, blocks, weights, extent, columns, height, width)
+    out = buffer.new_empty(rows.shape[0], height, width, 3)
+    if out.numel():
+        # Lines of 16-byte multiples, so that the second pass loads 16 bytes at a time.
+        between = -(-3 * columns // 16) * 16
+        temporary = buffer.new_empty(blocks.shape[0] * LINES, between)
+        tables = rows.contiguous(), blocks.contiguous(), weights.contiguous(), between, height, width
+        constants = {"LINES": LINES, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+        across = triton.cdiv(3 * columns, BLOCK)
+        _pass_kernel[(blocks.shape[0], across)](buffer, temporary, *tables, FIRST=True, **constants)
+        down, across = triton.cdiv(height, LINES), triton.cdiv(3 * width, BLOCK)
+        _pass_kernel[(rows.shape[0] * down, across)](temporary, out, *tables, FIRST=False, **constants)
+    return out
+
+
 @fake(resize_lanczos)
 def _(buffer, rows, blocks, weights, extent, columns, height, width):
     _check(buffer, rows, blocks, weights, extent, columns, height, width)
     return buffer.new_empty(rows.shape[0], height, width, 3)
+
+
+def audit_cases():
+    """Yield (name, call) of launches for the compile audit (bench/kernels/audit.py)."""
+    for name, width in {"any width": 520, "a width of 16-byte lines": 512}.items():
+
+        def call(width=width):
+            buffer, weights = torch.empty(2**20, dtype=torch.uint8), torch.empty(2**16, dtype=torch.int32)
+            rows, blocks = torch.empty(2, len(FIELDS), dtype=torch.int64), torch.empty(64, 2, dtype=torch.int32)
+            launch(buffer, rows, blocks, weights, 2**20, width, 512, width)
+
+        yield name, call

@@ -18,9 +18,9 @@ from fastvae_kernels.parts.lanczos import axis
 
 LINES = 8
 # offset: byte of the buffer where the pixels that the crop needs begin. stride: bytes of a line of the picture. lines,
-# columns: size of the picture between the passes. base: its first line in the temporary. vertical_first: 1 or 0. x, y:
+# columns: size of the picture between the passes. base: its first line in the temporary. vertical_first: 1 or 0. y, x:
 # place of each axis in ``weights``, and its taps.
-FIELDS = ("offset", "stride", "lines", "columns", "base", "vertical_first", "x", "x_taps", "y", "y_taps")
+FIELDS = ("offset", "stride", "lines", "columns", "base", "vertical_first", "y", "y_taps", "x", "x_taps")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan(crops: Sequence[Crop], size: tuple[int, int], pillow: int = 13) -> Tabl
         offset = crop.offset + y.begin * stride + 3 * x.begin
         first = pillow >= 13 and crop.size[0] - crop.scaled[0] > max(0, 2 * (crop.size[1] - crop.scaled[1]))
         between = (size[0], x.span) if first else (y.span, size[1])
-        rows.append((offset, stride, *between, base, first, x.place, len(x.weights), y.place, len(y.weights)))
+        rows.append((offset, stride, *between, base, first, y.place, len(y.weights), x.place, len(x.weights)))
         base += -(-between[0] // LINES) * LINES
     table = torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS))
     return Tables(
