@@ -92,8 +92,13 @@ class PackedWeights:
 
         return self._get(conv, name, reordered)
 
-    def winograd_on_cpu(self, conv: Layer, form: str) -> Tensor:
-        """Return the weight transformed for a Winograd form, fp32 [planes, O / 16, C, 16]: 1.8 or 4 times its bytes."""
+    def winograd_on_cpu(self, conv: Layer, form: str, memory: Callable[[int], Tensor]) -> Tensor:
+        """Return the weight transformed for a Winograd form, fp32 [planes, O / 16, C, 16]: 1.8 or 4 times its values.
+
+        memory: gives memory for so many values, which the next layer's may overwrite; frozen weights have their own.
+        """
+        if not self.frozen:
+            return winograd.pack(conv.weight, form, memory(winograd.packed_size(conv.weight, form)))
         return self._get(conv, f"{form} on a CPU", lambda: winograd.pack(conv.weight, form))
 
     def upsample(self, conv: Layer) -> Tensor:

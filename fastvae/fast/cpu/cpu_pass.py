@@ -35,7 +35,7 @@ class CpuPass(Pass):
     def __init__(self, packed: PackedWeights, forms: Forms = DIRECT_ONLY):
         self.packed = packed
         self.forms = forms
-        # Memory of what is inside a residual block, by dtype: of its normalised input and of its first convolution.
+        # Memory of what one block leaves to no other, by dtype: a normalised input, a first convolution, a workspace.
         self.inside: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def begin(self, part: Layer, x: Tensor) -> Activation:
@@ -61,7 +61,7 @@ class CpuPass(Pass):
         return activation
 
     def downsample(self, sampler: Layer, activation: Activation) -> Activation:
-        return Activation(self._convolve(sampler.conv, _padded(activation.x)))
+        return Activation(self._convolve(sampler.conv, self._padded(activation.x)))
 
     def upsample(self, sampler: Layer, activation: Activation) -> Activation:
         form = self._form(sampler.conv, activation.x, "upsample")
@@ -83,20 +83,38 @@ class CpuPass(Pass):
                 return part.conv_out(part.conv_act(part.conv_norm_out(activation.x)))
         return self._convolve(part.conv_out, group_norm_silu(part.conv_norm_out, activation.x, into=activation.x))
 
+    def _padded(self, x: Tensor) -> Tensor:
+        """Return x with a row of zeros below and a column to the right. F.pad would write zeros everywhere first."""
+        batch, channels, height, width = x.shape
+        y = self._memory("normalized", x.new_empty(batch, 0, height + 1, width + 1), channels)
+        y[:, :, :height, :width] = x
+        y[:, :, height] = 0
+        y[:, :, :, width] = 0
+        return y
+
     def _memory(self, name: str, x: Tensor, channels: int) -> Tensor:
         """Return memory [N, channels, H, W] in channels_last for what the next block overwrites."""
         batch, _, height, width = x.shape
-        size, place = batch * height * width * channels, (name, x.dtype)
+        size = batch * height * width * channels
+        return self._values(name, x.dtype, size)[:size].view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def _values(self, name: str, dtype: torch.dtype, size: int) -> Tensor:
+        """Return memory for at least so many values, which the next call of this name gives again."""
+        place = name, dtype
         if place not in self.inside or self.inside[place].numel() < size:
-            self.inside[place] = x.new_empty(size)
-        return self.inside[place][:size].view(batch, height, width, channels).permute(0, 3, 1, 2)
+            self.inside.pop(place, None)  # its memory first
+            self.inside[place] = torch.empty(size, dtype=dtype, device="cpu")
+        return self.inside[place]
 
     def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
         pixels = x.shape[2] * x.shape[3] * (4 if kind == "upsample" else 1)
         return Form.DIRECT if x.shape[0] == 0 else form_on_cpu(self.forms, conv, pixels, kind)
 
     def _winograd(self, conv: Layer, x: Tensor, form: Form, y: Tensor, residual: Tensor | None = None) -> Tensor:
-        return winograd.convolve(x, self.packed.winograd_on_cpu(conv, form), conv.bias, form, y, residual)
+        weight = self.packed.winograd_on_cpu(conv, form, lambda size: self._values("weight", torch.float32, size))
+        size = winograd.workspace_size(x.shape[1], y.shape, form)
+        workspace = self._values("workspace", torch.float32, size)
+        return winograd.convolve(x, weight, conv.bias, form, y, residual, workspace=workspace)
 
     def _convolve(self, conv: Layer, x: Tensor, name: str = "") -> Tensor:
         """Return conv(x), in the memory of this name where the form can write there."""
@@ -129,16 +147,6 @@ def form_on_cpu(forms: Forms, conv: Layer, pixels: int, kind: str = "conv") -> F
         return Form.DIRECT
     form = forms.of(conv.weight, pixels, kind)
     return form if form in ON_CPU[kind] else Form.DIRECT
-
-
-def _padded(x: Tensor) -> Tensor:
-    """Return x with a row of zeros below and a column to the right. F.pad would write zeros everywhere first."""
-    batch, channels, height, width = x.shape
-    y = _empty(x, batch, channels, height + 1, width + 1)
-    y[:, :, :height, :width] = x
-    y[:, :, height] = 0
-    y[:, :, :, width] = 0
-    return y
 
 
 def _empty(x: Tensor, *size: int) -> Tensor:

@@ -34,22 +34,6 @@ int64_t FUNCTION(fastvae_norm_chunks)(int64_t pixels, int64_t channels) {
     return (pixels + pixels_of(&a) - 1) / pixels_of(&a);
 }
 
-INLINE float value_of(int dtype, const void *from, int64_t index) {
-    float value;
-    uint16_t bits_;
-    uint32_t whole;
-    if (dtype == FLOAT32)
-        return ((const float *)from)[index];
-    memcpy(&bits_, (const uint16_t *)from + index, 2);
-    if (dtype == FLOAT16) {
-        bits lanes = {bits_};
-        return from_half(lanes)[0];
-    }
-    whole = (uint32_t)bits_ << 16;
-    memcpy(&value, &whole, 4);
-    return value;
-}
-
 /* Add the values, minus ``centre`` of their channel, and the squares of one chunk to sums [2, channels]. Pixels are added
 one by one in their order, so a chunk may come in pieces. */
 INLINE void sums_of(

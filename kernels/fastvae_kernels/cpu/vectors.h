@@ -71,6 +71,23 @@ INLINE vec load_as(int dtype, const void *from, int64_t index) {
     return dtype == FLOAT16 ? from_half(values) : (vec)(widen(values) << 16);
 }
 
+/* Return one value as fp32. */
+INLINE float value_of(int dtype, const void *from, int64_t index) {
+    float value;
+    uint16_t bits_;
+    uint32_t whole;
+    if (dtype == FLOAT32)
+        return ((const float *)from)[index];
+    memcpy(&bits_, (const uint16_t *)from + index, 2);
+    if (dtype == FLOAT16) {
+        bits lanes = {bits_};
+        return from_half(lanes)[0];
+    }
+    whole = (uint32_t)bits_ << 16;
+    memcpy(&value, &whole, 4);
+    return value;
+}
+
 /* Round to nearest even and write; NaN stays NaN. */
 INLINE void store_as(int dtype, void *to, int64_t index, vec values) {
     if (dtype == FLOAT32) {

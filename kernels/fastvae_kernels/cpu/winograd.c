@@ -1,4 +1,5 @@
-/* 3x3 convolutions by Winograd's F(2x2) and F(4x4) in fp32, stride 1 and padding 1, images in NHWC.
+/* 3x3 convolutions by Winograd's F(2x2) and F(4x4), stride 1 and padding 1, images in NHWC. Images and weights have one
+dtype; everything between is fp32.
 
 A chunk of tiles goes through three steps while it is in the cache: windows to V [window^2, tiles, C], the products
 M = V U of each plane, and M to pixels with bias and residual. The products of one tile do not depend on the others, so
@@ -20,9 +21,11 @@ pairs of rows (1, 2) and (3, 4) differ in signs alone, which halves the arithmet
 #define PAD 16
 
 struct convolution {
-    const float *x, *weight, *bias, *residual;
-    float *y;
-    int64_t batch, height, width, in, out;
+    const void *x;
+    const float *weight, *bias;
+    const void *residual;
+    void *y;
+    int64_t dtype, batch, height, width, in, out;
     int64_t tile, upsample;
     /* 1 if x is a band of one image with one more row above and below it, 0 if zeros are there. */
     int64_t halo;
@@ -86,19 +89,20 @@ INLINE void results_of(int tile, const float *matrix, const vec *m, int step, ve
     }
 }
 
-INLINE void read_windows(int tile, const struct convolution *c, struct chunk *k) {
+INLINE void read_windows(int tile, int dtype, const struct convolution *c, struct chunk *k) {
     const int n = tile + 2;
     const int64_t across = cut(c->width, tile), width = c->width >> c->upsample, height = c->height >> c->upsample;
-    const float *image = c->x + (k->image * height + c->halo) * width * c->in;
+    const int64_t bytes = (dtype == FLOAT32 ? 4 : 2) * c->in;
+    const char *image = (const char *)c->x + (k->image * height + c->halo) * width * bytes;
     for (int64_t t = 0; t < k->tiles; t++) {
         const int64_t top = (k->first + t) / across * tile - 1, left = (k->first + t) % across * tile - 1;
-        const float *pixel[LARGEST_WINDOW * LARGEST_WINDOW];
+        const void *pixel[LARGEST_WINDOW * LARGEST_WINDOW];
         for (int i = 0; i < n; i++)
             for (int j = 0; j < n; j++) {
                 const int64_t row = top + i, column = left + j;
                 const int inside = row >= -c->halo && row < c->height + c->halo && column >= 0 && column < c->width;
-                pixel[i * n + j] =
-                    inside ? image + ((row >> c->upsample) * width + (column >> c->upsample)) * c->in : k->zeros;
+                const int64_t place = (row >> c->upsample) * width + (column >> c->upsample);
+                pixel[i * n + j] = inside ? (const void *)(image + place * bytes) : k->zeros;
             }
         for (int64_t channel = 0; channel < c->in; channel += LANES) {
             vec d[LARGEST_WINDOW], half[LARGEST_WINDOW * LARGEST_WINDOW];
@@ -106,7 +110,7 @@ INLINE void read_windows(int tile, const struct convolution *c, struct chunk *k)
             for (int j = 0; j < n; j++) {
 #pragma GCC unroll 8
                 for (int i = 0; i < n; i++)
-                    d[i] = load(pixel[i * n + j] + channel);
+                    d[i] = load_as(dtype, pixel[i * n + j], channel);
                 window_of(tile, c->input, d, 1, half + j, n);
             }
             float *v = k->v + t * c->in + channel;
@@ -197,7 +201,7 @@ static void multiply(const struct convolution *c, struct chunk *k) {
         }
 }
 
-INLINE void write_pixels(int tile, const struct convolution *c, struct chunk *k) {
+INLINE void write_pixels(int tile, int dtype, const struct convolution *c, struct chunk *k) {
     const int n = tile + 2;
     const int64_t across = cut(c->width, tile);
     for (int64_t t = 0; t < k->tiles; t++) {
@@ -228,18 +232,25 @@ INLINE void write_pixels(int tile, const struct convolution *c, struct chunk *k)
                         break;
                     vec y = d[j] + bias;
                     if (c->residual)
-                        y += load(c->residual + at + j * c->out);
-                    store(c->y + at + j * c->out, y);
+                        y += load_as(dtype, c->residual, at + j * c->out);
+                    store_as(dtype, c->y, at + j * c->out, y);
                 }
             }
         }
     }
 }
 
-INLINE void convolve(int tile, const struct convolution *c, struct chunk *k) {
-    read_windows(tile, c, k);
+INLINE void convolve(int tile, int dtype, const struct convolution *c, struct chunk *k) {
+    read_windows(tile, dtype, c, k);
     multiply(c, k);
-    write_pixels(tile, c, k);
+    write_pixels(tile, dtype, c, k);
+}
+
+INLINE void convolve_tiles(int dtype, const struct convolution *c, struct chunk *k) {
+    if (c->tile == 4)
+        convolve(4, dtype, c, k);
+    else
+        convolve(2, dtype, c, k);
 }
 
 static int64_t planes_of(int64_t tile) { return (tile + 2) * (tile + 2); }
@@ -263,17 +274,19 @@ void FUNCTION(fastvae_winograd)(const struct convolution *c, int64_t most_tiles,
         k.m_plane = cut(most_tiles, ROWS) * ROWS * c->out + PAD;
         k.v = own + c->in;
         k.m = k.v + planes_of(c->tile) * k.v_plane;
-        if (c->tile == 4)
-            convolve(4, c, &k);
+        if (c->dtype == FLOAT32)
+            convolve_tiles(FLOAT32, c, &k);
+        else if (c->dtype == BFLOAT16)
+            convolve_tiles(BFLOAT16, c, &k);
         else
-            convolve(2, c, &k);
+            convolve_tiles(FLOAT16, c, &k);
     }
 }
 
 /* Write U [window^2, out / PANEL, in, PANEL] = G g G^T of a weight [out, in, 3, 3] with these strides: computed in
 fp64 and rounded once. ``matrix`` is G [window, 3]. */
 void FUNCTION(fastvae_winograd_weight)(
-    const float *weight, const int64_t *strides, int64_t in, int64_t out, int64_t window, const double *matrix,
+    int64_t dtype, const void *weight, const int64_t *strides, int64_t in, int64_t out, int64_t window, const double *matrix,
     float *to, int64_t threads) {
     const int64_t panels = out / PANEL;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -281,10 +294,10 @@ void FUNCTION(fastvae_winograd_weight)(
         const int64_t panel = item / in, channel = item % in;
         double g[3][3][PANEL], half[LARGEST_WINDOW][3][PANEL], u[PANEL];
         for (int64_t o = 0; o < PANEL; o++) {
-            const float *from = weight + (panel * PANEL + o) * strides[0] + channel * strides[1];
+            const int64_t from = (panel * PANEL + o) * strides[0] + channel * strides[1];
             for (int64_t i = 0; i < 3; i++)
                 for (int64_t j = 0; j < 3; j++)
-                    g[i][j][o] = from[i * strides[2] + j * strides[3]];
+                    g[i][j][o] = value_of(dtype, weight, from + i * strides[2] + j * strides[3]);
         }
         for (int64_t i = 0; i < window; i++)
             for (int64_t j = 0; j < 3; j++)

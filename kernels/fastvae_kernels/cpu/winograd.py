@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 1 and padding 1 by Winograd's algorithm, fp32 on a CPU (winograd.c)."""
+"""3x3 convolutions of stride 1 and padding 1 by Winograd's algorithm on a CPU, with products in fp32 (winograd.c)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastvae_kernels.cpu.library import INT, POINTER, address, library
+from fastvae_kernels.cpu.library import DTYPES, INT, POINTER, address, library
 from fastvae_kernels.shared.winograd_matrices import FORMS, Matrix
 
 LANES, PANEL = 8, 16
@@ -20,7 +20,10 @@ class Convolution(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "weight", "bias", "residual", "y")),
-        *((name, INT) for name in ("batch", "height", "width", "inward", "outward", "tile", "upsample", "halo")),
+        *(
+            (name, INT)
+            for name in ("dtype", "batch", "height", "width", "inward", "outward", "tile", "upsample", "halo")
+        ),
         *((name, POINTER) for name in ("input", "output")),
     )
 
@@ -28,21 +31,38 @@ class Convolution(ctypes.Structure):
 def takes(weight: Tensor) -> bool:
     """Return True if the C kernel takes a weight [O, C, 3, 3]."""
     outward, inward = weight.shape[:2]
-    return library().why_not is None and weight.dtype == torch.float32 and not (inward % LANES or outward % PANEL)
+    return library().why_not is None and weight.dtype in DTYPES and not (inward % LANES or outward % PANEL)
 
 
-def pack(weight: Tensor, form: str) -> Tensor:
-    """Return U [window², O / 16, C, 16] of a weight [O, C, 3, 3] in any strides: from fp64, rounded once."""
+def packed_size(weight: Tensor, form: str) -> int:
+    """Return the number of floats that ``pack`` writes: 1.8 or 4 times the weight's values."""
+    return FORMS[form].window ** 2 * weight.shape[0] * weight.shape[1]
+
+
+def pack(weight: Tensor, form: str, into: Tensor | None = None) -> Tensor:
+    """Return U [window², O / 16, C, 16] of a weight [O, C, 3, 3] in any strides: from fp64, rounded once to fp32.
+
+    into: fp32 memory for at least ``packed_size`` values; by default new memory.
+    """
     outward, inward = weight.shape[:2]
-    matrices = FORMS[form]
-    packed = weight.new_empty(matrices.window**2, outward // PANEL, inward, PANEL)
+    matrices, size = FORMS[form], packed_size(weight, form)
+    memory = torch.empty(size, dtype=torch.float32, device=weight.device) if into is None else into[:size]
+    packed = memory.view(matrices.window**2, outward // PANEL, inward, PANEL)
     strides = (INT * 4)(*weight.stride())
     matrix = (ctypes.c_double * (3 * matrices.window))(*(value for row in matrices.weight for value in row))
     library().function("winograd_weight", PANEL)(
-        POINTER(address(weight)), strides, INT(inward), INT(outward), INT(matrices.window), matrix,
-        POINTER(address(packed)), INT(torch.get_num_threads()),
+        INT(DTYPES[weight.dtype]), POINTER(address(weight)), strides, INT(inward), INT(outward), INT(matrices.window),
+        matrix, POINTER(address(packed)), INT(torch.get_num_threads()),
     )  # fmt: skip
     return packed
+
+
+def workspace_size(inward: int, y: torch.Size, form: str) -> int:
+    """Return the number of floats that ``convolve`` of so many channels works in, for results [N, O, H, W]."""
+    size = library().function("winograd_workspace", inward)
+    size.restype = INT
+    most = INT(_tiles_at_once(inward, y, form))
+    return torch.get_num_threads() * size(INT(FORMS[form].tile), INT(inward), INT(y[1]), most)
 
 
 def convolve(
@@ -53,34 +73,42 @@ def convolve(
     y: Tensor,
     residual: Tensor | None = None,
     halo: bool = False,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Write the convolution of x [N, C, H, W] into y [N, O, H, W], or that of x enlarged to [N, O, 2H, 2W]; return y.
 
-    packed: ``pack`` of the weight. bias: [O]. residual: added to the result, may be y. All in channels_last.
+    x and y have one dtype. packed: ``pack`` of the weight. bias: [O]. residual: added to the result, may be y. All in
+    channels_last. workspace: fp32 memory for at least ``workspace_size`` values; by default new memory.
     halo: x [1, C, H + 2, W] is a band of an image with the row above and the row below it. Its y has the whole image's
     bits if the band begins at a multiple of the form's tile (in rows of y), and ends at one or at the image's end.
     """
     matrices, threads = FORMS[form], torch.get_num_threads()
     inward, (batch, outward, height, width) = x.shape[1], y.shape
-    tiles = -(-height // matrices.tile) * -(-width // matrices.tile)
-    most = min(_tiles_at_once(inward), -(-batch * tiles // (threads * ROWS)) * ROWS)
-    size = library().function("winograd_workspace", inward)
-    size.restype = INT
-    count = threads * size(INT(matrices.tile), INT(inward), INT(outward), INT(most))
-    workspace = x.new_empty(count)
+    if workspace is None:
+        size = workspace_size(inward, y.shape, form)
+        workspace = torch.empty(size, dtype=torch.float32, device=x.device)
     window_matrix, result_matrix = _as_floats(matrices.input), _as_floats(matrices.output)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     given = Convolution(
-        *(address(values) for values in (x, packed, bias, residual, y)), batch, height, width, inward, outward,
-        matrices.tile, int(width > x.shape[3]), int(halo), ctypes.addressof(window_matrix),
+        *(address(values) for values in (x, packed, bias, residual, y)), DTYPES[x.dtype], batch, height, width, inward,
+        outward, matrices.tile, int(width > x.shape[3]), int(halo), ctypes.addressof(window_matrix),
         ctypes.addressof(result_matrix),
     )  # fmt: skip
-    library().function("winograd", inward)(ctypes.byref(given), INT(most), POINTER(address(workspace)), INT(threads))
+    library().function("winograd", inward)(
+        ctypes.byref(given), INT(_tiles_at_once(inward, y.shape, form)), POINTER(address(workspace)), INT(threads)
+    )
     return y
 
 
-def _tiles_at_once(channels: int) -> int:
-    """Return the tiles of a chunk: few channels, few tiles, so that V and M stay near. No bit depends on it.
+def _tiles_at_once(channels: int, y: torch.Size, form: str) -> int:
+    """Return the tiles of a chunk, no more than a thread's share of y. No bit depends on it."""
+    batch, _, height, width = y
+    tiles = batch * -(-height // FORMS[form].tile) * -(-width // FORMS[form].tile)
+    return min(_most_tiles(channels), -(-tiles // (torch.get_num_threads() * ROWS)) * ROWS)
+
+
+def _most_tiles(channels: int) -> int:
+    """Return the most tiles of a chunk: few channels, few tiles, so that V and M stay near.
 
     On a Zen 3 core: 24 tiles of 128 channels (0.9 MB), 96 of 512 (14 MB, but U is read a quarter as often).
     """

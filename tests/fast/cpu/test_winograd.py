@@ -38,7 +38,8 @@ def in_torch(x, weight, bias, form):
 
 def convolved(x, packed, bias, form, upsample=False):
     height, width = (side << upsample for side in x.shape[2:])
-    y = torch.empty(x.shape[0], packed.shape[1] * packed.shape[3], height, width, memory_format=torch.channels_last)
+    size = x.shape[0], packed.shape[1] * packed.shape[3], height, width
+    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
     return winograd.convolve(x, packed, bias, form, y)
 
 
@@ -72,6 +73,36 @@ def test_any_shape_is_as_accurate_as_the_algorithm_in_torch(shape, form):
 
 
 @pytest.mark.parametrize("form", WINOGRAD)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_accurate_as_torchs_convolution(dtype, form):
+    """Products are fp32, so images, weights and results alone are rounded."""
+    for shape in SHAPES:
+        x, weight, bias = (values.to(dtype) for values in given(*shape))
+        residual = torch.randn(shape[0], shape[2], *shape[3:], generator=torch.Generator().manual_seed(5)).to(dtype)
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        eager = F.conv2d(x, weight, bias, padding=1) + residual
+        truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + residual.double()
+        y = winograd.convolve(x, winograd.pack(weight, form), bias, form, torch.empty_like(residual), residual)
+        assert_as_accurate(y, eager, truth)
+        assert torch.equal(winograd.pack(weight, form), winograd.pack(weight.float(), form))
+
+
+def test_memory_of_the_caller_is_used_and_not_read():
+    x, weight, bias = given(2, 16, 32, 9, 10)
+    size = winograd.packed_size(weight, "winograd4")
+    memory = torch.full((size + 5,), torch.nan)
+    packed = winograd.pack(weight, "winograd4", memory)
+    assert packed.data_ptr() == memory.data_ptr()
+    assert memory[size:].isnan().all()
+    y = torch.empty(2, 32, 9, 10, memory_format=torch.channels_last)
+    size = winograd.workspace_size(16, y.shape, "winograd4")
+    workspace = torch.full((size + 5,), torch.nan)
+    winograd.convolve(x, packed, bias, "winograd4", y, workspace=workspace)
+    assert torch.equal(y, convolved(x, winograd.pack(weight, "winograd4"), bias, "winograd4"))
+    assert workspace[size:].isnan().all()
+
+
+@pytest.mark.parametrize("form", WINOGRAD)
 def test_the_result_is_added_in_place_and_without_a_bias(form):
     x, weight, bias = given(2, 16, 32, 9, 10)
     packed = winograd.pack(weight, form)
@@ -88,7 +119,7 @@ def test_no_bit_depends_on_the_batch_the_threads_or_the_chunks(form, monkeypatch
     packed = winograd.pack(weight, form)
     y = convolved(x, packed, bias, form)
     assert torch.equal(y, torch.cat([convolved(row, packed, bias, form) for row in x.split(1)]))
-    monkeypatch.setattr(winograd, "_tiles_at_once", lambda channels: 6)
+    monkeypatch.setattr(winograd, "_most_tiles", lambda channels: 6)
     assert torch.equal(y, convolved(x, packed, bias, form))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(y, convolved(x, packed, bias, form))
@@ -104,7 +135,8 @@ def test_avx512_gives_the_bits_of_avx2(form, monkeypatch):
         for has in (True, False):
             monkeypatch.setattr(library(), "has_avx512", has)
             packed = winograd.pack(weight, form)
-            results.append((packed, *(convolved(x, packed, bias, form, upsample) for upsample in (False, True))))
+            images = x, x.bfloat16(), x.half()
+            results.append((packed, *(convolved(x, packed, bias, form, up) for x in images for up in (False, True))))
         assert all(map(torch.equal, *results)), shape
 
 
@@ -120,7 +152,7 @@ def test_channels_that_do_not_fill_vectors_are_not_taken():
     assert winograd.takes(torch.empty(16, 8, 3, 3))
     assert not winograd.takes(torch.empty(16, 12, 3, 3))
     assert not winograd.takes(torch.empty(8, 16, 3, 3))
-    assert not winograd.takes(torch.empty(16, 8, 3, 3, dtype=torch.bfloat16))
+    assert not winograd.takes(torch.empty(16, 8, 3, 3, dtype=torch.float64))
 
 
 def with_form(vae, form, *, freeze=True):
@@ -132,9 +164,9 @@ def with_form(vae, form, *, freeze=True):
 def check(vae, side, parts=("encoder", "decoder")):
     """The whole network in each form, against eager torch and float64."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
+    x = (torch.rand(1, 3, side, side, generator=generator) * 2 - 1).to(vae.dtype)
     small = side // vae.downsample_factor
-    z = torch.randn(1, vae.config.latent_channels, small, small, generator=generator)
+    z = torch.randn(1, vae.config.latent_channels, small, small, generator=generator).to(vae.dtype)
     tasks = {"encoder": ("encode", encoding, x), "decoder": ("decode", decoding, z)}
     with torch.no_grad():
         for part in parts:
@@ -147,19 +179,21 @@ def check(vae, side, parts=("encoder", "decoder")):
 
 
 @pytest.mark.usefixtures("users_cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("side", [64, pytest.param(256, marks=pytest.mark.slow)])
-def test_a_narrow_model_is_within_the_tolerance(side):
+def test_a_narrow_model_is_within_the_tolerance(side, dtype):
     """64 channels: of fewer, F(4x4) errs up to 1.6 times as much as is allowed, so the tables begin at 128."""
     options = {"block_out_channels": (64, 64), "norm_num_groups": 8, "layers_per_block": 1}
     types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    check(fastvae.AutoencoderKL(**options, **types).eval().requires_grad_(False), side)
+    check(fastvae.AutoencoderKL(**options, **types).eval().requires_grad_(False).to(dtype), side)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("side", [64, 256])
-def test_a_model_of_sd_size_is_within_the_tolerance(side):
-    vae = fastvae.AutoencoderKL.from_preset("sd15", seed=0).eval().requires_grad_(False)
+def test_a_model_of_sd_size_is_within_the_tolerance(side, dtype):
+    vae = fastvae.AutoencoderKL.from_preset("sd15", seed=0).eval().requires_grad_(False).to(dtype)
     check(vae, side, ("encoder", "decoder") if side == 64 else ("encoder",))
 
 
