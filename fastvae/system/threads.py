@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -35,34 +36,67 @@ def ordered_map(
 
 
 def call_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return function(), called in a thread of its own; raises TimeoutError if it takes longer.
+    """Return function(), called in another thread; raises TimeoutError if it takes longer.
 
     Nothing can end a thread: it is left to itself then, and does not keep the process from ending. Whole seconds are
     counted, not a clock's: a process that is suspended does not use its time up.
     """
-    outcomes: list[tuple[Result | None, BaseException | None]] = []
-    done = threading.Event()
-
-    def call() -> None:
-        try:
-            outcomes.append((function(), None))
-        except BaseException as error:  # noqa: BLE001 (raised below)
-            outcomes.append((None, error))
-        done.set()
-
-    threading.Thread(target=call, name="fastvae-call", daemon=True).start()
+    # One for all calls of this thread: a thread for each takes 0.06 ms of CPU and 0.4 ms until it answers, this 0.02.
+    caller = getattr(_callers, "caller", None)
+    if caller is None or not caller.thread.is_alive():  # a fork has no threads of its parent
+        caller = _Caller()
+    _callers.caller = None  # while it may be left in the middle of a call
+    call = _Call(function)
+    caller.calls.put(call)
     for _ in range(math.ceil(seconds)):
-        if done.wait(min(seconds, 1)):
+        if call.done.wait(min(seconds, 1)):
             break
     else:
         raise TimeoutError(f"no result in {seconds:g} s")
-    result, error = outcomes.pop()
+    _callers.caller = caller
+    result, error = call.outcomes.pop()
     if error is not None:
         try:
             raise error
         finally:
             del error  # whose traceback has this frame: without a circle, an image is freed at once
-    return result  # type: ignore[return-value]
+    return result
+
+
+class _Call:
+    """A function, and its result or error once it is ``done``."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.function, self.done = function, threading.Event()
+        self.outcomes: list[tuple[Any, BaseException | None]] = []
+
+    def __call__(self) -> None:
+        try:
+            self.outcomes.append((self.function(), None))
+        except BaseException as error:  # noqa: BLE001 (raised by call_within)
+            self.outcomes.append((None, error))
+        self.done.set()
+
+
+class _Caller:
+    """A thread that makes the calls of another, until this object is no more: at the end of that other thread."""
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=_make_calls, args=(self.calls,), name="fastvae-call", daemon=True)
+        self.thread.start()
+
+    def __del__(self) -> None:
+        self.calls.put(None)
+
+
+def _make_calls(calls: queue.SimpleQueue[_Call | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # with what the function holds
+
+
+_callers = threading.local()
 
 
 class BackgroundWriter:

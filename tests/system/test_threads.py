@@ -21,13 +21,58 @@ def test_a_call_in_time_gives_its_result_or_its_error():
 
 def test_a_call_that_takes_too_long_is_left_to_itself():
     end = threading.Event()
-    threads = threading.active_count()
+    left, after = [], []
     try:
         with pytest.raises(TimeoutError, match=r"no result in 0\.1 s"):
-            call_within(0.1, lambda: end.wait(60))
-        assert threading.active_count() == threads + 1
+            call_within(0.1, lambda: (left.append(threading.current_thread()), end.wait(60)))
+        call_within(60, lambda: after.append(threading.current_thread()))
+        assert left[0].is_alive()
+        assert after[0] is not left[0]
     finally:
         end.set()
+
+
+def test_calls_share_a_thread_that_ends_with_their_own():
+    seen = []
+
+    def calls():
+        seen.extend(call_within(60, threading.current_thread) for _ in range(3))
+
+    thread = threading.Thread(target=calls)
+    thread.start()
+    thread.join()
+    assert len({*seen}) == 1
+    seen[0].join(60)
+    assert not seen[0].is_alive()
+
+
+def test_an_interrupted_wait_delays_no_later_call(monkeypatch):
+    end = threading.Event()
+    call_within(60, int)  # its thread has started
+
+    def hang():
+        while not end.is_set():
+            time.sleep(0.01)
+
+    def interrupted(event, timeout=None):
+        raise KeyboardInterrupt
+
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("fastvae.system.threads.threading.Event.wait", interrupted)
+            call_within(60, hang)
+        assert call_within(60, lambda: 3) == 3
+    finally:
+        end.set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_has_a_thread_of_its_own():
+    assert call_within(60, lambda: 3) == 3
+    child = os.fork()
+    if child == 0:
+        os._exit(call_within(60, lambda: 4))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
 
 
 def test_an_error_keeps_nothing_of_its_call_in_memory():

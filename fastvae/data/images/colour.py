@@ -37,7 +37,10 @@ def to_srgb(
         from PIL import ImageChops
 
         colours = ImageChops.invert(colours)
-    rgb = _convert_profile(colours, profile, flags) if profile else colours.convert("RGB")
+    if profile:
+        rgb = _convert_profile(colours, profile, flags)
+    else:
+        rgb = colours if colours.mode == "RGB" else colours.convert("RGB")  # convert would copy
     if opacity is not None and opacity.getextrema()[1] == 0:
         flags.append("all_transparent")
     if opacity is None or alpha == "drop":

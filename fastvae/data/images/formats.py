@@ -109,8 +109,9 @@ def _jpeg_ends_early(data: bytes) -> bool:
         if marker == 0xFF:  # fill byte
             position += 1
         elif marker == 0xDA:
-            # Coded pixels never contain FF D9 (byte stuffing), so one after the first scan's header is a real end.
-            return data.find(b"\xff\xd9", position) < 0
+            # Coded pixels never contain FF D9 (byte stuffing), so one after the first scan's header is a real end. It
+            # is searched from the end, where it nearly always is: from the front 12 megapixels took 2 ms.
+            return data.rfind(b"\xff\xd9", position) < 0
         elif marker == 0x01 or 0xD0 <= marker <= 0xD9:
             position += 2
         else:
