@@ -20,18 +20,24 @@ def ordered_map(
     arguments: Iterable[Argument],
     workers: int,
     initializer: Callable[[], None] = lambda: None,
+    ahead: int = 0,
+    at_end: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """Yield function(argument) of each argument, in order; ``workers`` threads run at most 2 * workers ahead."""
+    """Yield function(argument) of each argument, in order; ``workers`` threads run at most 2 * workers + ahead ahead.
+
+    ``at_end`` is called at the end, an error's or an interruption's too, before the calls that have begun are awaited.
+    """
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fastvae", initializer=initializer)
     try:
         for argument in arguments:
             waiting.append(pool.submit(function, argument))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 2 * workers + ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
+        at_end()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -32,12 +32,12 @@ class MomentEncoder:
         self.channels = 2 * int(vae.config.latent_channels)  # type: ignore
         self.widest = int(vae.config.block_out_channels[0])  # channels at full size  # type: ignore
         self.dtype = DTYPES[dtype]
-        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reference = _placed(vae, torch.float32, device)
         self.model = self.reference if self.dtype == torch.float32 else _placed(vae, self.dtype, device)
 
-    def start(self, pixels: np.ndarray) -> Pending:
-        """Begin to encode uint8 ``pixels`` [B, H, W, 3]; on a GPU, return before it is done.
+    def start(self, pixels: np.ndarray | Tensor) -> Pending:
+        """Begin to encode uint8 ``pixels`` [B, H, W, 3], of any device; on a GPU, return before it is done.
 
         Raises torch.OutOfMemoryError if the device has too little memory.
         """
@@ -51,7 +51,7 @@ class MomentEncoder:
         """
         return self.start(pixels).result()
 
-    def in_fp32(self, pixels: np.ndarray) -> Tensor:
+    def in_fp32(self, pixels: np.ndarray | Tensor) -> Tensor:
         """Return moments, fp32 [B, 2L, h, w] on the CPU, computed one by one: a batch that fits may not fit in fp32."""
         with torch.inference_mode():
             images = [self._upload(image[None]) for image in pixels]
@@ -86,27 +86,22 @@ class MomentEncoder:
             )
         return result.float().contiguous()
 
-    def _upload(self, pixels: np.ndarray) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(pixels))
-        if self._uploads is not None:
-            # Pinned, and on its own stream: it is copied while the previous batch is computed.
-            with torch.cuda.stream(self._uploads):
-                x = host.pin_memory().to(self.device, non_blocking=True)
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self._uploads)
-            x.record_stream(computing)
-        else:
-            x = host.to(self.device)
+    def _upload(self, pixels: np.ndarray | Tensor) -> Tensor:
+        x = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.ascontiguousarray(pixels))
         # [B, H, W, 3] seen as [B, 3, H, W] is channels_last without a copy.
-        return normalized(x.permute(0, 3, 1, 2))
+        return normalized(x.to(self.device).permute(0, 3, 1, 2))
 
     def _to_host(self, moments: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self.device.type != "cuda":
+        if self._downloads is None:
             return moments.cpu(), None
+        # On a stream of its own: the next batch is computed meanwhile.
+        self._downloads.wait_stream(torch.cuda.current_stream(self.device))
+        moments.record_stream(self._downloads)
         host = torch.empty(moments.shape, dtype=moments.dtype, device="cpu", pin_memory=True)
-        host.copy_(moments, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._downloads):
+            host.copy_(moments, non_blocking=True)
+            copied.record()
         return host, copied
 
 
@@ -114,7 +109,7 @@ class Pending:
     """Moments that are being copied from the device; ``result`` waits for them."""
 
     def __init__(
-        self, encoder: MomentEncoder, pixels: np.ndarray, moments: Tensor, copied: torch.cuda.Event | None
+        self, encoder: MomentEncoder, pixels: np.ndarray | Tensor, moments: Tensor, copied: torch.cuda.Event | None
     ) -> None:
         self._encoder, self._pixels, self._moments, self._copied = encoder, pixels, moments, copied
 

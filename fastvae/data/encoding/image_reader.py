@@ -9,16 +9,18 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastvae.data.images.buckets import Buckets
-from fastvae.data.images.crop import Variants, pool_opacity, to_bucket
+from fastvae.data.images.crop import Variants, cropped, placement, pool_opacity
 from fastvae.data.images.errors import ImageError
+from fastvae.data.images.on_device.picture_buffer import RawCrop, RawPicture
 from fastvae.data.images.read import (
     DECODE_SECONDS,
     DEFAULT_MAX_PIXELS,
@@ -36,6 +38,11 @@ from fastvae.data.store.shard import ShardRow
 from fastvae.system.atomic_files import sha256_of
 from fastvae.system.child_processes import ChildEnded, ChildProcess, ChildTimedOut
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Copies a decoded image to where a device takes it from; None if there is no room.
+Keep = Callable[["Image.Image"], RawPicture | None]
 # An image is given up after this many child processes ended while they decoded it: one end may have another cause.
 MAX_ENDS = 2
 
@@ -150,10 +157,13 @@ class _OneFile:
 
 @dataclass
 class Decoded:
-    """Pixels of one row, uint8 [H, W, 3], its crop, and its opacity, uint8 [h, w], with alpha="mask"."""
+    """Pixels of one row, uint8 [H, W, 3] or a crop that a device makes, and its place in the scaled image.
+
+    ``mask``: with alpha="mask" its opacity, uint8 [h, w].
+    """
 
     row: PlannedRow
-    pixels: np.ndarray
+    pixels: np.ndarray | RawCrop
     original_hw: tuple[int, int]
     crop_tlhw: tuple[int, int, int, int]
     mask: np.ndarray | None
@@ -176,40 +186,50 @@ class Chunk:
     finished: bool = False
 
 
-def decode_chunk(chunk: Chunk, reader: ImageReader) -> Chunk:
-    """Read and crop the chunk's rows; a file is read once for neighbouring rows. Errors become failures."""
+def decode_chunk(chunk: Chunk, reader: ImageReader, keep: Keep | None = None) -> Chunk:
+    """Read the chunk's images, each once for neighbouring rows, and crop them. Errors become failures.
+
+    ``keep``: takes the images that a device crops; Pillow crops the others.
+    """
     started = time.perf_counter()
-    key, found = None, None
-    for row in chunk.planned:
-        if row.file.key != key:
-            key, found = row.file.key, _read(chunk, row, reader)
-        if isinstance(found, Picture):
-            pixels, crop = to_bucket(found, chunk.unit.bucket, reader.variants, row.variant, row.file.key)
-            mask = reader.mask(found, chunk.unit.bucket, row.variant, row.file.key)
-            chunk.decoded.append(Decoded(row, pixels, found.original_hw, crop, mask))
-        elif found is not None:
-            chunk.failures.append(Failure(row.file.key, found.reason, found.detail, row.variant))
+    bucket = chunk.unit.bucket
+    for file, rows in by_file(chunk.planned):
+        try:
+            picture = reader.picture(file, bucket)
+        except ImageError as error:
+            _failed(chunk, rows, error.reason, error.detail)
+            continue
+        chunk.flags.update(picture.flags)
+        raw = None if keep is None else keep(picture.image)
+        for row in rows:
+            place = placement(picture.original_hw, bucket, reader.variants, row.variant, file.key)
+            pixels = np.array(cropped(picture.image, place)) if raw is None else RawCrop(raw, place)
+            mask = reader.mask(picture, bucket, row.variant, file.key)
+            chunk.decoded.append(Decoded(row, pixels, picture.original_hw, place.crop_tlhw, mask))
     chunk.decode_seconds = time.perf_counter() - started
     return chunk
 
 
-def _read(chunk: Chunk, row: PlannedRow, reader: ImageReader) -> Picture | ImageError:
-    try:
-        picture = reader.picture(row.file, chunk.unit.bucket)
-    except ImageError as error:
-        return error
-    chunk.flags.update(picture.flags)
-    return picture
+def by_file(planned: Iterable[PlannedRow]) -> Iterator[tuple[SourceFile, tuple[PlannedRow, ...]]]:
+    """Yield each file and the neighbouring rows that are variants of it."""
+    for _, rows in groupby(planned, key=lambda row: row.file.key):
+        together = tuple(rows)
+        yield together[0].file, together
+
+
+def add_part(chunk: Chunk, part: Chunk) -> None:
+    """Add what was decoded of a chunk's next rows to the chunk."""
+    chunk.decoded += part.decoded
+    chunk.failures += part.failures
+    chunk.flags.update(part.flags)
+    chunk.decode_seconds += part.decode_seconds
 
 
 def decode_chunk_apart(chunk: Chunk, reader: ImageReader, child: ChildProcess) -> Chunk:
     """Do what decode_chunk does, each image in ``child``; one that ends the child fails as worker_died, it alone."""
     started = time.perf_counter()
-    for _, rows in groupby(chunk.planned, key=lambda row: row.file.key):
-        part = _decoded_apart(Unit(chunk.unit.number, chunk.unit.bucket, tuple(rows)), reader, child)
-        chunk.decoded += part.decoded
-        chunk.failures += part.failures
-        chunk.flags.update(part.flags)
+    for _, rows in by_file(chunk.planned):
+        add_part(chunk, _decoded_apart(Unit(chunk.unit.number, chunk.unit.bucket, rows), reader, child))
     chunk.decode_seconds = time.perf_counter() - started
     return chunk
 
@@ -221,16 +241,17 @@ def _decoded_apart(unit: Unit, reader: ImageReader, child: ChildProcess) -> Chun
         # The parent reads the source: its connections and open archives stay there, and so do all checks of places.
         alone = reader.of_one_file(file)
     except ImageError as error:
-        return _failed(chunk, error.reason, error.detail)
+        return _failed(chunk, unit.rows, error.reason, error.detail)
     for _ in range(MAX_ENDS):
         try:
             # The child has a limit of its own for each decode, which a decoder that keeps Python's lock does not obey.
             return child.call(decode_quietly, chunk, alone, seconds=DECODE_SECONDS * (1 + len(unit.rows)))
         except ChildTimedOut as error:
-            return _failed(chunk, "timed_out", f"{file.key} was not decoded: {error}")
+            return _failed(chunk, unit.rows, "timed_out", f"{file.key} was not decoded: {error}")
         except ChildEnded as error:
             how = error.how
-    return _failed(chunk, "worker_died", f"{MAX_ENDS} child processes ended while they decoded {file.key}: {how}")
+    detail = f"{MAX_ENDS} child processes ended while they decoded {file.key}: {how}"
+    return _failed(chunk, unit.rows, "worker_died", detail)
 
 
 def decode_quietly(chunk: Chunk, reader: ImageReader) -> Chunk:
@@ -239,6 +260,6 @@ def decode_quietly(chunk: Chunk, reader: ImageReader) -> Chunk:
         return decode_chunk(chunk, reader)
 
 
-def _failed(chunk: Chunk, reason: str, detail: str) -> Chunk:
-    chunk.failures += [Failure(row.file.key, reason, detail, row.variant) for row in chunk.planned]
+def _failed(chunk: Chunk, rows: Iterable[PlannedRow], reason: str, detail: str) -> Chunk:
+    chunk.failures += [Failure(row.file.key, reason, detail, row.variant) for row in rows]
     return chunk

@@ -1,6 +1,7 @@
 """Files to encoded rows: decodes, encodes and collects at the same time, in the order of the plan.
 
-On a GPU, a pool of threads decodes while one thread feeds the model, one batch ahead of the results that it collects.
+On a GPU, the threads of a pool decode the images of the next batches, while one thread feeds the model, one batch ahead
+of the results that it collects. Images wait in pinned memory, and the GPU resizes them to Pillow's bytes.
 On a CPU each thread of the pool decodes and encodes its own images with its share of the cores: two streams of one
 thread each encode 256x256 with the embedded model in 18 ms an image, one stream of two threads in 53 ms (SD's own: 256
 against 302; Xeon with AMX, torch 2.13).
@@ -8,17 +9,28 @@ against 302; Xeon with AMX, torch 2.13).
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastvae.data.encoding.batch_size import BatchSizes
 from fastvae.data.encoding.encoder import Finished, MomentEncoder, Pending
-from fastvae.data.encoding.image_reader import Chunk, ImageReader, decode_chunk, decode_chunk_apart
+from fastvae.data.encoding.image_reader import (
+    Chunk,
+    ImageReader,
+    add_part,
+    by_file,
+    decode_chunk,
+    decode_chunk_apart,
+)
 from fastvae.data.encoding.row_format import RowFormat
+from fastvae.data.images.on_device.picture_buffer import RawCrop
+from fastvae.data.images.on_device.resize import DeviceResize
 from fastvae.data.images.read import quiet_pillow
 from fastvae.data.store.commits import Failure
 from fastvae.data.store.plan import Unit
@@ -26,6 +38,8 @@ from fastvae.data.store.shard import ShardRow
 from fastvae.system.child_processes import ChildProcess
 from fastvae.system.threads import ordered_map
 
+# Images that are decoded before their batch is asked for, besides two for each thread: enough for two batches.
+AHEAD = 32
 MESSAGES = {
     "non_finite": "is not finite, in fp32 either",
     "overflow": "exceeds 65504: store it as fp32",
@@ -34,11 +48,16 @@ MESSAGES = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """Model, format of stored rows, and batch sizes."""
+    """Model, format of stored rows, batch sizes, and what resizes: None is Pillow, in the threads that decode."""
 
     encoder: MomentEncoder
     row_format: RowFormat
     batches: BatchSizes
+    resize: DeviceResize | None = None
+
+    def batch(self, pixels: Sequence[np.ndarray | RawCrop]) -> np.ndarray | Tensor:
+        """Return uint8 [B, H, W, 3] of pixels and crops, on the device if that resizes."""
+        return np.stack(pixels) if self.resize is None else self.resize.batch(pixels)  # type: ignore[arg-type]
 
 
 def chunks_of(units: Iterable[Unit], batches: BatchSizes) -> Iterator[Chunk]:
@@ -56,19 +75,20 @@ def start_chunk(chunk: Chunk, encoding: Encoding) -> Pending | Finished | None:
     if not chunk.decoded:
         return None
     started = time.perf_counter()
-    pixels = np.stack([item.pixels for item in chunk.decoded])
-    pending = start_in_parts(pixels, chunk.unit.bucket, encoding)
+    pending = start_in_parts([item.pixels for item in chunk.decoded], chunk.unit.bucket, encoding)
     chunk.encode_seconds += time.perf_counter() - started
     return pending
 
 
-def start_in_parts(pixels: np.ndarray, bucket: tuple[int, int], encoding: Encoding) -> Pending | Finished:
+def start_in_parts(
+    pixels: Sequence[np.ndarray | RawCrop], bucket: tuple[int, int], encoding: Encoding
+) -> Pending | Finished:
     """Begin to encode ``pixels``; out of memory, encode in halves and halve the bucket's batch.
 
     Raises torch.OutOfMemoryError if a single image does not fit.
     """
     try:
-        return encoding.encoder.start(pixels)
+        return encoding.encoder.start(encoding.batch(pixels))
     except torch.OutOfMemoryError:
         if len(pixels) == 1:
             raise
@@ -117,13 +137,51 @@ def encoded_chunks(
         return
     ahead: tuple[Chunk, Pending | Finished | None] | None = None
     with quiet_pillow():
-        for chunk in ordered_map(lambda chunk: decode_chunk(chunk, reader), chunks, workers):
+        for chunk in decoded_chunks(chunks, reader, encoding.resize, workers):
             pending = start_chunk(chunk, encoding)
             if ahead is not None:
-                yield finish_chunk(*ahead, encoding.row_format)
+                yield _collected(*ahead, encoding)
             ahead = chunk, pending
         if ahead is not None:
-            yield finish_chunk(*ahead, encoding.row_format)
+            yield _collected(*ahead, encoding)
+
+
+def decoded_chunks(
+    chunks: Iterator[Chunk], reader: ImageReader, resize: DeviceResize | None, workers: int
+) -> Iterator[Chunk]:
+    """Yield the chunks, decoded by ``workers`` threads, in order; each thread decodes one image, not a whole chunk."""
+    buffer = None if resize is None else resize.buffer
+    if buffer is not None:
+        buffer.open()
+
+    def decode(task: tuple[int, Chunk, Chunk]) -> tuple[int, Chunk, Chunk]:
+        turn, _, part = task
+        decode_chunk(part, reader, None if buffer is None else functools.partial(buffer.put, turn=turn))
+        return task
+
+    tasks = ((turn, chunk, part) for turn, chunk in enumerate(chunks) for part in _parts(chunk))
+    at_end = buffer.close if buffer is not None else lambda: None
+    for turn, chunk, part in ordered_map(decode, tasks, workers, ahead=AHEAD, at_end=at_end):
+        add_part(chunk, part)
+        if part.last:
+            yield chunk
+            if buffer is not None:
+                buffer.await_turn(turn + 1)
+
+
+def _parts(chunk: Chunk) -> list[Chunk]:
+    """Return the chunk's rows as chunks of one file each; the final one is the ``last``."""
+    files = [rows for _, rows in by_file(chunk.planned)]
+    return [Chunk(chunk.unit, rows, number == len(files)) for number, rows in enumerate(files, 1)]
+
+
+def _collected(chunk: Chunk, pending: Pending | Finished | None, encoding: Encoding) -> Chunk:
+    """Do what finish_chunk does, and give up the chunk's images in the buffer: the device has read them."""
+    raw = {item.pixels.picture for item in chunk.decoded if isinstance(item.pixels, RawCrop)}
+    finish_chunk(chunk, pending, encoding.row_format)
+    if encoding.resize is not None:
+        encoding.resize.buffer.free(raw)
+    return chunk
 
 
 def chunks_apart(

@@ -23,6 +23,7 @@ from fastvae.data.encoding.report import EncodeReport, Interrupted
 from fastvae.data.encoding.self_check import check_fast_path
 from fastvae.data.encoding.settings import Settings, identity_of, layout_of
 from fastvae.data.encoding.worker import Worker, encode_units
+from fastvae.data.images.on_device.resize import device_resize
 from fastvae.data.rows import Size, SourceFile, size_name
 from fastvae.data.sources.source import Listing, Source
 from fastvae.data.store.errors import StoreError
@@ -130,11 +131,13 @@ def _encode_planned(
             plan_files = store.plan_files()
         encoder = MomentEncoder(job.model, str(settings.dtype), settings.device, options.deterministic)
         batches = BatchSizes(options.batch, encoder)
-        encoding = Encoding(encoder, settings.row_format, batches)
+        resize, surprise = device_resize(settings.device) if todo else (None, None)
+        encoding = Encoding(encoder, settings.row_format, batches, resize)
         worker = Worker(store, leases, settings, options, job.reader, encoding, report, redo, plan_files, done=done)
-        if todo and (wrong := check_fast_path(encoder)):
-            print_stderr(f"fastvae: {wrong}\n")
-            report.notes.append(wrong)
+        for wrong in (surprise, check_fast_path(encoder) if todo else None):
+            if wrong:
+                print_stderr(f"fastvae: {wrong}\n")
+                report.notes.append(wrong)
         report.forms = forms_digest(encoder.model, settings.device)
         choose_workers(report, batches, encoder, count_by_bucket(todo), options.workers)
         report.dtype_error = _dtype_error(worker, todo)
@@ -188,7 +191,7 @@ def _dtype_error(worker: Worker, todo: list[Unit]) -> float | None:
     leased: list[Unit] = []
     for unit, row in itertools.islice(_free_rows(worker, todo, bucket, leased), batch + MAX_UNREADABLE):
         chunk = decode_chunk(Chunk(unit, (row,), True), worker.reader)
-        pixels += [item.pixels for item in chunk.decoded]
+        pixels += [item.pixels for item in chunk.decoded if isinstance(item.pixels, np.ndarray)]
         if len(pixels) == batch:
             break
     for unit in leased:

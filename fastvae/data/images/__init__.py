@@ -15,4 +15,5 @@ read         read_image and image_size: pixels or size of one file
 buckets      tables of sizes, and the bucket of an image
 size_rules   images that are left out for their size
 crop         resize, mirror and crop to a bucket
+on_device    images that a device scales and crops, in memory that it reads
 """

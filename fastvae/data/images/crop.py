@@ -58,6 +58,34 @@ class Variants:
 SINGLE = Variants()
 
 
+@dataclass(frozen=True)
+class Placement:
+    """A bucket's crop: of a picture scaled to ``scaled_hw`` and, if ``mirrored``, mirrored, from ``corner`` on.
+
+    ``corner``: (top, left) in pixels. ``size``: the crop's (height, width), the bucket's.
+    """
+
+    scaled_hw: Size
+    corner: Size
+    mirrored: bool
+    size: Size
+
+    @property
+    def crop_tlhw(self) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the crop."""
+        return *self.corner, *self.size
+
+
+def placement(
+    original_hw: Size, bucket: Size | int, variants: Variants = SINGLE, variant: int = 0, key: str = ""
+) -> Placement:
+    """Return the crop of an image of ``original_hw`` for a variant of a bucket: (H, W), or the side of a square."""
+    size = _sides(bucket)
+    height, width = scaled_size(original_hw, size)
+    corner = variants.corner(key, variant, (height - size[0], width - size[1]))
+    return Placement((height, width), corner, variants.is_mirrored(variant), size)
+
+
 def make_variants(crop: str, crops: int, flip: bool, seed: int) -> Variants:
     """Return the variants of a run; raises ValueError for an impossible number of them."""
     most = 2**15  # a variant's number, mirrored ones included, is stored in 16 bits
@@ -77,8 +105,8 @@ def to_bucket(
     after mirroring if the variant is mirrored; its first two values are SDXL's crop coordinates. The filter is Pillow's
     Lanczos, whose support grows with the scale, so that it does not alias.
     """
-    cropped, crop = _crop(picture.image, picture.original_hw, _sides(bucket), variants, variant, key)
-    return np.array(cropped), crop
+    place = placement(picture.original_hw, bucket, variants, variant, key)
+    return np.array(cropped(picture.image, place)), place.crop_tlhw
 
 
 def pool_opacity(
@@ -92,24 +120,22 @@ def pool_opacity(
     rows, columns = size[0] // factor, size[1] // factor
     if picture.opacity is None:
         return np.full((rows, columns), 255, np.uint8)
-    cropped, _ = _crop(picture.opacity, picture.original_hw, size, variants, variant, key)
-    totals = np.asarray(cropped).reshape(rows, factor, columns, factor).sum((1, 3), dtype=np.uint32)
+    crop = cropped(picture.opacity, placement(picture.original_hw, size, variants, variant, key))
+    totals = np.asarray(crop).reshape(rows, factor, columns, factor).sum((1, 3), dtype=np.uint32)
     return ((totals + factor**2 // 2) // factor**2).astype(np.uint8)
 
 
-def _crop(
-    image: Image.Image, original_hw: Size, size: Size, variants: Variants, variant: int, key: str
-) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Return the crop of an image, colours or opacity, and its (top, left, height, width)."""
+def cropped(image: Image.Image, place: Placement) -> Image.Image:
+    """Return the crop of an image, colours or opacity, scaled by Pillow."""
     from PIL import Image
 
-    height, width = scaled_size(original_hw, size)
+    height, width = place.scaled_hw
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    if variants.is_mirrored(variant):
+    if place.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    top, left = variants.corner(key, variant, (height - size[0], width - size[1]))
-    return image.crop((left, top, left + size[1], top + size[0])), (top, left, *size)
+    top, left, rows, columns = place.crop_tlhw
+    return image.crop((left, top, left + columns, top + rows))
 
 
 def scaled_size(original_hw: Size, bucket: Size | int) -> Size:
