@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvae_kernels import group_norm, group_norm_silu, interleave, pixels, residual, winograd
+from fastvae_kernels import group_norm, group_norm_silu, interleave, pixels, residual, resize, winograd
 from fastvae_kernels.shared import statistics
 from fastvae_kernels.shared.runtime import INTERPRETED, size_in_bytes
 from fastvae_kernels.shared.winograd_matrices import FORMS
@@ -108,3 +108,20 @@ def test_winograd_moves_its_cost_to_the_byte(form):
     again += (2 * programs - 1) * size_in_bytes(*given[1:3]) + size_in_bytes(gain, bias, other)
     assert len(launches) + 2 == must.launches
     assert sum(launches) == must.bytes - products + again
+
+
+@pytest.mark.parametrize("scaled", [(8, 20), (8, 60)], ids=["horizontal first", "vertical first"])
+def test_resizing_moves_its_cost_to_the_byte(scaled):
+    """Besides the cost, each program reads the weights of its pass, and 8 and 4 of the fields of its row."""
+    crop = resize.Crop(7, (90, 61), scaled, (0, 1))
+    given = torch.randint(0, 256, (20_000,), dtype=torch.uint8), *resize.plan([crop], (8, 18))
+    with counted() as launches:
+        resize.resize_lanczos(*given)
+    must = resize.cost(*given)
+    rows, blocks, weights = given[1:4]
+    taps = {"y": int(rows[0, 7]), "x": int(rows[0, 9])}
+    tables = {"y": 4 * 8 * (1 + taps["y"]), "x": 4 * 18 * (1 + taps["x"])}
+    assert sum(tables.values()) == size_in_bytes(weights)
+    first = tables["y" if rows[0, 5] else "x"]
+    assert len(launches) == must.launches
+    assert sum(launches) == must.bytes + (len(blocks) - 1) * first + 64 * len(blocks) + 32 - size_in_bytes(rows)
