@@ -8,6 +8,7 @@ import torch
 from fastvae_kernels import resize
 from fastvae_kernels.parts import lanczos, resize_tables
 from fastvae_kernels.resize import Crop, plan, resize_lanczos
+from fastvae_kernels.shared.runtime import INTERPRETED
 from support.pillow_resize import packed, pillow_bytes, random_crop, random_picture
 from support.short_run import short_run
 
@@ -143,13 +144,60 @@ def test_pictures_beyond_two_gigabytes():
     assert all(torch.equal(one[0], want) for one in out)
 
 
+def test_lines_beyond_two_gigabytes():
+    """The tenth line of a picture 80 million pixels wide, of which a box of 30 is scaled."""
+    picture, width = random_picture(12, 30, 0), 80_000_000
+    with mmap.mmap(-1, 12 * 3 * width) as memory:
+        for line in range(12):
+            memory[line * 3 * width : line * 3 * width + 90] = picture[line].numpy().tobytes()
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        tables = plan([Crop(0, (12, width), (11, 30), (2, 3), False, (0, 0, 30, 12))], SIZE)
+        assert 11 * int(tables.rows[0, 1]) > 2**31
+        out = [call(buffer, *tables).cpu() for call in (resize.reference, resize_lanczos)]
+        del buffer
+    want = pillow_bytes(picture, Crop(0, (12, 30), (11, 30), (2, 3)), SIZE)
+    assert all(torch.equal(one[0], want) for one in out)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a temporary that takes no room is the host's")
+def test_a_temporary_beyond_two_gigabytes():
+    """The first pass of a picture whose lines are the temporary's last."""
+    picture, between, base = random_picture(8, 8, 0), 1024, 2**21 + 8
+    rows, blocks, weights, *_ = plan([Crop(0, (8, 8), (8, 8))], (8, 8))
+    rows[0, 4] = base
+    with mmap.mmap(-1, (base + 8) * between) as memory:
+        temporary = torch.frombuffer(memory, dtype=torch.uint8)
+        constants = {"FIRST": True, "LINES": resize_tables.LINES, "BLOCK": resize.BLOCK}
+        resize._pass_kernel[(1, 1)](picture, temporary, rows, blocks, weights, between, 8, 8, **constants)
+        last = temporary[base * between :].view(8, between)[:, :24].clone()
+        del temporary
+    assert torch.equal(last, picture.view(8, 24))
+
+
+def test_edges_of_a_box_are_kept_in_fp32():
+    """At 100,000 pixels fp32 has steps of 1/128."""
+    picture = random_picture(9, 100_100, 1)
+    crop = Crop(0, (9, 100_100), (9, 12), (0, 1), False, (100_000.003, 0, 100_009.006, 9))
+    out = resize.reference(picture.flatten(), *plan([crop], SIZE))
+    assert torch.equal(out[0].cpu(), pillow_bytes(picture, crop, SIZE))
+
+
+def test_the_width_of_a_box_is_rounded_to_fp32():
+    """The last of 700 outputs: without that rounding its window would be 1e-5 pixels to the side."""
+    low, width = torch.tensor([0.3, 1000.0 - torch.tensor(0.3).item()]).tolist()
+    first, weights = lanczos.axis(1000, 700, 0.3, 1000.0)
+    centre = low + 699.5 * (width / 700)
+    exact = torch.tensor(lanczos._exact(int(first[-1]), 1000, centre, 700 / width), dtype=torch.float64)
+    assert torch.equal(weights[: len(exact), -1], lanczos._round(exact * 2**22))
+
+
 def test_the_weights_are_the_c_librarys(monkeypatch):
     """Computed one by one with the C library's sine, as Pillow does, or all at once: the same weights."""
-    sizes = [(64, 48), (7, 300), (1080, 512), (33, 32), (4000, 96), (5, 1)]
-    at_once = [lanczos.axis.__wrapped__(old, new, 0.25, float(old)) for old, new in sizes]
+    sizes = [(64, 48, 0.25), (7, 300, 0.25), (1080, 512, 0.0), (33, 11, 0.0), (4000, 96, 3.5), (5, 1, 0.0)]
+    at_once = [lanczos.axis.__wrapped__(old, new, low, float(old)) for old, new, low in sizes]
     monkeypatch.setattr(lanczos, "_NEAR", 1.0)
-    for (old, new), axis in zip(sizes, at_once, strict=True):
-        one_by_one = lanczos.axis.__wrapped__(old, new, 0.25, float(old))
+    for (old, new, low), axis in zip(sizes, at_once, strict=True):
+        one_by_one = lanczos.axis.__wrapped__(old, new, low, float(old))
         assert torch.equal(axis.first, one_by_one.first)
         assert torch.equal(axis.weights, one_by_one.weights)
 
