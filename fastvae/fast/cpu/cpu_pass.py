@@ -8,11 +8,12 @@ bf16 encode.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastvae_kernels.cpu import winograd
+from fastvae_kernels.cpu import library, winograd
 from torch import Tensor
 
 from fastvae.fast import layer_checks
@@ -103,7 +104,7 @@ class CpuPass(Pass):
         place = name, dtype
         if place not in self.inside or self.inside[place].numel() < size:
             self.inside.pop(place, None)  # its memory first
-            self.inside[place] = torch.empty(size, dtype=dtype, device="cpu")
+            self.inside[place] = library.empty(size, dtype)
         return self.inside[place]
 
     def _form(self, conv: Layer, x: Tensor, kind: str = "conv") -> Form:
@@ -151,7 +152,8 @@ def form_on_cpu(forms: Forms, conv: Layer, pixels: int, kind: str = "conv") -> F
 
 def _empty(x: Tensor, *size: int) -> Tensor:
     """Return memory of this size in channels_last, for values of x's dtype. Defaults of torch do not matter."""
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    batch, channels, height, width = size
+    return library.empty(math.prod(size), x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _bias(conv: Layer) -> Tensor | None:

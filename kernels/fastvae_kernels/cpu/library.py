@@ -77,6 +77,17 @@ def build_name() -> str:
     return "built for AVX512" if library().has_avx512 else "built for AVX2"
 
 
+def empty(size: int, dtype: torch.dtype) -> Tensor:
+    """Return new memory on the CPU for so many values, in pages of 2 MiB where the system gives some.
+
+    At first use a page of 4 KiB takes about a microsecond: of an encode of 512² in fp32 on two cores a fifth.
+    """
+    memory = torch.empty(size, dtype=dtype, device="cpu")
+    if library().why_not is None:
+        library().functions.fastvae_huge_pages(POINTER(address(memory)), INT(memory.nbytes))
+    return memory
+
+
 def address(values: Tensor | None) -> int | None:
     """Return the address of a tensor's first value, or None."""
     return None if values is None else values.data_ptr()

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NAMES = ("group_norm.c", "winograd.c", "avx512.c")
+NAMES = ("group_norm.c", "winograd.c", "avx512.c", "memory.c")
 HEADERS = ("vectors.h",)
 X86 = ("x86_64", "AMD64")
 FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")

@@ -1,5 +1,7 @@
 """The library of C kernels: the reasons why there is none, and the path without it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from fast.small_models import pixels, small_model
@@ -37,6 +39,27 @@ def test_vectors_of_avx512_run_where_the_cpu_and_the_channels_allow_them(monkeyp
         ]
         monkeypatch.setattr(library, "library", lambda found=found: found)
         assert library.build_name() == f"built for {capability}"
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+def test_new_memory_is_in_large_pages():
+    """``hg`` is the flag of a mapping for which they were asked."""
+    memory = library.empty(2**22, torch.float32)
+    assert (memory.shape, memory.dtype) == ((2**22,), torch.float32)
+    middle, flags = memory.data_ptr() + 2**23, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line[0].isupper():
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        elif line.startswith("VmFlags") and first <= middle < last:
+            flags = line
+    assert " hg" in flags
+
+
+def test_memory_without_the_library_is_torchs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    found = library.Library()
+    monkeypatch.setattr(library, "library", lambda: found)
+    assert library.empty(3, torch.bfloat16).shape == (3,)
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):
