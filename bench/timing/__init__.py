@@ -15,6 +15,7 @@ test_ops       each op
 test_networks  the encoder and the decoder
 test_profile   profiles of both
 test_loader    LatentLoader
+feed           a folder of photographs to a store, with an encoder that waits
 forms          Winograd's forms beside the direct one
 test_pipeline  a folder of photographs to latents on disk
 """

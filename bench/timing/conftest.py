@@ -30,6 +30,8 @@ def pytest_addoption(parser):
     parser.addoption("--results", default="", help="write the results to this JSON")
     parser.addoption("--dry", action="store_true", help="run a few tiny cases without measuring their speed")
     parser.addoption("--rivals", action="store_true", help="run the networks of make bench-cpu, on a CPU")
+    parser.addoption("--encode-ms", type=float, help="rates of feeding an encoder that waits so long for an image")
+    parser.addoption("--photographs", default="", help="a folder of JPEGs for those rates")
     parser.addoption("--without", action="append", default=[], help="leave this contestant out (may be repeated)")
 
 
@@ -49,7 +51,7 @@ def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
 
 
 def pytest_configure(config):
-    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd", "upsample", "roof")
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "feed", "winograd", "upsample", "roof")
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The settings of the tests, before the kernels are imported: the interpreter if there is no GPU, and its
@@ -151,6 +153,11 @@ def pytest_terminal_summary(terminalreporter):
         rates = ", ".join(f"{who} {rate:.1f} images/s" for who, rate in row["images_per_second"].items())
         text = "right" if dry else f"{rates}: {100 * row['share_of_encoder']:.1f} % of the encoder"
         terminalreporter.write_line(f"{name:44} {text}")
+    for name, row in results["feed"].items():
+        for way, rates in row["ways"].items():
+            warm, cold = (rates[f"{cache}_images_per_second"] for cache in ("warm", "cold"))
+            text = "right" if dry else f"{warm:.1f} images/s, cold {cold:.1f}"
+            terminalreporter.write_line(f"{'feed ' + name:44} {way:28} {text}")
     for name, row in (results["winograd"] | results["upsample"]).items():
         terminalreporter.write_line(f"{name:44} {forms_text(row, dry)}")
     for name in results["failed"]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import PIL
 import torch
-from fastvae_kernels.resize import Crop, plan, resize_lanczos
+from fastvae_kernels.resize import Crop, Tables, plan, resize_lanczos
 from fastvae_kernels.shared.runtime import KERNEL_DEVICES
 from torch import Tensor
 
@@ -46,8 +46,7 @@ class DeviceResize:
 
         The pictures must stay in the buffer until the batch is computed.
         """
-        crops, pieces, size = _layout(items, self._memory)
-        tables = plan(crops, size, PILLOW)
+        pieces, tables = self.layout(items)
         if self._stream is None:
             return resize_lanczos(self._gathered(pieces), *tables.to(self.device))
         pinned = tables._replace(**{name: getattr(tables, name).pin_memory() for name in ("rows", "blocks", "weights")})
@@ -57,6 +56,11 @@ class DeviceResize:
         computing.wait_stream(self._stream)
         batch.record_stream(computing)
         return batch
+
+    def layout(self, items: Sequence[np.ndarray | RawCrop]) -> tuple[list[tuple[int, Tensor]], Tables]:
+        """Return the bytes of a batch's pictures, each with its place behind the others, and the op's tables."""
+        crops, pieces, size = _layout(items, self._memory)
+        return pieces, plan(crops, size, PILLOW)
 
     def _gathered(self, pieces: list[tuple[int, Tensor]]) -> Tensor:
         start, last = pieces[-1]
