@@ -79,7 +79,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench/timing -v -rfEs -p no:logging --results $(RESULTS)
 
-# Times encoder and decoder in fp32 beside every other implementation for CPUs; half an hour on two cores.
+# Times encoder and decoder beside every other implementation for CPUs, in fp32 and once in bf16; half an hour.
 bench-cpu: $(VENV)/.bench
 	name=$$($(BIN)/python -c "import torch; from fastvae.fast.forms import device_name as d; print(d.name_of(torch.device('cpu')))") && \
 		$(BIN)/python -m pytest bench/timing/test_networks.py --rivals -v -rfEs -p no:logging \

@@ -131,13 +131,16 @@ def _on_a_gpu(part: str) -> list[Network]:
 
 
 _ALL = {"compiled": True, "exported": True}
-# "rivals" is the table of make bench-cpu: every contestant on a CPU in fp32.
+# "rivals" is the table of make bench-cpu: every contestant on a CPU, in fp32 and once in bf16.
 ENCODERS = {
     "cuda": _on_a_gpu("encoder"),
     "cpu": [
         Network("encoder", "sd15", 256, dtype=dtype, compiled=True, exported=True) for dtype in ("float32", "bfloat16")
     ],
-    "rivals": [Network("encoder", "sd15", side, dtype="float32", **_ALL) for side in (256, 512)],
+    "rivals": [
+        Network("encoder", "sd15", side, dtype=dtype, **_ALL)
+        for side, dtype in ((256, "float32"), (512, "float32"), (256, "bfloat16"))
+    ],
     "dry": [Network("encoder", TINY, 4, dtype="bfloat16")],
 }
 DECODERS = {

@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
     """Return the mark that skips a case whose dtype this CPU has no instructions for: torch emulates it, in minutes."""
-    if kind == "cpu" and dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if kind in ("cpu", "rivals") and dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return [pytest.mark.skip(reason="this CPU has no bf16 instructions")]
     return []
 
