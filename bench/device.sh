@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs all tests and benchmarks that need a GPU. The machine needs only torch, triton, pytest and pytest-benchmark.
 #   bench/device.sh                 kernel tests, op and network benchmarks, bits of the generator; under 10 minutes
-#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader, winograd, upsample, compile or
-#                                   tune (may be repeated); the last four run only when they are named, winograd and
-#                                   upsample also with --dry
+#   bench/device.sh --only PART     tests, ops, philox, encoder, decoder, profile, loader, resize, winograd, upsample,
+#                                   compile or tune (may be repeated); the last four run only when they are named,
+#                                   winograd and upsample also with --dry
 #   bench/device.sh --seconds N     all parts within N seconds instead of 575
 #   bench/device.sh --dry           all parts on a few tiny cases, in the interpreter without a GPU
 #   bench/device.sh --help          prints these lines
@@ -24,8 +24,8 @@ while (($#)); do
         --dry) dry=(--dry) ;;
         --only)
             case ${2:-} in
-                tests | ops | philox | encoder | decoder | profile | loader | winograd | upsample | compile | tune) parts+=("$2") && shift ;;
-                *) echo "--only takes tests, ops, philox, encoder, decoder, profile, loader, winograd, upsample, compile or tune, got '${2:-}'" >&2 && exit 2 ;;
+                tests | ops | philox | encoder | decoder | profile | loader | resize | winograd | upsample | compile | tune) parts+=("$2") && shift ;;
+                *) echo "--only takes tests, ops, philox, encoder, decoder, profile, loader, resize, winograd, upsample, compile or tune, got '${2:-}'" >&2 && exit 2 ;;
             esac ;;
         --seconds)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--seconds takes a whole number, got '${2:-}'" >&2 && exit 2; }
@@ -35,7 +35,7 @@ while (($#)); do
     shift
 done
 if ((${#parts[@]} == 0)); then
-    parts=(tests ops philox encoder decoder profile loader)
+    parts=(tests ops philox encoder decoder profile loader resize)
     # These want the time of a whole run; compile takes minutes even on tiny cases.
     ((${#dry[@]})) && parts+=(winograd upsample)
 fi
@@ -64,7 +64,7 @@ elif ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_sp
     without=(--without diffusers)
 fi
 
-declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [loader]=2 [winograd]=8 [upsample]=2 [compile]=8 [tune]=30)
+declare -A share=([tests]=8 [ops]=6 [philox]=1 [encoder]=7 [decoder]=4 [profile]=2 [loader]=2 [resize]=2 [winograd]=8 [upsample]=2 [compile]=8 [tune]=30)
 failed=() lines=() statuses=() ahead=0
 for name in "${parts[@]}"; do ((ahead += share[$name])); done
 part() { # name, command
@@ -99,6 +99,7 @@ for name in "${parts[@]}"; do
         encoder | decoder) measure "$name" test_networks -k "$name and not compiled" "${without[@]}" ;;
         compile) measure compile test_networks -k compiled "${without[@]}" ;;
         profile | loader) measure "$name" "test_$name" ;;
+        resize) measure resize pictures/test_resize ;;
         winograd) part winograd "${pytest[@]}" bench/timing/forms -k winograd "${dry[@]}" --results "$out/winograd.json" -q -rfE ;;
         upsample) measure upsample forms/test_upsample ;;
         tune) part tune "$PYTHON" -m bench.kernels.tune --copy "$out" ;;
@@ -118,6 +119,7 @@ done >"$out/logs.txt"
         case $name in
             ops) grep -E '^(roof measured|[a-z_]+ [0-9x]+ )|^FAILED' <<<"${logs[ops]}" ;;
             encoder | decoder | profile | loader) grep -E '^(encoder|decoder) |^FAILED' <<<"${logs[$name]}" | grep -v 'left out: \(takes\|compiling\|this case\)' ;;
+            resize) grep -E '^resize |^FAILED' <<<"${logs[resize]}" ;;
             tests | philox) grep -E '^(FAILED|ERROR)' <<<"${logs[$name]}" | cut -c1-200 | head -40 ;;
             tune) tail -40 <<<"${logs[tune]}" ;;
         esac

@@ -18,8 +18,9 @@ from typing import Any
 
 # Part -> key of its data in a results file. The kernel tests and the search for tiles have no data.
 DATA = {"ops": "cases", "philox": "generator", "encoder": "networks", "decoder": "networks", "profile": "profiles",
-        "loader": "loader", "winograd": "winograd", "upsample": "upsample", "compile": "networks"}  # fmt: skip
-EMPTY = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd", "upsample")
+        "loader": "loader", "resize": "resize", "winograd": "winograd", "upsample": "upsample",
+        "compile": "networks"}  # fmt: skip
+EMPTY = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "winograd", "upsample", "resize")
 OF_A_PART = (*EMPTY, "passed", "failed", "roof")
 
 

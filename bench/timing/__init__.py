@@ -17,5 +17,6 @@ test_profile   profiles of both
 test_loader    LatentLoader
 feed           a folder of photographs to a store, with an encoder that waits
 forms          Winograd's forms beside the direct one
+pictures       pictures on their way to the encoder
 test_pipeline  a folder of photographs to latents on disk
 """

@@ -51,7 +51,8 @@ def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
 
 
 def pytest_configure(config):
-    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "feed", "winograd", "upsample", "roof")
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "feed", "resize", "winograd", "upsample",
+            "roof")  # fmt: skip
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The settings of the tests, before the kernels are imported: the interpreter if there is no GPU, and its
@@ -160,6 +161,10 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{'feed ' + name:44} {way:28} {text}")
     for name, row in (results["winograd"] | results["upsample"]).items():
         terminalreporter.write_line(f"{name:44} {forms_text(row, dry)}")
+    for name, row in results["resize"].items():
+        spent = ", ".join(f"{who} {1e6 * seconds:.0f} µs" for who, seconds in row["median_seconds"].items())
+        text = "right" if dry else f"{spent}, {100 * row['share_of_copy_rate']:.0f} % of a copy"
+        terminalreporter.write_line(f"{name:44} {text}")
     for name in results["failed"]:
         terminalreporter.write_line(f"FAILED {name}")
 

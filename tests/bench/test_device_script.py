@@ -34,7 +34,7 @@ def test_a_dry_run_writes_its_results(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "logs.txt", "summary.txt"}
     whole = json.loads((tmp_path / "results.json").read_text())
     assert whole["dry"] is whole["passed"] is True
-    measured = {"ops", "philox", "encoder", "decoder", "profile", "loader", "winograd", "upsample"}
+    measured = {"ops", "philox", "encoder", "decoder", "profile", "loader", "winograd", "upsample", "resize"}
     assert whole["parts"].keys() == {"tests"} | measured
     for part in whole["parts"].values():
         assert part["passed"] is True
@@ -65,6 +65,8 @@ def test_a_dry_run_writes_its_results(tmp_path):
     layer, network = whole["winograd"].values()
     assert layer["times_direct"].keys() == {"direct", *(f"winograd{n}{end}" for n in (2, 4) for end in ("", ", in L2"))}
     assert layer["tflops"].keys() == {"winograd2, products", "winograd4, products"}
+    (pictures,) = whole["resize"].values()
+    assert pictures["median_seconds"].keys() == {"kernels", "bicubic"}
     (layer,) = whole["upsample"].values()
     assert layer["times_direct"].keys() == {"direct", "four_taps"}
     assert "fastvae, frozen, Winograd from 32 channels" in network["contestants"]
@@ -171,7 +173,7 @@ def test_a_wrong_network_fails_and_has_no_time(tmp_path):
 def test_unknown_arguments_are_refused(tmp_path):
     done = run_script(tmp_path, "--only", "everything")
     assert done.returncode == 2
-    parts = "tests, ops, philox, encoder, decoder, profile, loader, winograd, upsample, compile or tune"
+    parts = "tests, ops, philox, encoder, decoder, profile, loader, resize, winograd, upsample, compile or tune"
     assert f"--only takes {parts}, got 'everything'" in done.stderr
     if not torch.cuda.is_available():
         done = run_script(tmp_path, "--only", "ops")

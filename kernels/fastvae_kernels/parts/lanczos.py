@@ -17,8 +17,8 @@ from torch import Tensor
 # Sums fit in int32: the positive weights of an output add up to at most 1.29 (from 4 values to 5; sizes to 60, boxes to
 # 100), the negative to -0.29, and 255 * 1.29 * 2^22 + 2^21 is 0.65 * 2^31.
 BITS = 22
-# Half the distance from a rounding limit within which a weight is computed as Pillow does, operation by operation.
-# The sine of torch and its order of summation are off by 2^-44 at most, here 2^-22 of the units that are rounded.
+# A weight as near as this to a rounding limit, in units of 2^-22, is computed as Pillow does, operation by operation:
+# torch's sine and order of summation made differences up to 2^-29 in 28,497 axes of 64 to 6,000 values.
 _NEAR = 2.0**-20
 
 
@@ -55,11 +55,15 @@ def axis(old: int, new: int, low: float, high: float) -> Axis:
 
 
 def _round(scaled: Tensor) -> Tensor:
-    return (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc().int()
+    return (scaled + torch.copysign(torch.tensor(0.5, dtype=scaled.dtype), scaled)).int()  # int() cuts
 
 
 def _lanczos(x: Tensor) -> Tensor:
-    return torch.where((x >= -3.0) & (x < 3.0), torch.sinc(x) * torch.sinc(x / 3), 0.0)
+    """Return sinc(x) sinc(x / 3), with the sine of three times an angle from the angle's: torch.sinc takes 8 times as
+    long as both."""
+    sine = torch.sin(x * (math.pi / 3))
+    kernel = sine.square() * (3.0 - 4.0 * sine.square()) / (x.square() * (math.pi**2 / 3))
+    return torch.where((x >= -3.0) & (x < 3.0), torch.where(x == 0.0, 1.0, kernel), 0.0)
 
 
 def _exact(first: int, last: int, centre: float, inverse: float) -> list[float]:
