@@ -51,8 +51,8 @@ def _lacking(kind: str, dtype: str) -> list[pytest.MarkDecorator]:
 
 
 def pytest_configure(config):
-    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "feed", "resize", "winograd", "upsample",
-            "roof")  # fmt: skip
+    data = ("cases", "networks", "pipeline", "generator", "profiles", "loader", "feed", "resize", "winograd",
+            "upsample", "roof")  # fmt: skip
     config.results = {**{name: {} for name in data}, "failed": []}
     if config.getoption("dry") or torch.cuda.is_available():
         # The settings of the tests, before the kernels are imported: the interpreter if there is no GPU, and its
