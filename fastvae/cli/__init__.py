@@ -14,5 +14,6 @@ export   rows to other trainers' layouts
 compare  error of each stage of a model
 bench    speed beside other implementations
 tune     the fastest form of each convolution on this device
+plan_hardware  cores that a GPU needs for a user's pictures
 doctor   what is in order on this machine
 """

@@ -15,6 +15,7 @@ from fastvae.cli.doctor import doctor
 from fastvae.cli.encode import encode
 from fastvae.cli.export import export
 from fastvae.cli.info import info
+from fastvae.cli.plan_hardware import plan_hardware
 from fastvae.cli.repair import repair
 from fastvae.cli.tune import tune
 from fastvae.cli.verify import verify
@@ -67,7 +68,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, encode, decode, info, verify, repair, export, bench, tune, compare, doctor):
+for command in (demo, encode, decode, info, verify, repair, export, bench, tune, compare, plan_hardware, doctor):
     cli.add_command(command)
 
 

@@ -11,6 +11,7 @@ findings        one finding of the doctor: a severity and a sentence
 torch_checks    checks of the doctor that need torch
 doctor          `fastvae doctor`
 tuning          `fastvae tune`: the fastest accurate form of each convolution
+hardware_plan   `fastvae plan-hardware`: cores that a device needs for a user's pictures
 number_format   figures for people
 bar_chart       bars as SVG
 page            a result as one HTML file
