@@ -40,7 +40,7 @@ OTHER_MS = 1.0
 
 @dataclass
 class Sample:
-    """What was measured on a sample: CPU milliseconds of each picture, and how many could not be read."""
+    """Measurements of a sample: CPU milliseconds of each picture, and how many could not be read."""
 
     decode_ms: list[float] = field(default_factory=list)
     resize_ms: list[float] = field(default_factory=list)
