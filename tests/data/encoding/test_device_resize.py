@@ -4,6 +4,7 @@ import json
 import threading
 from types import SimpleNamespace
 
+import fastvae_kernels.resize
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,12 @@ from fastvae.data.store.plan import PlannedRow, Unit
 
 SIZES = ((48, 40), (40, 48), (97, 33), (32, 32), (24, 20), (61, 200), (130, 110))
 OPTIONS = {"buckets": 32, "crop": "random", "variants": 2, "flip": True, "alpha": "mask", "seed": 3, "batch": 8}
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """The op's reference, which is much faster than its kernel in the interpreter; tests/ops compares the two."""
+    monkeypatch.setattr(on_device, "resize_lanczos", fastvae_kernels.resize.reference)
 
 
 @pytest.fixture
