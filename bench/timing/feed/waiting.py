@@ -1,4 +1,4 @@
-"""An encoder and a resize that take a device's time and none of the CPU's, instead of a GPU's."""
+"""An encoder and a resize that take a device's time and none of the CPU's."""
 
 from __future__ import annotations
 

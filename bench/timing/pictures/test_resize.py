@@ -69,12 +69,12 @@ def test_resize(case, device, roof, stopwatch, results):
         resize.Crop(index * each, (case.height, case.width), case.scaled, case.corner) for index in range(case.count)
     ]
     tables = resize.plan(crops, (case.side, case.side)).to(device)
-    given = pictures.view(-1), *tables
-    assert torch.equal(resize.launch(*given), resize.reference(*given))
-    calls = {"kernels": lambda: resize.launch(*given), "bicubic": lambda: bicubic(pictures, case)}
+    buffer = pictures.view(-1)
+    assert torch.equal(resize.launch(buffer, *tables), resize.reference(buffer, *tables))
+    calls = {"kernels": lambda: resize.launch(buffer, *tables), "bicubic": lambda: bicubic(pictures, case)}
     seconds = stopwatch.interleaved({name: [call] for name, call in calls.items()})
     medians = {name: median(taken) for name, taken in seconds.items()}
-    moved = resize.cost(*given).bytes
+    moved = resize.cost(buffer, *tables).bytes
     results["resize"][case.name] = {
         "count": case.count, "height": case.height, "width": case.width, "side": case.side, "bytes": moved,
         "median_seconds": medians, "share_of_copy_rate": moved / medians["kernels"] / roof["bytes"],

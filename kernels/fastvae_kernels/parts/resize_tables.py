@@ -71,14 +71,14 @@ def plan(crops: Sequence[Crop], size: tuple[int, int], pillow: int = 13) -> Tabl
     """
     if min(size) < 1:
         raise ValueError(f"size must be (height, width) of at least 1 pixel, got {size}")
-    axes: dict[tuple, _Outputs] = {}
+    axes: dict[_Wanted, _Outputs] = {}
     rows, pieces, length, base = [], [], 0, 0
     for crop in crops:
         _check(crop, size)
         keys = _axis_keys(crop, size)
         for key in keys:
             if key not in axes:
-                axes[key] = _outputs(*key, length)
+                axes[key] = _outputs(key, length)
                 pieces += [axes[key].first, axes[key].weights.flatten()]
                 length += sum(piece.numel() for piece in pieces[-2:])
         y, x = (axes[key] for key in keys)
@@ -116,22 +116,32 @@ class _Outputs(NamedTuple):
     place: int
 
 
-def _axis_keys(crop: Crop, size: tuple[int, int]) -> list[tuple]:
-    """Return the arguments of _outputs for the lines and for the columns of a crop."""
+class _Wanted(NamedTuple):
+    """``count`` outputs from ``corner`` on, of an axis whose values from ``low`` to ``high`` are scaled to ``new``."""
+
+    old: int
+    new: int
+    low: float
+    high: float
+    corner: int
+    count: int
+    mirrored: bool
+
+
+def _axis_keys(crop: Crop, size: tuple[int, int]) -> list[_Wanted]:
+    """Return what is wanted of the lines and of the columns of a crop."""
     left, top, right, bottom = (0.0, 0.0, *reversed(crop.size)) if crop.box is None else crop.box
     return [
-        (crop.size[0], crop.scaled[0], top, bottom, crop.corner[0], size[0], False),
-        (crop.size[1], crop.scaled[1], left, right, crop.corner[1], size[1], crop.mirrored),
+        _Wanted(crop.size[0], crop.scaled[0], top, bottom, crop.corner[0], size[0], False),
+        _Wanted(crop.size[1], crop.scaled[1], left, right, crop.corner[1], size[1], crop.mirrored),
     ]
 
 
-def _outputs(
-    old: int, new: int, low: float, high: float, corner: int, count: int, mirrored: bool, place: int
-) -> _Outputs:
-    whole = axis(old, new, float(low), float(high))
-    chosen = torch.arange(corner, corner + count)
-    if mirrored:
-        chosen = new - 1 - chosen
+def _outputs(wanted: _Wanted, place: int) -> _Outputs:
+    whole = axis(wanted.old, wanted.new, float(wanted.low), float(wanted.high))
+    chosen = torch.arange(wanted.corner, wanted.corner + wanted.count)
+    if wanted.mirrored:
+        chosen = wanted.new - 1 - chosen
     first, weights = whole.first[chosen], whole.weights[:, chosen]
     begin = int(first.min())
     return _Outputs(first - begin, weights, begin, int(first.max()) + len(weights) - begin, place)
