@@ -10,7 +10,8 @@ layer_checks      properties of a single layer
 fallback_reasons  why a module falls back, one named reason each
 inference_pass    blocks without a gradient, on fused kernels
 training_pass     blocks with a gradient, on fused kernels
-cpu               blocks without fused kernels on a CPU: the pass, GroupNorm
+cpu               blocks without fused kernels on a CPU: the pass, GroupNorm, attention
+tiled             exact tiling: encode and decode in bands of rows within a memory budget
 packed_weights    laid-out copies and products of weights
 forms             the form of each convolution, by tables of measurements
 fp32_copy         the copy on which rows that overflow are computed again

@@ -1,7 +1,8 @@
 """fastvae.accelerate and restore: put the fast path on a VAE of this structure, and remove it.
 
-Only ``forward`` of the encoder and of the decoder is replaced, on the instance, as a bound method of the same name. So
-type, state dict, deepcopy, hooks and saving do not change, and a pickled copy is stock.
+Only ``forward`` of the encoder and of the decoder is replaced, on the instance, as a bound method of the same name, and
+the model's ``enable_tiling`` and ``disable_tiling``. So type, state dict, deepcopy, hooks and saving do not change, and
+a pickled copy is stock.
 Fallbacks are checked at every call (survey.py), and decided again (fallback_reasons.py) when a layer, a hook or the
 place of a weight has changed, so weights may change device, dtype or value afterwards.
 """
@@ -20,6 +21,7 @@ from torch import nn
 from fastvae.fast import copying, fallback_reasons, layer_checks
 from fastvae.fast.fallback_reasons import Reason
 from fastvae.fast.fast_path import FastPath
+from fastvae.fast.tiled import switches
 from fastvae.latents.autoencoder import ACCELERATED, described_model
 from fastvae.latents.interpreter import INTERPRETER_IGNORED
 
@@ -52,6 +54,8 @@ def accelerate(
     take turns. torch.compile chooses summation orders and launches, so the three settings above exclude it.
     freeze: you promise not to change the weights; packed copies are kept (``fast_report`` has their bytes) until
     ``refresh``, and attention may take its shared form.
+    ``enable_tiling(exact=True, max_memory="12GiB")`` of the model then encodes and decodes in bands of rows within that
+    memory, with the bits of the whole image (docs/memory.md); on a CPU, until ``restore``.
     A second call replaces the settings of the first. There is no second derivative: a gradient of a gradient raises
     RuntimeError.
     Raises ValueError for another precision or settings that exclude each other, and TypeError if neither an encoder nor
@@ -75,6 +79,7 @@ def accelerate(
         before = vars(vae).get(ACCELERATED)
         if before is not None:
             path.factors = before.factors  # calibrate's result belongs to the model, not to the settings
+            path.tiling = before.tiling  # as a tiling of the class does
         _attach(vae, path, _parts(vae))
     return vae_or_pipe
 
@@ -105,6 +110,7 @@ def accelerated(vae_or_pipe: Model, precision: Literal["fast", "exact"] = "fast"
 def _attach(vae: nn.Module, path: FastPath, parts: Iterable[nn.Module]) -> None:
     _detach(vae, *_parts(vae))
     vars(vae)[ACCELERATED] = path
+    switches.attach(vae)
     for part in parts:
         if fallback_reasons.why_not_shape(part) is None and _replace_forward(part):
             vars(part)[ACCELERATED] = path
@@ -129,6 +135,7 @@ def _detach(*modules: nn.Module) -> None:
         if path is not None:
             path.surveys.clear()  # they hold the modules, which hold the path
         copying.detach(module)
+        switches.detach(module)
         for holder, name in _forward_places(module):
             if _is_bound(forward, holder.get(name)):
                 holder[name] = types.MethodType(type(module).forward, module)

@@ -26,6 +26,7 @@ from fastvae.fast.inference_pass import InferencePass
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.packed_weights import PackedWeights, channels_last, images_of, is_channels_last
 from fastvae.fast.survey import Survey
+from fastvae.fast.tiled.exact_tiling import ExactTiling
 from fastvae.fast.training_pass import TrainingPass
 from fastvae.latents.autoencoder import ACCELERATED, like_weights
 from fastvae.latents.pixels import normalized
@@ -65,6 +66,7 @@ class FastPath:
         self.forms: Forms | None = None  # None: those of the device's tables
         self.surveys: dict[str, Survey] = {}
         self.fp32_copies: dict[str, Fp32Copy] = {}
+        self.tiling: ExactTiling | None = None
         self.counts: dict[str, Any] = {"rows": 0, "rows_again_in_fp32": 0}
         self.counters = DeviceCounters()
 
@@ -156,9 +158,19 @@ class FastPath:
 
     def run(self, part: Layer, x: Tensor) -> Tensor:
         """Return the part's output for x, on the fast path if possible, and count its rows without waiting."""
+        if self.tiling is not None:
+            return self._run_tiled(self.tiling, part, x)
         if self.compiled is not None and compiled_passes.is_plain_call():
             return self.compiled.call(self._run, part, x)
         return self._run(part, x)
+
+    def _run_tiled(self, tiling: ExactTiling, part: Layer, x: Tensor) -> Tensor:
+        """Return the part's output in bands of rows. Raises ValueError for a part that has no way to run so."""
+        reason = self.why_not(part, x, self.survey(part))
+        if reason not in (None, Reason.CPU) or fallback_reasons.needs_gradient(part, x):
+            why = Reason.GRADIENT if reason in (None, Reason.CPU) else reason
+            raise ValueError(f"exact tiling cannot run the {part_name(part)} in bands: {why}; call disable_tiling")
+        return tiling.run(part, part_name(part), x, self.packed, self.forms_on(x.device))
 
     def _run(self, part: Layer, x: Tensor) -> Tensor:
         survey = self.survey(part)
@@ -222,7 +234,7 @@ class FastPath:
         encoder, quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
         if encoder is None:
             return vae.encode(x).latent_dist.parameters  # raises that there is no encoder
-        untiled = not (getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
+        untiled = not (self.tiling or getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False))
         survey = self.survey(encoder)
         fused = untiled and vars(encoder).get(ACCELERATED) is self and self.why_not(encoder, x, survey) is None
         if not fused or fallback_reasons.needs_gradient(encoder, x) or fallback_reasons.why_not_quant_conv(vae):

@@ -79,8 +79,7 @@ class PackedWeights:
         so the copy of another batch is replaced. One small image in fp32 keeps the weight, and with it torch's own
         convolution: oneDNN's errs three times as much there.
         """
-        is_small = shape[0] == 1 and shape.numel() <= FEW_VALUES and conv.weight.dtype == torch.float32
-        if not self.frozen or is_small or not takes_onednn(conv.weight):
+        if not self.frozen or is_small(conv, shape) or not takes_onednn(conv.weight):
             return conv.weight
         name = f"blocked for a batch of {shape[0]}"
 
@@ -226,6 +225,11 @@ def shared_is_as_accurate(attention: Layer, packed: PackedWeights, tokens: int =
     truth = plain(torch.float64)
     errors = [(values.double() - truth).square().mean().sqrt().item() for values in (shared(), plain(dtype))]
     return errors[0] <= errors[1]  # False if the shared form is not finite
+
+
+def is_small(conv: Layer, shape: torch.Size) -> bool:
+    """Return True for one image of so few values in fp32 that torch computes the convolution itself."""
+    return shape[0] == 1 and shape.numel() <= FEW_VALUES and conv.weight.dtype == torch.float32
 
 
 def takes_onednn(weight: Tensor) -> bool:

@@ -36,9 +36,14 @@ def keys_and_values(layer: Layer, tokens: int) -> int:
 
 
 def of_a_band(layer: Layer, tokens: int) -> int:
-    """Return the number of values of one band: its tokens, queries, results and their projection, and its scores."""
+    """Return the number of values of one band: tokens, queries, results and their projections; in fp32 its scores too.
+
+    oneDNN copies the keys, or the values, into a layout of its own.
+    """
     queries = min(queries_at_once(tokens), tokens)
-    return queries * 2 * (_inner(layer) + layer.group_norm.num_channels) + 2 * min(queries * tokens, SCORES)
+    band = queries * 3 * (_inner(layer) + layer.group_norm.num_channels)
+    is_wide = layer.to_out[0].weight.dtype == torch.float32
+    return band + (min(queries * tokens, max(SCORES, tokens)) + tokens * _inner(layer) if is_wide else 0)
 
 
 def _inner(layer: Layer) -> int:
@@ -50,7 +55,10 @@ def attend(layer: Layer, x: Tensor, norm: Any, memory: Tensor | None = None) -> 
     step, inner = queries_at_once(len(x)), _inner(layer)
     if memory is None:
         memory = x.new_empty(keys_and_values(layer, len(x)))
-    keys, values = memory.view(2, -1, inner)
+    keys, values = memory.view(2, -1)
+    keys = keys.view(-1, inner)
+    # oneDNN reads values as the weights of a convolution, [inner, N].
+    values = values.view(inner, -1).T if _by_onednn(x) else values.view(-1, inner)
     query, key, value = weights_of(layer)
     tokens = x.new_empty(min(step, len(x)), x.shape[1])
     for band, k, v in zip(x.split(step), keys.split(step), values.split(step), strict=True):
@@ -67,7 +75,7 @@ def attend(layer: Layer, x: Tensor, norm: Any, memory: Tensor | None = None) -> 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     if _by_onednn(x):
-        y.copy_(_linear(x, weight, bias))
+        y.copy_(_linear(x, weight, bias))  # y may be a transposed view
     elif bias is None:
         torch.mm(x, weight.T, out=y)
     else:
@@ -78,13 +86,18 @@ def _attention(keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the attention of queries [n, D] to keys and values [N, D]."""
     if not _by_onednn(keys):
         return lambda q: F.scaled_dot_product_attention(q[None, None], keys[None, None], values[None, None])[0, 0]
-    columns, at_once = values.T.contiguous(), max(1, SCORES // len(keys))
+    columns, at_once = values.T.contiguous(), max(1, SCORES // len(keys))  # a view in ``attend``
 
     def attended(q: Tensor) -> Tensor:
         parts = (q * keys.shape[1] ** -0.5).split(at_once)
-        return torch.cat([_linear(torch.softmax(_linear(part, keys), 1), columns) for part in parts])
+        return torch.cat([_linear(_softmax(_linear(part, keys)), columns) for part in parts])
 
     return attended
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Return softmax of each row, in the scores' own memory: 64 MB fewer."""
+    return torch.softmax(scores, 1, out=scores)
 
 
 def _by_onednn(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from fastvae.fast.cpu.group_norm import ContiguousGroupNorm, band_norm, group_no
 from fastvae.fast.forms.form import DIRECT_ONLY, ON_CPU, Form, Forms
 from fastvae.fast.layer_checks import Layer
 from fastvae.fast.network_walk import Activation, Pass
-from fastvae.fast.packed_weights import PackedWeights, channels_last, takes_onednn
+from fastvae.fast.packed_weights import PackedWeights, channels_last, is_small, takes_onednn
 
 # oneDNN's convolutions fused with an addition, which torch.compile calls too.
 ONEDNN: Any = torch.ops.mkldnn
@@ -125,7 +125,7 @@ class CpuPass(Pass):
             y = self._memory(name, x, conv.out_channels) if name else _empty(x, *size)
             return self._winograd(conv, x, form, y)
         weight = self.packed.onednn_weight(conv, x.shape)
-        if not weight.is_mkldnn:
+        if not takes_onednn(conv.weight) or is_small(conv, x.shape):
             y = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
         else:
             y = ONEDNN._convolution_pointwise(x, weight, _bias(conv), *_geometry(conv), "none", [], None)

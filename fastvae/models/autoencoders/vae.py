@@ -256,12 +256,20 @@ class AutoencoderMixin:
         """Encode and decode a batch at once."""
         self.use_slicing = False
 
-    def enable_tiling(self, *, slivers: bool = True) -> None:
-        """Encode and decode large images in overlapping, blended tiles, as diffusers does.
+    def enable_tiling(self, *, exact: bool = False, max_memory: int | str = "auto", slivers: bool = True) -> None:
+        """Encode and decode large images in pieces: in overlapping, blended tiles, as diffusers does, or exactly.
 
-        diffusers starts a tile at every stride, so the last one can be a few pixels wide; ``slivers=False`` leaves out
+        exact: encode and decode in bands of rows, with the bits of the whole image. For a model that fastvae.accelerate
+        has put on the fast path, on a CPU (docs/memory.md). max_memory: bytes that a call may take beside its input:
+        a number, a text such as "12GiB", or "auto" for four fifths of what is free at the call.
+        slivers: diffusers starts a tile at every stride, so the last one can be a few pixels wide; False leaves out
         tiles that are wholly inside the one before.
+        Raises ValueError for exact=True on a model that is not accelerated, and for another max_memory.
         """
+        if exact:
+            raise ValueError(f"exact=True must come after fastvae.accelerate, which this {type(self).__name__} lacks")
+        if max_memory != "auto":
+            raise ValueError(f"max_memory must come with exact=True, got {max_memory!r} without it")
         self.use_tiling = True
         self.tile_slivers = slivers
 
