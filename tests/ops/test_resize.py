@@ -210,17 +210,43 @@ def test_weights_near_a_rounding_limit_are_computed_one_by_one(monkeypatch):
     assert len(asked) == 2
 
 
-def test_sums_fit_in_32_bits():
-    """The brightest and the darkest sum of any output; the largest overshoot is in the list."""
-    sizes = [(4, 5), (3, 4), (5, 6), (6000, 64), (8, 4096), *((old, new) for old in range(1, 40) for new in (1, 7, 30))]
-    most = 0
+def test_weights_whose_sums_leave_int32_are_refused(monkeypatch):
+    """Sums at either limit, and one past it; and all weights of 23 bits in place of 22."""
+    limit = (2**31 - 2**21) // 255
+    for weights in ([limit - 5, 5], [limit, -1], [-8421504, 1], [-8421503, -1]):
+        lanczos._check_sums(torch.tensor([weights, [0, 0]], dtype=torch.int32))
+    for weights in ([limit - 5, 6], [-8421504, -1], [2**31 - 1, 2**31 - 1]):
+        with pytest.raises(OverflowError, match="weights of an output must add up to"):
+            lanczos._check_sums(torch.tensor([weights, [0, 0]], dtype=torch.int32))
+    assert lanczos.axis(2, 4096, 0.0, 2.0).weights.max() > 0
+    monkeypatch.setattr(lanczos, "BITS", 23)
+    with pytest.raises(OverflowError, match="weights of an output must add up to"):
+        lanczos.axis.__wrapped__(2, 4096, 0.0, 2.0)
+
+
+def test_no_output_weighs_more_than_nine_sevenths():
+    """The exact bound of _check_sums, which no size reaches, plus the rounding of each weight."""
+    sizes = [(2, 4096), (4, 5), (3, 4), (6000, 64), *((old, new) for old in range(1, 40) for new in (1, 7, 30))]
     for old, new in sizes:
         weights = lanczos.axis(old, new, 0.0, float(old)).weights.long()
-        highest, lowest = weights.clamp(min=0).sum(0).max().item(), weights.clamp(max=0).sum(0).min().item()
-        most = max(most, highest)
-        assert 255 * highest + 2**21 < 2**31
-        assert 255 * lowest > -(2**31)
-    assert 1.28 < most / 2**22 < 1.29
+        assert 7 * weights.clamp(min=0).sum(0).max() <= 9 * 2**22 + 7 * len(weights), (old, new)
+
+
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_tables_take_no_default_of_torch(default):
+    """Made on the CPU and in fp64, whatever torch's defaults are."""
+    crops = [Crop(0, (40, 30), (13, 17), (1, 2), True, (0.375, 2.7, 29.1, 28.03125))]
+    expected, empty = plan(crops, SIZE), plan([], SIZE)
+    lanczos.axis.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta") if default == "device" else torch.set_default_dtype(torch.bfloat16)
+        tables, none = plan(crops, SIZE), plan([], SIZE)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, tables[:3], expected[:3]))
+    assert [table.device.type for table in none[:3]] == [table.device.type for table in empty[:3]] == ["cpu"] * 3
 
 
 def test_windows_stay_inside():

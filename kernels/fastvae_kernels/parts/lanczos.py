@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Sums fit in int32: the positive weights of an output add up to at most 1.29 (from 4 values to 5; sizes to 60, boxes to
-# 100), the negative to -0.29, and 255 * 1.29 * 2^22 + 2^21 is 0.65 * 2^31.
 BITS = 22
 # A weight as near as this to a rounding limit, in units of 2^-22, is computed as Pillow does, operation by operation:
 # torch's sine and order of summation made differences up to 2^-29 in 28,497 axes of 64 to 6,000 values.
@@ -34,15 +32,18 @@ class Axis(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def axis(old: int, new: int, low: float, high: float) -> Axis:
-    """Return the weights from ``old`` values to ``new``, of the part from ``low`` to ``high`` in values."""
+    """Return the weights from ``old`` values to ``new``, of the part from ``low`` to ``high`` in values.
+
+    Raises OverflowError if a sum of bytes by these weights could leave int32.
+    """
     # Pillow keeps a box in float32.
-    low, high = torch.tensor([low, high], dtype=torch.float32).tolist()
-    scale = torch.tensor(high - low, dtype=torch.float32).item() / new
+    low, high = torch.tensor([low, high], dtype=torch.float32, device="cpu").tolist()
+    scale = torch.tensor(high - low, dtype=torch.float32, device="cpu").item() / new
     support = 3.0 * max(scale, 1.0)
-    centre = low + (torch.arange(new, dtype=torch.float64) + 0.5) * scale
+    centre = low + (torch.arange(new, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (centre - support + 0.5).trunc().clamp(min=0.0)
     last = (centre + support + 0.5).trunc().clamp(max=old)
-    place = first[:, None] + torch.arange(int((last - first).max()))  # [new, taps]
+    place = first[:, None] + torch.arange(int((last - first).max()), device="cpu")  # [new, taps]
     kernel = _lanczos((place - centre[:, None] + 0.5) * (1.0 / max(scale, 1.0)))
     kernel = torch.where(place < last[:, None], kernel, 0.0)
     scaled = kernel / kernel.sum(1, keepdim=True) * 2.0**BITS
@@ -50,12 +51,25 @@ def axis(old: int, new: int, low: float, high: float) -> Axis:
     near = ((scaled.abs().frac() - 0.5).abs() < _NEAR).any(1)
     for index in near.nonzero().flatten().tolist():
         exact = _exact(int(first[index]), int(last[index]), centre[index].item(), 1.0 / max(scale, 1.0))
-        weights[index, : len(exact)] = _round(torch.tensor(exact, dtype=torch.float64) * 2.0**BITS)
+        weights[index, : len(exact)] = _round(kernel.new_tensor(exact) * 2.0**BITS)
+    _check_sums(weights)
     return _equally_long(first.int(), weights, old)
 
 
+def _check_sums(weights: Tensor) -> None:
+    """Raise OverflowError unless every sum of bytes times weights [outputs, taps], in any order, fits in int32.
+
+    The largest is 9/7 of 255 * 2^22, 0.64 of 2^31: enlarged from two values, an output beside the edge weighs them by
+    L(1/2) and L(3/2) = -2/9 L(1/2).
+    """
+    highest = weights.clamp(min=0).sum(1).max().item()
+    lowest = weights.clamp(max=0).sum(1).min().item()
+    if 255 * highest + (1 << (BITS - 1)) >= 2**31 or 255 * lowest < -(2**31):
+        raise OverflowError(f"weights of an output must add up to 2^31 / 255 at most, got {highest} and {lowest}")
+
+
 def _round(scaled: Tensor) -> Tensor:
-    return (scaled + torch.copysign(torch.tensor(0.5, dtype=scaled.dtype), scaled)).int()  # int() cuts
+    return (scaled + 0.5 * scaled.sign()).int()  # int() cuts
 
 
 def _lanczos(x: Tensor) -> Tensor:
@@ -88,7 +102,7 @@ def _equally_long(first: Tensor, weights: Tensor, old: int) -> Axis:
     kept = int((taps - used.flip(1).int().argmax(1) - begin).max())
     first = first + begin
     moved = (first + kept - old).clamp(min=0)
-    place = (begin - moved)[:, None] + torch.arange(kept)  # [new, kept], of the uncut weights
+    place = (begin - moved)[:, None] + torch.arange(kept, device="cpu")  # [new, kept], of the uncut weights
     inside = (place >= 0) & (place < taps)
     cut = torch.where(inside, weights.gather(1, place.clamp(0, taps - 1)), 0)
     return Axis((first - moved).int(), cut.T.contiguous())

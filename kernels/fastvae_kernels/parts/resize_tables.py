@@ -88,11 +88,11 @@ def plan(crops: Sequence[Crop], size: tuple[int, int], pillow: int = 13) -> Tabl
         between = (size[0], x.span) if first else (y.span, size[1])
         rows.append((offset, stride, *between, base, first, y.place, len(y.weights), x.place, len(x.weights)))
         base += -(-between[0] // LINES) * LINES
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS))
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(FIELDS))
     return Tables(
         table,
         _blocks(table[:, 2]),
-        torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32),
+        torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device="cpu"),
         max((crop.offset + 3 * crop.size[0] * crop.size[1] for crop in crops), default=0),
         max((row[3] for row in rows), default=0),
         *size,
@@ -102,7 +102,7 @@ def plan(crops: Sequence[Crop], size: tuple[int, int], pillow: int = 13) -> Tabl
 def _blocks(lines: Tensor) -> Tensor:
     counts = (lines + LINES - 1) // LINES
     row = torch.repeat_interleave(counts)
-    first = (torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]) * LINES
+    first = (torch.arange(len(row), device="cpu") - (counts.cumsum(0) - counts)[row]) * LINES
     return torch.stack([row, first], 1).int()
 
 
@@ -139,7 +139,7 @@ def _axis_keys(crop: Crop, size: tuple[int, int]) -> list[_Wanted]:
 
 def _outputs(wanted: _Wanted, place: int) -> _Outputs:
     whole = axis(wanted.old, wanted.new, float(wanted.low), float(wanted.high))
-    chosen = torch.arange(wanted.corner, wanted.corner + wanted.count)
+    chosen = torch.arange(wanted.corner, wanted.corner + wanted.count, device="cpu")
     if wanted.mirrored:
         chosen = wanted.new - 1 - chosen
     first, weights = whole.first[chosen], whole.weights[:, chosen]
