@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae_kernels.cpu.library import DTYPES, INT, POINTER, address, library
+from fastvae_kernels.cpu.library import DTYPES, INT, POINTER, address, check_images, library
 
 LANES = 8
 
@@ -33,10 +33,12 @@ def takes(x: Tensor) -> bool:
 def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """Write silu(GroupNorm(x)) into y, which may be x, and return y.
 
-    x, y: [N, C, H, W] in channels_last, in one dtype that ``takes`` takes. weight, bias: [C] in any floating dtype.
+    x, y: [N, C, H, W] in channels_last and in one dtype that ``takes`` takes, or ValueError is raised. weight, bias:
+    [C] in any floating dtype.
     """
+    check_images(x=x, y=y)
     batch, channels, height, width = x.shape
-    chunks = library().function("norm_chunks", channels)(INT(height * width), INT(channels))
+    chunks = _chunks(height * width, channels)
     sums = torch.empty(batch * chunks * 2 * channels, dtype=torch.float64, device=x.device)
     affine = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
     weight, bias = (vector.float().contiguous() for vector in (weight, bias))
@@ -48,6 +50,13 @@ def group_norm_silu(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: 
     return y
 
 
+def _chunks(pixels: int, channels: int) -> int:
+    """Return the number of sums of each channel of an image."""
+    count = library().function("norm_chunks", channels)
+    count.restype = INT
+    return count(INT(pixels), INT(channels))
+
+
 class BandNorm:
     """GroupNorm of one image whose rows come in bands: ``add`` all of them, ``close``, then ``apply`` to any pixels.
 
@@ -56,7 +65,7 @@ class BandNorm:
 
     def __init__(self, dtype: torch.dtype, pixels: int, weight: Tensor, bias: Tensor, groups: int, eps: float):
         channels = weight.shape[0]
-        chunks = library().function("norm_chunks", channels)(INT(pixels), INT(channels))
+        chunks = _chunks(pixels, channels)
         self.sums: Tensor | None = torch.zeros(chunks, 2, channels, dtype=torch.float64, device=weight.device)
         self.affine = torch.empty(3, channels, dtype=torch.float32, device=weight.device)
         self.weight, self.bias = (vector.float().contiguous() for vector in (weight, bias))

@@ -27,13 +27,13 @@ LANES_AVX512 = 16
 class Library:
     """The loaded library; ``why_not`` is the reason why it is missing, or None.
 
-    Its functions are built twice on x86, for AVX2 and for AVX512, with the same bits.
+    Its functions are built twice by GCC on x86, for AVX2 and for AVX512, with the same bits.
     """
 
     def __init__(self) -> None:
         self.functions: Any = None
         self.why_not: str | None = None
-        self.has_avx512 = platform.machine() in sources.X86 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self.has_avx512 = False
         built = sorted((sources.FOLDER / "built").glob("kernels*.so"))
         if platform.machine() in sources.X86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
             self.why_not = NO_AVX2
@@ -50,7 +50,15 @@ class Library:
         except (OSError, AttributeError) as error:  # a library or a source is missing, or the file is another one
             self.why_not = f"the C kernels cannot be loaded: {error}"
             return
-        self.functions, self.why_not = (functions, None) if is_of_these else (None, OTHER_SOURCES)
+        if not is_of_these:
+            self.why_not = OTHER_SOURCES
+            return
+        self.functions = functions
+        self.has_avx512 = (
+            platform.machine() in sources.X86
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and hasattr(functions, "fastvae_norm_avx512")
+        )
 
     def function(self, name: str, channels: int) -> Any:
         """Return a C function for images of so many channels: that of AVX512 if this CPU and the channels allow it."""
@@ -86,6 +94,19 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
     if library().why_not is None:
         library().functions.fastvae_huge_pages(POINTER(address(memory)), INT(memory.nbytes))
     return memory
+
+
+def check_images(**images: Tensor | None) -> None:
+    """Raise ValueError unless the images [N, C, H, W] are in channels_last and have one dtype; None is left out."""
+    given = {name: image for name, image in images.items() if image is not None}
+    dtype = next(iter(given.values())).dtype
+    for name, image in given.items():
+        if image.dtype != dtype or dtype not in DTYPES:
+            raise ValueError(f"{' and '.join(given)} must have one dtype of {[*DTYPES]}, got {name} of {image.dtype}")
+        if not image.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"{name} must be in channels_last, got {tuple(image.shape)} with the strides {image.stride()}"
+            )
 
 
 def address(values: Tensor | None) -> int | None:

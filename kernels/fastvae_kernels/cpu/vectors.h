@@ -98,9 +98,10 @@ INLINE void store_as(int dtype, void *to, int64_t index, vec values) {
     if (dtype == FLOAT16) {
         rounded = to_half(values);
     } else {
-        const ivec whole = (ivec)values, nearest = whole + 0x7fff + ((whole >> 16) & 1);
-        const ivec is_number = values == values;
-        rounded = narrow((((nearest & is_number) | (0x7fc00000 & ~is_number)) >> 16) & 0xffff);
+        /* NaN is 0 until the end: its bits could overflow. */
+        const ivec is_number = values == values, whole = (ivec)values & is_number;
+        const ivec nearest = whole + 0x7fff + ((whole >> 16) & 1);
+        rounded = narrow(((nearest | (0x7fc00000 & ~is_number)) >> 16) & 0xffff);
     }
     ((bits_anywhere *)((uint16_t *)to + index))[0] = (bits_anywhere)rounded;
 }

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastvae_kernels.cpu.library import DTYPES, INT, POINTER, address, library
+from fastvae_kernels.cpu.library import DTYPES, INT, POINTER, address, check_images, library
 from fastvae_kernels.shared.winograd_matrices import FORMS, Matrix
 
 LANES, PANEL = 8, 16
@@ -78,16 +78,22 @@ def convolve(
 ) -> Tensor:
     """Write the convolution of x [N, C, H, W] into y [N, O, H, W], or that of x enlarged to [N, O, 2H, 2W]; return y.
 
-    x and y have one dtype. packed: ``pack`` of the weight. bias: [O]. residual: added to the result, may be y. All in
-    channels_last. workspace: fp32 memory for at least ``workspace_size`` values; by default new memory.
+    x, y and residual have one dtype and channels_last, or ValueError is raised. packed: ``pack`` of the weight.
+    bias: [O]. residual: added to the result, may be y. workspace: fp32 memory for at least ``workspace_size`` values,
+    or ValueError is raised; by default new memory.
     halo: x [1, C, H + 2, W] is a band of an image with the row above and the row below it. Its y has the whole image's
     bits if the band begins at a multiple of the form's tile (in rows of y), and ends at one or at the image's end.
     """
+    check_images(x=x, y=y, residual=residual)
     matrices, threads = FORMS[form], torch.get_num_threads()
     inward, (batch, outward, height, width) = x.shape[1], y.shape
+    size = workspace_size(inward, y.shape, form)
     if workspace is None:
-        size = workspace_size(inward, y.shape, form)
         workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+    if workspace.dtype != torch.float32 or workspace.numel() < size:
+        raise ValueError(
+            f"workspace must be fp32 memory for at least {size} values, got {workspace.numel()} of {workspace.dtype}"
+        )
     window_matrix, result_matrix = _as_floats(matrices.input), _as_floats(matrices.output)
     bias = None if bias is None else bias.float().contiguous()
     given = Convolution(
@@ -105,7 +111,8 @@ def _tiles_at_once(channels: int, y: torch.Size, form: str) -> int:
     """Return the tiles of a chunk, no more than a thread's share of y. No bit depends on it."""
     batch, _, height, width = y
     tiles = batch * -(-height // FORMS[form].tile) * -(-width // FORMS[form].tile)
-    return min(_most_tiles(channels), -(-tiles // (torch.get_num_threads() * ROWS)) * ROWS)
+    share = -(-tiles // (torch.get_num_threads() * ROWS)) * ROWS
+    return min(_most_tiles(channels), max(share, ROWS))
 
 
 def _most_tiles(channels: int) -> int:

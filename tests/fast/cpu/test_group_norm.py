@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fast.small_models import small_model
+from fastvae_kernels.cpu import group_norm as c_norm
 from fastvae_kernels.cpu.group_norm import BandNorm
 from fastvae_kernels.cpu.library import library, why_not
 from support.accuracy import assert_as_accurate
@@ -160,6 +161,17 @@ def test_avx512_gives_the_bits_of_avx2(dtype, monkeypatch):
         results.append(group_norm_silu(norm_of(48, 6, dtype), x, torch.empty_like(x)))
     assert torch.equal(*(values.isnan() for values in results))
     assert torch.equal(*(values.nan_to_num(nan=9.0) for values in results))
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda x: x.contiguous(), "y must be in channels_last"), (lambda x: x.half(), "got y of torch.float16")],
+)
+def test_images_that_c_would_write_past_are_refused(change, words):
+    x, norm = noise(1, 32, 9, 5).contiguous(memory_format=torch.channels_last), norm_of(32, 8)
+    with pytest.raises(ValueError, match=words):
+        c_norm.group_norm_silu(x, change(x), norm.weight, norm.bias, 8, 1e-6)
 
 
 def test_float64_values_that_are_not_finite_and_empty_batches():

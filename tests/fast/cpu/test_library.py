@@ -1,5 +1,6 @@
 """The library of C kernels: the reasons why there is none, and the path without it."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,29 @@ def test_vectors_of_avx512_run_where_the_cpu_and_the_channels_allow_them(monkeyp
         ]
         monkeypatch.setattr(library, "library", lambda found=found: found)
         assert library.build_name() == f"built for {capability}"
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+def test_a_library_without_functions_for_avx512_runs_those_for_avx2(monkeypatch):
+    """As Clang builds it."""
+
+    load = ctypes.CDLL
+
+    class WithoutAvx512:
+        def __init__(self, path):
+            self.functions = load(path)
+
+        def __getattr__(self, name):
+            if name.endswith("_avx512"):
+                raise AttributeError(name)
+            return getattr(self.functions, name)
+
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(library.ctypes, "CDLL", WithoutAvx512)
+    found = library.Library()
+    assert (found.why_not, found.has_avx512) == (None, False)
+    assert found.function("norm", 32).__name__ == "fastvae_norm"
 
 
 @pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))

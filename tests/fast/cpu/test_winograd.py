@@ -148,6 +148,47 @@ def test_a_weight_in_any_strides_is_read_as_it_is():
         assert torch.equal(winograd.pack(strided, "winograd4"), expected)
 
 
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_a_batch_of_none(form):
+    """Division by the tiles of a chunk would end the process."""
+    x, weight, bias = given(1, 16, 32, 9, 10)
+    packed = winograd.pack(weight, form)
+    assert convolved(x[:0], packed, bias, form).shape == (0, 32, 9, 10)
+    assert winograd.workspace_size(16, torch.Size((0, 32, 9, 10)), form) > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"x": lambda x: x.contiguous()}, r"x must be in channels_last, got \(1, 16, 9, 10\) with the strides"),
+        ({"x": lambda x: torch.cat([x, x], 1)[:, :16]}, "x must be in channels_last"),
+        ({"y": lambda y: y[:, :, :, ::2]}, "y must be in channels_last"),
+        ({"y": lambda y: y.bfloat16()}, "x and y and residual must have one dtype of .* got y of torch.bfloat16"),
+        ({"residual": lambda y: y.double()}, "got residual of torch.float64"),
+        ({"workspace": lambda memory: memory[1:]}, "workspace must be fp32 memory for at least [0-9]+ values, got"),
+        ({"workspace": lambda memory: memory.double()}, "got [0-9]+ of torch.float64"),
+    ],
+)
+def test_images_and_memory_that_c_would_read_past_are_refused(changed, words):
+    x, weight, bias = given(1, 16, 32, 9, 10)
+    y = torch.empty(1, 32, 9, 10, memory_format=torch.channels_last)
+    workspace = torch.empty(winograd.workspace_size(16, y.shape, "winograd4"))
+    taken = {"x": x, "y": y, "residual": y, "workspace": workspace}
+    taken |= {name: change(taken[name]) for name, change in changed.items()}
+    with pytest.raises(ValueError, match=words):
+        winograd.convolve(packed=winograd.pack(weight, "winograd4"), bias=bias, form="winograd4", **taken)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x00800000 + 1], ids=hex)
+def test_any_nan_stays_nan_in_bf16(bits):
+    """The largest mantissas overflow where they are rounded as numbers: to 0, or to infinity."""
+    x, weight, bias = (values.bfloat16() for values in given(1, 16, 32, 4, 4))
+    bias = bias.float()
+    bias[3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    y = convolved(x, winograd.pack(weight, "winograd4"), bias, "winograd4")
+    assert torch.equal(y.isnan(), torch.isnan(bias)[None, :, None, None].expand_as(y))
+
+
 def test_channels_that_do_not_fill_vectors_are_not_taken():
     assert winograd.takes(torch.empty(16, 8, 3, 3))
     assert not winograd.takes(torch.empty(16, 12, 3, 3))
