@@ -34,7 +34,8 @@ from fastvae.system.devices import default_dtype, resolve_device
 RESIZE_MS = 0.02
 # Batches of the encoder: the first ones warm it up.
 WARM_UP, TIMED = 2, 5
-# CPU of everything else for an image, in the threads that decode and in the one that feeds and writes: docs/feeding.md.
+# CPU of everything else for an image, in the threads that decode and in the one that feeds and writes, on an AMD EPYC:
+# docs/latents.md, Speed.
 OTHER_MS = 1.0
 
 
