@@ -22,12 +22,12 @@ from fastvae.system.terminal import strip_control_characters
 @options.device
 @click.option(
     "--encode-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
     help="Milliseconds of an image on another device, instead of encoding here.",
 )
 @click.option(
     "--resize-ms",
-    type=click.FloatRange(min=0),
+    type=float,
     help="Milliseconds of an image's resize on that device. Default: 0.02, predicted for an H100.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the lines.")

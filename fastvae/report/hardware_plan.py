@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ from fastvae.system.devices import default_dtype, resolve_device
 RESIZE_MS = 0.02
 # Batches of the encoder: the first ones warm it up.
 WARM_UP, TIMED = 2, 5
+KEPT = 64
+MOST_MS = 1e6
 # CPU of everything else for an image, in the threads that decode and in the one that feeds and writes, on an AMD EPYC:
 # docs/latents.md, Speed.
 OTHER_MS = 1.0
@@ -41,18 +44,22 @@ OTHER_MS = 1.0
 
 @dataclass
 class Sample:
-    """Measurements of a sample: CPU milliseconds of each picture, and how many could not be read."""
+    """Measurements of a sample: CPU milliseconds of each picture, and how many could not be read.
+
+    ``pixels``: of the first KEPT pictures of a bucket, which the encoder is timed with.
+    """
 
     decode_ms: list[float] = field(default_factory=list)
     resize_ms: list[float] = field(default_factory=list)
     megapixels: list[float] = field(default_factory=list)
     unusable: int = 0
+    buckets: Counter[Size] = field(default_factory=Counter)
     pixels: dict[Size, list[np.ndarray]] = field(default_factory=dict)
 
     @property
     def usual_bucket(self) -> Size:
         """The bucket of the most pictures."""
-        return max(self.pixels, key=lambda bucket: len(self.pixels[bucket]))
+        return self.buckets.most_common(1)[0][0]
 
 
 def plan_hardware(
@@ -72,8 +79,13 @@ def plan_hardware(
     """Return the milliseconds of each stage, and the cores and the rate that follow from them.
 
     encode_ms, resize_ms: of another device, for an image. Without encode_ms this device encodes batches of the sample.
-    Raises ValueError for a source of which no picture can be read, and what encode raises for the model.
+    Raises ValueError for a source of which no picture can be read and for milliseconds that cannot be, and what encode
+    raises for the model.
     """
+    if encode_ms is not None and not 1e-3 <= encode_ms <= MOST_MS:  # NaN is not
+        raise ValueError(f"encode_ms must be from 0.001 to {MOST_MS:.0f} milliseconds, got {encode_ms!r}")
+    if resize_ms is not None and not 0 <= resize_ms <= MOST_MS:
+        raise ValueError(f"resize_ms must be from 0 to {MOST_MS:.0f} milliseconds, got {resize_ms!r}")
     model, _ = load_model(vae, subfolder, revision, preset)
     place = resolve_device(device)
     table = Buckets.parse(buckets, pixel_multiple(model), denoiser_multiple(model))
@@ -130,7 +142,9 @@ def measure(reader: ImageReader, files: Iterable[SourceFile]) -> Sample:
             sample.resize_ms.append(1e3 * (time.process_time() - decoded))
             sample.decode_ms.append(1e3 * (decoded - begin))
             sample.megapixels.append(math.prod(picture.original_hw) / 1e6)
-            sample.pixels.setdefault(bucket, []).append(pixels)
+            sample.buckets[bucket] += 1
+            if sample.buckets[bucket] <= KEPT:
+                sample.pixels.setdefault(bucket, []).append(pixels)
     return sample
 
 
@@ -177,6 +191,8 @@ def sentences(plan: dict[str, Any]) -> list[str]:
     """Return the plan as text, a line a stage."""
     height, width = plan["bucket"]
     how = f"measured on {plan['device']}" if plan["encode_measured"] else "given"
+    if how == "measured on cpu":
+        how += ", whose cores also decode: --encode-ms gives a GPU's"
     predicted = "predicted" if plan["resize_predicted"] else "given"
     slower = "the device" if plan["bottleneck"] == "device" else "decoding on the cores"
     return [

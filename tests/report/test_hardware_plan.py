@@ -7,7 +7,12 @@ from click.testing import CliRunner
 from support.small_store import write_pictures
 
 from fastvae.cli.main import cli
-from fastvae.report.hardware_plan import conclusion, plan_hardware
+from fastvae.data.encoding.image_reader import ImageReader
+from fastvae.data.images.buckets import Buckets
+from fastvae.data.images.crop import SINGLE
+from fastvae.data.sources.open import open_source
+from fastvae.report import hardware_plan
+from fastvae.report.hardware_plan import conclusion, measure, plan_hardware
 
 STAGES = {"decode_ms": 5.0, "other_ms": 1.0, "encode_ms": 1.9, "resize_ms": 0.1, "pillow_resize_ms": 8.0}
 
@@ -49,3 +54,20 @@ def test_a_source_without_a_usable_picture_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nspoilt")
     with pytest.raises(ValueError, match=r"src must hold a picture that can be read, got .*: 1 could not be"):
         plan_hardware(str(tmp_path), "tiny", encode_ms=1.0)
+
+
+@pytest.mark.parametrize("name", ["encode_ms", "resize_ms"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0], ids=str)
+def test_milliseconds_that_cannot_be_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be from 0.* milliseconds, got"):
+        plan_hardware("nowhere", "tiny", **{name: value})
+
+
+def test_a_large_sample_does_not_keep_every_pictures_pixels(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "in", 5)
+    monkeypatch.setattr(hardware_plan, "KEPT", 2)
+    source, buckets = open_source(tmp_path / "in"), Buckets.parse(32, 8)
+    files = source.listing().files
+    sample = measure(ImageReader(source, buckets, SINGLE, "white", 8, 10**6), files)
+    assert len(sample.decode_ms) == 5
+    assert {bucket: len(pixels) for bucket, pixels in sample.pixels.items()} == {(32, 32): 2}
