@@ -17,6 +17,7 @@ from fastvae.data.encoding.planning import (
     files_to_encode,
     needed_bytes,
     orphan_records,
+    pillow_note,
     plan_rows,
     with_sha256,
 )
@@ -236,6 +237,8 @@ def _plan(job: EncodeJob, leases: Leases, report: EncodeReport) -> tuple[Store, 
     report.resumed = store.count_served(commits)
     todo = [unit for unit in store.units() if unit.number not in commits]
     check_buckets(todo, job.settings, job.out)
+    if todo and (note := pillow_note(commits.values())):
+        report.notes.append(note)
     return store, todo
 
 

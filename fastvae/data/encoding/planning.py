@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import PIL
 
 from fastvae.data.encoding.image_reader import ImageReader
 from fastvae.data.rows import Size, SourceFile
@@ -48,6 +50,18 @@ def files_to_encode(
         return failure.reason == "too_large" and (commit.max_pixels is None or commit.max_pixels < reader.max_pixels)
 
     return store.files_to_encode(files, again)
+
+
+def pillow_note(commits: Iterable[Commit]) -> str | None:
+    """Return a sentence if rows of a store were made under another major version of Pillow, as far as records say."""
+    own = PIL.__version__.split(".", 1)[0]
+    made = (str(commit.versions.get("pillow", own)).split(".", 1)[0] for commit in commits)
+    if not (others := sorted({*made} - {own})):
+        return None
+    return (
+        f"rows of this store were made under Pillow {' and '.join(others)}, and new ones are under Pillow {own}: its "
+        "resize may give other bytes (docs/numerics.md)"
+    )
 
 
 def orphan_records(store: Store) -> list[Path]:

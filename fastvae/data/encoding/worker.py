@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
+import PIL
 import torch
 from tqdm import tqdm
 
@@ -292,7 +293,7 @@ def _write(worker: Worker, unit: Unit, gathered: list[Chunk]) -> Callable[[], No
             redone=redone,
             flags=dict(flags),
             seconds=round(sum(chunk.decode_seconds + chunk.encode_seconds for chunk in gathered), 3),
-            versions={"fastvae": __version__, "torch": str(torch.__version__)},
+            versions={"fastvae": __version__, "torch": str(torch.__version__), "pillow": PIL.__version__},
             max_pixels=int(worker.reader.max_pixels),
         )
         worker.leases.release(unit.lease)
