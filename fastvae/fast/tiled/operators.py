@@ -29,6 +29,8 @@ from fastvae.fast.tiled.steps import Size
 PRODUCTS = {Form.DIRECT: 1.0, Form.WINOGRAD2: 0.5, Form.WINOGRAD4: 0.35}
 # Pixels of a chunk of a norm's sums, times channels (kernels/fastvae_kernels/cpu/group_norm.c).
 CHUNK = 32768
+# Channels of a block of oneDNN's weights, at most.
+BLOCK = 64
 
 
 class BandConvolution:
@@ -73,8 +75,20 @@ class BandConvolution:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the weight in another layout that a run keeps, of weights that are not frozen."""
-        if self.packed.frozen:
+        return 0 if self.packed.frozen else self._copy_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the same that the model keeps, of frozen weights. oneDNN fills channels up to its blocks."""
+        if not self.packed.frozen:
             return 0
+        if self.form is not Form.DIRECT or self.kind == "upsample" or self.by_rows:
+            return self._copy_bytes
+        sizes = (-(-channels // BLOCK) * BLOCK for channels in (self.conv.in_channels, self.conv.out_channels))
+        return self.conv.weight.itemsize * math.prod(self.conv.kernel_size) * math.prod(sizes)
+
+    @property
+    def _copy_bytes(self) -> int:
         size = self.conv.in_channels * self.conv.out_channels
         if self.form is not Form.DIRECT:
             return 4 * size * FORMS[self.form].window ** 2
@@ -167,6 +181,10 @@ class CpuOperators:
             self.scratch = torch.empty(0)  # its memory first
             self.scratch = fresh(size)
         return self.scratch
+
+    def kept_bytes(self) -> int:
+        """Return the bytes of the copies of frozen weights, of every convolution that was asked for."""
+        return sum(convolution.kept_bytes for convolution in self.convolutions.values())
 
     def drop_weights(self) -> None:
         """Free the packed weights."""

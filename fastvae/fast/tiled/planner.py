@@ -64,7 +64,7 @@ class Plan:
 
     segments: tuple[Segment, ...]
     bytes: int
-    """Bytes that a run takes beside its input."""
+    """Bytes that a run takes beside its input, copies of frozen weights included."""
     cost: float
 
 
@@ -96,10 +96,11 @@ def plan(steps: Sequence[Step], operators: CpuOperators, budget: int, output: in
     output: bytes of the result of one image.
     """
     segments = list(_segments(steps, operators, output))
-    found = _shortest(segments, steps, operators.dtype.itemsize, budget)
+    kept = operators.kept_bytes()
+    found = _shortest(segments, steps, operators.dtype.itemsize, budget - kept)
     best = found or _shortest(segments, steps, operators.dtype.itemsize, None)
     assert best is not None
-    return Plan(best.segments, best.bytes, best.cost)
+    return Plan(best.segments, best.bytes + kept, best.cost)
 
 
 def _shortest(segments: Sequence[Segment], steps: Sequence[Step], itemsize: int, budget: int | None) -> _Path | None:

@@ -1,7 +1,11 @@
 """Exact tiling: the bits of the whole image at every budget and size; budgets too small; blocks that cannot."""
 
 import copy
+import itertools
+import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from support.accuracy import assert_as_accurate
 
 import fastvae
 from fastvae.fast.forms.form import Form, Forms
+from fastvae.fast.packed_weights import takes_onednn
 from fastvae.fast.tiled.exact_tiling import ExactTiling
 from fastvae.fast.tiled.operators import CpuOperators
 from fastvae.fast.tiled.planner import Mode, Plan, _segments, plan
@@ -162,6 +167,68 @@ def test_random_sizes_models_and_budgets_agree(height, width, layers, levels, at
             assert torch.allclose(results[0], part(x), atol=1e-4)
             assert torch.equal(results[0], results[1])
             assert torch.equal(results[0], results[2])
+
+
+@torch.no_grad()
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_number_of_threads_has_the_bits_of_every_budget(dtype):
+    vae, before = prepared(dtype=dtype), torch.get_num_threads()
+    path = vars(vae)[ACCELERATED]
+    parts = (
+        (vae.encoder, "encoder", pixels(vae, 1, 50, 36)),
+        (vae.decoder, "decoder", latents(vae, 1, 13, 9)),
+    )
+    try:
+        for threads, (part, kind, x) in itertools.product((1, 2, 3), parts):
+            torch.set_num_threads(threads)
+            first, *rest = (tiled(part, kind, path, x, budget) for budget in budgets(part, kind, path, x))
+            assert all(torch.equal(first, y) for y in rest)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_whole_model_has_the_bits_of_the_whole_image(dtype, threads):
+    vae, before = prepared(dtype=dtype), torch.get_num_threads()
+    if not takes_onednn(vae.encoder.conv_in.weight):
+        pytest.skip(f"oneDNN takes no {dtype} on this CPU")
+    x, z = pixels(vae, 1, 130, 76), latents(vae, 1, 33, 17)
+    try:
+        torch.set_num_threads(threads)
+        whole = both(vae, x, z)
+        vae.enable_tiling(exact=True, max_memory=2**40)
+        tiled_moments, tiled_image = both(vae, x, z)
+        assert torch.equal(whole[0], tiled_moments)
+        if dtype != torch.float32:  # of so few values torch computes the decoder's first convolution itself in fp32
+            assert torch.equal(whole[1], tiled_image)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forms", ["table", "winograd4"])
+def test_copies_of_frozen_weights_are_counted(forms):
+    vae = prepared(forms=FORMS[forms], freeze=True)
+    path = vars(vae)[ACCELERATED]
+    counted = 0
+    for part, kind, x in ((vae.encoder, "encoder", pixels(vae, 1, 130, 76)), (vae.decoder, "decoder", latents(vae))):
+        *_, operators = planned(part, kind, path, x, 2**40)
+        counted += operators.kept_bytes()
+        tiled(part, kind, path, x, 2**40)
+    assert 0 < path.packed.bytes() <= counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "units"), [("encode", 1.0), ("encode", 1.6), ("decode", 1.3), ("decode", 2.0)])
+def test_memory_of_a_process_stays_within_the_budget(task, units):
+    """At most 5 % or 64 MiB above it, whichever is more. A unit: 96 MiB."""
+    command = [sys.executable, "-m", "bench.memory", task, "--height", "768", "--width", "1024", "--one", str(units)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["mib"] <= units * 96 + max(64, 0.05 * units * 96)
 
 
 def test_plain_tiling_is_the_class_own_on_both_classes():
