@@ -36,6 +36,7 @@ PUBLIC = {
     "pixels": ["pixels_conv_in"],
     "posterior": ["sample_posterior"],
     "residual": ["residual_add"],
+    "resize": ["Crop", "plan", "resize_lanczos"],
     "upsample": ["four_tap_weights", "upsample_conv"],
     "winograd": ["F2", "F4", "transform_weights", "winograd_conv"],
 }

@@ -31,7 +31,7 @@ from fastvae.system.terminal import strip_control_characters
 def compare(
     context: click.Context, images: tuple[str, ...], html: str | None, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """Compare the fast path with eager torch and float64, stage by stage.
+    """Compare the fast path with eager torch, stage by stage.
 
     Images are cropped to a multiple of the model's pixels and not resized: float64 is slow. The exit code is 1 if a
     stage differs from float64 by more than twice eager's error plus one rounding.

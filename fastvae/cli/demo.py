@@ -17,7 +17,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.option("-q", "--quiet", is_flag=True, help="Print no plan and no progress bar.")
 @errors_as_sentences
 def demo(out: str, vae: str, as_json: bool, quiet: bool) -> None:
-    """Encode photographs to latents in the folder OUT, and decode them.
+    """Encode photographs to latents in OUT, and decode them.
 
     \b
     Example:

@@ -123,7 +123,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.pass_context
 @errors_as_sentences
 def encode(context: click.Context, paths: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Encode the images of SRC into the latent store OUT, or resume it.
+    """Encode the images of SRC into the store OUT, or resume it.
 
     SRC: folders and patterns, or .tar (WebDataset), .parquet or .jsonl files, local or under a URL that fsspec knows.
     Any number of these commands may share one OUT. The same command resumes a run that stopped.

@@ -48,7 +48,7 @@ NAMED_CLASHES = 10
 @options.quiet
 @errors_as_sentences
 def export(store: str, dst: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Write every committed row of STORE into DST, for another trainer.
+    """Write the rows of STORE into DST, for another trainer.
 
     DST is a new folder, which appears complete or not at all; with --beside-images it is the folder of the images.
 

@@ -22,7 +22,7 @@ from fastvae.system.terminal import strip_control_characters
 def info(
     what: str, subfolder: str | None, revision: str | None, preset: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Print the contents of a latent store, or the facts of a model.
+    """Print the contents of a store, or the facts of a model.
 
     \b
     Example:

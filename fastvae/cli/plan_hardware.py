@@ -40,7 +40,7 @@ def plan_hardware(as_json: bool, **given: Any) -> None:
 
     \b
     Example:
-      fastvae plan-hardware photographs/ --vae stabilityai/sdxl-vae --encode-ms 2.3
+      fastvae plan-hardware photographs/ --vae stabilityai/sdxl-vae
     """
     from fastvae.report.hardware_plan import plan_hardware as plan
     from fastvae.report.hardware_plan import sentences

@@ -26,7 +26,7 @@ from fastvae.system.terminal import strip_control_characters
 @click.pass_context
 @errors_as_sentences
 def repair(context: click.Context, store: str, src: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Encode the damaged units of STORE again from the images of SRC.
+    """Encode damaged units of STORE again from images of SRC.
 
     Damaged are those that verify --deep finds. Settings and model are those that the store names. SRC is the source of
     the first run; it may be left out if nothing is damaged. Exit code 5 while a run is writing the store.

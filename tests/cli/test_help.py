@@ -29,7 +29,7 @@ def test_the_help_has_a_whole_sentence_for_each_verb(width):
         sentence = verb.help.splitlines()[0]
         assert sentence.endswith(".")
         assert f" {name} {sentence} " in joined
-        assert width < 80 or f"  {name:7}  {sentence}\n" in text
+        assert width < 80 or f"  {name:13}  {sentence}\n" in text
 
 
 def test_three_examples_come_first_and_the_exit_codes_last():

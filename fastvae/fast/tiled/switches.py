@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,23 @@ def disable_tiling(self: Any) -> None:
     type(self).disable_tiling(self)
 
 
+class Switch:
+    """A method of one accelerated model, which does not keep it alive; a copy of the model has its own."""
+
+    def __init__(self, function: Callable[..., None], vae: nn.Module):
+        self.function, self.vae, self.__doc__ = function, weakref.ref(vae), function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.function(self.vae(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Switch:
+        vae: Any = self.vae()
+        return Switch(self.function, memo.get(id(vae), vae))
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.vae(), self.function.__name__)  # as a bound method is: a pickled copy has its class's
+
+
 SWITCHES = (enable_tiling, disable_tiling)
 
 
@@ -44,11 +62,11 @@ def attach(vae: nn.Module) -> None:
     """Put the switches on an accelerated model whose class has them."""
     for switch in SWITCHES:
         if hasattr(type(vae), switch.__name__):
-            vars(vae)[switch.__name__] = types.MethodType(switch, vae)
+            vars(vae)[switch.__name__] = Switch(switch, vae)
 
 
 def detach(module: nn.Module) -> None:
     """Remove the switches."""
     for switch in SWITCHES:
-        if getattr(vars(module).get(switch.__name__), "__func__", None) is switch:
+        if isinstance(vars(module).get(switch.__name__), Switch):
             del vars(module)[switch.__name__]

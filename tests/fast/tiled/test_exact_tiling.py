@@ -287,8 +287,9 @@ def test_arguments_that_exclude_each_other_are_refused():
         if ACCELERATED in vars(model) or hasattr(model, "tile_slivers"):
             with pytest.raises(ValueError, match="max_memory must come with exact=True, got '1GiB' without it"):
                 model.enable_tiling(max_memory="1GiB")
+    model = prepared()
     with pytest.raises(ValueError, match=r"exact=True takes max_memory alone beside it, got \['slivers'\]"):
-        prepared().enable_tiling(exact=True, slivers=False)
+        model.enable_tiling(exact=True, slivers=False)
 
 
 @torch.no_grad()
