@@ -30,6 +30,7 @@ from fastvae.data.rows import Size, SourceFile
 from fastvae.data.sources.open import open_source
 from fastvae.latents.scaling import denoiser_multiple, downsample_factor, pixel_multiple
 from fastvae.system.devices import default_dtype, resolve_device
+from fastvae.system.threads import usable_cores
 
 # Predicted for an H100, not measured: 0.15 ms for eight pictures of 1920x1080 to 512x512.
 RESIZE_MS = 0.02
@@ -121,7 +122,7 @@ def plan_hardware(
         "resize_predicted": resize_ms is None,
         "device": str(place),
         **stages,
-        **conclusion(stages, settings.row_size(sample.usual_bucket), _cores(), len(files)),
+        **conclusion(stages, settings.row_size(sample.usual_bucket), usable_cores() or os.cpu_count() or 1, len(files)),
     }
 
 
@@ -180,11 +181,6 @@ def _encode_ms(model: Any, settings: Settings, sample: Sample) -> float:
         encoder.moments(images)
         seconds.append(time.perf_counter() - begin)
     return 1e3 * float(np.median(seconds[WARM_UP:])) / batch
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sentences(plan: dict[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
-"""A map in threads with results in order, writes in a background thread, and calls with a time limit."""
+"""A map in threads with results in order, writes in a background thread, calls with a time limit, usable cores."""
 
 from __future__ import annotations
 
 import math
+import os
 import queue
 import threading
 import time
@@ -39,6 +40,11 @@ def ordered_map(
     finally:
         at_end()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def usable_cores() -> int | None:
+    """Return the cores that this process may use; None where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def call_within(seconds: float, function: Callable[[], Result]) -> Result:

@@ -10,6 +10,7 @@ from fastvae_kernels.shared import statistics
 from fastvae_kernels.shared.runtime import tl, triton
 from fastvae_kernels.upsample import four_tap_weights
 from support.accuracy import assert_as_accurate
+from support.upsampling import eager, random_input
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -27,17 +28,11 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 
 def inputs(case, dtype=torch.float32):
-    shape, channels = CASES[case]
-    weight = torch.randn(channels, shape[1], 3, 3) / (3 * shape[1] ** 0.5)
-    return torch.randn(shape).to(dtype), weight.to(dtype)
+    return random_input(*CASES[case], dtype)
 
 
 def phases_of(x, weight):
     return F.conv2d(x, four_tap_weights(weight), padding=1)
-
-
-def eager(x, weight):
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
 
 
 @each_case

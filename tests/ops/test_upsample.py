@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fastvae_kernels import upsample
 from fastvae_kernels.shared import statistics
 from fastvae_kernels.upsample import fold_upsample_weights, upsample_conv
 from support.accuracy import assert_as_accurate
+from support.upsampling import eager, random_input
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -23,12 +23,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 def inputs(case, dtype):
     shape, channels = CASES[case]
-    weight = torch.randn(channels, shape[1], 3, 3) / (3 * shape[1] ** 0.5)
-    return torch.randn(shape).to(dtype), weight.to(dtype), torch.randn(channels).to(dtype)
-
-
-def eager(x, weight, bias):
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    return *random_input(shape, channels, dtype), torch.randn(channels).to(dtype)
 
 
 @each_case

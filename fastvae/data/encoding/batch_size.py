@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +16,7 @@ from fastvae.data.rows import Size, size_name
 from fastvae.system.arguments import parse_positive
 from fastvae.system.devices import DTYPES, free_memory, total_memory
 from fastvae.system.terminal import format_bytes
+from fastvae.system.threads import usable_cores
 
 MAX_BATCH, MAX_WORKERS = 65_536, 1024
 GPU_BATCH_PIXELS = 16 * 512 * 512  # one batch on a GPU: 16 images of 512x512, 1 of 2048x2048
@@ -80,7 +80,7 @@ def choose_workers(
         fitting = free_memory(encoder.device) // (2 * max(streams, default=1))
         report.workers = max(1, min(cores, steps, fitting))
     else:
-        report.workers = max(2, min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8))
+        report.workers = max(2, min(32, usable_cores() or 8))
     # One in deterministic runs: oneDNN and torch sum in another order when two threads share an image.
     shared = 1 if encoder.deterministic else max(1, cores // report.workers)
     report.threads_per_worker = shared if on_cpu else cores
