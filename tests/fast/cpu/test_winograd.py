@@ -140,6 +140,18 @@ def test_avx512_gives_the_bits_of_avx2(form, monkeypatch):
         assert all(map(torch.equal, *results)), shape
 
 
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_a_packed_weight_is_rounded_once(form):
+    _, weight, _ = given(1, 24, 32, 1, 1)
+    filters = torch.tensor(FORMS[form].weight, dtype=torch.float64)
+    truth = (filters @ weight.double() @ filters.T).permute(2, 3, 0, 1)  # [n, n, O, C]
+    truth = truth.unflatten(2, (-1, winograd.PANEL)).transpose(-1, -2).flatten(0, 1)
+    packed = winograd.pack(weight, form)
+    half_a_unit = 2.0 ** (torch.frexp(packed).exponent.double() - 25)  # in the last place of fp32
+    sums_in_fp64 = 16 * torch.finfo(torch.float64).eps * truth.abs().amax()
+    assert ((packed.double() - truth).abs() <= half_a_unit + sums_in_fp64).all()
+
+
 def test_a_weight_in_any_strides_is_read_as_it_is():
     _, weight, _ = given(1, 16, 32, 1, 1)
     expected = winograd.pack(weight, "winograd4")
